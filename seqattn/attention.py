@@ -1,0 +1,341 @@
+"""One attention function: checks the call, chooses the implementation, runs it."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, overload
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from seqattn.coordinates import Coordinates
+from seqattn.dropout import Dropout
+from seqattn.kernels import reference
+from seqattn.kernels.call import check_arrays, check_dtypes, check_heads, check_pairs, flatten, locate
+from seqattn.masks import Causal, Mask, NotPadding, SlidingWindow
+from seqattn.precision import accumulator
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {"reference": reference.attend}
+"""What `implementation=` may name, in the order in which `None` tries them."""
+
+Visible = Mask | Array | None
+
+
+@overload
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Visible = ...,
+    bias: Array | None = ...,
+    q_at: Coordinates | None = ...,
+    kv_at: Coordinates | None = ...,
+    scale: float | Array | None = ...,
+    dropout: Dropout | None = ...,
+    implementation: str | Sequence[str] | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Array: ...
+@overload
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Visible = ...,
+    bias: Array | None = ...,
+    q_at: Coordinates | None = ...,
+    kv_at: Coordinates | None = ...,
+    scale: float | Array | None = ...,
+    dropout: Dropout | None = ...,
+    implementation: str | Sequence[str] | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Visible = None,
+    bias: Array | None = None,
+    q_at: Coordinates | None = None,
+    kv_at: Coordinates | None = None,
+    scale: float | Array | None = None,
+    dropout: Dropout | None = None,
+    implementation: str | Sequence[str] | None = None,
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Scaled dot-product attention (Vaswani 2017, equation 1) with any mask over coordinates.
+
+    A query that may attend to nothing gives zeros with zero gradient. NaN or Inf in a masked key or value leaves no
+    trace, forward or backward; in a visible one it makes the row NaN. Softmax and log-sum-exp are float32 at least.
+
+    Args:
+        query: `[*batch, T, N, H]`, floating; any number of leading dims. T, S and batch may be 0.
+        key: `[*batch, S, K, H]`, same dtype; N must be a multiple of K (grouped queries, Ainslie 2023).
+        value: `[*batch, S, K, V]`, same dtype; V may differ from H.
+        mask: a `Mask` over coordinates, or a boolean array, True where a query may attend: `[T, S]`, or
+            `[*batch, N, T, S]` with any dim 1.
+        bias: added to the logits after scaling: `[T, S]`, or `[*batch, N, T, S]` with any dim 1. An entry of -inf
+            masks the pair.
+        q_at: coordinates of the queries `[T]` or `[*batch, T]`; one unpadded text from position 0 where not given.
+        kv_at: coordinates of the keys `[S]` or `[*batch, S]`, likewise. Where T differs from S a `Mask` needs both,
+            since the alignment of the two sequences would be a guess.
+        scale: multiplies the products; `1 / sqrt(H)` where not given.
+        dropout: drops attention weights after the softmax.
+        implementation: a name of `IMPLEMENTATIONS`, several in order of preference, or None for the first able one.
+        return_lse: also return the log-sum-exp of the logits, differentiable; -inf for an empty row.
+
+    Returns:
+        The output `[*batch, T, N, V]` in the query's dtype; with `return_lse` also `[*batch, T, N]` float32 at least.
+
+    Raises:
+        TypeError: dtypes differ or are not floating, or the mask is not boolean.
+        ValueError: shapes do not fit, or coordinates are missing or would be ignored.
+
+    >>> import numpy as np
+
+    The lecture's example, two encoder states of weight 0.7 and 0.3, as attention over logits log 0.7 and log 0.3:
+
+    >>> states = jnp.array([[0.8, 0.2], [0.1, 0.9]])[:, None]
+    >>> weighted = attend(jnp.zeros((1, 1, 2)), states, states, bias=jnp.log(jnp.array([[0.7, 0.3]])))
+    >>> print(np.asarray(0.7 * states[0, 0]).round(2), np.asarray(weighted[0, 0]).round(2))
+    [0.56 0.14] [0.59 0.41]
+
+    Queries that continue a text of three cached keys:
+
+    >>> query, cache = jnp.ones((2, 1, 4)), jnp.ones((5, 1, 4))
+    >>> attend(query, cache, cache, mask=Causal(), q_at=Coordinates.range(2, start=3), kv_at=Coordinates.range(5)).shape
+    (2, 1, 4)
+    """
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    check_arrays(query, key, value)
+    batch, kernel = query.shape[:-3], _choose(implementation)
+    output, lse = kernel(
+        *(flatten(x, batch) for x in (query, key, value)),
+        **locate(query.shape, key.shape, mask, bias, q_at, kv_at),
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        dropout=dropout,
+    )
+    output = output.reshape(*batch, *output.shape[1:])
+    return (output, lse.reshape(*batch, *lse.shape[1:])) if return_lse else output
+
+
+def attention_weights(
+    query: Array,
+    key: Array,
+    *,
+    mask: Visible = None,
+    bias: Array | None = None,
+    q_at: Coordinates | None = None,
+    kv_at: Coordinates | None = None,
+    scale: float | Array | None = None,
+) -> Array:
+    """The weights that `attend` gives to each key: `[*batch, N, T, S]`, float32 at least. For looking at.
+
+    Arguments, errors and empty rows are those of `attend`. Each row sums to 1, an empty row to 0.
+
+    >>> import numpy as np
+
+    The lecture's causal mask over "[START] The chef who", with equal scores:
+
+    >>> states = jnp.zeros((4, 1, 2))
+    >>> print(np.asarray(attention_weights(states, states, mask=Causal())[0]).round(2))
+    [[1.   0.   0.   0.  ]
+     [0.5  0.5  0.   0.  ]
+     [0.33 0.33 0.33 0.  ]
+     [0.25 0.25 0.25 0.25]]
+    """
+    query, key = jnp.asarray(query), jnp.asarray(key)
+    check_arrays(query, key, key)
+    batch = query.shape[:-3]
+    located = locate(query.shape, key.shape, mask, bias, q_at, kv_at)
+    visible = reference.visibility(located["mask"], located["q_at"], located["kv_at"])
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scored = reference.logits(
+        flatten(query, batch), flatten(key, batch), visible, bias=located["bias"], scale=scale
+    )
+    weights, _ = reference.softmax(scored)
+    return weights.reshape(*batch, *weights.shape[1:])
+
+
+def attend_scores(
+    scores: Array,
+    value: Array,
+    *,
+    mask: Visible = None,
+    q_at: Coordinates | None = None,
+    kv_at: Coordinates | None = None,
+    dropout: Dropout | None = None,
+) -> tuple[Array, Array]:
+    """Attention over scores of any origin (additive, bilinear, ...), with the mask and contract of `attend`.
+
+    Args:
+        scores: logits `[*batch, N, T, S]`, floating.
+        value: `[*batch, S, K, V]`, same dtype; N must be a multiple of K.
+        mask, q_at, kv_at, dropout: as in `attend`.
+
+    Returns:
+        The output `[*batch, T, N, V]` in the dtype of the values, and the weights `[*batch, N, T, S]`, float32 at least.
+
+    >>> import numpy as np
+    >>> scores, states = jnp.log(jnp.array([[[0.7, 0.3]]])), jnp.array([[0.8, 0.2], [0.1, 0.9]])[:, None]
+    >>> output, weights = attend_scores(scores, states)
+    >>> print(np.asarray(output).round(2), np.asarray(weights).round(2))
+    [[[0.59 0.41]]] [[[0.7 0.3]]]
+    """
+    batch = value.shape[:-3]
+    if value.ndim < 3 or scores.ndim != value.ndim or scores.shape[:-3] != batch or scores.shape[-1] != value.shape[-3]:
+        raise ValueError(f"scores {scores.shape} must be [*batch, N, T, S] for value [*batch, S, K, V], got {value.shape}")
+    check_dtypes(scores=scores, value=value)
+    check_heads(scores.shape[-3], value.shape[-2])
+    num_heads, length, size = scores.shape[-3:]
+    located = locate((*batch, length, num_heads, 1), (*batch, size, 1, 1), mask, None, q_at, kv_at)
+    visible = reference.visibility(located["mask"], located["q_at"], located["kv_at"])
+    high = accumulator(scores.dtype)
+    flat = flatten(scores, batch).astype(high)
+    output, weights, _ = reference.mix(flat, flatten(value, batch), visible, dropout=dropout)
+    output = output.astype(value.dtype)
+    return output.reshape(*batch, *output.shape[1:]), weights.reshape(scores.shape)
+
+
+@overload
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = ...,
+    mask: Array | None = ...,
+    *,
+    scale: float | None = ...,
+    is_causal: bool = ...,
+    query_seq_lengths: Array | None = ...,
+    key_value_seq_lengths: Array | None = ...,
+    local_window_size: int | tuple[int, int] | None = ...,
+    implementation: str | Sequence[str] | None = ...,
+    return_residual: Literal[False] = ...,
+) -> Array: ...
+@overload
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = ...,
+    mask: Array | None = ...,
+    *,
+    scale: float | None = ...,
+    is_causal: bool = ...,
+    query_seq_lengths: Array | None = ...,
+    key_value_seq_lengths: Array | None = ...,
+    local_window_size: int | tuple[int, int] | None = ...,
+    implementation: str | Sequence[str] | None = ...,
+    return_residual: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Array | None = None,
+    key_value_seq_lengths: Array | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | Sequence[str] | None = None,
+    return_residual: bool = False,
+) -> Array | tuple[Array, Array]:
+    """The parameters and the meaning of `jax.nn.dot_product_attention`, over `attend`.
+
+    Where jax.nn gives a wrong number in silence this raises (an integer query, a 3-D mask beside 4-D inputs, a negative
+    window) or gives what `attend` promises (zeros for an empty row, no trace of a masked NaN, a differentiable
+    float32 log-sum-exp).
+
+    Args:
+        query: `[B, T, N, H]` or `[T, N, H]`; key and value `[B, S, K, H]` or `[S, K, H]`.
+        bias: `[T, S]`, or broadcasting to `[B, N, T, S]` with the same number of dims as the inputs.
+        mask: boolean, True where a query may attend; shapes as for `bias`.
+        scale: `1 / sqrt(H)` where not given.
+        is_causal: query i sees keys 0 to i, aligned at the first token also where T differs from S.
+        query_seq_lengths: integers `[B]`; queries from this one on are padding and give zeros.
+        key_value_seq_lengths: integers `[B]`; keys from this one on are padding.
+        local_window_size: `(left, right)` keys on each side of the query, or one number for both.
+        implementation: as in `attend`.
+        return_residual: also return the log-sum-exp `[B, T, N]`.
+
+    Raises:
+        TypeError: dtypes differ or are not floating, the mask is not boolean, or lengths are not integers.
+        ValueError: shapes do not fit, or a window is negative.
+    """
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    check_arrays(query, key, value)
+    batch, length, size = query.shape[:-3], query.shape[-3], key.shape[-3]
+    q_at = _rows("query_seq_lengths", query_seq_lengths, batch, length)
+    kv_at = _rows("key_value_seq_lengths", key_value_seq_lengths, batch, size)
+    parts: list[Mask] = [Causal()] if is_causal else []
+    if local_window_size is not None:
+        parts.append(_window(local_window_size))
+    if query_seq_lengths is not None or key_value_seq_lengths is not None:
+        parts.append(NotPadding())
+    combined = _all(parts)
+    visible: Visible = mask if combined is None else combined
+    if mask is not None and combined is not None:
+        check_pairs("mask", mask, batch, (query.shape[-2], length, size))
+        rest = combined.dense(q_at, kv_at)
+        visible = mask & (rest if mask.ndim == rest.ndim == 2 else _over_heads(rest, len(batch)))
+    located = isinstance(visible, Mask)
+    return attend(
+        query,
+        key,
+        value,
+        mask=visible,
+        bias=bias,
+        q_at=q_at if located else None,
+        kv_at=kv_at if located else None,
+        scale=scale,
+        implementation=implementation,
+        return_lse=return_residual,
+    )
+
+
+def _all(masks: list[Mask]) -> Mask | None:
+    combined: Mask | None = None
+    for mask in masks:
+        combined = mask if combined is None else combined & mask
+    return combined
+
+
+def _over_heads(visible: Array, num_batch_dims: int) -> Array:
+    """`[T, S]` or `[*batch, T, S]` with all batch dims and one head."""
+    whole = visible.reshape((1,) * (num_batch_dims + 2 - visible.ndim) + visible.shape)
+    return jnp.expand_dims(whole, -3)
+
+
+def _window(size: int | tuple[int, int]) -> SlidingWindow:
+    left, right = (size, size) if isinstance(size, int) else size
+    if left < 0 or right < 0:
+        raise ValueError(f"local_window_size ({left}, {right}) must not be negative on either side")
+    return SlidingWindow(left + 1, ahead=right)
+
+
+def _rows(name: str, lengths: Array | None, batch: tuple[int, ...], length: int) -> Coordinates:
+    if lengths is None:
+        return Coordinates.range(length)
+    lengths = jnp.asarray(lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got {lengths.dtype}")
+    if lengths.shape not in (batch, (1,) if not batch else batch):
+        raise ValueError(f"{name} {lengths.shape} must have one length for each row of the batch {batch}")
+    return Coordinates.from_lengths(lengths.reshape(batch), length)
+
+
+def _choose(implementation: str | Sequence[str] | None) -> Callable[..., tuple[Array, Array]]:
+    names = [implementation] if isinstance(implementation, str) else list(implementation or IMPLEMENTATIONS)
+    unknown = [name for name in names if name not in IMPLEMENTATIONS]
+    if unknown:
+        raise ValueError(f"implementation {unknown[0]!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    return IMPLEMENTATIONS[names[0]]

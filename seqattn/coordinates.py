@@ -1,0 +1,127 @@
+"""Where every token is: its position inside a text, and which text it belongs to."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Coordinates:
+    """Position and segment of each token, as data of the batch.
+
+    Causal offsets, left padding, the length of a cache and packed documents are not features of an attention
+    function: each is another set of coordinates.
+
+    Attributes:
+        position: integers `[*batch, length]`, counting from 0 inside the segment.
+        segment: integers `[*batch, length]`, which text the token belongs to; 0 is padding.
+
+    A `Mask` is written for one query and one key; there both fields are scalars.
+    """
+
+    position: Array
+    segment: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(*batch, length)`."""
+        return self.position.shape
+
+    @staticmethod
+    def range(length: int, *, start: int | Int[Array, ""] = 0) -> "Coordinates":
+        """One text of `length` tokens without padding, its first token at position `start`; shape `[length]`.
+
+        Three queries at the end of five keys ("bottom-right" alignment) are `Coordinates.range(3, start=2)`:
+
+        >>> Coordinates.range(3, start=2).position
+        Array([2, 3, 4], dtype=int32)
+        """
+        if length < 0:
+            raise ValueError(f"length ({length}) must not be negative")
+        position = jnp.arange(length, dtype=jnp.int32) + jnp.asarray(start, jnp.int32)
+        return Coordinates(position, jnp.ones_like(position))
+
+    @staticmethod
+    def from_lengths(lengths: Int[Array, "*batch"] | Sequence[int], max_length: int) -> "Coordinates":
+        """Texts padded on the right: row i holds `lengths[i]` tokens and then padding; shape `[*batch, max_length]`.
+
+        A length above `max_length` raises outside `jit`; inside it the row counts as full.
+
+        >>> Coordinates.from_lengths([1, 3], 3).segment
+        Array([[1, 0, 0],
+               [1, 1, 1]], dtype=int32)
+        """
+        lengths = jnp.asarray(lengths, jnp.int32)
+        if not isinstance(lengths, jax.core.Tracer) and lengths.size and not 0 <= lengths.min() <= lengths.max():
+            raise ValueError(f"lengths must not be negative, got {lengths.min()}")
+        if not isinstance(lengths, jax.core.Tracer) and lengths.size and lengths.max() > max_length:
+            raise ValueError(f"a length ({lengths.max()}) exceeds max_length ({max_length})")
+        index = jnp.broadcast_to(jnp.arange(max_length, dtype=jnp.int32), (*lengths.shape, max_length))
+        return Coordinates(index, (index < lengths[..., None]).astype(jnp.int32))
+
+    @staticmethod
+    def from_present(present: Bool[Array, "*batch length"]) -> "Coordinates":
+        """One text a row with padding anywhere (left, right, between): True where there is a token.
+
+        >>> Coordinates.from_present(jnp.array([False, False, True, True])).position
+        Array([0, 0, 0, 1], dtype=int32)
+        """
+        count = jnp.cumsum(present, axis=-1, dtype=jnp.int32)
+        return Coordinates(jnp.maximum(count - 1, 0), present.astype(jnp.int32))
+
+    @staticmethod
+    def from_segments(segment: Int[Array, "*batch length"]) -> "Coordinates":
+        """Packed texts: positions count the earlier tokens of the same segment, contiguous or not.
+
+        >>> Coordinates.from_segments(jnp.array([1, 1, 2, 2, 2, 0])).position
+        Array([0, 1, 0, 1, 2, 0], dtype=int32)
+        """
+        segment = jnp.asarray(segment, jnp.int32)
+        order = jnp.argsort(segment, axis=-1, stable=True)
+        grouped = jnp.take_along_axis(segment, order, axis=-1)
+        index = jnp.broadcast_to(jnp.arange(segment.shape[-1], dtype=jnp.int32), segment.shape)
+        first = jnp.concatenate([jnp.ones_like(grouped[..., :1], bool), grouped[..., 1:] != grouped[..., :-1]], axis=-1)
+        start = jax.lax.cummax(jnp.where(first, index, 0), axis=segment.ndim - 1)
+        inverse = jnp.argsort(order, axis=-1)
+        return Coordinates(jnp.take_along_axis(index - start, inverse, axis=-1), segment)
+
+    def next(self) -> "Coordinates":
+        """The token that would follow the last real token of each row; shape `[*batch, 1]`.
+
+        A row without tokens continues at position 0 of segment 1.
+        """
+        real = self.segment != 0
+        index = jnp.broadcast_to(jnp.arange(self.shape[-1], dtype=jnp.int32), self.shape)
+        last = jnp.max(jnp.where(real, index, 0), axis=-1, keepdims=True, initial=0)
+        empty = ~jnp.any(real, axis=-1, keepdims=True)
+        if self.shape[-1] == 0:
+            zero = jnp.zeros_like(last)
+            return Coordinates(zero, zero + 1)
+        position = jnp.take_along_axis(self.position, last, axis=-1) + 1
+        segment = jnp.take_along_axis(self.segment, last, axis=-1)
+        return Coordinates(jnp.where(empty, 0, position), jnp.where(empty, 1, segment))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """The smallest and largest coordinates in a run of tokens: what a mask must know to skip a whole tile.
+
+    The fields are scalars: NumPy integers where coordinates are known at trace time, traced integers elsewhere.
+    """
+
+    position_min: Array
+    position_max: Array
+    segment_min: Array
+    segment_max: Array
+
+    @staticmethod
+    def of(at: Coordinates) -> "Tile":
+        """The tile of each row of coordinates `[*batch, length]`; fields `[*batch]`. The length must not be 0."""
+        return Tile(
+            at.position.min(axis=-1), at.position.max(axis=-1), at.segment.min(axis=-1), at.segment.max(axis=-1)
+        )

@@ -1,0 +1,127 @@
+"""One call of attention, checked and brought to the form that kernels take: exactly one batch dim."""
+
+import math
+from typing import TypedDict
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from seqattn.coordinates import Coordinates
+from seqattn.masks import Mask
+
+
+class Located(TypedDict):
+    """Which pairs may attend, and what is added to their logits.
+
+    `mask` is a Mask, None, or a boolean array `[B or 1, N or 1, T or 1, S or 1]`; `bias` None or an array of that form;
+    the coordinates are `[B or 1, T]` and `[B or 1, S]`.
+    """
+
+    mask: Mask | Array | None
+    bias: Array | None
+    q_at: Coordinates
+    kv_at: Coordinates
+
+
+def flatten(x: Array, batch: tuple[int, ...]) -> Array:
+    """`[*batch, ...]` as `[B, ...]`."""
+    return x.reshape(math.prod(batch), *x.shape[len(batch) :])
+
+
+def check_arrays(query: Array, key: Array, value: Array) -> None:
+    """Raises unless query, key and value fit each other as `seqattn.attend` says."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim < 3:
+            raise ValueError(f"{name} must be [*batch, length, heads, dim], got {x.shape}")
+    check_dtypes(query=query, key=key, value=value)
+    if not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
+        raise ValueError(f"batch dims must agree, got query {query.shape}, key {key.shape}, value {value.shape}")
+    if key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(f"key {key.shape} and value {value.shape} must agree but for the last dim")
+    if query.shape[-1] != key.shape[-1] or query.shape[-1] < 1:
+        raise ValueError(f"head_dim of query ({query.shape[-1]}) and key ({key.shape[-1]}) must be equal, at least 1")
+    check_heads(query.shape[-2], key.shape[-2])
+
+
+def check_dtypes(**arrays: Array) -> None:
+    """Raises TypeError unless the named arrays share one floating dtype."""
+    for name, x in arrays.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating, got {x.dtype}")
+    if len({x.dtype for x in arrays.values()}) > 1:
+        raise TypeError("dtypes must agree, got " + ", ".join(f"{name} {x.dtype}" for name, x in arrays.items()))
+
+
+def check_heads(num_heads: int, num_kv_heads: int) -> None:
+    """Raises ValueError unless each key head serves a whole number of query heads."""
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})")
+
+
+def locate(
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    mask: Mask | Array | None,
+    bias: Array | None,
+    q_at: Coordinates | None,
+    kv_at: Coordinates | None,
+) -> Located:
+    """Mask, bias and coordinates checked against the shapes of query and key, with one batch dim."""
+    batch, pairs = query[:-3], (query[-2], query[-3], key[-3])
+    if not isinstance(mask, Mask) and (q_at is not None or kv_at is not None):
+        raise ValueError("q_at and kv_at only matter to a Mask, such as mask=SameSegment(); without one they do nothing")
+    if isinstance(mask, Mask) and (q_at is None or kv_at is None) and pairs[1] != pairs[2]:
+        raise ValueError(
+            f"{pairs[1]} queries and {pairs[2]} keys: say how they align with q_at and kv_at, for example "
+            f"q_at=Coordinates.range({pairs[1]}, start=...), kv_at=Coordinates.range({pairs[2]})"
+        )
+    return {
+        "mask": mask if mask is None or isinstance(mask, Mask) else _visible_pairs(mask, batch, pairs),
+        "bias": None if bias is None else _bias_pairs(bias, batch, pairs),
+        "q_at": _coordinates("q_at", q_at, batch, pairs[1]),
+        "kv_at": _coordinates("kv_at", kv_at, batch, pairs[2]),
+    }
+
+
+def _visible_pairs(mask: Array, batch: tuple[int, ...], pairs: tuple[int, int, int]) -> Array:
+    check_pairs("mask", mask, batch, pairs)
+    return _flatten_pairs(mask, batch)
+
+
+def _bias_pairs(bias: Array, batch: tuple[int, ...], pairs: tuple[int, int, int]) -> Array:
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise TypeError(f"bias must be floating (what is added to the logits), got {bias.dtype}")
+    check_pairs("bias", bias, batch, pairs)
+    return _flatten_pairs(bias, batch)
+
+
+def check_pairs(name: str, x: Array, batch: tuple[int, ...], pairs: tuple[int, int, int]) -> None:
+    """Raises unless a mask or bias is `[T, S]` or broadcasts to `[*batch, *pairs]` with as many dims."""
+    if name == "mask" and x.dtype != jnp.bool_:
+        raise TypeError(f"mask must be boolean, True where a query may attend, got {x.dtype}; numbers to add are a bias")
+    full = (*batch, *pairs)
+    fits = x.ndim in (2, len(full)) and all(n in (1, m) for n, m in zip(x.shape, full[-x.ndim :], strict=True))
+    if not fits:
+        raise ValueError(f"{name} {x.shape} must be [T, S] {full[-2:]} or [*batch, N, T, S] {full}, any dim 1")
+
+
+def _flatten_pairs(x: Array, batch: tuple[int, ...]) -> Array:
+    """`[T, S]` or `[*batch, N, T, S]` as `[B or 1, N or 1, T or 1, S or 1]`."""
+    if x.ndim == 2:
+        return x[None, None]
+    if all(n == 1 for n in x.shape[:-3]):
+        return x.reshape(1, *x.shape[-3:])
+    return flatten(jnp.broadcast_to(x, (*batch, *x.shape[-3:])), batch)
+
+
+def _coordinates(name: str, at: Coordinates | None, batch: tuple[int, ...], length: int) -> Coordinates:
+    """Coordinates with one batch dim, `[B or 1, length]`."""
+    if at is None:
+        at = Coordinates.range(length)
+    for field in (at.position, at.segment):
+        if not jnp.issubdtype(field.dtype, jnp.integer):
+            raise TypeError(f"{name} must hold integers, got {field.dtype}")
+        if field.shape not in ((length,), (*batch, length)):
+            raise ValueError(f"{name} {field.shape} must be {(length,)} or {(*batch, length)}")
+    return jax.tree.map(lambda x: x[None] if x.ndim == 1 else flatten(x, batch), at)

@@ -1,0 +1,112 @@
+"""Attention written once, plainly: `softmax(q . k) v` with all scores in memory. It defines the meaning.
+
+A kernel receives checked arrays: `query [B, T, N, H]`, `key [B, S, K, H]`, `value [B, S, K, V]`, a mask or a boolean
+array that broadcasts to `[B, N, T, S]`, a bias that does the same, coordinates `[B or 1, T]` and `[B or 1, S]`, and
+returns the output `[B, T, N, V]` in the query's dtype and the log-sum-exp `[B, T, N]` in float32 at least.
+
+The contract, which every kernel keeps:
+- a row that may attend to nothing gives zeros, a log-sum-exp of -inf, and zero gradients;
+- what a masked key, a masked value or the query of an empty row holds (NaN, Inf) leaves no trace, forward or backward;
+- a visible key or value that is not finite makes the row NaN;
+- the softmax, the log-sum-exp and all sums are float32 at least.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from seqattn.coordinates import Coordinates
+from seqattn.dropout import Dropout
+from seqattn.masks import Mask
+from seqattn.precision import accumulator
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    *,
+    mask: Mask | Bool[Array, "..."] | None,
+    bias: Float[Array, "..."] | None,
+    q_at: Coordinates,
+    kv_at: Coordinates,
+    scale: float | Float[Array, ""],
+    dropout: Dropout | None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """The output and the log-sum-exp of the logits (see the contract above)."""
+    visible = visibility(mask, q_at, kv_at)
+    scored = logits(query, key, visible, bias=bias, scale=scale)
+    output, _, lse = mix(scored, value, visible, dropout=dropout)
+    return output.astype(query.dtype), lse.swapaxes(1, 2)
+
+
+def visibility(
+    mask: Mask | Bool[Array, "..."] | None, q_at: Coordinates, kv_at: Coordinates
+) -> Bool[Array, "..."] | None:
+    """The mask as an array that broadcasts to `[B, N, T, S]`, or None where all may attend."""
+    return mask.dense(q_at, kv_at)[:, None] if isinstance(mask, Mask) else mask
+
+
+def logits(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    visible: Bool[Array, "..."] | None,
+    *,
+    bias: Float[Array, "..."] | None,
+    scale: float | Float[Array, ""],
+) -> Float[Array, "B N T S"]:
+    """Scaled products plus bias, -inf where masked, NaN where a visible key is not finite."""
+    batch, length, num_heads, _ = query.shape
+    num_kv_heads = key.shape[2]
+    high = accumulator(query.dtype)
+    if visible is not None:
+        row = jnp.swapaxes(visible.any(axis=-1), 1, 2)[..., None]
+        query = jnp.where(row, query, jnp.zeros_like(query))
+    finite = jnp.isfinite(key).all(axis=-1, keepdims=True)
+    key = jnp.where(finite, key, jnp.zeros_like(key))
+    grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, query.shape[-1])
+    product = jnp.einsum("btkgh,bskh->bkgts", grouped.astype(high), key.astype(high)) * jnp.asarray(scale, high)
+    scored = product.reshape(batch, num_heads, length, key.shape[1])
+    if bias is not None:
+        scored = scored + jnp.broadcast_to(bias, scored.shape).astype(high)
+    return _mark(scored, finite[..., 0], visible)
+
+
+def mix(
+    scored: Float[Array, "B N T S"],
+    value: Float[Array, "B S K V"],
+    visible: Bool[Array, "..."] | None,
+    *,
+    dropout: Dropout | None,
+) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T S"], Float[Array, "B N T"]]:
+    """The values weighted by the softmax of the logits: output, weights (before dropout) and log-sum-exp."""
+    batch, num_heads, length, size = scored.shape
+    num_kv_heads = value.shape[2]
+    finite = jnp.isfinite(value).all(axis=-1, keepdims=True)
+    value = jnp.where(finite, value, jnp.zeros_like(value)).astype(scored.dtype)
+    weights, lse = softmax(_mark(scored, finite[..., 0], visible))
+    kept = weights if dropout is None else dropout(weights)
+    grouped = kept.reshape(batch, num_kv_heads, num_heads // num_kv_heads, length, size)
+    output = jnp.einsum("bkgts,bskv->btkgv", grouped, value)
+    return output.reshape(batch, length, num_heads, value.shape[-1]), weights, lse
+
+
+def softmax(scored: Float[Array, "*batch S"]) -> tuple[Float[Array, "*batch S"], Float[Array, "*batch"]]:
+    """Softmax and log-sum-exp over the last axis; a row of -inf has weights 0 and log-sum-exp -inf."""
+    peak = jax.lax.stop_gradient(scored.max(axis=-1, keepdims=True, initial=-jnp.inf))
+    peak = jnp.where(peak == -jnp.inf, jnp.zeros_like(peak), peak)
+    exponentials = jnp.exp(scored - peak)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    empty = total == 0
+    total = jnp.where(empty, jnp.ones_like(total), total)
+    lse = jnp.where(empty, jnp.full_like(total, -jnp.inf), peak + jnp.log(total))
+    return exponentials / total, lse[..., 0]
+
+
+def _mark(
+    scored: Float[Array, "B N T S"], finite: Bool[Array, "B S K"], visible: Bool[Array, "..."] | None
+) -> Float[Array, "B N T S"]:
+    """Logits with NaN in the columns that are not finite, then -inf where masked."""
+    column = jnp.repeat(finite, scored.shape[1] // finite.shape[2], axis=2).swapaxes(1, 2)[:, :, None]
+    scored = jnp.where(column, scored, jnp.full_like(scored, jnp.nan))
+    return scored if visible is None else jnp.where(visible, scored, jnp.full_like(scored, -jnp.inf))

@@ -1,0 +1,61 @@
+"""Losses as (sum, count): what adds up over devices and gradient accumulation without averaging averages."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from seqattn.precision import accumulator
+
+
+def cross_entropy(
+    logits: Float[Array, "*batch V"],
+    labels: Int[Array, "*batch"],
+    *,
+    weights: Shaped[Array, "*batch"] | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Weighted sum of the cross entropies in nats, and the sum of the weights; both float32 at least.
+
+    The mean is `total / jnp.maximum(count, 1)`. A weight of 0 removes a label with everything it touches: its logits
+    may be NaN, and its gradient is zero. A negative label (the -100 of other libraries) has weight 0.
+
+    Args:
+        logits: scores before softmax `[*batch, V]`.
+        labels: class indices `[*batch]`, below V.
+        weights: a weight for each label `[*batch]`, boolean or floating; 1 where not given.
+        label_smoothing: epsilon of Szegedy 2016, equation 3: the target is `1 - epsilon` on the label plus
+            `epsilon / V` on every class.
+
+    Raises:
+        TypeError: labels are not integers, or logits are not floating.
+        ValueError: shapes differ, a label is at least V (inside `jit`: NaN), or label_smoothing is not in [0, 1).
+
+    >>> total, count = cross_entropy(jnp.zeros((3, 4)), jnp.array([0, 3, -100]))
+    >>> print((total / count).round(4), jnp.log(4).round(4), count)
+    1.3863 1.3863 2.0
+    """
+    _check(logits, labels, weights, label_smoothing)
+    high = accumulator(logits.dtype)
+    weights = jnp.ones(labels.shape, high) if weights is None else weights.astype(high)
+    weights = jnp.where(labels < 0, jnp.zeros_like(weights), weights)
+    counted = weights != 0
+    logits = jnp.where(counted[..., None], logits, jnp.zeros_like(logits)).astype(high)
+    target = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1, mode="fill", fill_value=jnp.nan)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    losses = normaliser - (1 - label_smoothing) * target[..., 0] - label_smoothing * logits.mean(axis=-1)
+    return jnp.sum(jnp.where(counted, losses * weights, jnp.zeros_like(losses))), jnp.sum(weights)
+
+
+def _check(logits: Array, labels: Array, weights: Array | None, label_smoothing: float) -> None:
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"logits must be floating, got {logits.dtype}")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"labels {labels.shape} must have the shape of logits {logits.shape} without its last axis")
+    if weights is not None and weights.shape != labels.shape:
+        raise ValueError(f"weights {weights.shape} must have the shape of labels {labels.shape}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing ({label_smoothing}) must be in [0, 1)")
+    if not isinstance(labels, jax.core.Tracer) and labels.size and labels.max() >= logits.shape[-1]:
+        raise ValueError(f"a label ({labels.max()}) is not below the number of classes ({logits.shape[-1]})")

@@ -1,0 +1,35 @@
+"""What every sequence-to-sequence model can do: encode, decode with known targets, and decode step by step."""
+
+from typing import Any, Protocol
+
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from seqattn.coordinates import Coordinates
+
+State = Any
+"""Everything that the next step needs: a pytree whose every leaf has the batch as its first axis."""
+
+
+class EncoderDecoder(Protocol):
+    """The protocol that training, decoding and evaluation rely on; `Seq2Seq` and `Transformer` follow it."""
+
+    def encode(
+        self, source: Int[Array, "B S"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
+    ) -> Any:
+        """The memory of source tokens `[B, S]`: a pytree, batch first."""
+
+    def decode(
+        self, target: Int[Array, "B T"], target_at: Coordinates, memory: Any, *, dropout_key: PRNGKeyArray | None = None
+    ) -> Float[Array, "B T V"]:
+        """Logits `[B, T, V]` of the token after each target token `[B, T]`: teacher forcing."""
+
+    def start(self, memory: Any, max_length: int) -> State:
+        """The state before the first step, with room for `max_length` steps."""
+
+    def step(self, tokens: Int[Array, "B"], state: State) -> tuple[Float[Array, "B V"], State]:
+        """Logits `[B, V]` of the token after `tokens` `[B]`, and the next state; equal to `decode` step by step."""
+
+    def alignment(
+        self, target: Int[Array, "B T"], target_at: Coordinates, memory: Any
+    ) -> Float[Array, "B L T S"]:
+        """Where each target token looks in the source: weights of L heads, `[B, L, T, S]`; L may be 0."""

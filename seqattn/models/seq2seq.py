@@ -1,0 +1,207 @@
+"""The recurrent encoder-decoder, without attention (Sutskever 2014) or with it (Bahdanau 2014; Luong 2015)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from seqattn.coordinates import Coordinates
+from seqattn.dropout import drop, split
+from seqattn.nn.embedding import TokenEmbedding
+from seqattn.nn.key_value import KeyValue
+from seqattn.nn.recurrent import Carry, Cell, Direction, Recurrent, RecurrentEncoder
+from seqattn.nn.scored_attention import Score, ScoredAttention
+
+
+@dataclasses.dataclass(frozen=True)
+class Seq2SeqConfig:
+    """Sizes and choices of a recurrent encoder-decoder."""
+
+    vocab_size: int
+    """Tokens of the joint vocabulary of source and target."""
+    embedding_dim: int = 256
+    """Size of token vectors."""
+    hidden_dim: int = 512
+    """Size of recurrent states; an encoder that reads both ways gives each direction half."""
+    num_layers: int = 1
+    """Recurrent layers of the encoder, and of the decoder."""
+    cell: Cell = Cell.GRU
+    """The recurrence."""
+    direction: Direction = Direction.BOTH
+    """Which way the encoder reads."""
+    attention: Score | None = Score.ADDITIVE
+    """How alike a decoder and an encoder state are; None for a fixed context, the encoder's last state alone."""
+    input_feeding: bool = True
+    """Feed what was attended to into the next step (Luong 2015, section 3.3)."""
+    dropout_rate: float = 0.1
+    """Of token vectors, of layer inputs and of the vector before the logits."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seq2SeqMemory:
+    """An encoded source.
+
+    Attributes:
+        key_value: encoder states to attend to, or None without attention.
+        carries: the encoder's last state `[B, H]`, a layer each.
+    """
+
+    key_value: KeyValue | None
+    carries: tuple[Carry, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seq2SeqState:
+    """The decoder between two steps.
+
+    Attributes:
+        carries: the decoder's state `[B, H]`, a layer each.
+        attentional: what the last step attended to, combined with its state `[B, H]`; None without input feeding.
+        memory: encoder states to attend to, or None without attention.
+    """
+
+    carries: tuple[Carry, ...]
+    attentional: Array | None
+    memory: KeyValue | None
+
+
+class Seq2Seq(nnx.Module):
+    """Recurrent encoder-decoder over one joint vocabulary.
+
+    The decoder starts from the encoder's last state. With attention, the decoder's top state `h` looks for a context
+    `c` among the encoder states, and `tanh(W [c; h])` gives the logits (Luong 2015, equations 5 and 6). One function
+    makes a step; training scans it over known targets.
+
+    Args:
+        config: sizes and choices.
+        param_dtype: dtype of the parameters.
+        rngs: initialises the parameters; not kept.
+
+    Raises:
+        ValueError: input feeding without attention, or sizes that do not fit.
+
+    >>> config = Seq2SeqConfig(vocab_size=11, embedding_dim=4, hidden_dim=6)
+    >>> model = Seq2Seq(config, rngs=nnx.Rngs(0))
+    >>> source, target = jnp.array([[5, 8, 9, 0]]), jnp.array([[1, 6, 3]])
+    >>> memory = model.encode(source, Coordinates.from_lengths([3], 4))
+    >>> model.decode(target, Coordinates.from_lengths([3], 3), memory).shape
+    (1, 3, 11)
+    """
+
+    def __init__(self, config: Seq2SeqConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+        if config.input_feeding and config.attention is None:
+            raise ValueError("input_feeding feeds what was attended to: it needs an attention, got attention=None")
+        self.config = config
+        sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        hidden, embedded = config.hidden_dim, config.embedding_dim
+        self.embedding = TokenEmbedding(config.vocab_size, embedded, **sizes)
+        self.encoder = RecurrentEncoder(
+            embedded,
+            hidden,
+            num_layers=config.num_layers,
+            cell=config.cell,
+            direction=config.direction,
+            dropout_rate=config.dropout_rate,
+            **sizes,
+        )
+        first = embedded + hidden * config.input_feeding
+        self.layers = nnx.List(
+            [Recurrent(hidden if i else first, hidden, cell=config.cell, **sizes) for i in range(config.num_layers)]
+        )
+        attention = config.attention
+        self.attention = None if attention is None else ScoredAttention(attention, hidden, hidden, **sizes)
+        self.combine = None if attention is None else nnx.Linear(2 * hidden, hidden, **sizes)
+        self.output = nnx.Linear(hidden, config.vocab_size, **sizes)
+
+    def encode(
+        self, source: Int[Array, "B S"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
+    ) -> Seq2SeqMemory:
+        """The memory of source tokens `[B, S]` at their coordinates."""
+        keys = split(dropout_key, 2)
+        embedded = drop(self._embed(source, source_at), self.config.dropout_rate, keys[0])
+        outputs, carries = self.encoder(embedded, source_at, dropout_key=keys[1])
+        key_value = None if self.attention is None else self.attention.project(outputs, source_at)
+        return Seq2SeqMemory(key_value, tuple(carries))
+
+    def decode(
+        self,
+        target: Int[Array, "B T"],
+        target_at: Coordinates,
+        memory: Seq2SeqMemory,
+        *,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits `[B, T, V]` of the token after each of `target` `[B, T]`."""
+        keys = split(dropout_key, 2)
+        features, _ = self._unroll(target, target_at, memory, keys[0])
+        return self.output(drop(features, self.config.dropout_rate, keys[1]))
+
+    def start(self, memory: Seq2SeqMemory, max_length: int) -> Seq2SeqState:
+        """The state before the first step; `max_length` sets no limit here, since the state does not grow."""
+        del max_length
+        hidden = jax.tree.leaves(memory.carries)[0]
+        attentional = jnp.zeros_like(hidden) if self.config.input_feeding else None
+        return Seq2SeqState(memory.carries, attentional, memory.key_value)
+
+    def step(self, tokens: Int[Array, "B"], state: Seq2SeqState) -> tuple[Float[Array, "B V"], Seq2SeqState]:
+        """Logits `[B, V]` of the token after `tokens` `[B]`, and the next state."""
+        features, _, state = self._advance(self.embedding(tokens), state, None)
+        return self.output(features), state
+
+    def alignment(
+        self, target: Int[Array, "B T"], target_at: Coordinates, memory: Seq2SeqMemory
+    ) -> Float[Array, "B L T S"]:
+        """Where each target token looks in the source, `[B, 1, T, S]`; `[B, 0, T, 0]` without attention."""
+        _, weights = self._unroll(target, target_at, memory, None)
+        return jnp.zeros((len(target), 0, target.shape[1], 0)) if weights is None else weights[:, None]
+
+    def _embed(self, tokens: Array, at: Coordinates) -> Array:
+        """Token vectors; what padding holds is not looked up."""
+        return self.embedding(jnp.where(at.segment != 0, tokens, jnp.zeros_like(tokens)))
+
+    def _unroll(
+        self, target: Array, target_at: Coordinates, memory: Seq2SeqMemory, dropout_key: PRNGKeyArray | None
+    ) -> tuple[Array, Array | None]:
+        """Features `[B, T, H]` and weights `[B, T, S]` of every target token, one step after the other."""
+        keys = split(dropout_key, 2)
+        embedded = drop(self._embed(target, target_at), self.config.dropout_rate, keys[0])
+
+        def advance(state: Seq2SeqState, token: tuple[Array, Array]) -> tuple[Seq2SeqState, tuple]:
+            index, vector = token
+            key = None if keys[1] is None else jax.random.fold_in(keys[1], index)
+            features, weights, state = self._advance(vector, state, key)
+            return state, (features, weights)
+
+        steps = (jnp.arange(target.shape[1]), jnp.moveaxis(embedded, 1, 0))
+        _, results = jax.lax.scan(advance, self.start(memory, target.shape[1]), steps)
+        features, weights = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), results)
+        return features, weights
+
+    def _advance(
+        self, embedded: Float[Array, "B E"], state: Seq2SeqState, dropout_key: PRNGKeyArray | None
+    ) -> tuple[Array, Array | None, Seq2SeqState]:
+        """One step: features `[B, H]`, weights `[B, S]`, next state."""
+        x = embedded if state.attentional is None else jnp.concatenate([embedded, state.attentional], axis=-1)
+        carries = []
+        for i, (layer, carry, key) in enumerate(
+            zip(self.layers, state.carries, split(dropout_key, len(self.layers)), strict=True)
+        ):
+            carry, x = layer.step(carry, drop(x, self.config.dropout_rate, key) if i else x)
+            carries.append(carry)
+        features, weights = x, None
+        if self.attention is not None and self.combine is not None:
+            context, weights = self._context(x, state.memory)
+            features = jnp.tanh(self.combine(jnp.concatenate([context, x], axis=-1)))
+        attentional = None if state.attentional is None else features
+        return features, weights, Seq2SeqState(tuple(carries), attentional, state.memory)
+
+    def _context(self, query: Float[Array, "B H"], memory: KeyValue | None) -> tuple[Array, Array]:
+        now = jnp.ones((len(query), 1), jnp.int32)
+        context, weights = self.attention(query[:, None], Coordinates(now, now), memory)
+        return context[:, 0], weights[:, 0]

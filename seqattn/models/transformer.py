@@ -1,0 +1,241 @@
+"""The Transformer encoder-decoder (Vaswani 2017)."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from seqattn.coordinates import Coordinates
+from seqattn.dropout import drop, split
+from seqattn.masks import Causal, SameSegment
+from seqattn.nn.blocks import BlockConfig, DecoderBlock, EncoderBlock
+from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
+from seqattn.nn.key_value import KeyValue
+from seqattn.positions import sinusoidal
+
+
+@dataclasses.dataclass(frozen=True)
+class Sinusoidal:
+    """Sines and cosines of the position, added to token vectors (Vaswani 2017, section 3.5)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """A trained vector for each position, added to token vectors."""
+
+    max_length: int = 512
+    """Positions 0 to `max_length - 1` exist; any other is an error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Queries and keys of self attention rotated by their position (Su 2021)."""
+
+    base: float = 10_000.0
+    """The longest wavelength is about `2 pi base` positions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and choices of an encoder-decoder Transformer; the defaults are the base model of Vaswani 2017."""
+
+    vocab_size: int
+    """Tokens of the joint vocabulary of source and target."""
+    num_encoder_layers: int = 6
+    """Blocks of the encoder."""
+    num_decoder_layers: int = 6
+    """Blocks of the decoder."""
+    block: BlockConfig = BlockConfig()
+    """Sizes and choices of every block."""
+    positions: Sinusoidal | Learned | Rotary = Sinusoidal()
+    """How the order of tokens enters."""
+    share_embeddings: bool = True
+    """One table for source tokens, target tokens and logits; else one for the source, one for target and logits."""
+
+    @classmethod
+    def base(cls, vocab_size: int) -> "TransformerConfig":
+        """The base model of Vaswani 2017, table 3: 65 million parameters with 37,000 tokens."""
+        return cls(vocab_size)
+
+    @classmethod
+    def big(cls, vocab_size: int) -> "TransformerConfig":
+        """The big model of Vaswani 2017, table 3: 213 million parameters with 37,000 tokens."""
+        return cls(vocab_size, block=BlockConfig(model_dim=1024, hidden_dim=4096, num_heads=16, dropout_rate=0.3))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TransformerMemory:
+    """An encoded source.
+
+    Attributes:
+        key_values: keys and values for each decoder block, `[B, S, K, H]`.
+        segment: the segment of each row's text, which a target made step by step continues in, `[B]`; 1 for an empty
+            source.
+    """
+
+    key_values: tuple[KeyValue, ...]
+    segment: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TransformerState:
+    """The decoder between two steps.
+
+    Attributes:
+        caches: keys and values of the tokens so far, for each decoder block, `[B, max_length, K, H]`.
+        memory: the encoded source.
+        position: how many tokens each row has seen, `[B]`.
+    """
+
+    caches: tuple[KeyValue, ...]
+    memory: TransformerMemory
+    position: Array
+
+
+class Transformer(nnx.Module):
+    """Encoder-decoder Transformer over one joint vocabulary.
+
+    A token sees the tokens of its own segment: in the encoder all, in the decoder none after itself, and from decoder
+    to encoder all of the source of the same segment number. So padding is seen by nobody, and packed pairs of texts
+    do not mix.
+
+    Args:
+        config: sizes and choices.
+        param_dtype: dtype of the parameters.
+        rngs: initialises the parameters; not kept.
+
+    Raises:
+        ValueError: sizes that do not fit (heads, odd dims for sines or rotations).
+
+    >>> block = BlockConfig(model_dim=6, hidden_dim=8, num_heads=2)
+    >>> config = TransformerConfig(vocab_size=11, num_encoder_layers=1, num_decoder_layers=1, block=block)
+    >>> model = Transformer(config, rngs=nnx.Rngs(0))
+    >>> source, target = jnp.array([[5, 8, 9, 0]]), jnp.array([[1, 6, 3]])
+    >>> memory = model.encode(source, Coordinates.from_lengths([3], 4))
+    >>> model.decode(target, Coordinates.from_lengths([3], 3), memory).shape
+    (1, 3, 11)
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
+        self.config, positions, dim = config, config.positions, config.block.model_dim
+        if isinstance(positions, Sinusoidal) and dim % 2:
+            raise ValueError(f"model_dim ({dim}) must be even for sinusoidal positions")
+        sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        rotary_base = positions.base if isinstance(positions, Rotary) else None
+        self.embedding = TokenEmbedding(config.vocab_size, dim, **sizes)
+        self.source_embedding = None if config.share_embeddings else TokenEmbedding(config.vocab_size, dim, **sizes)
+        learned = isinstance(positions, Learned)
+        self.source_positions = PositionEmbedding(positions.max_length, dim, **sizes) if learned else None
+        self.target_positions = PositionEmbedding(positions.max_length, dim, **sizes) if learned else None
+        self.encoder = nnx.List(
+            [
+                EncoderBlock(config.block, mask=SameSegment(), rotary_base=rotary_base, **sizes)
+                for _ in range(config.num_encoder_layers)
+            ]
+        )
+        masks = {"mask": Causal() & SameSegment(), "memory_mask": SameSegment()}
+        self.decoder = nnx.List(
+            [
+                DecoderBlock(config.block, **masks, rotary_base=rotary_base, **sizes)
+                for _ in range(config.num_decoder_layers)
+            ]
+        )
+        # With the norm first the sum that leaves the last block was never normalised (Xiong 2020).
+        final = config.block.norm_first
+        self.encoder_norm = nnx.LayerNorm(dim, **sizes) if final else None
+        self.decoder_norm = nnx.LayerNorm(dim, **sizes) if final else None
+
+    def encode(
+        self, source: Int[Array, "B S"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
+    ) -> TransformerMemory:
+        """The memory of source tokens `[B, S]` at their coordinates."""
+        keys = split(dropout_key, 1 + len(self.encoder))
+        embedding = self.embedding if self.source_embedding is None else self.source_embedding
+        x = self._embed(embedding, self.source_positions, source, source_at, keys[0])
+        for block, key in zip(self.encoder, keys[1:], strict=True):
+            x = block(x, source_at, dropout_key=key)
+        x = x if self.encoder_norm is None else self.encoder_norm(x)
+        segment = jnp.maximum(source_at.segment.max(axis=-1, initial=1), 1)
+        return TransformerMemory(tuple(block.remember(x, source_at) for block in self.decoder), segment)
+
+    def decode(
+        self,
+        target: Int[Array, "B T"],
+        target_at: Coordinates,
+        memory: TransformerMemory,
+        *,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits `[B, T, V]` of the token after each of `target` `[B, T]`."""
+        keys = split(dropout_key, 1 + len(self.decoder))
+        x = self._embed(self.embedding, self.target_positions, target, target_at, keys[0])
+        for block, key_value, key in zip(self.decoder, memory.key_values, keys[1:], strict=True):
+            x = block(x, target_at, block.project(x, target_at), key_value, dropout_key=key)
+        return self._logits(x)
+
+    def start(self, memory: TransformerMemory, max_length: int) -> TransformerState:
+        """The state before the first step: empty caches of `max_length` tokens; one text a row, not packed ones."""
+        batch = memory.segment.shape
+
+        def cache(like: KeyValue) -> KeyValue:
+            _, _, num_kv_heads, head_dim = like.key.shape
+            return KeyValue.empty(batch, max_length, num_kv_heads, head_dim, dtype=like.key.dtype)
+
+        caches = tuple(cache(key_value) for key_value in memory.key_values)
+        return TransformerState(caches, memory, jnp.zeros(batch, jnp.int32))
+
+    def step(self, tokens: Int[Array, "B"], state: TransformerState) -> tuple[Float[Array, "B V"], TransformerState]:
+        """Logits `[B, V]` of the token after `tokens` `[B]`, and the next state.
+
+        Raises:
+            ValueError: the caches are full. Inside `jit`, where that cannot be raised, the logits are NaN.
+        """
+        at = Coordinates(state.position[:, None], state.memory.segment[:, None])
+        x = self._embed(self.embedding, self.target_positions, tokens[:, None], at, None)
+        caches = []
+        for block, cache, key_value in zip(self.decoder, state.caches, state.memory.key_values, strict=True):
+            cache = cache.write(block.project(x, at), state.position)
+            x = block(x, at, cache, key_value)
+            caches.append(cache)
+        return self._logits(x)[:, 0], TransformerState(tuple(caches), state.memory, state.position + 1)
+
+    def alignment(
+        self, target: Int[Array, "B T"], target_at: Coordinates, memory: TransformerMemory
+    ) -> Float[Array, "B L T S"]:
+        """Where each target token looks in the source: every head of every decoder block, `[B, layers * N, T, S]`."""
+        x = self._embed(self.embedding, self.target_positions, target, target_at, None)
+        weights = []
+        for block, key_value in zip(self.decoder, memory.key_values, strict=True):
+            kv = block.project(x, target_at)
+            weights.append(block.weights(x, target_at, kv, key_value))
+            x = block(x, target_at, kv, key_value)
+        return jnp.concatenate(weights, axis=1)
+
+    def _embed(
+        self,
+        embedding: TokenEmbedding,
+        positions: PositionEmbedding | None,
+        tokens: Array,
+        at: Coordinates,
+        dropout_key: PRNGKeyArray | None,
+    ) -> Array:
+        """Token vectors with their positions; what padding holds is not looked up."""
+        real = at.segment != 0
+        x = embedding(jnp.where(real, tokens, 0))
+        position = jnp.where(real, at.position, 0)
+        if positions is not None:
+            x = x + positions(position)
+        elif isinstance(self.config.positions, Sinusoidal):
+            x = x + sinusoidal(position, x.shape[-1]).astype(x.dtype)
+        return drop(x, self.config.block.dropout_rate, dropout_key)
+
+    def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        return self.embedding.logits(x if self.decoder_norm is None else self.decoder_norm(x))

@@ -1,0 +1,129 @@
+"""Multi-head attention as parameters around `attend`: project once, attend as often as needed."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from seqattn.attention import attend, attention_weights
+from seqattn.coordinates import Coordinates
+from seqattn.dropout import Dropout, check_rate
+from seqattn.kernels.call import check_heads
+from seqattn.masks import Mask
+from seqattn.nn.key_value import KeyValue
+from seqattn.positions import angular_frequencies, rotate
+
+
+class MultiHeadAttention(nnx.Module):
+    """Queries of `x` attend to keys and values, in `num_heads` subspaces (Vaswani 2017, section 3.2.2).
+
+    The keys and values come from `project`, and it is the caller who says where they live:
+
+    - self attention: `attention(x, at, attention.project(x, at))`
+    - a cached step: `kv = kv.write(attention.project(x, at), slot); attention(x, at, kv)`
+    - cross attention: `memory = attention.project(encoded, source_at)` once, then `attention(x, at, memory)`
+
+    Args:
+        model_dim: D, the size of input and output.
+        num_heads: N, query heads.
+        num_kv_heads: K, key heads shared by groups of query heads (Ainslie 2023); N where not given.
+        head_dim: H; `model_dim / num_heads` where not given.
+        mask: who may look at whom; None lets every query see every key, padding included.
+        rotary_base: RoPE on queries and keys (Su 2021) with this base; None for no rotation.
+        qk_norm: RMS norm of each query and key head (Dehghani 2023).
+        use_bias: biases of the four projections.
+        dropout_rate: of the attention weights, where a call has a dropout key.
+        implementation: as in `seqattn.attend`.
+        param_dtype: dtype of the parameters.
+        rngs: initialises the parameters (Xavier uniform); not kept.
+
+    Raises:
+        ValueError: heads do not divide, an odd head_dim is to be rotated, or a rate is not a probability.
+
+    >>> from seqattn.masks import Causal, SameSegment
+    >>> attention = MultiHeadAttention(8, num_heads=2, mask=Causal() & SameSegment(), rngs=nnx.Rngs(0))
+    >>> x, at = jnp.ones((3, 5, 8)), Coordinates.from_lengths([5, 2, 0], 5)
+    >>> attention(x, at, attention.project(x, at)).shape
+    (3, 5, 8)
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        mask: Mask | None = None,
+        rotary_base: float | None = None,
+        qk_norm: bool = False,
+        use_bias: bool = False,
+        dropout_rate: float = 0.0,
+        implementation: str | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_heads(num_heads, num_kv_heads)
+        check_rate(dropout_rate)
+        if head_dim is None and model_dim % num_heads:
+            raise ValueError(f"model_dim ({model_dim}) must be a multiple of num_heads ({num_heads}), or give head_dim")
+        self.head_dim = model_dim // num_heads if head_dim is None else head_dim
+        if rotary_base is not None:
+            angular_frequencies(self.head_dim, base=rotary_base)
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        # A mask that captures arrays is data for NNX; one of static sizes must not become a leaf of the module.
+        self.mask = nnx.data(mask) if jax.tree.leaves(mask) else mask
+        self.rotary_base, self.dropout_rate, self.implementation = rotary_base, dropout_rate, implementation
+
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            init = nnx.initializers.xavier_uniform()
+            return nnx.Linear(
+                inputs, outputs, use_bias=use_bias, kernel_init=init, param_dtype=param_dtype, rngs=rngs
+            )
+
+        self.query = linear(model_dim, num_heads * self.head_dim)
+        self.key = linear(model_dim, num_kv_heads * self.head_dim)
+        self.value = linear(model_dim, num_kv_heads * self.head_dim)
+        self.output = linear(num_heads * self.head_dim, model_dim)
+        norm = {"num_features": self.head_dim, "param_dtype": param_dtype, "rngs": rngs}
+        self.query_norm = nnx.RMSNorm(**norm) if qk_norm else None
+        self.key_norm = nnx.RMSNorm(**norm) if qk_norm else None
+
+    def project(self, x: Float[Array, "*batch S D"], at: Coordinates) -> KeyValue:
+        """Keys and values `[*batch, S, K, H]` of the tokens `x` `[*batch, S, D]` at their coordinates."""
+        key = self._heads(self.key(x), self.num_kv_heads, self.key_norm, at)
+        value = self._split(self.value(x), self.num_kv_heads)
+        return KeyValue(key, value, jax.tree.map(lambda field: jnp.broadcast_to(field, x.shape[:-1]), at))
+
+    def __call__(
+        self, x: Float[Array, "*batch T D"], at: Coordinates, kv: KeyValue, *, dropout_key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch T D"]:
+        """What the tokens `x` `[*batch, T, D]` find in `kv`; `[*batch, T, D]`. Without a dropout key nothing drops."""
+        query = self._heads(self.query(x), self.num_heads, self.query_norm, at)
+        output = attend(
+            query,
+            kv.key,
+            kv.value,
+            **self._visible(at, kv),
+            dropout=None if dropout_key is None else Dropout(self.dropout_rate, dropout_key),
+            implementation=self.implementation,
+        )
+        return self.output(output.reshape(*x.shape[:-1], self.num_heads * self.head_dim))
+
+    def weights(self, x: Float[Array, "*batch T D"], at: Coordinates, kv: KeyValue) -> Float[Array, "*batch N T S"]:
+        """The attention weights of the same call, for looking at; `[*batch, N, T, S]`."""
+        query = self._heads(self.query(x), self.num_heads, self.query_norm, at)
+        return attention_weights(query, kv.key, **self._visible(at, kv))
+
+    def _visible(self, at: Coordinates, kv: KeyValue) -> dict:
+        return {} if self.mask is None else {"mask": self.mask, "q_at": at, "kv_at": kv.at}
+
+    def _split(self, x: Array, num_heads: int) -> Array:
+        return x.reshape(*x.shape[:-1], num_heads, self.head_dim)
+
+    def _heads(self, x: Array, num_heads: int, norm: nnx.RMSNorm | None, at: Coordinates) -> Array:
+        heads = self._split(x, num_heads)
+        heads = heads if norm is None else norm(heads)
+        return heads if self.rotary_base is None else rotate(heads, at.position, base=self.rotary_base)

@@ -1,0 +1,202 @@
+"""Encoder and decoder blocks of the Transformer, with the norm first or last."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from seqattn.coordinates import Coordinates
+from seqattn.dropout import check_rate, drop, split
+from seqattn.masks import Mask
+from seqattn.nn.attention import MultiHeadAttention
+from seqattn.nn.feed_forward import Activation, FeedForward
+from seqattn.nn.key_value import KeyValue
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """Sizes and choices that all blocks of a model share; the defaults are the base model of Vaswani 2017."""
+
+    model_dim: int = 512
+    """Size of each token's vector between blocks."""
+    hidden_dim: int = 2048
+    """Size of the hidden layer of the feed-forward network."""
+    num_heads: int = 8
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key heads shared by groups of query heads; None for as many as query heads."""
+    activation: Activation = Activation.RELU
+    """Nonlinearity of the feed-forward network."""
+    gated: bool = False
+    """Multiply the hidden layer by an activated gate (GEGLU, SwiGLU)."""
+    norm_first: bool = False
+    """`x + f(norm(x))` instead of `norm(x + f(x))`."""
+    qk_norm: bool = False
+    """RMS norm of each query and key head."""
+    dropout_rate: float = 0.1
+    """Of each sublayer's output."""
+    attention_dropout_rate: float = 0.0
+    """Of the attention weights."""
+    hidden_dropout_rate: float = 0.0
+    """Of the hidden layer of the feed-forward network."""
+
+    def attention(
+        self, mask: Mask | None, rotary_base: float | None, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> MultiHeadAttention:
+        """The attention of a block with this mask."""
+        return MultiHeadAttention(
+            self.model_dim,
+            self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            mask=mask,
+            rotary_base=rotary_base,
+            qk_norm=self.qk_norm,
+            dropout_rate=self.attention_dropout_rate,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    def feed_forward(self, param_dtype: DTypeLike, rngs: nnx.Rngs) -> FeedForward:
+        """The feed-forward network of a block."""
+        return FeedForward(
+            self.model_dim,
+            self.hidden_dim,
+            activation=self.activation,
+            gated=self.gated,
+            dropout_rate=self.hidden_dropout_rate,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+
+class Residual(nnx.Module):
+    """The sum around a sublayer: `x + f(norm(x))` with the norm first (Xiong 2020), else `norm(x + f(x))`."""
+
+    def __init__(self, config: BlockConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
+        check_rate(config.dropout_rate)
+        self.norm_first, self.dropout_rate = config.norm_first, config.dropout_rate
+        self.norm = nnx.LayerNorm(config.model_dim, param_dtype=param_dtype, rngs=rngs)
+
+    def inner(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """What the sublayer sees."""
+        return self.norm(x) if self.norm_first else x
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch D"],
+        sublayer: Callable[[Array], Array],
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch D"]:
+        """`x` with what the sublayer makes of it, after dropout."""
+        total = x + drop(sublayer(self.inner(x)), self.dropout_rate, dropout_key)
+        return total if self.norm_first else self.norm(total)
+
+
+class EncoderBlock(nnx.Module):
+    """Self attention and a feed-forward network (Vaswani 2017, figure 1, left).
+
+    Args:
+        config: sizes and choices.
+        mask: who may look at whom.
+        rotary_base: of RoPE in the self attention; None for no rotation.
+        param_dtype: dtype of the parameters.
+        rngs: initialises the parameters; not kept.
+    """
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        *,
+        mask: Mask | None,
+        rotary_base: float | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.attention = config.attention(mask, rotary_base, param_dtype, rngs)
+        self.attention_residual = Residual(config, param_dtype=param_dtype, rngs=rngs)
+        self.feed_forward = config.feed_forward(param_dtype, rngs)
+        self.feed_forward_residual = Residual(config, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "*batch T D"], at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch T D"]:
+        """`[*batch, T, D]` to `[*batch, T, D]`. Without a dropout key nothing drops."""
+        keys = split(dropout_key, 4)
+
+        def attend(inner: Array) -> Array:
+            return self.attention(inner, at, self.attention.project(inner, at), dropout_key=keys[0])
+
+        x = self.attention_residual(x, attend, keys[1])
+        return self.feed_forward_residual(x, lambda inner: self.feed_forward(inner, dropout_key=keys[2]), keys[3])
+
+
+class DecoderBlock(nnx.Module):
+    """Self attention, attention to a memory, and a feed-forward network (Vaswani 2017, figure 1, right).
+
+    The same call serves training and a cached step; they differ in where the keys and values live:
+
+    - training: `block(x, at, block.project(x, at), memory)`
+    - a step: `kv = kv.write(block.project(x, at), slot); block(x, at, kv, memory)`
+
+    with `memory = block.remember(encoded, source_at)`, once for a source.
+
+    Args:
+        config: sizes and choices.
+        mask: who may look at whom inside the target.
+        memory_mask: which source tokens a target token may look at.
+        rotary_base: of RoPE in the self attention; None for no rotation.
+        param_dtype: dtype of the parameters.
+        rngs: initialises the parameters; not kept.
+    """
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        *,
+        mask: Mask | None,
+        memory_mask: Mask | None,
+        rotary_base: float | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.attention = config.attention(mask, rotary_base, param_dtype, rngs)
+        self.attention_residual = Residual(config, param_dtype=param_dtype, rngs=rngs)
+        self.memory_attention = config.attention(memory_mask, None, param_dtype, rngs)
+        self.memory_residual = Residual(config, param_dtype=param_dtype, rngs=rngs)
+        self.feed_forward = config.feed_forward(param_dtype, rngs)
+        self.feed_forward_residual = Residual(config, param_dtype=param_dtype, rngs=rngs)
+
+    def project(self, x: Float[Array, "*batch T D"], at: Coordinates) -> KeyValue:
+        """Keys and values of the target tokens `x` for the self attention."""
+        return self.attention.project(self.attention_residual.inner(x), at)
+
+    def remember(self, encoded: Float[Array, "*batch S D"], at: Coordinates) -> KeyValue:
+        """Keys and values of the encoded source for the attention to it."""
+        return self.memory_attention.project(encoded, at)
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch T D"],
+        at: Coordinates,
+        kv: KeyValue,
+        memory: KeyValue,
+        *,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch T D"]:
+        """`[*batch, T, D]` to `[*batch, T, D]`. Without a dropout key nothing drops."""
+        keys = split(dropout_key, 6)
+        x = self.attention_residual(x, lambda inner: self.attention(inner, at, kv, dropout_key=keys[0]), keys[1])
+        x = self.memory_residual(
+            x, lambda inner: self.memory_attention(inner, at, memory, dropout_key=keys[2]), keys[3]
+        )
+        return self.feed_forward_residual(x, lambda inner: self.feed_forward(inner, dropout_key=keys[4]), keys[5])
+
+    def weights(
+        self, x: Float[Array, "*batch T D"], at: Coordinates, kv: KeyValue, memory: KeyValue
+    ) -> Float[Array, "*batch N T S"]:
+        """Where each target token looks in the source, in the same call; `[*batch, N, T, S]`."""
+        x = self.attention_residual(x, lambda inner: self.attention(inner, at, kv))
+        return self.memory_attention.weights(self.memory_residual.inner(x), at, memory)

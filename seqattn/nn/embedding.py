@@ -1,0 +1,83 @@
+"""Tables of vectors: tokens with tied logits, and learned positions."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+
+def look_up(table: Float[Array, "V D"], index: Int[Array, "*batch"], name: str) -> Float[Array, "*batch D"]:
+    """Rows of a table. An index outside it is never clamped or wrapped.
+
+    Raises:
+        ValueError: an index is not in `[0, V)`. Inside `jit`, where that cannot be raised, its row is NaN.
+    """
+    if not isinstance(index, jax.core.Tracer) and index.size and not 0 <= index.min() <= index.max() < len(table):
+        raise ValueError(f"{name} must be in [0, {len(table)}), got {index.min()} to {index.max()}")
+    inside = jnp.where(index < 0, len(table), index)
+    return jnp.take(table, inside, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+class TokenEmbedding(nnx.Module):
+    """A vector for each token, and logits by the same table (Press 2017; Vaswani 2017, section 3.4).
+
+    One owner holds the table, so that tied weights stay one parameter through `jit`, saving and loading.
+
+    Args:
+        vocab_size: V.
+        model_dim: D. The vectors are drawn with variance 1 / D and multiplied by `sqrt(D)` on the way in.
+        param_dtype: dtype of the table.
+        rngs: initialises the table; not kept.
+
+    >>> embedding = TokenEmbedding(11, 6, rngs=nnx.Rngs(0))
+    >>> x = embedding(jnp.array([[5, 8, 9]]))
+    >>> x.shape, embedding.logits(x).shape
+    ((1, 3, 6), (1, 3, 11))
+    """
+
+    def __init__(
+        self, vocab_size: int, model_dim: int, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size ({vocab_size}) must be at least 1")
+        init = nnx.initializers.normal(stddev=1 / math.sqrt(model_dim))
+        self.table = nnx.Param(init(rngs.params(), (vocab_size, model_dim), param_dtype))
+
+    def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        """The scaled vectors of tokens `[*batch]`; a token outside the table raises (inside `jit`: NaN)."""
+        table = self.table[...]
+        return look_up(table, tokens, "tokens") * jnp.asarray(math.sqrt(table.shape[-1]), table.dtype)
+
+    def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """The product of `x` `[*batch, D]` with every vector of the table; `[*batch, V]`."""
+        return x @ self.table[...].T.astype(x.dtype)
+
+
+class PositionEmbedding(nnx.Module):
+    """A learned vector for each position (Gehring 2017; Vaswani 2017, table 3 row E).
+
+    Args:
+        max_length: positions 0 to `max_length - 1` exist; any other is an error, never clamped.
+        model_dim: D.
+        param_dtype: dtype of the table.
+        rngs: initialises the table (normal, standard deviation 0.02); not kept.
+    """
+
+    def __init__(
+        self, max_length: int, model_dim: int, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
+        if max_length < 1:
+            raise ValueError(f"max_length ({max_length}) must be at least 1")
+        init = nnx.initializers.normal(stddev=0.02)
+        self.table = nnx.Param(init(rngs.params(), (max_length, model_dim), param_dtype))
+
+    def __call__(self, position: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        """The vectors of positions `[*batch]`.
+
+        Raises:
+            ValueError: a position is outside the table. Inside `jit`, where that cannot be raised, its vector is NaN.
+        """
+        return look_up(self.table[...], position, "positions")

@@ -1,0 +1,75 @@
+"""The position-wise network between attentions."""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from seqattn.dropout import check_rate, drop
+
+
+class Activation(enum.Enum):
+    """The nonlinearity of a feed-forward network."""
+
+    RELU = "relu"
+    GELU = "gelu"
+    SILU = "silu"
+
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The activation of each element."""
+        return {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}[self.value](x)
+
+
+class FeedForward(nnx.Module):
+    """`W2 act(W1 x + b1) + b2` (Vaswani 2017, equation 2); gated: `W2 (act(Wg x + bg) * (W1 x + b1)) + b2`.
+
+    The gated forms are those of Shazeer 2020: GELU gives GEGLU, SILU gives SwiGLU.
+
+    Args:
+        model_dim: D, the size of input and output.
+        hidden_dim: F, the size between the two layers.
+        activation: the nonlinearity.
+        gated: multiply the hidden layer by an activated gate.
+        dropout_rate: of the hidden layer, where a call has a dropout key.
+        param_dtype: dtype of the parameters.
+        rngs: initialises the parameters (Xavier uniform); not kept.
+
+    >>> network = FeedForward(4, 8, activation=Activation.GELU, gated=True, rngs=nnx.Rngs(0))
+    >>> network(jnp.ones((2, 3, 4))).shape
+    (2, 3, 4)
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        hidden_dim: int,
+        *,
+        activation: Activation = Activation.RELU,
+        gated: bool = False,
+        dropout_rate: float = 0.0,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        check_rate(dropout_rate)
+        self.activation, self.dropout_rate = activation, dropout_rate
+
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            init = nnx.initializers.xavier_uniform()
+            return nnx.Linear(inputs, outputs, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
+
+        self.hidden = linear(model_dim, hidden_dim)
+        self.gate = linear(model_dim, hidden_dim) if gated else None
+        self.output = linear(hidden_dim, model_dim)
+
+    def __call__(
+        self, x: Float[Array, "*batch D"], *, dropout_key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch D"]:
+        """`[*batch, D]` to `[*batch, D]`. Without a dropout key nothing drops."""
+        if self.gate is None:
+            hidden = self.activation(self.hidden(x))
+        else:
+            hidden = self.activation(self.gate(x)) * self.hidden(x)
+        return self.output(drop(hidden, self.dropout_rate, dropout_key))

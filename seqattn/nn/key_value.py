@@ -1,0 +1,75 @@
+"""Keys and values with the coordinates of their tokens: training, cache and encoder memory are the same type."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Int
+
+from seqattn.coordinates import Coordinates
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyValue:
+    """What queries attend to.
+
+    Attributes:
+        key: `[*batch, S, K, H]`.
+        value: `[*batch, S, K, V]`.
+        at: coordinates `[*batch, S]`. A slot of a cache that was never written is padding (segment 0).
+    """
+
+    key: Array
+    value: Array
+    at: Coordinates
+
+    @staticmethod
+    def empty(
+        batch: tuple[int, ...],
+        length: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        value_dim: int | None = None,
+        dtype: DTypeLike = jnp.float32,
+    ) -> "KeyValue":
+        """A cache of `length` slots, all padding; `value_dim` is `head_dim` where not given."""
+        slots = jnp.zeros((*batch, length), jnp.int32)
+        key = jnp.zeros((*batch, length, num_kv_heads, head_dim), dtype)
+        value = jnp.zeros((*batch, length, num_kv_heads, head_dim if value_dim is None else value_dim), dtype)
+        return KeyValue(key, value, Coordinates(slots, slots))
+
+    def write(self, new: "KeyValue", slot: Int[Array, "*batch"] | int) -> "KeyValue":
+        """This cache with `new` `[*batch, T, ...]` written from `slot` on (one number, or one for each row).
+
+        Raises:
+            ValueError: the new tokens do not fit behind `slot`. Inside `jit`, where that cannot be raised, keys and
+                values that do not fit are written as NaN over the last slots: the loss of data shows in the output.
+
+        >>> cache = KeyValue.empty((1,), 4, num_kv_heads=1, head_dim=2)
+        >>> token = KeyValue(jnp.ones((1, 1, 1, 2)), jnp.ones((1, 1, 1, 2)), Coordinates.range(1))
+        >>> token = dataclasses.replace(token, at=jax.tree.map(lambda x: x[None], token.at))
+        >>> print(cache.write(token, 2).at.segment)
+        [[0 0 1 0]]
+        """
+        batch, length, count = self.at.shape[:-1], self.at.shape[-1], new.at.shape[-1]
+        slot = jnp.broadcast_to(jnp.asarray(slot, jnp.int32), batch)
+        if not isinstance(slot, jax.core.Tracer) and slot.size and (slot.min() < 0 or slot.max() + count > length):
+            raise ValueError(f"{count} tokens do not fit at slot {slot.max()} into a cache of {length}")
+        if count > length:
+            raise ValueError(f"{count} tokens do not fit into a cache of {length}")
+        fits = (slot >= 0) & (slot + count <= length)
+        poisoned = dataclasses.replace(new, key=_poison(new.key, fits), value=_poison(new.value, fits))
+
+        def row(old: Array, fresh: Array, start: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), start, axis=0)
+
+        for _ in batch:
+            row = jax.vmap(row)
+        return jax.tree.map(lambda old, fresh: row(old, fresh, slot), self, poisoned)
+
+
+def _poison(x: Array, fits: Array) -> Array:
+    return jnp.where(fits.reshape(*fits.shape, 1, 1, 1), x, jnp.full_like(x, jnp.nan))

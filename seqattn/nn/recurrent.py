@@ -1,0 +1,162 @@
+"""Recurrent layers over sequences with padding anywhere, on flax's cells."""
+
+import enum
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from seqattn.coordinates import Coordinates
+from seqattn.dropout import check_rate, drop, split
+
+Carry = Any
+"""The state of a cell: one array `[*batch, H]`, or for an LSTM two (cell, hidden)."""
+
+
+class Cell(enum.Enum):
+    """The recurrence of a layer: simple (Elman 1990), GRU (Cho 2014), LSTM (Hochreiter 1997)."""
+
+    SIMPLE = "simple"
+    GRU = "gru"
+    LSTM = "lstm"
+
+
+class Direction(enum.Enum):
+    """Which way an encoder reads; BACKWARD is Sutskever's reversed source, BOTH joins the two halves."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    BOTH = "both"
+
+
+_CELLS = {Cell.SIMPLE: nnx.SimpleCell, Cell.GRU: nnx.GRUCell, Cell.LSTM: nnx.OptimizedLSTMCell}
+
+
+class Recurrent(nnx.Module):
+    """One recurrent layer.
+
+    Padding (segment 0) is stepped over: it holds the state, gives zeros, and what it contains has no influence. So a
+    text of length 0 ends in the initial state, and reading backward starts at the last real token. Where a new
+    segment begins inside a row, the state starts again.
+
+    Args:
+        input_dim: D.
+        hidden_dim: H, the size of state and output.
+        cell: the recurrence.
+        backward: read from the last token to the first.
+        param_dtype: dtype of the parameters.
+        rngs: initialises the parameters; not kept.
+
+    >>> layer = Recurrent(3, 4, cell=Cell.LSTM, rngs=nnx.Rngs(0))
+    >>> output, (cell, hidden) = layer(jnp.ones((2, 5, 3)), Coordinates.from_lengths([5, 2], 5))
+    >>> output.shape, hidden.shape
+    ((2, 5, 4), (2, 4))
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int,
+        *,
+        cell: Cell = Cell.GRU,
+        backward: bool = False,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.hidden_dim, self.backward, self.param_dtype = hidden_dim, backward, param_dtype
+        self.is_lstm = cell is Cell.LSTM
+        self.cell = _CELLS[cell](input_dim, hidden_dim, dtype=None, param_dtype=param_dtype, rngs=rngs)
+
+    def start(self, batch: tuple[int, ...]) -> Carry:
+        """The initial state: zeros `[*batch, H]`."""
+        zeros = jnp.zeros((*batch, self.hidden_dim), self.param_dtype)
+        return (zeros, zeros) if self.is_lstm else zeros
+
+    def step(self, carry: Carry, x: Float[Array, "*batch D"]) -> tuple[Carry, Float[Array, "*batch H"]]:
+        """One token: the next state and the output."""
+        return self.cell(carry, x)
+
+    def __call__(
+        self, x: Float[Array, "*batch T D"], at: Coordinates, carry: Carry = None
+    ) -> tuple[Float[Array, "*batch T H"], Carry]:
+        """Outputs `[*batch, T, H]` and the last state `[*batch, H]` for tokens `x` at their coordinates."""
+        initial = self.start(x.shape[:-2]) if carry is None else carry
+        segment = jnp.broadcast_to(at.segment, x.shape[:-1])
+        x = jnp.where(segment[..., None] != 0, x, jnp.zeros_like(x))
+
+        def advance(state: tuple[Carry, Array], token: tuple[Array, Array]) -> tuple[tuple[Carry, Array], Array]:
+            (held, last), (vector, now) = state, token
+            new_text = (now != 0) & (last != 0) & (now != last)
+            held = _select(new_text, initial, held)
+            moved, output = self.step(held, vector)
+            output = jnp.where(now[..., None] != 0, output, jnp.zeros_like(output))
+            return (_select(now != 0, moved, held), jnp.where(now != 0, now, last)), output
+
+        tokens = (jnp.moveaxis(x, -2, 0), jnp.moveaxis(segment, -1, 0))
+        state = (initial, jnp.zeros(x.shape[:-2], segment.dtype))
+        (last_carry, _), outputs = jax.lax.scan(advance, state, tokens, reverse=self.backward)
+        return jnp.moveaxis(outputs, 0, -2), last_carry
+
+
+def _select(where: Array, new: Carry, old: Carry) -> Carry:
+    return jax.tree.map(lambda a, b: jnp.where(where[..., None], a, b), new, old)
+
+
+class RecurrentEncoder(nnx.Module):
+    """Several recurrent layers, each reading forward, backward, or both ways.
+
+    Args:
+        input_dim: D.
+        hidden_dim: H, the size of output and state; reading both ways gives each direction half of it.
+        num_layers: how many layers.
+        cell: the recurrence.
+        direction: which way to read.
+        dropout_rate: of each layer's input but the first, where a call has a dropout key (Zaremba 2014).
+        param_dtype: dtype of the parameters.
+        rngs: initialises the parameters; not kept.
+
+    Raises:
+        ValueError: hidden_dim is odd for reading both ways, num_layers is below 1, or a rate is not a probability.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        hidden_dim: int,
+        *,
+        num_layers: int = 1,
+        cell: Cell = Cell.GRU,
+        direction: Direction = Direction.FORWARD,
+        dropout_rate: float = 0.0,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        check_rate(dropout_rate)
+        if num_layers < 1:
+            raise ValueError(f"num_layers ({num_layers}) must be at least 1")
+        if direction is Direction.BOTH and hidden_dim % 2:
+            raise ValueError(f"hidden_dim ({hidden_dim}) must be even to be shared by two directions")
+        self.dropout_rate = dropout_rate
+        backwards = {Direction.FORWARD: [False], Direction.BACKWARD: [True], Direction.BOTH: [False, True]}[direction]
+        size = hidden_dim // len(backwards)
+
+        def layer(inputs: int) -> nnx.List:
+            options: dict[str, Any] = {"cell": cell, "param_dtype": param_dtype, "rngs": rngs}
+            return nnx.List([Recurrent(inputs, size, backward=backward, **options) for backward in backwards])
+
+        self.layers = nnx.List([layer(hidden_dim if index else input_dim) for index in range(num_layers)])
+
+    def __call__(
+        self, x: Float[Array, "*batch T D"], at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "*batch T H"], list[Carry]]:
+        """Outputs `[*batch, T, H]` and the last state `[*batch, H]` of each layer."""
+        carries = []
+        for index, (layer, key) in enumerate(zip(self.layers, split(dropout_key, len(self.layers)), strict=True)):
+            x = drop(x, self.dropout_rate, key) if index else x
+            results = [direction(x, at) for direction in layer]
+            x = jnp.concatenate([output for output, _ in results], axis=-1)
+            carries.append(jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *[c for _, c in results]))
+        return x, carries

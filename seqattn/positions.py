@@ -1,0 +1,92 @@
+"""Position as a vector (sinusoidal) or as a rotation (RoPE): functions of one position, vmapped over the rest."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from seqattn.precision import accumulator
+
+
+def angular_frequencies(dim: int, *, base: float = 10_000.0) -> Float[Array, "half"]:
+    """Angular frequencies `base ** (-2 i / dim)` for i in `[0, dim / 2)`, in radians a position, float32.
+
+    Raises:
+        ValueError: `dim` is odd or below 2, or `base` is not positive.
+
+    >>> angular_frequencies(4)
+    Array([1.  , 0.01], dtype=float32)
+    """
+    if dim < 2 or dim % 2:
+        raise ValueError(f"dim ({dim}) must be even and at least 2: each frequency takes a pair of features")
+    if not base > 0 or math.isinf(base):
+        raise ValueError(f"base ({base}) must be positive and finite")
+    return jnp.exp(jnp.arange(0, dim, 2, dtype=jnp.float32) * (-math.log(base) / dim))
+
+
+def sinusoidal(position: Int[Array, "*shape"], dim: int, *, base: float = 10_000.0) -> Float[Array, "*shape dim"]:
+    """Sine and cosine of the position at `dim / 2` wavelengths, interleaved (Vaswani 2017, section 3.5); float32.
+
+    `PE(pos, 2i) = sin(pos / base ** (2i / dim))` and `PE(pos, 2i + 1) = cos(pos / base ** (2i / dim))`.
+
+    Raises:
+        ValueError: `dim` is odd.
+
+    The lecture's example, d_model 6 at positions 0, 1 and 2:
+
+    >>> import numpy as np
+    >>> print(np.asarray(sinusoidal(jnp.arange(3), 6)).round(4))
+    [[ 0.      1.      0.      1.      0.      1.    ]
+     [ 0.8415  0.5403  0.0464  0.9989  0.0022  1.    ]
+     [ 0.9093 -0.4161  0.0927  0.9957  0.0043  1.    ]]
+    """
+    speed = angular_frequencies(dim, base=base)
+
+    def one(index: Int[Array, ""]) -> Float[Array, "dim"]:
+        phase = index.astype(jnp.float32) * speed
+        return jnp.stack([jnp.sin(phase), jnp.cos(phase)], axis=-1).reshape(dim)
+
+    return jnp.vectorize(one, signature="()->(d)")(jnp.asarray(position))
+
+
+def rotate(
+    x: Shaped[Array, "*batch T N H"],
+    position: Int[Array, "..."],
+    *,
+    base: float = 10_000.0,
+    frequencies: Float[Array, "half"] | None = None,
+) -> Shaped[Array, "*batch T N H"]:
+    """Rotary position embedding (Su 2021, RoFormer): feature pairs turned by an angle that grows with the position.
+
+    The product of a rotated query and a rotated key depends on the difference of their positions only. Feature i is
+    paired with feature i + H / 2, as in GPT-NeoX, Llama and Gemma. The angles are float32 for every dtype of `x`:
+    in bfloat16, positions 256 and 257 would be the same.
+
+    Args:
+        x: queries or keys `[*batch, T, N, H]`, H even.
+        position: integers `[*batch, T]` (or `[T]`).
+        base: the longest wavelength is about `2 pi base` positions.
+        frequencies: radians a position for each pair `[H / 2]`, in place of `base`: scaled frequencies
+            (position interpolation, NTK) are given here.
+
+    Raises:
+        TypeError: `x` is not floating.
+        ValueError: H is odd, or `frequencies` is not `[H / 2]`.
+    """
+    dim = x.shape[-1]
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x must be floating to be rotated, got {x.dtype}")
+    speed = angular_frequencies(dim, base=base) if frequencies is None else frequencies
+    if dim % 2 or speed.shape != (dim // 2,):
+        raise ValueError(f"head_dim ({dim}) must be twice the number of frequencies, got frequencies {speed.shape}")
+    high = accumulator(x.dtype)
+
+    def one(vector: Float[Array, "H"], index: Int[Array, ""]) -> Float[Array, "H"]:
+        angle = index.astype(jnp.float32) * speed.astype(jnp.float32)
+        cosine, sine = jnp.cos(angle).astype(high), jnp.sin(angle).astype(high)
+        left, right = jnp.split(vector.astype(high), 2)
+        return jnp.concatenate([left * cosine - right * sine, right * cosine + left * sine]).astype(x.dtype)
+
+    over_heads = jax.vmap(one, in_axes=(0, None))
+    return jnp.vectorize(over_heads, signature="(n,h),()->(n,h)")(x, position)
