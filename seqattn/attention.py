@@ -151,7 +151,7 @@ def attention_weights(
     check_arrays(query, key, key)
     batch = query.shape[:-3]
     located = locate(query.shape, key.shape, mask, bias, q_at, kv_at)
-    visible = reference.visibility(located["mask"], located["q_at"], located["kv_at"])
+    visible = reference.visibility(**located)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scored = reference.logits(
         flatten(query, batch), flatten(key, batch), visible, bias=located["bias"], scale=scale
@@ -192,7 +192,7 @@ def attend_scores(
     check_heads(scores.shape[-3], value.shape[-2])
     num_heads, length, size = scores.shape[-3:]
     located = locate((*batch, length, num_heads, 1), (*batch, size, 1, 1), mask, None, q_at, kv_at)
-    visible = reference.visibility(located["mask"], located["q_at"], located["kv_at"])
+    visible = reference.visibility(**located)
     high = accumulator(scores.dtype)
     flat = flatten(scores, batch).astype(high)
     output, weights, _ = reference.mix(flat, flatten(value, batch), visible, dropout=dropout)
@@ -284,9 +284,10 @@ def dot_product_attention(
     combined = _all(parts)
     visible: Visible = mask if combined is None else combined
     if mask is not None and combined is not None:
+        mask = jnp.asarray(mask)
         check_pairs("mask", mask, batch, (query.shape[-2], length, size))
-        rest = combined.dense(q_at, kv_at)
-        visible = mask & (rest if mask.ndim == rest.ndim == 2 else _over_heads(rest, len(batch)))
+        rest = jnp.expand_dims(combined.dense(q_at, kv_at), -3)
+        visible = _of_rank(query.ndim, mask) & _of_rank(query.ndim, rest)
     located = isinstance(visible, Mask)
     return attend(
         query,
@@ -309,10 +310,9 @@ def _all(masks: list[Mask]) -> Mask | None:
     return combined
 
 
-def _over_heads(visible: Array, num_batch_dims: int) -> Array:
-    """`[T, S]` or `[*batch, T, S]` with all batch dims and one head."""
-    whole = visible.reshape((1,) * (num_batch_dims + 2 - visible.ndim) + visible.shape)
-    return jnp.expand_dims(whole, -3)
+def _of_rank(rank: int, x: Array) -> Array:
+    """`x` with as many dims of size 1 in front as it lacks."""
+    return x.reshape((1,) * (rank - x.ndim) + x.shape)
 
 
 def _window(size: int | tuple[int, int]) -> SlidingWindow:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 
@@ -17,14 +18,15 @@ class Coordinates:
     function: each is another set of coordinates.
 
     Attributes:
-        position: integers `[*batch, length]`, counting from 0 inside the segment.
-        segment: integers `[*batch, length]`, which text the token belongs to; 0 is padding.
+        position: signed integers `[*batch, length]`, counting from 0 inside the segment.
+        segment: signed integers `[*batch, length]`, which text the token belongs to; 0 is padding.
 
+    Both are JAX arrays, or NumPy arrays where they are known at trace time: then `Mask.reach` is known there, too.
     A `Mask` is written for one query and one key; there both fields are scalars.
     """
 
-    position: Array
-    segment: Array
+    position: Array | np.ndarray
+    segment: Array | np.ndarray
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,7 +48,9 @@ class Coordinates:
         return Coordinates(position, jnp.ones_like(position))
 
     @staticmethod
-    def from_lengths(lengths: Int[Array, "*batch"] | Sequence[int], max_length: int) -> "Coordinates":
+    def from_lengths(
+        lengths: Int[Array, "*batch"] | Int[np.ndarray, "*batch"] | Sequence[int], max_length: int
+    ) -> "Coordinates":
         """Texts padded on the right: row i holds `lengths[i]` tokens and then padding; shape `[*batch, max_length]`.
 
         A length above `max_length` raises outside `jit`; inside it the row counts as full.
@@ -55,11 +59,9 @@ class Coordinates:
         Array([[1, 0, 0],
                [1, 1, 1]], dtype=int32)
         """
+        if not isinstance(lengths, jax.core.Tracer):
+            _check_lengths(np.asarray(lengths), max_length)
         lengths = jnp.asarray(lengths, jnp.int32)
-        if not isinstance(lengths, jax.core.Tracer) and lengths.size and not 0 <= lengths.min() <= lengths.max():
-            raise ValueError(f"lengths must not be negative, got {lengths.min()}")
-        if not isinstance(lengths, jax.core.Tracer) and lengths.size and lengths.max() > max_length:
-            raise ValueError(f"a length ({lengths.max()}) exceeds max_length ({max_length})")
         index = jnp.broadcast_to(jnp.arange(max_length, dtype=jnp.int32), (*lengths.shape, max_length))
         return Coordinates(index, (index < lengths[..., None]).astype(jnp.int32))
 
@@ -106,6 +108,14 @@ class Coordinates:
         return Coordinates(jnp.where(empty, 0, position), jnp.where(empty, 1, segment))
 
 
+def _check_lengths(lengths: np.ndarray, max_length: int) -> None:
+    # In NumPy, since inside `jit` even the minimum of an array from outside would be traced.
+    if lengths.min(initial=0) < 0:
+        raise ValueError(f"lengths must not be negative, got {lengths.min()}")
+    if lengths.max(initial=0) > max_length:
+        raise ValueError(f"a length ({lengths.max()}) exceeds max_length ({max_length})")
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tile:
@@ -114,10 +124,10 @@ class Tile:
     The fields are scalars: NumPy integers where coordinates are known at trace time, traced integers elsewhere.
     """
 
-    position_min: Array
-    position_max: Array
-    segment_min: Array
-    segment_max: Array
+    position_min: Array | np.ndarray | np.integer
+    position_max: Array | np.ndarray | np.integer
+    segment_min: Array | np.ndarray | np.integer
+    segment_max: Array | np.ndarray | np.integer
 
     @staticmethod
     def of(at: Coordinates) -> "Tile":

@@ -16,14 +16,14 @@ class Dropout:
 
     Attributes:
         rate: probability in `[0, 1)`, static.
-        key: a JAX random key; a leaf.
+        key: a JAX random key; a leaf, of any shape where `jax.vmap` or `jax.pmap` maps over it.
 
     >>> print(Dropout(0.5, jax.random.key(0))(jnp.ones(6)))
     [0. 0. 2. 2. 0. 2.]
     """
 
     rate: float = dataclasses.field(metadata={"static": True})
-    key: PRNGKeyArray
+    key: Array
 
     def __post_init__(self) -> None:
         check_rate(self.rate)

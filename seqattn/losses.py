@@ -39,10 +39,14 @@ def cross_entropy(
     weights = jnp.ones(labels.shape, high) if weights is None else weights.astype(high)
     weights = jnp.where(labels < 0, jnp.zeros_like(weights), weights)
     counted = weights != 0
+    labels = jnp.where(counted, labels, jnp.zeros_like(labels))
+    _check_range(labels, logits.shape[-1])
     logits = jnp.where(counted[..., None], logits, jnp.zeros_like(logits)).astype(high)
-    target = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1, mode="fill", fill_value=jnp.nan)
+    target = jnp.take_along_axis(logits, labels[..., None], axis=-1, mode="fill", fill_value=jnp.nan)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
-    losses = normaliser - (1 - label_smoothing) * target[..., 0] - label_smoothing * logits.mean(axis=-1)
+    losses = normaliser - (1 - label_smoothing) * target[..., 0]
+    if label_smoothing:  # 0 times the mean would be NaN where an impossible class has a logit of -inf
+        losses = losses - label_smoothing * logits.mean(axis=-1)
     return jnp.sum(jnp.where(counted, losses * weights, jnp.zeros_like(losses))), jnp.sum(weights)
 
 
@@ -57,5 +61,8 @@ def _check(logits: Array, labels: Array, weights: Array | None, label_smoothing:
         raise ValueError(f"weights {weights.shape} must have the shape of labels {labels.shape}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing ({label_smoothing}) must be in [0, 1)")
-    if not isinstance(labels, jax.core.Tracer) and labels.size and labels.max() >= logits.shape[-1]:
-        raise ValueError(f"a label ({labels.max()}) is not below the number of classes ({logits.shape[-1]})")
+
+
+def _check_range(labels: Array, vocab_size: int) -> None:
+    if not isinstance(labels, jax.core.Tracer) and labels.size and labels.max() >= vocab_size:
+        raise ValueError(f"a label ({labels.max()}) is not below the number of classes ({vocab_size})")

@@ -62,8 +62,11 @@ class Mask:
         def matrix(*leaves: Array) -> Array:
             return over_pairs(Coordinates(*leaves[:2]), Coordinates(*leaves[2:]))
 
-        lifted = jnp.vectorize(matrix, signature="(t),(t),(s),(s)->(t,s)")
-        return lifted(query.position, query.segment, key.position, key.segment)
+        leaves = (query.position, query.segment, key.position, key.segment)
+        rank = max(leaf.ndim for leaf in leaves)
+        # Where jax_numpy_rank_promotion is "raise", the ranks of the two batches must be equal.
+        ranked = (jnp.reshape(leaf, (1,) * (rank - leaf.ndim) + leaf.shape) for leaf in leaves)
+        return jnp.vectorize(matrix, signature="(t),(t),(s),(s)->(t,s)")(*ranked)
 
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, _checked(other))

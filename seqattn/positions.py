@@ -89,4 +89,6 @@ def rotate(
         return jnp.concatenate([left * cosine - right * sine, right * cosine + left * sine]).astype(x.dtype)
 
     over_heads = jax.vmap(one, in_axes=(0, None))
+    # Where jax_numpy_rank_promotion is "raise", `[T]` does not broadcast to `[*batch, T]` by itself.
+    position = position.reshape((1,) * (x.ndim - 2 - position.ndim) + position.shape)
     return jnp.vectorize(over_heads, signature="(n,h),()->(n,h)")(x, position)

@@ -22,7 +22,7 @@ class Generated:
         length: tokens of each row `[B]`, the end token counted.
         log_probability: of those tokens `[B]`, float32, in nats.
         ended: `[B]`, whether the row reached its end token.
-        failed: `[B]`, whether the row met logits with NaN or without a finite value; it stops before that token.
+        failed: `[B]`, whether the row met logits with NaN or inf, or of -inf alone; it stops before that token.
     """
 
     tokens: Int[Array, "B L"]
@@ -38,6 +38,8 @@ def generate(
     """Greedy decoding: the most probable next token, until every row has ended.
 
     One `lax.while_loop`; of equal logits the lowest token is taken. It knows no model: any pure step function decodes.
+    Outside `jit` every call compiles the loop anew, so decode many batches by a jitted function of your own:
+    `jax.jit(lambda model, memory, first: generate(model.step, model.start(memory, 50), first, max_length=50, ...))`.
 
     Args:
         step: `step(tokens [B], state) -> (logits [B, V], state)`.
@@ -63,6 +65,7 @@ def generate(
         raise ValueError(f"max_length ({max_length}) must be at least 1")
     if end_token == pad_token:
         raise ValueError(f"end_token and pad_token must differ, both are {end_token}")
+    first_token = jnp.asarray(first_token)
     batch = first_token.shape
     start = Generated(
         tokens=jnp.full((*batch, max_length), pad_token, first_token.dtype),
@@ -91,7 +94,8 @@ def _extend(
 ) -> tuple[Array, Generated]:
     """The next token of each row, and what was found with it."""
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    broken = jnp.isnan(logits).any(axis=-1) | ~jnp.isfinite(logits).any(axis=-1)
+    # The largest is NaN where any is NaN, and -inf where all are.
+    broken = ~jnp.isfinite(logits.max(axis=-1))
     failed = found.failed | (broken & ~found.ended)
     running = ~(found.ended | failed)
     best = jnp.argmax(logits, axis=-1).astype(found.tokens.dtype)
@@ -99,7 +103,7 @@ def _extend(
     gained = jnp.take_along_axis(log_probabilities, best[:, None], axis=-1)[:, 0]
     return token, Generated(
         tokens=found.tokens.at[:, index].set(token),
-        length=found.length + running,
+        length=found.length + running.astype(jnp.int32),
         log_probability=found.log_probability + jnp.where(running, gained, 0.0),
         ended=found.ended | (running & (token == end_token)),
         failed=failed,

@@ -85,11 +85,13 @@ def locate(
 
 
 def _visible_pairs(mask: Array, batch: tuple[int, ...], pairs: tuple[int, int, int]) -> Array:
+    mask = jnp.asarray(mask)
     check_pairs("mask", mask, batch, pairs)
     return _flatten_pairs(mask, batch)
 
 
 def _bias_pairs(bias: Array, batch: tuple[int, ...], pairs: tuple[int, int, int]) -> Array:
+    bias = jnp.asarray(bias)
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise TypeError(f"bias must be floating (what is added to the logits), got {bias.dtype}")
     check_pairs("bias", bias, batch, pairs)
@@ -120,8 +122,8 @@ def _coordinates(name: str, at: Coordinates | None, batch: tuple[int, ...], leng
     if at is None:
         at = Coordinates.range(length)
     for field in (at.position, at.segment):
-        if not jnp.issubdtype(field.dtype, jnp.integer):
-            raise TypeError(f"{name} must hold integers, got {field.dtype}")
+        if not jnp.issubdtype(field.dtype, jnp.signedinteger):
+            raise TypeError(f"{name} must hold signed integers (masks take differences), got {field.dtype}")
         if field.shape not in ((length,), (*batch, length)):
             raise ValueError(f"{name} {field.shape} must be {(length,)} or {(*batch, length)}")
     return jax.tree.map(lambda x: x[None] if x.ndim == 1 else flatten(x, batch), at)

@@ -34,17 +34,21 @@ def attend(
     dropout: Dropout | None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """The output and the log-sum-exp of the logits (see the contract above)."""
-    visible = visibility(mask, q_at, kv_at)
+    visible = visibility(mask, bias, q_at, kv_at)
     scored = logits(query, key, visible, bias=bias, scale=scale)
     output, _, lse = mix(scored, value, visible, dropout=dropout)
     return output.astype(query.dtype), lse.swapaxes(1, 2)
 
 
 def visibility(
-    mask: Mask | Bool[Array, "..."] | None, q_at: Coordinates, kv_at: Coordinates
+    mask: Mask | Bool[Array, "..."] | None, bias: Float[Array, "..."] | None, q_at: Coordinates, kv_at: Coordinates
 ) -> Bool[Array, "..."] | None:
-    """The mask as an array that broadcasts to `[B, N, T, S]`, or None where all may attend."""
-    return mask.dense(q_at, kv_at)[:, None] if isinstance(mask, Mask) else mask
+    """The mask as an array that broadcasts to `[B, N, T, S]`, or None where all may attend; a bias of -inf masks, too."""
+    visible = mask.dense(q_at, kv_at)[:, None] if isinstance(mask, Mask) else mask
+    if bias is None:
+        return visible
+    allowed = bias != -jnp.inf
+    return allowed if visible is None else visible & allowed
 
 
 def logits(

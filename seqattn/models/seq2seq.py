@@ -163,7 +163,8 @@ class Seq2Seq(nnx.Module):
 
     def _embed(self, tokens: Array, at: Coordinates) -> Array:
         """Token vectors; what padding holds is not looked up."""
-        return self.embedding(jnp.where(at.segment != 0, tokens, jnp.zeros_like(tokens)))
+        real = jnp.broadcast_to(at.segment, tokens.shape) != 0
+        return self.embedding(jnp.where(real, tokens, jnp.zeros_like(tokens)))
 
     def _unroll(
         self, target: Array, target_at: Coordinates, memory: Seq2SeqMemory, dropout_key: PRNGKeyArray | None

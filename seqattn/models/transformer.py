@@ -163,7 +163,7 @@ class Transformer(nnx.Module):
         for block, key in zip(self.encoder, keys[1:], strict=True):
             x = block(x, source_at, dropout_key=key)
         x = x if self.encoder_norm is None else self.encoder_norm(x)
-        segment = jnp.maximum(source_at.segment.max(axis=-1, initial=1), 1)
+        segment = jnp.broadcast_to(source_at.segment, source.shape).max(axis=-1, initial=1)
         return TransformerMemory(tuple(block.remember(x, source_at) for block in self.decoder), segment)
 
     def decode(
@@ -228,9 +228,10 @@ class Transformer(nnx.Module):
         dropout_key: PRNGKeyArray | None,
     ) -> Array:
         """Token vectors with their positions; what padding holds is not looked up."""
+        at = jax.tree.map(lambda field: jnp.broadcast_to(field, tokens.shape), at)
         real = at.segment != 0
-        x = embedding(jnp.where(real, tokens, 0))
-        position = jnp.where(real, at.position, 0)
+        x = embedding(jnp.where(real, tokens, jnp.zeros_like(tokens)))
+        position = jnp.where(real, at.position, jnp.zeros_like(at.position))
         if positions is not None:
             x = x + positions(position)
         elif isinstance(self.config.positions, Sinusoidal):

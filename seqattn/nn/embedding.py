@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -15,10 +16,18 @@ def look_up(table: Float[Array, "V D"], index: Int[Array, "*batch"], name: str) 
     Raises:
         ValueError: an index is not in `[0, V)`. Inside `jit`, where that cannot be raised, its row is NaN.
     """
-    if not isinstance(index, jax.core.Tracer) and index.size and not 0 <= index.min() <= index.max() < len(table):
-        raise ValueError(f"{name} must be in [0, {len(table)}), got {index.min()} to {index.max()}")
+    if not isinstance(index, jax.core.Tracer):
+        _check_inside(np.asarray(index), len(table), name)
+    # In fewer bits the number of rows would wrap around.
+    index = index.astype(jnp.int32) if index.dtype.itemsize < 4 else index
     inside = jnp.where(index < 0, len(table), index)
     return jnp.take(table, inside, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+def _check_inside(index: np.ndarray, size: int, name: str) -> None:
+    # In NumPy, since inside `jit` even the minimum of an array from outside would be traced.
+    if index.size and not 0 <= index.min() <= index.max() < size:
+        raise ValueError(f"{name} must be in [0, {size}), got {index.min()} to {index.max()}")
 
 
 class TokenEmbedding(nnx.Module):

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
@@ -55,11 +56,11 @@ class KeyValue:
         [[0 0 1 0]]
         """
         batch, length, count = self.at.shape[:-1], self.at.shape[-1], new.at.shape[-1]
-        slot = jnp.broadcast_to(jnp.asarray(slot, jnp.int32), batch)
-        if not isinstance(slot, jax.core.Tracer) and slot.size and (slot.min() < 0 or slot.max() + count > length):
-            raise ValueError(f"{count} tokens do not fit at slot {slot.max()} into a cache of {length}")
         if count > length:
             raise ValueError(f"{count} tokens do not fit into a cache of {length}")
+        if not isinstance(slot, jax.core.Tracer):
+            _check_fits(np.asarray(slot), count, length)
+        slot = jnp.broadcast_to(jnp.asarray(slot, jnp.int32), batch)
         fits = (slot >= 0) & (slot + count <= length)
         poisoned = dataclasses.replace(new, key=_poison(new.key, fits), value=_poison(new.value, fits))
 
@@ -69,6 +70,13 @@ class KeyValue:
         for _ in batch:
             row = jax.vmap(row)
         return jax.tree.map(lambda old, fresh: row(old, fresh, slot), self, poisoned)
+
+
+def _check_fits(slot: np.ndarray, count: int, length: int) -> None:
+    # In NumPy, since inside `jit` even the minimum of an array from outside would be traced.
+    outside = slot[(slot < 0) | (slot + count > length)]
+    if outside.size:
+        raise ValueError(f"{count} tokens do not fit at slot {outside[0]} into a cache of {length}")
 
 
 def _poison(x: Array, fits: Array) -> Array:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import check_rate, drop, split
+from seqattn.precision import accumulator
 
 Carry = Any
 """The state of a cell: one array `[*batch, H]`, or for an LSTM two (cell, hidden)."""
@@ -66,13 +67,14 @@ class Recurrent(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        self.hidden_dim, self.backward, self.param_dtype = hidden_dim, backward, param_dtype
-        self.is_lstm = cell is Cell.LSTM
-        self.cell = _CELLS[cell](input_dim, hidden_dim, dtype=None, param_dtype=param_dtype, rngs=rngs)
+        self.hidden_dim, self.backward, self.is_lstm = hidden_dim, backward, cell is Cell.LSTM
+        self.cell = _CELLS[cell](
+            input_dim, hidden_dim, recurrent_kernel_init=_orthogonal, param_dtype=param_dtype, rngs=rngs
+        )
 
     def start(self, batch: tuple[int, ...]) -> Carry:
-        """The initial state: zeros `[*batch, H]`."""
-        zeros = jnp.zeros((*batch, self.hidden_dim), self.param_dtype)
+        """The initial state: zeros `[*batch, H]` in the dtype of the parameters."""
+        zeros = jnp.zeros((*batch, self.hidden_dim), self.cell.dense_h.kernel.dtype)
         return (zeros, zeros) if self.is_lstm else zeros
 
     def step(self, carry: Carry, x: Float[Array, "*batch D"]) -> tuple[Carry, Float[Array, "*batch H"]]:
@@ -84,6 +86,9 @@ class Recurrent(nnx.Module):
     ) -> tuple[Float[Array, "*batch T H"], Carry]:
         """Outputs `[*batch, T, H]` and the last state `[*batch, H]` for tokens `x` at their coordinates."""
         initial = self.start(x.shape[:-2]) if carry is None else carry
+        # The state keeps one dtype over all steps, also where those of tokens and parameters differ.
+        dtype = jnp.result_type(x, self.cell.dense_h.kernel[...], *jax.tree.leaves(initial))
+        initial = jax.tree.map(lambda state: state.astype(dtype), initial)
         segment = jnp.broadcast_to(at.segment, x.shape[:-1])
         x = jnp.where(segment[..., None] != 0, x, jnp.zeros_like(x))
 
@@ -99,6 +104,11 @@ class Recurrent(nnx.Module):
         state = (initial, jnp.zeros(x.shape[:-2], segment.dtype))
         (last_carry, _), outputs = jax.lax.scan(advance, state, tokens, reverse=self.backward)
         return jnp.moveaxis(outputs, 0, -2), last_carry
+
+
+def _orthogonal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+    """flax's initializer of recurrent weights; the decomposition behind it knows no dtype below float32."""
+    return nnx.initializers.orthogonal()(key, shape, accumulator(dtype)).astype(dtype)
 
 
 def _select(where: Array, new: Carry, old: Carry) -> Carry:
@@ -143,11 +153,11 @@ class RecurrentEncoder(nnx.Module):
         backwards = {Direction.FORWARD: [False], Direction.BACKWARD: [True], Direction.BOTH: [False, True]}[direction]
         size = hidden_dim // len(backwards)
 
-        def layer(inputs: int) -> nnx.List:
+        def layer(inputs: int) -> list[Recurrent]:
             options: dict[str, Any] = {"cell": cell, "param_dtype": param_dtype, "rngs": rngs}
-            return nnx.List([Recurrent(inputs, size, backward=backward, **options) for backward in backwards])
+            return [Recurrent(inputs, size, backward=backward, **options) for backward in backwards]
 
-        self.layers = nnx.List([layer(hidden_dim if index else input_dim) for index in range(num_layers)])
+        self.layers = nnx.List([nnx.List(layer(hidden_dim if index else input_dim)) for index in range(num_layers)])
 
     def __call__(
         self, x: Float[Array, "*batch T D"], at: Coordinates, *, dropout_key: PRNGKeyArray | None = None

@@ -82,6 +82,9 @@ class ScoredAttention(nnx.Module):
         self, query: Float[Array, "*batch T Q"], at: Coordinates, memory: KeyValue
     ) -> tuple[Float[Array, "*batch T D"], Float[Array, "*batch T S"]]:
         """Contexts `[*batch, T, D]` and weights `[*batch, T, S]` of decoder states `[*batch, T, Q]`."""
+        # As in `project`: a masked score is 0 in the backward pass, but 0 times NaN is not.
+        real = jnp.broadcast_to(at.segment, query.shape[:-1])[..., None] != 0
+        query = jnp.where(real, query, jnp.zeros_like(query))
         if self.query_weight is not None:
             query = query @ self.query_weight[...].T
         over_pairs = jax.vmap(jax.vmap(self._pair, in_axes=(None, 0)), in_axes=(0, None))

@@ -1,0 +1,39 @@
+# Everything runs from the checkout, in a virtual environment of its own: .venv, made with $(PYTHON).
+PYTHON ?= python3
+python := .venv/bin/python
+
+.PHONY: train test test-all lint types clean
+.DELETE_ON_ERROR:
+
+train: .venv/train  ## the default experiment; for another one: .venv/bin/python -m train EXPERIMENT
+	@exec $(python) -m train dates $(ARGS)
+
+test: .venv/test  ## what .ci/run tests
+	@exec $(python) -m pytest $(ARGS)
+
+test-all: .venv/test  ## the slow tests too
+	@exec $(python) -m pytest -m "not gpu" $(ARGS)
+
+lint: .venv/test
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+
+types: .venv/test
+	$(python) -m mypy
+
+clean:
+	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find seqattn train tests -name __pycache__ -exec rm -rf {} +
+
+# A stamp is newer than pyproject.toml where its extra is installed. Plain jax computes on the CPU; on an NVIDIA GPU,
+# `.venv/bin/pip install -e .[cuda]` once.
+.venv/train .venv/test: .venv/%: pyproject.toml | .venv/bin/python
+	@echo "Installing seqattn[$*] into .venv; the first time takes minutes."
+	@$(python) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "seqattn needs Python 3.11 or newer, and $(PYTHON) is not: try make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear .venv || { rm -rf .venv; \
+		echo "$(PYTHON) could not make a virtual environment; on Debian and Ubuntu, install python3-venv" >&2; exit 1; }

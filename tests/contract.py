@@ -1,0 +1,141 @@
+"""What the tests of every implementation of `attend` share: named shapes, one compiled call with its gradients, tolerances.
+
+The relations themselves are tests/seqattn/kernels/test_contract.py, run for each name in `IMPLEMENTATIONS`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from seqattn.attention import IMPLEMENTATIONS, attend
+from tests import oracle
+
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Dims are different primes, but for the heads N, a multiple of K."""
+
+    batch: tuple[int, ...] = (2,)
+    T: int = 7
+    S: int = 11
+    N: int = 6
+    K: int = 3
+    H: int = 5
+    V: int = 13
+
+    @property
+    def pairs(self) -> tuple[int, ...]:
+        return (*self.batch, self.N, self.T, self.S)
+
+
+SHAPES = {
+    "grouped": Shape(),
+    "one_kv_head_and_two_batch_dims": Shape(batch=(3, 2), T=5, S=7, N=2, K=1, H=11),
+    "as_many_kv_heads_and_no_batch": Shape(batch=(), T=11, S=7, N=3, K=3),
+    "one_query": Shape(T=1, N=3, K=1),
+    "one_token": Shape(T=1, S=1, N=2, K=2, H=1, V=3),
+}
+
+NUMPY_DTYPES = {
+    "float64": np.dtype(np.float64),
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+# An error relative to the largest element: some roundings of the output, as all sums are float32 at least.
+TOLERANCE = {"float64": 1e-12, "float32": 4e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
+
+
+def arrays(shape: Shape, dtype: str = "float32", seed: int = 0) -> dict[str, np.ndarray]:
+    """Random query, key and value, as NumPy arrays of the dtype."""
+    random, length = np.random.default_rng(seed), {"query": shape.T, "key": shape.S, "value": shape.S}
+    heads = {"query": (shape.N, shape.H), "key": (shape.K, shape.H), "value": (shape.K, shape.V)}
+    return {
+        name: random.normal(size=(*shape.batch, length[name], *heads[name])).astype(NUMPY_DTYPES[dtype])
+        for name in heads
+    }
+
+
+def cotangents(shape: Shape, dtype: str = "float32", seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Random directions of the output and of the log-sum-exp (float32 at least)."""
+    random, high = np.random.default_rng(seed), "float64" if dtype == "float64" else "float32"
+    d_output = random.normal(size=(*shape.batch, shape.T, shape.N, shape.V)).astype(NUMPY_DTYPES[dtype])
+    return d_output, random.normal(size=(*shape.batch, shape.T, shape.N)).astype(NUMPY_DTYPES[high])
+
+
+def visible(shape: Shape, seed: int = 2) -> np.ndarray:
+    """Random pairs `[*batch, N, T, S]`; the second query of every batch row and the last of all heads see nothing."""
+    chosen = np.random.default_rng(seed).random(shape.pairs) < 0.6
+    chosen[..., 1:2, :] = False
+    return chosen
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def _forward(inputs, options, implementation):
+    return attend(**inputs, **options, implementation=implementation, return_lse=True)
+
+
+@functools.partial(jax.jit, static_argnames="implementation")
+def _with_gradients(inputs, options, directions, implementation):
+    def call(inputs):
+        return attend(**inputs, **options, implementation=implementation, return_lse=True)
+
+    results, pull_back = jax.vjp(call, inputs)
+    return results, pull_back(directions)[0]
+
+
+def forward(implementation: str, inputs: dict, **options) -> tuple[np.ndarray, np.ndarray]:
+    """Output and log-sum-exp of the jitted call. `inputs` and `options` are arguments of `attend`."""
+    output, lse = _forward(inputs, options, implementation)
+    return np.asarray(output), np.asarray(lse)
+
+
+def with_gradients(implementation: str, inputs: dict, directions: tuple, **options) -> tuple[tuple, dict]:
+    """As `forward`, and the gradients of `sum(directions * results)` by each of `inputs`."""
+    results, gradients = _with_gradients(inputs, options, directions, implementation)
+    return tuple(np.asarray(x) for x in results), {name: np.asarray(x) for name, x in gradients.items()}
+
+
+def outputs(implementation: str) -> Callable[..., jax.Array]:
+    """`attend` by position, for `vmap` and `grad`."""
+    return lambda query, key, value, **options: attend(query, key, value, **options, implementation=implementation)
+
+
+def close(actual, expected, dtype: str = "float32", what: str = "") -> None:
+    """Equal shape, and equal within the tolerance of the dtype relative to the largest element; NaN only where NaN."""
+    actual, expected = (np.asarray(x).astype(np.float64) for x in (actual, expected))
+    assert actual.shape == expected.shape, f"{what}: {actual.shape} is not {expected.shape}"
+    largest = np.abs(expected[np.isfinite(expected)]).max(initial=0)
+    tolerance = TOLERANCE[dtype]
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * largest, err_msg=what)
+
+
+def agrees_with_oracle(
+    implementation: str, shape: Shape, dtype: str = "float32", *, pairs=True, kept=1.0, bias=None, scale=None, **options
+) -> None:
+    """Output, log-sum-exp and all gradients are those of the oracle, in the dtypes that are promised.
+
+    `pairs` and `kept` tell the oracle what the mask and the dropout in `options` amount to.
+    """
+    inputs, directions = arrays(shape, dtype), cotangents(shape, dtype)
+    given = {name: x for name, x in (("bias", bias), ("scale", scale)) if x is not None}
+    (output, lse), gradients = with_gradients(implementation, inputs | given, directions, **options)
+    expected = oracle.attention(**inputs, **given, visible=pairs, kept=kept)
+    expected_gradients = oracle.attention_gradients(**inputs, **given, d_output=directions[0], d_lse=directions[1],
+                                                    visible=pairs, kept=kept)
+    assert output.dtype == NUMPY_DTYPES[dtype]
+    assert lse.dtype == (np.float64 if dtype == "float64" else np.float32)
+    close(output, expected.output, dtype, "output")
+    close(lse, expected.lse, "float64" if dtype == "float64" else "float32", "lse")
+    for name, gradient in gradients.items():
+        close(gradient, expected_gradients[name], dtype, f"gradient of {name}")
+
+

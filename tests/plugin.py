@@ -1,0 +1,41 @@
+"""How every test and doctest runs: loaded by `-p tests.plugin`, as no conftest.py is heard outside its own folder.
+
+- On eight CPU devices, so that code for several devices is tested on any machine; `pytest -m gpu` runs on the GPU.
+- Ranks never broadcast by accident, anywhere. Dtypes never mix by accident in the library. Training code is exempt, as
+  optax mixes integers and floats, and so may a test of flax's norms in bfloat16 be: `jax.numpy_dtype_promotion`.
+- Shapes in signatures are checked (`--jaxtyping-packages` in pyproject.toml), warnings are errors, and the examples
+  that hypothesis draws are the same in every run.
+
+64-bit floats are off, as for users; an oracle switches them on: `with jax.enable_x64(True)`.
+"""
+
+from collections.abc import Generator
+from pathlib import Path
+
+import hypothesis
+import jax
+import pytest
+
+from train import environment
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    environment.configure()
+    if config.option.markexpr != "gpu":
+        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    hypothesis.settings.register_profile("seqattn", derandomize=True, deadline=None, max_examples=25, database=None)
+    hypothesis.settings.load_profile("seqattn")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with jax.numpy_dtype_promotion("strict" if _is_library(item.path) else "standard"):
+        return (yield)
+
+
+def _is_library(path: Path) -> bool:
+    return path.is_relative_to(ROOT / "seqattn") or path.is_relative_to(ROOT / "tests" / "seqattn")

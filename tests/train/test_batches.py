@@ -1,0 +1,86 @@
+"""Batches hold every example, in few shapes, in an order that depends on seed and step alone."""
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from train.batches import Batches, collate, iterate, once, stream
+
+ROWS = [([10 + index] * (1 + index % 7), [1, *[10 + index] * (1 + index % 5), 2]) for index in range(53)]
+CONFIG = Batches(tokens=64, max_length=16, buckets=3)
+
+
+def identities(batch):
+    return [int(row[0]) for row in batch["source"]]
+
+
+def same(first, second):
+    return all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_collate_pads_on_the_right_and_counts():
+    batch = collate([([5, 2], [1, 6, 2]), ([2], [1, 2])], (3, 4, 4))
+    np.testing.assert_array_equal(batch["source"], [[5, 2, 0, 0], [2, 0, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch["target"], [[1, 6, 2, 0], [1, 2, 0, 0], [0, 0, 0, 0]])
+    assert batch["source_length"].tolist() == [2, 1, 0]
+    assert batch["target_length"].tolist() == [3, 2, 1]
+
+
+def test_a_step_has_one_batch_whatever_came_before():
+    order = stream(CONFIG, ROWS, seed=3)
+    resumed = itertools.islice(iterate(stream(CONFIG, ROWS, seed=3), start=7), 5)
+    assert all(same(batch, order[step]) for step, batch in enumerate(resumed, 7))
+
+
+def test_another_seed_gives_another_order():
+    first, second = (stream(CONFIG, ROWS, seed=seed)[0] for seed in (0, 1))
+    assert not same(first, second)
+
+
+def test_every_example_comes_equally_often():
+    order = stream(CONFIG, ROWS, seed=0)
+    seen = Counter(number for step in range(400) for number in identities(order[step]))
+    assert len(seen) == len(ROWS)
+    assert max(seen.values()) - min(seen.values()) <= 0.1 * max(seen.values())
+
+
+def test_shapes_are_as_few_as_buckets_and_within_the_budget():
+    order = stream(CONFIG, ROWS, seed=0, multiple=2)
+    shapes = {(order[step]["source"].shape, order[step]["target"].shape) for step in range(50)}
+    assert 1 < len(shapes) <= CONFIG.buckets
+    for (rows, source), (_, target) in shapes:
+        assert rows % 2 == 0
+        assert rows * (source + target) <= CONFIG.tokens
+
+
+def test_training_batches_hold_no_empty_rows():
+    order = stream(CONFIG, ROWS, seed=0)
+    assert all(order[step]["source_length"].min() > 0 for step in range(20))
+
+
+def test_long_examples_are_left_out_and_counted(caplog):
+    order = stream(Batches(tokens=64, max_length=6, buckets=1), ROWS, seed=0)
+    long = sum(max(len(source), len(target)) > 6 for source, target in ROWS)
+    assert f"left out {long} of 53" in caplog.text
+    assert order[0]["source"].shape[1] <= 6
+
+
+def test_no_example_short_enough_is_an_error():
+    with pytest.raises(ValueError, match=r"none of 53 training examples has at most max_length \(2\)"):
+        stream(Batches(tokens=64, max_length=2), ROWS, seed=0)
+
+
+def test_a_budget_without_room_for_every_device_is_an_error():
+    with pytest.raises(ValueError, match="no room for 8 examples"):
+        stream(Batches(tokens=64, max_length=16, buckets=1), ROWS, seed=0, multiple=8)
+
+
+def test_evaluation_sees_every_example_once_in_one_shape():
+    batches = list(once(ROWS, size=8))
+    assert sorted(itertools.chain.from_iterable(chosen for chosen, _ in batches)) == list(range(53))
+    assert len({batch["source"].shape for _, batch in batches}) == 1
+    for chosen, batch in batches:
+        assert identities(batch)[: len(chosen)] == [10 + index for index in chosen]
+        assert batch["source_length"][len(chosen) :].sum() == 0

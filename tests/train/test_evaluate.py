@@ -1,0 +1,59 @@
+"""Scores against what they are defined as."""
+
+import json
+
+import numpy as np
+import pytest
+import sacrebleu
+from datasets import Dataset
+
+from train import evaluate, run
+from train.batches import collate, examples
+from train.evaluate import Arguments
+from train.step import loss
+from train.translate import Translator
+
+
+@pytest.fixture(scope="module")
+def trained(finished):
+    return run.load(finished)
+
+
+@pytest.fixture(scope="module")
+def split(trained):
+    sources = ["ab", "cdefg", "xyz", "q"]
+    outputs = Translator(trained.model, trained.tokenizer)(sources)
+    return Dataset.from_dict({"source": sources, "target": [outputs[0], "gfedc", outputs[2], "q"]})
+
+
+def test_exact_match_counts_equal_outputs(trained, split):
+    scores = evaluate.evaluate(trained.model, trained.tokenizer, split)
+    equal = [output == target for output, target in zip(scores.outputs, split["target"], strict=True)]
+    assert sum(equal) >= 2
+    assert scores.exact_match == sum(equal) / 4
+    assert scores.bleu is None
+    assert scores.numbers().keys() == {"loss", "exact_match"}
+
+
+def test_the_loss_is_the_mean_over_labels_whatever_the_batches(trained, split):
+    rows = examples(split, trained.tokenizer)
+    total, count = loss(trained.model, collate(rows))
+    for size in (1, 3, 8):
+        mean = evaluate.mean_loss(trained.model, trained.tokenizer, split, batch_size=size)
+        np.testing.assert_allclose(mean, total / count, rtol=1e-5)
+    assert count == sum(len(target) - 1 for _, target in rows)
+
+
+def test_bleu_is_sacrebleus(trained, split):
+    scores = evaluate.evaluate(trained.model, trained.tokenizer, split, bleu=True)
+    assert scores.bleu == sacrebleu.corpus_bleu(scores.outputs, [list(split["target"])]).score
+    assert "tok:13a" in scores.signature
+
+
+def test_the_command_prints_what_training_measured(finished, capsys):
+    evaluate.main(Arguments(finished))
+    printed = capsys.readouterr().out
+    results = json.loads((finished / "results.json").read_text())
+    assert f"exact_match: {results['exact_match']:.4f}" in printed
+    assert f"loss: {results['loss']:.4f}" in printed
+    assert "5 examples, after 12 updates" in printed

@@ -1,0 +1,99 @@
+"""An update: every label weighs the same, on one device or several; dropout follows seed and step."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from seqattn.models import Transformer, TransformerConfig
+from seqattn.nn import BlockConfig
+from train.batches import collate
+from train.parallel import data_parallel
+from train.step import loss, make_update, start
+
+BLOCK = BlockConfig(model_dim=6, hidden_dim=7, num_heads=2, dropout_rate=0.0)
+CONFIG = TransformerConfig(vocab_size=13, num_encoder_layers=1, num_decoder_layers=1, block=BLOCK)
+SGD = optax.sgd(1.0)
+
+
+def rows(count):
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, 6, (count, 2))
+    return [
+        (generator.integers(4, 13, source).tolist(), [1, *generator.integers(4, 13, target).tolist(), 2])
+        for source, target in lengths
+    ]
+
+
+def fresh(dropout_rate=0.0):
+    config = dataclasses.replace(CONFIG, block=dataclasses.replace(BLOCK, dropout_rate=dropout_rate))
+    return start(Transformer(config, rngs=nnx.Rngs(0)), SGD)
+
+
+def closest(first, second):
+    return max(float(abs(a - b).max()) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_e5_several_devices_update_as_one_does(count):
+    batch = collate(rows(8), (8, 6, 8))
+    graph, state = fresh()
+    update = make_update(graph, SGD, seed=0)
+    one, metrics = jax.jit(update)(state, batch)
+    several, parallel = data_parallel(update, jax.local_devices()[:count])(state, batch)
+    assert closest(one.params, several.params) < 1e-6
+    assert float(metrics["loss"]) == pytest.approx(float(parallel["loss"]), rel=1e-6)
+    assert float(metrics["gradient_norm"]) == pytest.approx(float(parallel["gradient_norm"]), rel=1e-5)
+
+
+def test_e6_a_batch_that_does_not_divide_is_refused():
+    graph, state = fresh()
+    with pytest.raises(ValueError, match="3 rows .* must be a multiple of the 2 devices"):
+        data_parallel(make_update(graph, SGD, seed=0), jax.local_devices()[:2])(state, collate(rows(3)))
+
+
+def test_empty_rows_change_nothing():
+    graph, state = fresh()
+    update = jax.jit(make_update(graph, SGD, seed=0))
+    alone, metrics = update(state, collate(rows(3), (3, 6, 8)))
+    filled, same = update(state, collate(rows(3), (5, 7, 9)))
+    assert closest(alone.params, filled.params) < 1e-6
+    assert metrics["tokens"] == same["tokens"] == sum(len(target) - 1 for _, target in rows(3))
+
+
+def test_b4_a_batch_of_empty_rows_alone_leaves_the_parameters():
+    graph, state = fresh()
+    after, metrics = jax.jit(make_update(graph, SGD, seed=0))(state, collate([], (2, 3, 4)))
+    assert closest(state.params, after.params) == 0
+    assert metrics["loss"] == 0
+    assert metrics["tokens"] == 0
+
+
+def test_the_update_is_the_gradient_of_the_mean_loss():
+    batch = collate(rows(3))
+    graph, state = fresh()
+    after, metrics = jax.jit(make_update(graph, SGD, seed=0, label_smoothing=0.1))(state, batch)
+
+    def mean(params):
+        total, count = loss(nnx.merge(graph, params), batch, label_smoothing=0.1)
+        return total / count
+
+    value, gradients = jax.jit(jax.value_and_grad(mean))(state.params)
+    expected = jax.tree.map(lambda param, gradient: param - gradient, state.params, gradients)
+    assert closest(after.params, expected) < 1e-6
+    assert float(metrics["loss"]) == pytest.approx(float(value))
+    assert int(after.step) == 1
+
+
+def test_e7_dropout_follows_seed_and_step():
+    batch = collate(rows(3))
+    graph, state = fresh(dropout_rate=0.5)
+    update = jax.jit(make_update(graph, SGD, seed=0))
+    later = dataclasses.replace(state, step=state.step + 1)
+    losses = [float(update(s, batch)[1]["loss"]) for s in (state, state, later)]
+    other = float(jax.jit(make_update(graph, SGD, seed=1))(state, batch)[1]["loss"])
+    assert losses[0] == losses[1]
+    assert len({losses[0], losses[2], other}) == 3

@@ -1,0 +1,1 @@
+"""Training: text, files, devices and clocks around the functions and modules of seqattn."""

@@ -1,0 +1,132 @@
+"""From examples to batches of few static shapes, in an order that is a function of the seed and the step alone."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from train.tokenizer import Tokenizer
+
+Example = tuple[list[int], list[int]]
+"""Source ids with the end token, and target ids between start and end token."""
+
+Batch = dict[str, np.ndarray]
+"""`source [B, S]` and `target [B, T + 1]` int32, padded on the right, `source_length [B]` and `target_length [B]`.
+
+A row that only fills the batch has source length 0 and target length 1: no label counts.
+"""
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """How examples become batches."""
+
+    tokens: int = 4096
+    """Most tokens of source and target in a batch, padding counted."""
+    max_length: int = 256
+    """Training examples with more tokens on either side are left out, and counted."""
+    buckets: int = 4
+    """Groups of examples of similar length, each with one static shape: one compilation a bucket."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "max_length", "buckets"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"batches.{name} ({getattr(self, name)}) must be at least 1")
+
+
+def examples(pairs: Any, tokenizer: Tokenizer) -> list[Example]:
+    """The examples of a split (columns "source" and "target") as ids."""
+    start, end = [tokenizer.start_id], [tokenizer.end_id]
+    sources, targets = tokenizer.encode_batch(pairs["source"]), tokenizer.encode_batch(pairs["target"])
+    return [(source + end, start + target + end) for source, target in zip(sources, targets, strict=True)]
+
+
+def collate(rows: Sequence[Example], shape: tuple[int, int, int] | None = None, pad_id: int = 0) -> Batch:
+    """One batch of `shape` (rows, source length, target length), by default that of the longest examples."""
+    if shape is None:
+        shape = (len(rows), max(len(source) for source, _ in rows), max(len(target) for _, target in rows))
+    count, source_length, target_length = shape
+    batch = {
+        "source": np.full((count, source_length), pad_id, np.int32),
+        "target": np.full((count, target_length), pad_id, np.int32),
+        "source_length": np.zeros(count, np.int32),
+        "target_length": np.ones(count, np.int32),
+    }
+    for index, (source, target) in enumerate(rows):
+        batch["source"][index, : len(source)], batch["source_length"][index] = source, len(source)
+        batch["target"][index, : len(target)], batch["target_length"][index] = target, len(target)
+    return batch
+
+
+def stream(config: Batches, rows: Sequence[Example], *, seed: int, multiple: int = 1) -> grain.MapDataset:
+    """An endless sequence of training batches: `stream(...)[step]` is the batch of that step.
+
+    A run that resumes at a step therefore sees exactly what it would have seen. Examples are shuffled anew in each
+    pass over a bucket; buckets take turns in proportion to their batches.
+
+    Args:
+        config: how examples become batches.
+        rows: the examples of the training split.
+        seed: decides the order.
+        multiple: rows of every batch are a multiple of this, the number of devices.
+
+    Raises:
+        ValueError: no example is short enough, or a batch has no room for `multiple` rows.
+    """
+    short = [row for row in rows if max(len(row[0]), len(row[1])) <= config.max_length]
+    if not short:
+        raise ValueError(f"none of {len(rows)} training examples has at most max_length ({config.max_length}) tokens")
+    if len(short) < len(rows):
+        log.warning("left out %d of %d examples: over %d tokens", len(rows) - len(short), len(rows), config.max_length)
+    parts, weights = [], []
+    for index, bucket in enumerate(_buckets(short, config.buckets)):
+        shape = _shape(bucket, config.tokens, multiple)
+
+        def batch(chosen: Sequence[Example], shape: tuple[int, int, int] = shape) -> Batch:
+            return collate(chosen, shape)
+
+        order = grain.MapDataset.source(bucket).seed(seed + index).shuffle().repeat()
+        parts.append(order.batch(shape[0], batch_fn=batch))
+        weights.append(len(bucket) / shape[0])
+    return grain.MapDataset.mix(parts, weights=weights)
+
+
+def iterate(batches: grain.MapDataset, *, start: int) -> Iterator[Batch]:
+    """The batches from step `start` on, made ahead of time by a thread."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
+    return iter(batches.slice(slice(start, None)).to_iter_dataset(options))
+
+
+def once(rows: Sequence[Example], *, size: int) -> Iterator[tuple[list[int], Batch]]:
+    """Every example once, for evaluation: indices of the examples, and batches of `size` rows of similar length.
+
+    All batches have one shape; the last is filled with empty rows.
+    """
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
+    source, target = (max(len(row[side]) for row in rows) for side in (0, 1))
+    for first in range(0, len(order), size):
+        chosen = order[first : first + size]
+        yield chosen, collate([rows[index] for index in chosen], (size, source, target))
+
+
+def _buckets(rows: Sequence[Example], count: int) -> list[list[Example]]:
+    """Groups of equal size by length, the shortest examples first; fewer where there are few examples."""
+    ordered = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
+    edges = np.linspace(0, len(ordered), min(count, len(ordered)) + 1).astype(int)
+    return [ordered[low:high] for low, high in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def _shape(rows: Sequence[Example], tokens: int, multiple: int) -> tuple[int, int, int]:
+    source, target = (max(len(row[side]) for row in rows) for side in (0, 1))
+    count = tokens // (source + target) // multiple * multiple
+    if count < 1:
+        raise ValueError(
+            f"batches.tokens ({tokens}) has no room for {multiple} examples of {source} and {target} tokens; "
+            f"give at least {multiple * (source + target)}"
+        )
+    return count, source, target

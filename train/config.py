@@ -1,0 +1,136 @@
+"""What one run is: frozen dataclasses, written to JSON and read back without loss."""
+
+import dataclasses
+import enum
+from pathlib import Path
+from typing import Any
+
+from seqattn.models import Learned, Rotary, Seq2SeqConfig, Sinusoidal, TransformerConfig
+from seqattn.nn import Activation, BlockConfig, Cell, Direction, Score
+from train.batches import Batches
+from train.optimizer import Adam, AdamW, Constant, Cosine, InverseSquareRoot, InverseTime, Noam, Optimizer
+from train.tasks import Addition, Dates, HubTranslation, ParallelFiles, Reverse
+from train.tokenizer import ByteLevelBPE, Characters
+
+FROM_TOKENIZER = 0
+"""As the `vocab_size` of a model: take the size of the tokenizer's vocabulary."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a run."""
+
+    task: Dates | Addition | Reverse | ParallelFiles | HubTranslation
+    """Where examples come from."""
+    model: TransformerConfig | Seq2SeqConfig
+    """Which model; a vocab_size of 0 is taken from the tokenizer."""
+    run: Path
+    """Folder of the run: checkpoints, metrics.jsonl, samples, pictures. The same command again resumes there."""
+    tokenizer: Characters | ByteLevelBPE = Characters()
+    """How text becomes tokens; trained on the training split."""
+    batches: Batches = Batches()
+    """How examples become batches."""
+    optimizer: Optimizer = Optimizer()
+    """How gradients become updates."""
+    steps: int = 1000
+    """Updates in all."""
+    evaluate_every: int = 250
+    """Updates between two evaluations; each also saves a checkpoint."""
+    evaluate_examples: int = 500
+    """Most examples of the validation split to evaluate on."""
+    log_every: int = 10
+    """Updates between two rows of metrics."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints that stay."""
+    label_smoothing: float = 0.0
+    """Epsilon of Szegedy 2016, of the training loss alone."""
+    bleu: bool = False
+    """Also measure BLEU and chrF, with sacrebleu."""
+    seed: int = 0
+    """Decides parameters, order of examples and dropout; 0 to 2**32 - 1."""
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "evaluate_every", "evaluate_examples", "log_every", "keep_checkpoints")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed ({self.seed}) must be in [0, 2**32)")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing ({self.label_smoothing}) must be in [0, 1)")
+
+
+_TYPES: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        *(Activation, Adam, AdamW, Addition, Batches, BlockConfig, ByteLevelBPE, Cell, Characters, Constant, Cosine),
+        *(Dates, Direction, Experiment, HubTranslation, InverseSquareRoot, InverseTime, Learned, Noam, Optimizer),
+        *(ParallelFiles, Path, Reverse, Rotary, Score, Seq2SeqConfig, Sinusoidal, TransformerConfig),
+    )
+}
+
+
+def encode(value: Any) -> Any:
+    """A config as JSON values; dataclasses, enums and paths carry the name of their type.
+
+    >>> encode(Rotary(base=500.0))
+    {'type': 'Rotary', 'base': 500.0}
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, enum.Enum):
+        return {"type": type(value).__name__, "value": value.value}
+    if isinstance(value, Path):
+        return {"type": "Path", "value": str(value)}
+    if isinstance(value, (tuple, list)):
+        return [encode(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a config cannot hold a {type(value).__name__}")
+
+
+def decode(value: Any) -> Any:
+    """The inverse of `encode`.
+
+    Raises:
+        ValueError: an unknown type, or fields that are unknown or missing.
+
+    >>> decode({"type": "Rotary", "base": 500.0})
+    Rotary(base=500.0)
+    """
+    if isinstance(value, list):
+        return tuple(decode(item) for item in value)
+    if not isinstance(value, dict):
+        return value
+    kind = _TYPES.get(value.get("type", ""))
+    if kind is None:
+        raise ValueError(f"a config cannot hold the type {value.get('type')!r}")
+    fields = {name: decode(item) for name, item in value.items() if name != "type"}
+    if not dataclasses.is_dataclass(kind):
+        return kind(fields["value"])
+    names = {field.name for field in dataclasses.fields(kind)}
+    if set(fields) != names:
+        raise ValueError(
+            f"{kind.__name__} has the fields {sorted(names)}; unknown {sorted(set(fields) - names)}, "
+            f"missing {sorted(names - set(fields))}"
+        )
+    return kind(**fields)
+
+
+def differences(first: Any, second: Any, path: str = "") -> list[str]:
+    """The fields in which two encoded configs differ, with both values.
+
+    >>> differences(encode(Rotary(base=500.0)), encode(Rotary(base=10.0)))
+    ['base: 500.0 and 10.0']
+    """
+    if isinstance(first, dict) and isinstance(second, dict) and first.get("type") == second.get("type"):
+        names = sorted(first.keys() | second.keys())
+        return [line for name in names for line in differences(first.get(name), second.get(name), f"{path}.{name}")]
+    return [] if first == second else [f"{path.lstrip('.')}: {_short(first)} and {_short(second)}"]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return str(value.get("value", value.get("type")))
+    return str(value)

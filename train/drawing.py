@@ -1,0 +1,220 @@
+"""Pictures of a run, each as PNG and as SVG: how it learned, and where its attention looked.
+
+Figures are drawn without pyplot, which would keep them in global state and look for a screen.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis, XAxis
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+Rows = Sequence[Mapping[str, Any]]
+Numbers = NDArray[np.float64]
+
+# Okabe and Ito's colours, which colour-blind people tell apart.
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#555555"
+
+_FONT = "DejaVu Sans"  # comes with matplotlib
+_STYLE: dict[Any, Any] = {
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": _FONT,
+    "font.size": 9.0,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "svg.hashsalt": "seqattn",  # the same picture gives the same file
+}
+_CELL, _LABEL = 0.22, 0.12  # inches that a token takes, and that a label needs so as not to touch the next one
+_LONGEST_LABEL = 14  # letters
+
+
+def learning_curves(metrics: Iterable[Mapping[str, Any]], path_stem: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Draws losses, scores and learning rate over the steps, each in a panel if there are numbers for it.
+
+    Args:
+        metrics: rows as in metrics.jsonl: of kind "train" with `loss` in nats per token and `learning_rate`, of kind
+            "validation" with `loss` and scores, `exact_match` from 0 to 1 and `bleu` from 0 to 100.
+        path_stem: the pictures' path without a suffix.
+
+    Returns:
+        The paths of the PNG and of the SVG.
+
+    Raises:
+        ValueError: no row holds anything to draw.
+    """
+    rows = list(metrics)
+    wanted = [(_draw_losses, 3.0, ("loss",)), (_draw_scores, 2.0, _SCORES), (_draw_rate, 1.2, ("learning_rate",))]
+    panels = [(draw, height) for draw, height, names in wanted if any(name in row for row in rows for name in names)]
+    if not panels:
+        raise ValueError(f"{path_stem}: none of {len(rows)} rows of metrics holds a loss, a score or a learning rate")
+    heights = [height for _, height in panels]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7, sum(heights) + 0.6), layout="constrained")
+        axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        for (draw, _), ax in zip(panels, axes, strict=True):
+            draw(ax, rows)
+            ax.grid(True)
+        axes[-1].set_xlabel("step")
+        return _save(figure, path_stem)
+
+
+def attention_map(
+    weights: ArrayLike,
+    source_tokens: Sequence[str],
+    target_tokens: Sequence[str],
+    path_stem: str | os.PathLike[str],
+    *,
+    title: str = "",
+) -> tuple[Path, Path]:
+    """Draws attention weights as a heat map, source tokens from left to right, target tokens from top to bottom.
+
+    Labels are thinned where they would touch. A letter that no installed font has is written as its code point, U+65E5.
+
+    Args:
+        weights: `[T, S]`, or `[N, T, S]` for a grid with a map for each of N heads, all on one colour scale.
+        source_tokens: S texts.
+        target_tokens: T texts.
+        path_stem: the pictures' path without a suffix.
+        title: stands above the picture.
+
+    Returns:
+        The paths of the PNG and of the SVG.
+
+    Raises:
+        ValueError: the weights do not have the shape that the tokens call for, or are empty.
+    """
+    heads = np.asarray(weights, np.float64)
+    shape = (len(target_tokens), len(source_tokens))
+    if heads.ndim not in (2, 3) or heads.shape[-2:] != shape or not heads.size:
+        raise ValueError(f"weights {heads.shape} must be [T, S] or [N, T, S] with T, S = {shape}, and none of them 0")
+    families, missing = _fonts("".join([title, *source_tokens, *target_tokens]))
+    with matplotlib.rc_context(_STYLE | {"font.family": families, "text.parse_math": False}):
+        source, target = ([_label(token, missing) for token in tokens] for tokens in (source_tokens, target_tokens))
+        figure = _draw_heads(heads.reshape(-1, *shape), source, target)
+        figure.suptitle(_drawable(title, missing))
+        return _save(figure, path_stem)
+
+
+def _draw_losses(ax: Axes, rows: Rows) -> None:
+    (steps, training), (checks, validation) = (_series(rows, kind, "loss") for kind in ("train", "validation"))
+    if len(steps):
+        ax.plot(steps, training, color=_BLUE, alpha=0.25, linewidth=0.8)
+        ax.plot(steps, _smooth(training), color=_BLUE, label="training, smoothed")
+    if len(checks):
+        ax.plot(checks, validation, "o-", color=_ORANGE, markersize=3, label="validation")
+    losses = np.concatenate([training, validation])
+    if np.any(losses > 0) and not np.any(losses <= 0):
+        ax.set_yscale("log")
+    ax.set_ylabel("loss (nats per token)")
+    ax.legend()
+
+
+_SCORES = {"exact_match": ("exact match (%)", 100, _BLUE), "bleu": ("BLEU", 1, _ORANGE)}
+
+
+def _draw_scores(ax: Axes, rows: Rows) -> None:
+    for name, (label, scale, color) in _SCORES.items():
+        steps, score = _series(rows, "validation", name)
+        if len(steps):
+            ax.plot(steps, scale * score, "o-", color=color, markersize=3, label=label)
+    ax.set_ylim(0, 102)
+    ax.set_ylabel("validation score")
+    ax.legend(loc="lower right")
+
+
+def _draw_rate(ax: Axes, rows: Rows) -> None:
+    ax.plot(*_series(rows, "train", "learning_rate"), color=_GREY)
+    ax.set_ylim(bottom=0)
+    ax.ticklabel_format(axis="y", scilimits=(-2, 3))
+    ax.set_ylabel("learning rate")
+
+
+def _series(rows: Rows, kind: str, name: str) -> tuple[Numbers, Numbers]:
+    pairs = [(row["step"], row[name]) for row in rows if row.get("kind") == kind and row.get(name) is not None]
+    steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def _smooth(values: Numbers) -> Numbers:
+    """The mean over a window of a fiftieth of the run, centred, of what is finite in it."""
+    window = np.ones(2 * (len(values) // 100) + 1)
+    finite = np.isfinite(values)
+    counts = np.convolve(finite, window, "same")
+    sums = np.convolve(np.where(finite, values, 0), window, "same")
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _draw_heads(heads: Numbers, source: list[str], target: list[str]) -> Figure:
+    columns = math.ceil(math.sqrt(len(heads)))
+    rows = math.ceil(len(heads) / columns)
+    width, height = (float(np.clip(_CELL * len(tokens), 1.5, 10 / columns)) for tokens in (source, target))
+    beside, above = (0.08 * max(map(len, labels)) for labels in (target, source))
+    figure = Figure(figsize=(columns * width + beside + 1.3, rows * (height + 0.2) + above + 0.8), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for number, ax in enumerate(axes.flat):
+        if number >= len(heads):
+            ax.set_axis_off()
+            continue
+        image = ax.imshow(heads[number], cmap="Blues", vmin=0, vmax=heads.max(), aspect="auto")
+        ax.set_title(f"head {number}" if len(heads) > 1 else "")
+        ax.spines[:].set_visible(True)
+        ax.xaxis.tick_top()
+        ax.xaxis.set_label_position("top")
+        _name_ticks(ax.xaxis, "source", source if number < columns else [], width)
+        _name_ticks(ax.yaxis, "target", target if number % columns == 0 else [], height)
+    figure.colorbar(image, ax=axes, label="attention weight", aspect=30, pad=0.02)
+    return figure
+
+
+def _name_ticks(axis: Axis, name: str, labels: list[str], inches: float) -> None:
+    axis.set_label_text(name if labels else "")
+    stride = max(1, math.ceil(len(labels) * _LABEL / inches))
+    axis.set_ticks(range(0, len(labels), stride), labels[::stride], size=8)
+    for text in axis.get_ticklabels():
+        if isinstance(axis, XAxis) and len(text.get_text()) > 1:
+            text.set_rotation(90)
+
+
+def _label(token: str, missing: frozenset[str]) -> str:
+    text = _drawable(token.replace(" ", "␣"), missing)
+    return text if len(text) <= _LONGEST_LABEL else text[: _LONGEST_LABEL - 1] + "…"
+
+
+def _drawable(text: str, missing: frozenset[str]) -> str:
+    return "".join(f"U+{ord(letter):04X}" if letter in missing else letter for letter in text)
+
+
+def _fonts(text: str) -> tuple[list[str], frozenset[str]]:
+    """The installed font families that a text needs, matplotlib's own first, and the letters that none of them has."""
+    installed = {font.name: font.fname for font in font_manager.fontManager.ttflist}
+    families, missing = [_FONT], {letter for letter in text if ord(letter) not in _charmap(installed[_FONT])}
+    for family in sorted(installed):
+        found = {letter for letter in missing if ord(letter) in _charmap(installed[family])} if missing else set()
+        if found:
+            families.append(family)
+            missing -= found
+    return families, frozenset(missing)
+
+
+@functools.cache
+def _charmap(path: str) -> frozenset[int]:
+    """The code points that a font file draws; none for the font of boxes that stand for letters without a picture."""
+    font = font_manager.get_font(path)
+    return frozenset() if "Last Resort" in font.family_name else frozenset(font.get_charmap())
+
+
+def _save(figure: Figure, path_stem: str | os.PathLike[str]) -> tuple[Path, Path]:
+    png, svg = Path(f"{os.fspath(path_stem)}.png"), Path(f"{os.fspath(path_stem)}.svg")
+    figure.savefig(png, dpi=160)
+    figure.savefig(svg, metadata={"Date": None})
+    return png, svg

@@ -1,0 +1,29 @@
+"""Sums of numbers read and written digit by digit, by a recurrent encoder-decoder with additive attention."""
+
+from pathlib import Path
+
+from seqattn.models import Seq2SeqConfig
+from seqattn.nn import Cell, Direction, Score
+from train.batches import Batches
+from train.config import FROM_TOKENIZER, Experiment
+from train.optimizer import Cosine, Optimizer
+from train.tasks import Addition
+
+ADDITION = Experiment(
+    task=Addition(),
+    model=Seq2SeqConfig(
+        vocab_size=FROM_TOKENIZER,
+        embedding_dim=64,
+        hidden_dim=128,
+        cell=Cell.LSTM,
+        direction=Direction.BOTH,
+        attention=Score.ADDITIVE,
+        dropout_rate=0.0,
+    ),
+    run=Path("runs/addition"),
+    batches=Batches(tokens=3072, max_length=32, buckets=1),
+    optimizer=Optimizer(schedule=Cosine(peak=4e-3, warmup_steps=100)),
+    steps=4000,
+    evaluate_every=500,
+    log_every=20,
+)

@@ -1,0 +1,26 @@
+"""Human-written dates in many languages to ISO 8601, by a small Transformer: the default experiment."""
+
+from pathlib import Path
+
+from seqattn.models import Learned, TransformerConfig
+from seqattn.nn import BlockConfig
+from train.batches import Batches
+from train.config import FROM_TOKENIZER, Experiment
+from train.optimizer import Cosine, Optimizer
+from train.tasks import Dates
+
+DATES = Experiment(
+    task=Dates(),
+    model=TransformerConfig(
+        vocab_size=FROM_TOKENIZER,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        block=BlockConfig(model_dim=96, hidden_dim=384, num_heads=4, norm_first=True, dropout_rate=0.0),
+        positions=Learned(max_length=128),
+    ),
+    run=Path("runs/dates"),
+    batches=Batches(tokens=6144, max_length=80, buckets=4),
+    optimizer=Optimizer(schedule=Cosine(peak=2e-3, warmup_steps=100)),
+    steps=1000,
+    evaluate_every=250,
+)

@@ -1,0 +1,208 @@
+"""From an experiment to a run folder: train, evaluate, save, resume, and draw what came out."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from datasets import Dataset
+from flax import nnx
+
+from train import plot, run
+from train.batches import Batch, examples, iterate, stream
+from train.checkpoint import Checkpoints
+from train.config import Experiment
+from train.evaluate import Scores, evaluate
+from train.log import MetricsFile, Progress
+from train.parallel import data_parallel
+from train.signals import Interrupts
+from train.step import TrainState, make_update, start
+from train.tokenizer import Tokenizer
+
+_SAMPLES = 3
+
+
+@dataclasses.dataclass
+class Session:
+    """What one process needs to train: the experiment brought to life.
+
+    Attributes:
+        experiment: the resolved experiment.
+        tokenizer: trained, or that of the run that is resumed.
+        splits: examples by split.
+        graph: the model's structure.
+        state: parameters, optimizer and step, as far as they were trained.
+        checkpoints: of the run.
+    """
+
+    experiment: Experiment
+    tokenizer: Tokenizer
+    splits: dict[str, Dataset]
+    graph: nnx.GraphDef
+    state: TrainState
+    checkpoints: Checkpoints
+
+    @property
+    def model(self) -> Any:
+        """The model with the parameters of now."""
+        return nnx.merge(self.graph, self.state.params)
+
+    def save(self) -> None:
+        """Writes a checkpoint of now."""
+        self.checkpoints.save(self.state, config=run.to_text(self.experiment), tokenizer=self.tokenizer.to_json())
+
+
+def train(experiment: Experiment) -> int:
+    """Trains, or goes on where the run folder stopped; returns the exit code of the process.
+
+    Raises:
+        ValueError: the run folder holds something else, or the settings do not fit the data or the devices.
+    """
+    session = prepare(experiment)
+    with Interrupts() as interrupts:
+        _train(session, interrupts)
+    if interrupts.received is not None and int(session.state.step) < experiment.steps:
+        print(f"stopped by {interrupts.received.name} after {int(session.state.step)} updates; the same command resumes")
+        return interrupts.exit_code()
+    _finish(session)
+    return 0
+
+
+def prepare(experiment: Experiment) -> Session:
+    """Examples, tokenizer, model and state; from the run folder where it holds a run of the same configuration."""
+    folder = experiment.run
+    _check_folder(folder)
+    splits = experiment.task.load()
+    config, vocabulary = folder / "config.json", folder / "tokenizer.json"
+    if vocabulary.exists() and config.exists():
+        tokenizer = Tokenizer.load(vocabulary)
+        experiment = run.resolve(experiment, tokenizer)
+        run.check_same(folder, config.read_text("utf-8"), experiment)
+    else:
+        texts = [*splits["train"]["source"], *splits["train"]["target"]]
+        tokenizer = Tokenizer.train(experiment.tokenizer, texts)
+        experiment = run.resolve(experiment, tokenizer)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(vocabulary)
+        config.write_text(run.to_text(experiment), "utf-8")
+    optimizer = experiment.optimizer.make(experiment.steps)
+    graph, state = start(run.build(experiment.model, seed=experiment.seed), optimizer)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=experiment.keep_checkpoints)
+    if checkpoints.latest is not None:
+        state = checkpoints.restore(state)
+    return Session(experiment, tokenizer, splits, graph, state, checkpoints)
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder with --run")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds files but no run; give an empty or new folder with --run")
+
+
+def _train(session: Session, interrupts: Interrupts) -> None:
+    experiment, first = session.experiment, int(session.state.step)
+    if first == experiment.steps:
+        return
+    optimizer = experiment.optimizer.make(experiment.steps)
+    update = data_parallel(
+        make_update(session.graph, optimizer, seed=experiment.seed, label_smoothing=experiment.label_smoothing)
+    )
+    rows = examples(session.splits["train"], session.tokenizer)
+    order = stream(experiment.batches, rows, seed=experiment.seed, multiple=jax.local_device_count())
+    with (
+        Progress(experiment.steps, initial_step=first) as progress,
+        MetricsFile(experiment.run / "metrics.jsonl") as metrics,
+        MetricsFile(experiment.run / "samples.jsonl") as samples,
+    ):
+        _greet(session, progress, len(rows))
+        for file in (metrics, samples):
+            file.truncate_after(first)
+        meter = _Meter(experiment, metrics, progress)
+        for step, batch in zip(range(first + 1, experiment.steps + 1), _batches(order, first), strict=False):
+            session.state, result = update(session.state, batch)
+            meter.add(step, batch, result)
+            last = step == experiment.steps or interrupts.received is not None
+            if step % experiment.evaluate_every == 0 and interrupts.received is None:
+                _validate(session, step, metrics, samples, progress)
+                meter.restart()
+            if step % experiment.evaluate_every == 0 or last:
+                session.save()
+            if last:
+                return
+
+
+def _batches(order: Any, first: int) -> Iterator[Batch]:
+    return iterate(order, start=first)
+
+
+def _greet(session: Session, progress: Progress, count: int) -> None:
+    leaves = jax.tree.leaves(session.state.params)
+    progress.print(
+        f"{session.experiment.run}: {sum(leaf.size for leaf in leaves):,} parameters, {count:,} training examples, "
+        f"{session.tokenizer.vocab_size:,} tokens, {jax.local_device_count()} x {jax.devices()[0].device_kind}"
+    )
+    if int(session.state.step):
+        progress.print(f"resuming after {int(session.state.step)} updates")
+
+
+class _Meter:
+    """Rows of training metrics; numbers leave the devices only when a row is due, so that steps do not wait."""
+
+    def __init__(self, experiment: Experiment, metrics: MetricsFile, progress: Progress) -> None:
+        self._experiment, self._metrics, self._progress = experiment, metrics, progress
+        self._schedule = experiment.optimizer.schedule.schedule(experiment.steps)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins to count tokens anew: what happened between two steps is not training time."""
+        self._tokens, self._since = 0, time.monotonic()
+
+    def add(self, step: int, batch: Batch, result: dict[str, jax.Array]) -> None:
+        self._tokens += int(batch["source_length"].sum() + (batch["target_length"] - 1).sum())
+        if step % self._experiment.log_every and step != self._experiment.steps:
+            return
+        loss, norm = float(result["loss"]), float(result["gradient_norm"])
+        rate = self._tokens / max(time.monotonic() - self._since, 1e-9)
+        row = {"loss": loss, "gradient_norm": norm, "tokens_per_second": rate}
+        self._metrics.write({"step": step, "kind": "train", "learning_rate": float(self._schedule(step - 1)), **row})
+        self._progress.update(step, loss=loss, tokens_per_second=rate)
+        self.restart()
+
+
+def _validate(session: Session, step: int, metrics: MetricsFile, samples: MetricsFile, progress: Progress) -> None:
+    experiment = session.experiment
+    split = session.splits["validation"]
+    split = split.select(range(min(len(split), experiment.evaluate_examples)))
+    scores = evaluate(session.model, session.tokenizer, split, bleu=experiment.bleu)
+    metrics.write({"step": step, "kind": "validation", **scores.numbers()})
+    progress.print(f"step {step}  validation  " + _described(scores))
+    for index in np.random.default_rng(step).permutation(len(split))[:_SAMPLES]:
+        row = split[int(index)]
+        samples.write({"step": step, **row, "output": scores.outputs[index]})
+        progress.print(f"  {row['source']}\n    reference {row['target']}\n    output    {scores.outputs[index]}")
+
+
+def _described(scores: Scores) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in scores.numbers().items())
+
+
+def _finish(session: Session) -> None:
+    """Scores on the test split, pictures, and where everything is."""
+    experiment, folder = session.experiment, session.experiment.run
+    scores = evaluate(session.model, session.tokenizer, session.splits["test"], bleu=experiment.bleu)
+    results = {"split": "test", "examples": len(session.splits["test"]), "steps": experiment.steps, **scores.numbers()}
+    if scores.signature is not None:
+        results["sacrebleu"] = scores.signature
+    (folder / "results.json").write_text(json.dumps(results, indent=2), "utf-8")
+    plot.draw(run.Run(folder, experiment, session.tokenizer, experiment.steps, session.model), session.splits["test"])
+    print(f"test  {_described(scores)}")
+    print(f"test exact match {scores.exact_match:.2%} on {results['examples']} examples that were never trained on")
+    print(
+        f"{folder}: checkpoints/, config.json, tokenizer.json, metrics.jsonl, samples.jsonl, results.json, "
+        "curves.png, attention/"
+    )

@@ -1,0 +1,37 @@
+"""Ctrl-C and SIGTERM, kept until the end of a step."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+
+class Interrupts:
+    """Within `with Interrupts() as interrupts:` the first signal is only noted, a second ends the process at once.
+
+    Attributes:
+        received: the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def exit_code(self) -> int:
+        """The code that shells expect of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 0 if self.received is None else 128 + self.received
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.received = signal.Signals(number)
+        signal.signal(number, signal.SIG_DFL)

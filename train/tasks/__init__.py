@@ -1,0 +1,8 @@
+"""Where examples come from: every task loads a training, a validation and a test split of source and target texts."""
+
+from train.tasks.addition import Addition as Addition
+from train.tasks.dates import Dates as Dates
+from train.tasks.reverse import Reverse as Reverse
+from train.tasks.task import Task as Task
+from train.tasks.translation import HubTranslation as HubTranslation
+from train.tasks.translation import ParallelFiles as ParallelFiles

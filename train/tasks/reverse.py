@@ -1,0 +1,49 @@
+"""Strings of letters to be written backwards: attention has to learn the other diagonal."""
+
+from dataclasses import dataclass
+from string import ascii_lowercase
+
+from datasets import Dataset
+from numpy.random import Generator
+
+from train.tasks.task import DrawnTask, generator
+
+
+@dataclass(frozen=True)
+class Reverse(DrawnTask):
+    """Random strings of the letters a to z to their reverse: "abc" to "cba"; every length is equally likely.
+
+    No string occurs twice, within a split or between splits.
+    """
+
+    min_length: int = 1
+    """letters of the shortest strings"""
+    max_length: int = 16
+    """letters of the longest strings"""
+
+    def load(self) -> dict[str, Dataset]:
+        """The splits; ValueError where there are fewer strings than examples.
+
+        >>> Reverse(max_length=5, train_examples=100, validation_examples=10, test_examples=10).load()["test"][0]
+        {'source': 'qnhib', 'target': 'bihnq'}
+        """
+        if not 1 <= self.min_length <= self.max_length:
+            raise ValueError(
+                f"min_length ({self.min_length}) must be at least 1 and at most max_length ({self.max_length})"
+            )
+        strings = sum(len(ascii_lowercase) ** length for length in range(self.min_length, self.max_length + 1))
+        if self.examples > strings:
+            raise ValueError(
+                f"lengths {self.min_length} to {self.max_length} give {strings} strings, "
+                f"fewer than {self.examples} examples"
+            )
+        random = generator(self.seed)
+        distinct: dict[str, str] = {}
+        while len(distinct) < self.examples:
+            text = self._text(random)
+            distinct[text] = text[::-1]
+        return self.cut(list(distinct.items()))
+
+    def _text(self, random: Generator) -> str:
+        length = random.integers(self.min_length, self.max_length, endpoint=True)
+        return "".join(ascii_lowercase[letter] for letter in random.integers(len(ascii_lowercase), size=length))

@@ -1,0 +1,80 @@
+"""What a task is: a source of (source text, target text) examples in three splits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from datasets import Dataset
+
+Pair = tuple[str, str]
+"""One example: the source text and the target text."""
+
+
+class Task(Protocol):
+    """A frozen dataclass of settings that can produce examples."""
+
+    def load(self) -> dict[str, Dataset]:
+        """The splits "train", "validation" and "test", each with the text columns "source" and "target", none empty."""
+        ...
+
+
+def splits(train: Sequence[Pair], validation: Sequence[Pair], test: Sequence[Pair]) -> dict[str, Dataset]:
+    """What `Task.load` returns, from lists of pairs.
+
+    Raises ValueError, naming the counts, where a split is empty.
+
+    >>> splits([("ab", "ba")], [("cd", "dc")], [("ef", "fe")])["test"][0]
+    {'source': 'ef', 'target': 'fe'}
+    """
+    if not (train and validation and test):
+        raise ValueError(
+            "every split needs an example: "
+            f"train has {len(train)}, validation has {len(validation)}, test has {len(test)}"
+        )
+    return {"train": _dataset(train), "validation": _dataset(validation), "test": _dataset(test)}
+
+
+def _dataset(pairs: Sequence[Pair]) -> Dataset:
+    source, target = zip(*pairs, strict=True)
+    return Dataset.from_dict({"source": source, "target": target})
+
+
+def generator(seed: int) -> np.random.Generator:
+    """Random numbers for any integer, each with a stream of its own: NumPy itself refuses negative seeds."""
+    return np.random.default_rng([int(seed < 0), abs(seed)])
+
+
+@dataclass(frozen=True)
+class DrawnTask:
+    """The settings of a task that makes its examples up; the same settings give the same examples."""
+
+    train_examples: int = 50_000
+    """examples to train on"""
+    validation_examples: int = 1_000
+    """examples that watch over the training"""
+    test_examples: int = 1_000
+    """examples that judge the trained model"""
+    seed: int = 0
+    """any integer; it decides which examples are drawn"""
+
+    def __post_init__(self) -> None:
+        if min(self.train_examples, self.validation_examples, self.test_examples) < 1:
+            raise ValueError(
+                "every split needs an example: "
+                f"train_examples ({self.train_examples}), validation_examples ({self.validation_examples}) "
+                f"and test_examples ({self.test_examples}) must be at least 1"
+            )
+
+    @property
+    def examples(self) -> int:
+        """How many examples the three splits hold together."""
+        return self.train_examples + self.validation_examples + self.test_examples
+
+    def cut(self, pairs: Sequence[Pair]) -> dict[str, Dataset]:
+        """The splits from `examples` distinct pairs in random order: the test split first, the training split last.
+
+        More training examples thus leave the other two splits as they were.
+        """
+        test, validation = self.test_examples, self.test_examples + self.validation_examples
+        return splits(train=pairs[validation:], validation=pairs[test:validation], test=pairs[:test])
