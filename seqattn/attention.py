@@ -115,7 +115,7 @@ def attend(
     output, lse = kernel(
         *(flatten(x, batch) for x in (query, key, value)),
         **locate(query.shape, key.shape, mask, bias, q_at, kv_at),
-        scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        scale=_scale(scale, query.shape[-1]),
         dropout=dropout,
     )
     output = output.reshape(*batch, *output.shape[1:])
@@ -152,10 +152,8 @@ def attention_weights(
     batch = query.shape[:-3]
     located = locate(query.shape, key.shape, mask, bias, q_at, kv_at)
     visible = reference.visibility(**located)
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scored = reference.logits(
-        flatten(query, batch), flatten(key, batch), visible, bias=located["bias"], scale=scale
-    )
+    scale = _scale(scale, query.shape[-1])
+    scored = reference.logits(flatten(query, batch), flatten(key, batch), visible, bias=located["bias"], scale=scale)
     weights, _ = reference.softmax(scored)
     return weights.reshape(*batch, *weights.shape[1:])
 
@@ -177,7 +175,7 @@ def attend_scores(
         mask, q_at, kv_at, dropout: as in `attend`.
 
     Returns:
-        The output `[*batch, T, N, V]` in the dtype of the values, and the weights `[*batch, N, T, S]`, float32 at least.
+        The output `[*batch, T, N, V]` in the values' dtype, and the weights `[*batch, N, T, S]`, float32 at least.
 
     >>> import numpy as np
     >>> scores, states = jnp.log(jnp.array([[[0.7, 0.3]]])), jnp.array([[0.8, 0.2], [0.1, 0.9]])[:, None]
@@ -186,8 +184,8 @@ def attend_scores(
     [[[0.59 0.41]]] [[[0.7 0.3]]]
     """
     batch = value.shape[:-3]
-    if value.ndim < 3 or scores.ndim != value.ndim or scores.shape[:-3] != batch or scores.shape[-1] != value.shape[-3]:
-        raise ValueError(f"scores {scores.shape} must be [*batch, N, T, S] for value [*batch, S, K, V], got {value.shape}")
+    if value.ndim < 3 or scores.ndim < 3 or scores.shape[:-3] != batch or scores.shape[-1] != value.shape[-3]:
+        raise ValueError(f"scores {scores.shape} must be [*batch, N, T, S], and value {value.shape} [*batch, S, K, V]")
     check_dtypes(scores=scores, value=value)
     check_heads(scores.shape[-3], value.shape[-2])
     num_heads, length, size = scores.shape[-3:]
@@ -289,7 +287,7 @@ def dot_product_attention(
         rest = jnp.expand_dims(combined.dense(q_at, kv_at), -3)
         visible = _of_rank(query.ndim, mask) & _of_rank(query.ndim, rest)
     located = isinstance(visible, Mask)
-    return attend(
+    output, lse = attend(
         query,
         key,
         value,
@@ -299,8 +297,17 @@ def dot_product_attention(
         kv_at=kv_at if located else None,
         scale=scale,
         implementation=implementation,
-        return_lse=return_residual,
+        return_lse=True,
     )
+    return (output, lse) if return_residual else output
+
+
+def _scale(scale: float | Array | None, head_dim: int) -> float | Array:
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    if jnp.ndim(scale):
+        raise ValueError(f"scale must be a scalar, got shape {jnp.shape(scale)}")
+    return scale
 
 
 def _all(masks: list[Mask]) -> Mask | None:
@@ -328,7 +335,7 @@ def _rows(name: str, lengths: Array | None, batch: tuple[int, ...], length: int)
     lengths = jnp.asarray(lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise TypeError(f"{name} must be integers, got {lengths.dtype}")
-    if lengths.shape not in (batch, (1,) if not batch else batch):
+    if lengths.shape not in (batch, batch or (1,)):
         raise ValueError(f"{name} {lengths.shape} must have one length for each row of the batch {batch}")
     return Coordinates.from_lengths(lengths.reshape(batch), length)
 

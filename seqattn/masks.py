@@ -46,7 +46,7 @@ class Mask:
      [1 0 1 1]]
     """
 
-    def __call__(self, query: Coordinates, key: Coordinates) -> Bool[Array, ""]:
+    def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         """Whether the query at scalar coordinates `query` may attend to the key at `key`."""
         raise NotImplementedError
 
@@ -104,7 +104,7 @@ class And(Mask):
     first: Mask
     second: Mask
 
-    def __call__(self, query: Coordinates, key: Coordinates) -> Bool[Array, ""]:
+    def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return self.first(query, key) & self.second(query, key)
 
     def reach(self, query: Tile, key: Tile) -> Reach:
@@ -120,7 +120,7 @@ class Or(Mask):
     first: Mask
     second: Mask
 
-    def __call__(self, query: Coordinates, key: Coordinates) -> Bool[Array, ""]:
+    def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return self.first(query, key) | self.second(query, key)
 
     def reach(self, query: Tile, key: Tile) -> Reach:
@@ -135,7 +135,7 @@ class Not(Mask):
 
     mask: Mask
 
-    def __call__(self, query: Coordinates, key: Coordinates) -> Bool[Array, ""]:
+    def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return ~self.mask(query, key)
 
     def reach(self, query: Tile, key: Tile) -> Reach:
@@ -148,7 +148,7 @@ class Not(Mask):
 class Causal(Mask):
     """No look into the future: the key's position is at most the query's (Vaswani 2017, section 3.2.3)."""
 
-    def __call__(self, query: Coordinates, key: Coordinates) -> Bool[Array, ""]:
+    def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return query.position >= key.position
 
     def reach(self, query: Tile, key: Tile) -> Reach:
@@ -175,7 +175,7 @@ class SlidingWindow(Mask):
         _integer("the size of a sliding window", self.size, 1)
         _integer("the number of keys ahead", self.ahead, 0)
 
-    def __call__(self, query: Coordinates, key: Coordinates) -> Bool[Array, ""]:
+    def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         back = query.position - key.position
         return (back < self.size) & (back >= -self.ahead)
 
@@ -199,7 +199,7 @@ class SameSegment(Mask):
      [0 0 0 0]]
     """
 
-    def __call__(self, query: Coordinates, key: Coordinates) -> Bool[Array, ""]:
+    def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return (query.segment == key.segment) & (query.segment != 0)
 
     def reach(self, query: Tile, key: Tile) -> Reach:
@@ -214,7 +214,7 @@ class SameSegment(Mask):
 class NotPadding(Mask):
     """Neither the query nor the key is padding (segment 0)."""
 
-    def __call__(self, query: Coordinates, key: Coordinates) -> Bool[Array, ""]:
+    def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return (query.segment != 0) & (key.segment != 0)
 
     def reach(self, query: Tile, key: Tile) -> Reach:
@@ -243,7 +243,7 @@ class Prefix(Mask):
         if isinstance(self.length, (int, np.integer)):
             _integer("the length of a prefix", self.length, 0)
 
-    def __call__(self, query: Coordinates, key: Coordinates) -> Bool[Array, ""]:
+    def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return key.position < self.length
 
     def reach(self, query: Tile, key: Tile) -> Reach:
@@ -268,7 +268,7 @@ class Dilated(Mask):
     def __post_init__(self) -> None:
         _integer("the step of a dilated mask", self.step, 1)
 
-    def __call__(self, query: Coordinates, key: Coordinates) -> Bool[Array, ""]:
+    def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return (query.position - key.position) % self.step == 0
 
     def reach(self, query: Tile, key: Tile) -> Reach:
@@ -307,7 +307,7 @@ class MaskMod(Mask):
         """The inverse of `tree_flatten`."""
         return cls(fn, *arrays)
 
-    def __call__(self, query: Coordinates, key: Coordinates) -> Bool[Array, ""]:
+    def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         result = jnp.asarray(self.fn(query, key, *self.arrays))
         if result.dtype != jnp.bool_ or result.shape != ():
             raise TypeError(

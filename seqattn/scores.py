@@ -25,16 +25,12 @@ def scaled_dot(query: Float[Array, "D"], key: Float[Array, "D"]) -> Float[Array,
     return query @ key / math.sqrt(key.shape[-1])
 
 
-def general(
-    query: Float[Array, "Q"], key: Float[Array, "D"], weight: Float[Array, "Q D"]
-) -> Float[Array, ""]:
+def general(query: Float[Array, "Q"], key: Float[Array, "D"], weight: Float[Array, "Q D"]) -> Float[Array, ""]:
     """`q . W k`, bilinear (Luong 2015, "general"): query and key may differ in size."""
     return query @ (weight @ key)
 
 
-def scaled_general(
-    query: Float[Array, "Q"], key: Float[Array, "D"], weight: Float[Array, "Q D"]
-) -> Float[Array, ""]:
+def scaled_general(query: Float[Array, "Q"], key: Float[Array, "D"], weight: Float[Array, "Q D"]) -> Float[Array, ""]:
     """`q . W k / sqrt(Q)`: the bilinear score with the variance of the product taken out."""
     return general(query, key, weight) / math.sqrt(query.shape[-1])
 
@@ -46,9 +42,7 @@ def concat(
     return projection @ jnp.tanh(weight @ jnp.concatenate([query, key]))
 
 
-def perceptron(
-    query: Float[Array, "F"], key: Float[Array, "F"], projection: Float[Array, "F"]
-) -> Float[Array, ""]:
+def perceptron(query: Float[Array, "F"], key: Float[Array, "F"], projection: Float[Array, "F"]) -> Float[Array, ""]:
     """`v . tanh(q + k)`: the additive and the concat score of a query and a key already through their matrices."""
     return projection @ jnp.tanh(query + key)
 

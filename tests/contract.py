@@ -1,11 +1,11 @@
-"""What the tests of every implementation of `attend` share: named shapes, one compiled call with its gradients, tolerances.
+"""What the tests of every implementation of `attend` share: named shapes, compiled calls with gradients, tolerances.
 
-The relations themselves are tests/seqattn/kernels/test_contract.py, run for each name in `IMPLEMENTATIONS`.
+The relations themselves are tests/seqattn/kernels/test_contract.py and test_contract_faults.py, run for each name in
+`IMPLEMENTATIONS`: a new implementation is held to all of them by being listed there.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import ml_dtypes
@@ -35,8 +35,11 @@ class Shape:
         return (*self.batch, self.N, self.T, self.S)
 
 
+SQUARE = Shape(T=7, S=7, N=4, K=2, H=3, V=5)
+GROUPED = Shape()
+
 SHAPES = {
-    "grouped": Shape(),
+    "grouped": GROUPED,
     "one_kv_head_and_two_batch_dims": Shape(batch=(3, 2), T=5, S=7, N=2, K=1, H=11),
     "as_many_kv_heads_and_no_batch": Shape(batch=(), T=11, S=7, N=3, K=3),
     "one_query": Shape(T=1, N=3, K=1),
@@ -71,8 +74,8 @@ def cotangents(shape: Shape, dtype: str = "float32", seed: int = 1) -> tuple[np.
     return d_output, random.normal(size=(*shape.batch, shape.T, shape.N)).astype(NUMPY_DTYPES[high])
 
 
-def visible(shape: Shape, seed: int = 2) -> np.ndarray:
-    """Random pairs `[*batch, N, T, S]`; the second query of every batch row and the last of all heads see nothing."""
+def random_pairs(shape: Shape, seed: int = 2) -> np.ndarray:
+    """Which pairs may attend, `[*batch, N, T, S]`; the second query of every row sees nothing, in no head."""
     chosen = np.random.default_rng(seed).random(shape.pairs) < 0.6
     chosen[..., 1:2, :] = False
     return chosen
@@ -104,11 +107,6 @@ def with_gradients(implementation: str, inputs: dict, directions: tuple, **optio
     return tuple(np.asarray(x) for x in results), {name: np.asarray(x) for name, x in gradients.items()}
 
 
-def outputs(implementation: str) -> Callable[..., jax.Array]:
-    """`attend` by position, for `vmap` and `grad`."""
-    return lambda query, key, value, **options: attend(query, key, value, **options, implementation=implementation)
-
-
 def close(actual, expected, dtype: str = "float32", what: str = "") -> None:
     """Equal shape, and equal within the tolerance of the dtype relative to the largest element; NaN only where NaN."""
     actual, expected = (np.asarray(x).astype(np.float64) for x in (actual, expected))
@@ -129,8 +127,9 @@ def agrees_with_oracle(
     given = {name: x for name, x in (("bias", bias), ("scale", scale)) if x is not None}
     (output, lse), gradients = with_gradients(implementation, inputs | given, directions, **options)
     expected = oracle.attention(**inputs, **given, visible=pairs, kept=kept)
-    expected_gradients = oracle.attention_gradients(**inputs, **given, d_output=directions[0], d_lse=directions[1],
-                                                    visible=pairs, kept=kept)
+    expected_gradients = oracle.attention_gradients(
+        **inputs, **given, d_output=directions[0], d_lse=directions[1], visible=pairs, kept=kept
+    )
     assert output.dtype == NUMPY_DTYPES[dtype]
     assert lse.dtype == (np.float64 if dtype == "float64" else np.float32)
     close(output, expected.output, dtype, "output")
@@ -139,3 +138,15 @@ def agrees_with_oracle(
         close(gradient, expected_gradients[name], dtype, f"gradient of {name}")
 
 
+def equal(actual, expected) -> None:
+    """Two trees are bitwise equal, but for the sign of zeros."""
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def spoil(inputs: dict, index: tuple, garbage: float, *names: str) -> dict:
+    """Copies of the inputs with `garbage` at an index `[batch, token, head]` of the named ones."""
+    spoilt = {name: inputs[name].copy() for name in names}
+    for x in spoilt.values():
+        x[index] = garbage
+    return inputs | spoilt

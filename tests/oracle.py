@@ -23,7 +23,7 @@ class Attended:
 
 @dataclasses.dataclass
 class Row:
-    """One query and the keys that it sees: `at` indexes `[B, T, N]`, `keys` indexes `[B, S, K]`, `pairs` `[B, N, T, S]`."""
+    """One query and the keys that it sees, as indices: `at [B, T, N]`, `keys [B, S, K]`, `pairs [B, N, T, S]`."""
 
     at: tuple
     keys: tuple

@@ -153,10 +153,14 @@ def test_every_library_test_has_its_source():
     assert not orphans, f"tests/ mirrors the sources; these mirror nothing: {', '.join(map(str, orphans))}"
 
 
-def _sources_of(test: Path) -> tuple[Path, Path]:
-    """The source that a test mirrors, or what it shares with other tests: tests/contract.py for several kernels."""
-    name = test.name.removeprefix("test_")
-    return ROOT / test.with_name(name), ROOT / "tests" / name
+def _sources_of(test: Path) -> list[Path]:
+    """The source that a test mirrors, or what it shares with other tests: tests/contract.py for several kernels.
+
+    A source may have several tests: test_attention.py and test_attention_weights.py are both about attention.py.
+    """
+    words = test.stem.removeprefix("test_").split("_")
+    names = ["_".join(words[:count]) + ".py" for count in range(1, len(words) + 1)]
+    return [folder / name for name in names for folder in (ROOT / test.parent, ROOT / "tests")]
 
 
 OFFENDERS = {

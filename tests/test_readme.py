@@ -12,7 +12,7 @@ TEXT = README.read_text("utf-8") if README.exists() else ""
 
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"""\]\(([^)\s]+)|\b(?:src|srcset|href)="([^"\s]+)""")
-_ENTRY = re.compile(r"[\w.-]+(?:/|\.\w+)|Makefile|LICENSE")
+_ENTRY = re.compile(r"[\w.-]+(/|\.py|\.md|\.toml)|Makefile|LICENSE")
 
 
 def blocks(text: str, language: str) -> list[tuple[int, str]]:
@@ -87,7 +87,7 @@ def test_links_lead_somewhere():
 TREE = """
 seqattn/          arrays in, arrays out
   masks.py        who may look: Mask.dense, a.py/b.py
-  nn/             modules
+  nn/             flax.nnx modules
     blocks.py  embedding.py   two files
   kernels/        not opened
 train/            not opened either

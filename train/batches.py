@@ -1,6 +1,7 @@
 """From examples to batches of few static shapes, in an order that is a function of the seed and the step alone."""
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -118,7 +119,7 @@ def _buckets(rows: Sequence[Example], count: int) -> list[list[Example]]:
     """Groups of equal size by length, the shortest examples first; fewer where there are few examples."""
     ordered = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
     edges = np.linspace(0, len(ordered), min(count, len(ordered)) + 1).astype(int)
-    return [ordered[low:high] for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    return [ordered[low:high] for low, high in itertools.pairwise(edges)]
 
 
 def _shape(rows: Sequence[Example], tokens: int, multiple: int) -> tuple[int, int, int]:

@@ -66,7 +66,8 @@ def train(experiment: Experiment) -> int:
     with Interrupts() as interrupts:
         _train(session, interrupts)
     if interrupts.received is not None and int(session.state.step) < experiment.steps:
-        print(f"stopped by {interrupts.received.name} after {int(session.state.step)} updates; the same command resumes")
+        step = int(session.state.step)
+        print(f"stopped by {interrupts.received.name} after {step} updates; the same command resumes")
         return interrupts.exit_code()
     _finish(session)
     return 0
@@ -199,7 +200,8 @@ def _finish(session: Session) -> None:
     if scores.signature is not None:
         results["sacrebleu"] = scores.signature
     (folder / "results.json").write_text(json.dumps(results, indent=2), "utf-8")
-    plot.draw(run.Run(folder, experiment, session.tokenizer, experiment.steps, session.model), session.splits["test"])
+    trained = run.Run(folder, experiment, session.tokenizer, experiment.steps, session.model)
+    plot.draw(trained, plot.examples_to_draw(session.splits["test"]))
     print(f"test  {_described(scores)}")
     print(f"test exact match {scores.exact_match:.2%} on {results['examples']} examples that were never trained on")
     print(

@@ -1,5 +1,6 @@
 """The pictures of a run: `python -m train.plot RUN`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +20,18 @@ from train.translate import Translator
 _MAPS = 3
 
 
-def draw(trained: Run, split: Dataset) -> list[Path]:
-    """Learning curves, and where the model looks while it writes the outputs for the first examples of a split."""
+def draw(trained: Run, texts: Sequence[str]) -> list[Path]:
+    """Learning curves, and where the model looks while it writes the output for each text."""
     paths = list(learning_curves(read_metrics(trained.folder / "metrics.jsonl"), trained.folder / "curves"))
-    sources = list(split["source"][:_MAPS])
-    outputs = Translator(trained.model, trained.tokenizer)(sources)
-    for number, (source, output) in enumerate(zip(sources, outputs, strict=True), 1):
-        paths += draw_attention(trained, source, output, trained.folder / "attention" / str(number))
+    outputs = Translator(trained.model, trained.tokenizer)(texts)
+    for number, (text, output) in enumerate(zip(texts, outputs, strict=True), 1):
+        paths += draw_attention(trained, text, output, trained.folder / "attention" / str(number))
     return paths
+
+
+def examples_to_draw(test: Dataset) -> list[str]:
+    """The first few sources of a test split."""
+    return list(test["source"][:_MAPS])
 
 
 def draw_attention(trained: Run, source: str, output: str, path_stem: Path) -> list[Path]:
@@ -56,12 +61,14 @@ class Arguments:
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
+    text: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Texts to draw the attention of; without any, the first few of the test split."""
 
 
 def main(arguments: Arguments) -> None:
     """Prints the path of each picture."""
     trained = run.load(arguments.run)
-    for path in draw(trained, trained.experiment.task.load()["test"]):
+    for path in draw(trained, arguments.text or examples_to_draw(trained.experiment.task.load()["test"])):
         print(path)
 
 

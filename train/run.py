@@ -79,7 +79,9 @@ def load(folder: Path) -> Run:
     """
     checkpoints = Checkpoints(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
     if checkpoints is None or checkpoints.latest is None:
-        raise FileNotFoundError(f"{folder} holds no checkpoint; train one with: python -m train EXPERIMENT --run {folder}")
+        raise FileNotFoundError(
+            f"{folder} holds no checkpoint; train it with python -m train EXPERIMENT --run {folder}"
+        )
     texts = checkpoints.texts()
     experiment: Experiment = decode(json.loads(texts["config"]))
     graph, fresh = start(build(experiment.model, seed=0), experiment.optimizer.make(experiment.steps))

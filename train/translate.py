@@ -14,7 +14,7 @@ from flax import nnx
 
 from seqattn import Coordinates
 from seqattn.decoding import Generated, generate
-from seqattn.models import EncoderDecoder, Learned, TransformerConfig
+from seqattn.models import EncoderDecoder, Learned
 from train import environment, run
 from train.batches import Example, collate
 from train.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ class Translator:
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """The output for each text, in the same order; `[FAILED]` where the model's logits were not finite."""
         outputs = [""] * len(texts)
-        sources: list[Example] = [(ids + [self.tokenizer.end_id], [0]) for ids in self.tokenizer.encode_batch(texts)]
+        sources: list[Example] = [([*ids, self.tokenizer.end_id], [0]) for ids in self.tokenizer.encode_batch(texts)]
         for chosen, source, length in self._batches(sources):
             found = self._generate(self.params, source, length, self._max_length(source.shape[1]))
             tokens, ends, failed = (np.asarray(x) for x in (found.tokens, found.length, found.failed))
@@ -72,9 +72,9 @@ class Translator:
 
 
 def _longest(model: EncoderDecoder) -> int | None:
-    config = getattr(model, "config", None)
-    learned = isinstance(config, TransformerConfig) and isinstance(config.positions, Learned)
-    return config.positions.max_length if learned else None
+    """The most tokens that a model can place; None without a limit."""
+    positions = getattr(getattr(model, "config", None), "positions", None)
+    return positions.max_length if isinstance(positions, Learned) else None
 
 
 @cache

@@ -5,6 +5,7 @@ from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from seqattn.coordinates import Coordinates
@@ -70,7 +71,7 @@ def locate(
     """Mask, bias and coordinates checked against the shapes of query and key, with one batch dim."""
     batch, pairs = query[:-3], (query[-2], query[-3], key[-3])
     if not isinstance(mask, Mask) and (q_at is not None or kv_at is not None):
-        raise ValueError("q_at and kv_at only matter to a Mask, such as mask=SameSegment(); without one they do nothing")
+        raise ValueError("q_at and kv_at only matter to a Mask, such as SameSegment(); without one they do nothing")
     if isinstance(mask, Mask) and (q_at is None or kv_at is None) and pairs[1] != pairs[2]:
         raise ValueError(
             f"{pairs[1]} queries and {pairs[2]} keys: say how they align with q_at and kv_at, for example "
@@ -101,7 +102,7 @@ def _bias_pairs(bias: Array, batch: tuple[int, ...], pairs: tuple[int, int, int]
 def check_pairs(name: str, x: Array, batch: tuple[int, ...], pairs: tuple[int, int, int]) -> None:
     """Raises unless a mask or bias is `[T, S]` or broadcasts to `[*batch, *pairs]` with as many dims."""
     if name == "mask" and x.dtype != jnp.bool_:
-        raise TypeError(f"mask must be boolean, True where a query may attend, got {x.dtype}; numbers to add are a bias")
+        raise TypeError(f"mask must be boolean, True where a query may attend, got {x.dtype}; numbers are a bias")
     full = (*batch, *pairs)
     fits = x.ndim in (2, len(full)) and all(n in (1, m) for n, m in zip(x.shape, full[-x.ndim :], strict=True))
     if not fits:
@@ -118,12 +119,17 @@ def _flatten_pairs(x: Array, batch: tuple[int, ...]) -> Array:
 
 
 def _coordinates(name: str, at: Coordinates | None, batch: tuple[int, ...], length: int) -> Coordinates:
-    """Coordinates with one batch dim, `[B or 1, length]`."""
+    """Coordinates with one batch dim, `[B or 1, length]`, of at least 32 bits: in int8 a window of 300 would be 44."""
     if at is None:
         at = Coordinates.range(length)
-    for field in (at.position, at.segment):
-        if not jnp.issubdtype(field.dtype, jnp.signedinteger):
-            raise TypeError(f"{name} must hold signed integers (masks take differences), got {field.dtype}")
-        if field.shape not in ((length,), (*batch, length)):
-            raise ValueError(f"{name} {field.shape} must be {(length,)} or {(*batch, length)}")
-    return jax.tree.map(lambda x: x[None] if x.ndim == 1 else flatten(x, batch), at)
+    for x in (at.position, at.segment):
+        if not jnp.issubdtype(x.dtype, jnp.signedinteger):
+            raise TypeError(f"{name} must hold signed integers (masks take differences), got {x.dtype}")
+        if x.shape not in ((length,), (*batch, length)):
+            raise ValueError(f"{name} {x.shape} must be {(length,)} or {(*batch, length)}")
+
+    def field(x: Array) -> Array:
+        wide = x.astype(np.promote_types(x.dtype, np.int32))
+        return wide[None] if x.ndim == 1 else flatten(wide, batch)
+
+    return jax.tree.map(field, at)

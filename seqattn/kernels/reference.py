@@ -43,7 +43,7 @@ def attend(
 def visibility(
     mask: Mask | Bool[Array, "..."] | None, bias: Float[Array, "..."] | None, q_at: Coordinates, kv_at: Coordinates
 ) -> Bool[Array, "..."] | None:
-    """The mask as an array that broadcasts to `[B, N, T, S]`, or None where all may attend; a bias of -inf masks, too."""
+    """Mask and biases of -inf as one array that broadcasts to `[B, N, T, S]`, or None where all may attend."""
     visible = mask.dense(q_at, kv_at)[:, None] if isinstance(mask, Mask) else mask
     if bias is None:
         return visible

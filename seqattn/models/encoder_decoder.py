@@ -29,7 +29,5 @@ class EncoderDecoder(Protocol):
     def step(self, tokens: Int[Array, "B"], state: State) -> tuple[Float[Array, "B V"], State]:
         """Logits `[B, V]` of the token after `tokens` `[B]`, and the next state; equal to `decode` step by step."""
 
-    def alignment(
-        self, target: Int[Array, "B T"], target_at: Coordinates, memory: Any
-    ) -> Float[Array, "B L T S"]:
+    def alignment(self, target: Int[Array, "B T"], target_at: Coordinates, memory: Any) -> Float[Array, "B L T S"]:
         """Where each target token looks in the source: weights of L heads, `[B, L, T, S]`; L may be 0."""

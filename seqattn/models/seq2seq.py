@@ -76,7 +76,8 @@ class Seq2Seq(nnx.Module):
 
     The decoder starts from the encoder's last state. With attention, the decoder's top state `h` looks for a context
     `c` among the encoder states, and `tanh(W [c; h])` gives the logits (Luong 2015, equations 5 and 6). One function
-    makes a step; training scans it over known targets.
+    makes a step; training scans it over known targets. A row holds one text, with padding anywhere; packed texts would
+    see each other.
 
     Args:
         config: sizes and choices.
@@ -169,17 +170,26 @@ class Seq2Seq(nnx.Module):
     def _unroll(
         self, target: Array, target_at: Coordinates, memory: Seq2SeqMemory, dropout_key: PRNGKeyArray | None
     ) -> tuple[Array, Array | None]:
-        """Features `[B, T, H]` and weights `[B, T, S]` of every target token, one step after the other."""
+        """Features `[B, T, H]` and weights `[B, T, S]` of every target token, one step after the other.
+
+        Padding is stepped over, wherever it is: the state is held.
+        """
         keys = split(dropout_key, 2)
         embedded = drop(self._embed(target, target_at), self.config.dropout_rate, keys[0])
+        real = jnp.broadcast_to(target_at.segment, target.shape) != 0
 
-        def advance(state: Seq2SeqState, token: tuple[Array, Array]) -> tuple[Seq2SeqState, tuple]:
-            index, vector = token
+        def advance(state: Seq2SeqState, token: tuple[Array, Array, Array]) -> tuple[Seq2SeqState, tuple]:
+            index, vector, present = token
             key = None if keys[1] is None else jax.random.fold_in(keys[1], index)
-            features, weights, state = self._advance(vector, state, key)
-            return state, (features, weights)
+            features, weights, moved = self._advance(vector, state, key)
+            carries, attentional = jax.tree.map(
+                lambda new, old: jnp.where(present[:, None], new, old),
+                (moved.carries, moved.attentional),
+                (state.carries, state.attentional),
+            )
+            return Seq2SeqState(carries, attentional, state.memory), (features, weights)
 
-        steps = (jnp.arange(target.shape[1]), jnp.moveaxis(embedded, 1, 0))
+        steps = (jnp.arange(target.shape[1]), jnp.moveaxis(embedded, 1, 0), real.T)
         _, results = jax.lax.scan(advance, self.start(memory, target.shape[1]), steps)
         features, weights = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), results)
         return features, weights
@@ -195,14 +205,15 @@ class Seq2Seq(nnx.Module):
         ):
             carry, x = layer.step(carry, drop(x, self.config.dropout_rate, key) if i else x)
             carries.append(carry)
-        features, weights = x, None
-        if self.attention is not None and self.combine is not None:
-            context, weights = self._context(x, state.memory)
-            features = jnp.tanh(self.combine(jnp.concatenate([context, x], axis=-1)))
+        features, weights = self._look(x, state.memory)
         attentional = None if state.attentional is None else features
         return features, weights, Seq2SeqState(tuple(carries), attentional, state.memory)
 
-    def _context(self, query: Float[Array, "B H"], memory: KeyValue | None) -> tuple[Array, Array]:
+    def _look(self, query: Float[Array, "B H"], memory: KeyValue | None) -> tuple[Array, Array | None]:
+        """The decoder's top state combined with its context, and the weights; the state itself without attention."""
+        if self.attention is None or self.combine is None or memory is None:
+            return query, None
         now = jnp.ones((len(query), 1), jnp.int32)
         context, weights = self.attention(query[:, None], Coordinates(now, now), memory)
-        return context[:, 0], weights[:, 0]
+        combined = self.combine(jnp.concatenate([context[:, 0], query], axis=-1))
+        return jnp.tanh(combined), weights[:, 0]

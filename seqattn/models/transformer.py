@@ -49,7 +49,7 @@ class TransformerConfig:
     """Blocks of the encoder."""
     num_decoder_layers: int = 6
     """Blocks of the decoder."""
-    block: BlockConfig = BlockConfig()
+    block: BlockConfig = dataclasses.field(default_factory=BlockConfig)
     """Sizes and choices of every block."""
     positions: Sinusoidal | Learned | Rotary = Sinusoidal()
     """How the order of tokens enters."""
@@ -122,9 +122,7 @@ class Transformer(nnx.Module):
     (1, 3, 11)
     """
 
-    def __init__(
-        self, config: TransformerConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: TransformerConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config, positions, dim = config, config.positions, config.block.model_dim
         if isinstance(positions, Sinusoidal) and dim % 2:
             raise ValueError(f"model_dim ({dim}) must be even for sinusoidal positions")
@@ -132,16 +130,16 @@ class Transformer(nnx.Module):
         rotary_base = positions.base if isinstance(positions, Rotary) else None
         self.embedding = TokenEmbedding(config.vocab_size, dim, **sizes)
         self.source_embedding = None if config.share_embeddings else TokenEmbedding(config.vocab_size, dim, **sizes)
-        learned = isinstance(positions, Learned)
-        self.source_positions = PositionEmbedding(positions.max_length, dim, **sizes) if learned else None
-        self.target_positions = PositionEmbedding(positions.max_length, dim, **sizes) if learned else None
+        max_length = positions.max_length if isinstance(positions, Learned) else None
+        self.source_positions = None if max_length is None else PositionEmbedding(max_length, dim, **sizes)
+        self.target_positions = None if max_length is None else PositionEmbedding(max_length, dim, **sizes)
         self.encoder = nnx.List(
             [
                 EncoderBlock(config.block, mask=SameSegment(), rotary_base=rotary_base, **sizes)
                 for _ in range(config.num_encoder_layers)
             ]
         )
-        masks = {"mask": Causal() & SameSegment(), "memory_mask": SameSegment()}
+        masks: dict[str, Any] = {"mask": Causal() & SameSegment(), "memory_mask": SameSegment()}
         self.decoder = nnx.List(
             [
                 DecoderBlock(config.block, **masks, rotary_base=rotary_base, **sizes)

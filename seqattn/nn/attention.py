@@ -79,17 +79,14 @@ class MultiHeadAttention(nnx.Module):
 
         def linear(inputs: int, outputs: int) -> nnx.Linear:
             init = nnx.initializers.xavier_uniform()
-            return nnx.Linear(
-                inputs, outputs, use_bias=use_bias, kernel_init=init, param_dtype=param_dtype, rngs=rngs
-            )
+            return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
 
         self.query = linear(model_dim, num_heads * self.head_dim)
         self.key = linear(model_dim, num_kv_heads * self.head_dim)
         self.value = linear(model_dim, num_kv_heads * self.head_dim)
         self.output = linear(num_heads * self.head_dim, model_dim)
-        norm = {"num_features": self.head_dim, "param_dtype": param_dtype, "rngs": rngs}
-        self.query_norm = nnx.RMSNorm(**norm) if qk_norm else None
-        self.key_norm = nnx.RMSNorm(**norm) if qk_norm else None
+        self.query_norm = nnx.RMSNorm(self.head_dim, param_dtype=param_dtype, rngs=rngs) if qk_norm else None
+        self.key_norm = nnx.RMSNorm(self.head_dim, param_dtype=param_dtype, rngs=rngs) if qk_norm else None
 
     def project(self, x: Float[Array, "*batch S D"], at: Coordinates) -> KeyValue:
         """Keys and values `[*batch, S, K, H]` of the tokens `x` `[*batch, S, D]` at their coordinates."""
@@ -126,4 +123,4 @@ class MultiHeadAttention(nnx.Module):
     def _heads(self, x: Array, num_heads: int, norm: nnx.RMSNorm | None, at: Coordinates) -> Array:
         heads = self._split(x, num_heads)
         heads = heads if norm is None else norm(heads)
-        return heads if self.rotary_base is None else rotate(heads, at.position, base=self.rotary_base)
+        return heads if self.rotary_base is None else rotate(heads, jnp.asarray(at.position), base=self.rotary_base)

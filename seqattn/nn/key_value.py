@@ -61,7 +61,7 @@ class KeyValue:
         if not isinstance(slot, jax.core.Tracer):
             _check_fits(np.asarray(slot), count, length)
         slot = jnp.broadcast_to(jnp.asarray(slot, jnp.int32), batch)
-        fits = (slot >= 0) & (slot + count <= length)
+        fits = (slot >= 0) & (slot <= length - count)
         poisoned = dataclasses.replace(new, key=_poison(new.key, fits), value=_poison(new.value, fits))
 
         def row(old: Array, fresh: Array, start: Array) -> Array:
@@ -74,7 +74,7 @@ class KeyValue:
 
 def _check_fits(slot: np.ndarray, count: int, length: int) -> None:
     # In NumPy, since inside `jit` even the minimum of an array from outside would be traced.
-    outside = slot[(slot < 0) | (slot + count > length)]
+    outside = slot[(slot < 0) | (slot > length - count)]
     if outside.size:
         raise ValueError(f"{count} tokens do not fit at slot {outside[0]} into a cache of {length}")
 

@@ -58,7 +58,8 @@ def test_split_keys_are_different():
 
 
 def test_the_rate_is_static_and_the_key_a_leaf():
-    masks = jax.jit(jax.vmap(lambda dropout: dropout(jnp.ones(101))))(Dropout(RATE, jax.random.split(jax.random.key(0))))
+    keys = jax.random.split(jax.random.key(0))
+    masks = jax.jit(jax.vmap(lambda dropout: dropout(jnp.ones(101))))(Dropout(RATE, keys))
     assert np.any(np.asarray(masks[0]) != np.asarray(masks[1]))
 
 

@@ -116,6 +116,14 @@ def test_a_label_that_does_not_count_may_be_anything():
     np.testing.assert_allclose(jitted, expected, rtol=1e-5)
 
 
+def test_labels_of_few_bits_do_not_overflow():
+    """In int8, 300 classes would be 44."""
+    logits, labels = np.tile(LOGITS, 30)[:, 0, :300], np.array([5, 100, 127], np.int8)
+    eager = cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
+    np.testing.assert_allclose(eager, oracle.cross_entropy(logits, labels)[:2], rtol=1e-5)
+    _agree(logits, labels)
+
+
 def test_impossible_classes_of_minus_infinity_cost_nothing():
     """Such as the unused rows of a vocabulary padded to a multiple of 128."""
     logits = LOGITS.copy()

@@ -116,7 +116,7 @@ def test_a21_odd_dims_are_refused(dim):
 
 @pytest.mark.parametrize("base", [0.0, -2.0, float("nan"), float("inf")])
 def test_a_base_must_be_positive(base):
-    with pytest.raises(ValueError, match="base .* must be positive and finite"):
+    with pytest.raises(ValueError, match=r"base .* must be positive and finite"):
         angular_frequencies(H, base=base)
 
 

@@ -63,7 +63,7 @@ def test_every_pair_has_the_score_of_numpy(name):
 
 
 def test_the_lecture_multiplies_encoder_and_decoder_state():
-    """Encoder state (0.8, 0.2), decoder state (0.7, 0.3): 0.56 + 0.06; and weight 0.7 takes (0.56, 0.14) of the state."""
+    """Encoder state (0.8, 0.2), decoder state (0.7, 0.3): 0.56 + 0.06; a weight of 0.7 takes (0.56, 0.14) of it."""
     encoder, decoder = jnp.array([0.8, 0.2]), jnp.array([0.7, 0.3])
     np.testing.assert_allclose(scores.dot(decoder, encoder), 0.62, rtol=1e-6)
     np.testing.assert_allclose(0.7 * encoder, [0.56, 0.14], rtol=1e-6)

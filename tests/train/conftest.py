@@ -18,7 +18,7 @@ TINY = Experiment(
     task=Reverse(train_examples=101, validation_examples=7, test_examples=5, min_length=2, max_length=5),
     model=TransformerConfig(0, num_encoder_layers=1, num_decoder_layers=1, block=BLOCK, positions=Rotary()),
     run=Path("set by each test"),
-    batches=Batches(tokens=256, max_length=16, buckets=2),
+    batches=Batches(tokens=256, max_length=16, buckets=1),
     optimizer=Optimizer(schedule=Constant(rate=0.01)),
     steps=12,
     evaluate_every=5,

@@ -51,7 +51,7 @@ def test_e5_several_devices_update_as_one_does(count):
 
 def test_e6_a_batch_that_does_not_divide_is_refused():
     graph, state = fresh()
-    with pytest.raises(ValueError, match="3 rows .* must be a multiple of the 2 devices"):
+    with pytest.raises(ValueError, match=r"3 rows .* must be a multiple of the 2 devices"):
         data_parallel(make_update(graph, SGD, seed=0), jax.local_devices()[:2])(state, collate(rows(3)))
 
 

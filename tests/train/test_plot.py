@@ -1,0 +1,37 @@
+"""The pictures of a run, and what they show."""
+
+import numpy as np
+
+from train import plot, run
+from train.plot import Arguments
+
+
+def test_the_command_draws_curves_and_a_map_for_each_text(finished, tmp_path, capsys):
+    trained = run.load(finished)
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_bytes((finished / "metrics.jsonl").read_bytes())
+    copy = run.Run(folder, trained.experiment, trained.tokenizer, trained.step, trained.model)
+    paths = plot.draw(copy, ["abc", "de"])
+    names = {path.relative_to(folder).as_posix() for path in paths}
+    assert {"curves.png", "curves.svg", "attention/1.png", "attention/2.svg", "attention/1-heads.png"} <= names
+    assert all(path.stat().st_size > 1000 for path in paths)
+
+
+def test_what_is_drawn_are_the_models_weights_over_real_tokens(finished, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "attention_map", lambda *arguments, title: drawn.append((*arguments, title)) or ())
+    trained = run.load(finished)
+    plot.draw_attention(trained, "abc", "cba", tmp_path / "map")
+    (mean, source, target, _, title), (heads, *_) = drawn
+    assert source == ["a", "b", "c", "[END]"]
+    assert target == ["c", "b", "a", "[END]"]
+    assert title == "abc → cba"
+    np.testing.assert_allclose(mean, heads.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(heads.sum(axis=-1), 1.0, atol=1e-5)
+
+
+def test_the_command_names_its_pictures(finished, monkeypatch, capsys):
+    monkeypatch.setattr(plot, "draw", lambda trained, texts: [trained.folder / text for text in texts])
+    plot.main(Arguments(finished, ("ab", "c")))
+    assert capsys.readouterr().out.split() == [str(finished / "ab"), str(finished / "c")]
