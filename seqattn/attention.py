@@ -80,8 +80,8 @@ def attend(
         bias: added to the logits after scaling: `[T, S]`, or `[*batch, N, T, S]` with any dim 1. An entry of -inf
             masks the pair.
         q_at: coordinates of the queries `[T]` or `[*batch, T]`; one unpadded text from position 0 where not given.
-        kv_at: coordinates of the keys `[S]` or `[*batch, S]`, likewise. Where T differs from S a `Mask` needs both,
-            since the alignment of the two sequences would be a guess.
+        kv_at: coordinates of the keys `[S]` or `[*batch, S]`, likewise. Both or neither are given, and where T
+            differs from S a `Mask` needs them: how the two sequences align would be a guess.
         scale: multiplies the products; `1 / sqrt(H)` where not given.
         dropout: drops attention weights after the softmax.
         implementation: a name of `IMPLEMENTATIONS`, several in order of preference, or None for the first able one.
@@ -341,7 +341,11 @@ def _rows(name: str, lengths: Array | None, batch: tuple[int, ...], length: int)
 
 
 def _choose(implementation: str | Sequence[str] | None) -> Callable[..., tuple[Array, Array]]:
-    names = [implementation] if isinstance(implementation, str) else list(implementation or IMPLEMENTATIONS)
+    if implementation is None:
+        implementation = list(IMPLEMENTATIONS)
+    names = [implementation] if isinstance(implementation, str) else list(implementation)
+    if not names:
+        raise ValueError(f"implementation is empty; give one or more of {', '.join(IMPLEMENTATIONS)}, or None")
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
     if unknown:
         raise ValueError(f"implementation {unknown[0]!r} is not one of {', '.join(IMPLEMENTATIONS)}")

@@ -240,7 +240,7 @@ class Prefix(Mask):
     length: int | Array
 
     def __post_init__(self) -> None:
-        if isinstance(self.length, (int, np.integer)):
+        if isinstance(self.length, (int, float, np.number)):
             _integer("the length of a prefix", self.length, 0)
 
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
@@ -281,6 +281,8 @@ class Dilated(Mask):
 @dataclasses.dataclass(frozen=True, init=False)
 class MaskMod(Mask):
     """Any predicate: `fn(query, key, *arrays)` on scalar coordinates, returning a scalar boolean.
+
+    The function is static: a new lambda in each call of a jitted function is compiled anew. Give what changes as arrays.
 
     >>> block = MaskMod(lambda query, key, size: query.position // size == key.position // size, jnp.array(2))
     >>> at = Coordinates.range(4)

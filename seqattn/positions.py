@@ -72,7 +72,7 @@ def rotate(
 
     Raises:
         TypeError: `x` is not floating.
-        ValueError: H is odd, or `frequencies` is not `[H / 2]`.
+        ValueError: H is odd, `frequencies` is not `[H / 2]`, or `position` does not fit.
     """
     dim = x.shape[-1]
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -80,6 +80,8 @@ def rotate(
     speed = angular_frequencies(dim, base=base) if frequencies is None else frequencies
     if dim % 2 or speed.shape != (dim // 2,):
         raise ValueError(f"head_dim ({dim}) must be twice the number of frequencies, got frequencies {speed.shape}")
+    if position.shape not in (x.shape[:-2], x.shape[-3:-2]):
+        raise ValueError(f"position {position.shape} must be {x.shape[:-2]} or {x.shape[-3:-2]} for x {x.shape}")
     high = accumulator(x.dtype)
 
     def one(vector: Float[Array, "H"], index: Int[Array, ""]) -> Float[Array, "H"]:

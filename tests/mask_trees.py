@@ -61,10 +61,12 @@ def mask_trees(max_leaves: int = 5) -> st.SearchStrategy:
 
 
 def coordinates(length: int) -> st.SearchStrategy:
-    """Positions 0 to 9 and segments -1 to 3 in any order, as NumPy arrays: known at trace time."""
+    """Positions 0 to 9 and segments -1 to 3, in any order or in runs, as NumPy arrays: known at trace time."""
 
     def fields(low, high):
-        values = st.lists(st.integers(low, high), min_size=length, max_size=length)
-        return values.map(lambda chosen: np.array(chosen, np.int32))
+        numbers = st.integers(low, high)
+        any_order = st.lists(numbers, min_size=length, max_size=length)
+        runs = st.lists(numbers, min_size=1, max_size=3).map(lambda few: np.repeat(few, length)[:: len(few)])
+        return st.one_of(any_order, runs).map(lambda chosen: np.array(chosen, np.int32))
 
     return st.builds(Coordinates, fields(0, 9), fields(-1, 3))

@@ -23,6 +23,8 @@ def main() -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # outside of the training steps, where there is nothing to save
+        return 130
 
 
 if __name__ == "__main__":

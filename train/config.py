@@ -124,7 +124,8 @@ def differences(first: Any, second: Any, path: str = "") -> list[str]:
     >>> differences(encode(Rotary(base=500.0)), encode(Rotary(base=10.0)))
     ['base: 500.0 and 10.0']
     """
-    if isinstance(first, dict) and isinstance(second, dict) and first.get("type") == second.get("type"):
+    same_type = isinstance(first, dict) and isinstance(second, dict) and first.get("type") == second.get("type")
+    if same_type and "value" not in first:
         names = sorted(first.keys() | second.keys())
         return [line for name in names for line in differences(first.get(name), second.get(name), f"{path}.{name}")]
     return [] if first == second else [f"{path.lstrip('.')}: {_short(first)} and {_short(second)}"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from train.step import Metrics, TrainState, Update
 
@@ -30,7 +31,12 @@ def data_parallel(
         donate_argnums=0,
     )
 
+    everywhere = NamedSharding(Mesh(np.array(devices), (_AXIS,)), PartitionSpec())
+
     def run(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, Metrics]:
+        if state.step.sharding != everywhere:
+            # The state that comes out lies on all devices; one that goes in otherwise would be compiled for apart.
+            state = jax.device_put(state, everywhere)
         return mapped(state, {name: _share(name, array, len(devices)) for name, array in batch.items()})
 
     return run

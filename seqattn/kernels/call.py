@@ -72,7 +72,9 @@ def locate(
     batch, pairs = query[:-3], (query[-2], query[-3], key[-3])
     if not isinstance(mask, Mask) and (q_at is not None or kv_at is not None):
         raise ValueError("q_at and kv_at only matter to a Mask, such as SameSegment(); without one they do nothing")
-    if isinstance(mask, Mask) and (q_at is None or kv_at is None) and pairs[1] != pairs[2]:
+    if (q_at is None) != (kv_at is None):
+        raise ValueError("give q_at and kv_at both or neither: how one aligns with the other would be a guess")
+    if isinstance(mask, Mask) and q_at is None and pairs[1] != pairs[2]:
         raise ValueError(
             f"{pairs[1]} queries and {pairs[2]} keys: say how they align with q_at and kv_at, for example "
             f"q_at=Coordinates.range({pairs[1]}, start=...), kv_at=Coordinates.range({pairs[2]})"

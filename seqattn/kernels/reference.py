@@ -69,7 +69,7 @@ def logits(
     finite = jnp.isfinite(key).all(axis=-1, keepdims=True)
     key = jnp.where(finite, key, jnp.zeros_like(key))
     grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, query.shape[-1])
-    product = jnp.einsum("btkgh,bskh->bkgts", grouped.astype(high), key.astype(high)) * jnp.asarray(scale, high)
+    product = _product("btkgh,bskh->bkgts", grouped.astype(high), key.astype(high)) * jnp.asarray(scale, high)
     scored = product.reshape(batch, num_heads, length, key.shape[1])
     if bias is not None:
         scored = scored + jnp.broadcast_to(bias, scored.shape).astype(high)
@@ -91,7 +91,7 @@ def mix(
     weights, lse = softmax(_mark(scored, finite[..., 0], visible))
     kept = weights if dropout is None else dropout(weights)
     grouped = kept.reshape(batch, num_kv_heads, num_heads // num_kv_heads, length, size)
-    output = jnp.einsum("bkgts,bskv->btkgv", grouped, value)
+    output = _product("bkgts,bskv->btkgv", grouped, value)
     return output.reshape(batch, length, num_heads, value.shape[-1]), weights, lse
 
 
@@ -105,6 +105,11 @@ def softmax(scored: Float[Array, "*batch S"]) -> tuple[Float[Array, "*batch S"],
     total = jnp.where(empty, jnp.ones_like(total), total)
     lse = jnp.where(empty, jnp.full_like(total, -jnp.inf), peak + jnp.log(total))
     return exponentials / total, lse[..., 0]
+
+
+def _product(subscripts: str, left: Array, right: Array) -> Array:
+    """A sum of products in the full precision of its dtype, which accelerators do not give by default."""
+    return jnp.einsum(subscripts, left, right, precision=jax.lax.Precision.HIGHEST)
 
 
 def _mark(

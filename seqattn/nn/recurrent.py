@@ -68,9 +68,9 @@ class Recurrent(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.hidden_dim, self.backward, self.is_lstm = hidden_dim, backward, cell is Cell.LSTM
-        self.cell = _CELLS[cell](
-            input_dim, hidden_dim, recurrent_kernel_init=_orthogonal, param_dtype=param_dtype, rngs=rngs
-        )
+        # Without dtype=None flax's simple cell computes in float32 whatever its parameters are.
+        dtypes: dict[str, Any] = {"dtype": None, "param_dtype": param_dtype}
+        self.cell = _CELLS[cell](input_dim, hidden_dim, recurrent_kernel_init=_orthogonal, rngs=rngs, **dtypes)
 
     def start(self, batch: tuple[int, ...]) -> Carry:
         """The initial state: zeros `[*batch, H]` in the dtype of the parameters."""

@@ -91,9 +91,8 @@ def test_shapes_that_do_not_fit_are_refused(changed, message):
 
 
 def test_the_alignment_of_two_lengths_is_never_guessed():
-    for located in ({}, {"q_at": Coordinates.range(T)}, {"kv_at": Coordinates.range(S)}):
-        with pytest.raises(ValueError, match="7 queries and 11 keys: say how they align with q_at and kv_at"):
-            attend(**_ones(), mask=Causal(), **located)
+    with pytest.raises(ValueError, match="7 queries and 11 keys: say how they align with q_at and kv_at"):
+        attend(**_ones(), mask=Causal())
 
 
 def test_coordinates_that_would_be_ignored_are_refused():
@@ -201,3 +200,15 @@ def test_a_prefix_of_each_row_is_a_vmap_over_the_mask():
     index = np.arange(S)
     pairs = (index <= index[:, None]) | (index < lengths[:, None, None])
     close(output, oracle.attention(**inputs, visible=pairs[:, None]).output)
+
+
+def test_an_empty_choice_of_implementations_is_refused():
+    with pytest.raises(ValueError, match="implementation is empty"):
+        attend(**_ones(), implementation=[])
+
+
+def test_coordinates_of_one_side_alone_are_refused():
+    inputs = _ones(Shape(T=7, S=7))
+    for name in ("q_at", "kv_at"):
+        with pytest.raises(ValueError, match="both or neither"):
+            attend(**inputs, mask=Causal(), **{name: Coordinates.range(7, start=2)})

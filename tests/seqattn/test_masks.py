@@ -12,7 +12,7 @@ from seqattn.masks import Causal, Dilated, MaskMod, NotPadding, Prefix, SameSegm
 from tests import oracle
 from tests.mask_trees import coordinates, mask_trees
 
-T, S, QUERY_TILE, KEY_TILE = 7, 11, 3, 4
+T, S, QUERY_TILE, KEY_TILE = 7, 11, 3, 2
 
 
 def _tiles(at, size):
@@ -35,6 +35,7 @@ def test_dense_is_the_predicate_of_each_pair(tree, q_at, kv_at):
     np.testing.assert_array_equal(mask.dense(q_at, kv_at), oracle.pairs(predicate, q_at, kv_at))
 
 
+@settings(max_examples=100)
 @given(mask_trees(), coordinates(T), coordinates(S))
 def test_reach_is_sound_where_coordinates_are_known(tree, q_at, kv_at):
     mask, predicate = tree
@@ -86,6 +87,16 @@ def test_reach_is_tight_on_contiguous_tiles(mask, data):
     for tile, some, every in _reaches(mask, at, at):
         assert some == whole[tile].any()
         assert every == whole[tile].all() or mask == Dilated(5)
+
+
+@pytest.mark.parametrize("mask", [*CONTIGUOUS, Dilated(2), ~Dilated(2), ~SameSegment(), ~NotPadding()], ids=repr)
+def test_reach_is_sound_for_every_pair_of_small_tiles(mask):
+    """Two queries and two keys, each at any of four positions in any of four segments: all 65,536 cases at once."""
+    tokens = np.stack(np.meshgrid(*[np.arange(16, dtype=np.int32)] * 4), axis=-1).reshape(-1, 4)
+    q_at, kv_at = (Coordinates(part // 4, part % 4 - 1) for part in (tokens[:, :2], tokens[:, 2:]))
+    whole, reach = np.asarray(mask.dense(q_at, kv_at)), mask.reach(Tile.of(q_at), Tile.of(kv_at))
+    assert np.all(reach.some | ~whole.any(axis=(1, 2)))
+    assert np.all(~reach.every | whole.all(axis=(1, 2)))
 
 
 def test_reach_of_batched_tiles_is_that_of_each_row():

@@ -128,3 +128,9 @@ def test_frequencies_must_be_half_the_dim():
 def test_only_floating_vectors_are_rotated():
     with pytest.raises(TypeError, match="x must be floating"):
         rotate(jnp.ones((T, N, H), jnp.int32), jnp.arange(T))
+
+
+@pytest.mark.parametrize("shape", [(1,), (T + 1,), (2, T), ()])
+def test_positions_that_do_not_fit_are_refused(shape):
+    with pytest.raises(ValueError, match=r"position .* must be"):
+        rotate(jnp.ones((3, T, N, H)), jnp.zeros(shape, jnp.int32))

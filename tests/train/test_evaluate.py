@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sacrebleu
@@ -37,7 +39,7 @@ def test_exact_match_counts_equal_outputs(trained, split):
 
 def test_the_loss_is_the_mean_over_labels_whatever_the_batches(trained, split):
     rows = examples(split, trained.tokenizer)
-    total, count = loss(trained.model, collate(rows))
+    total, count = loss(trained.model, jax.tree.map(jnp.asarray, collate(rows)))
     for size in (1, 3, 8):
         mean = evaluate.mean_loss(trained.model, trained.tokenizer, split, batch_size=size)
         np.testing.assert_allclose(mean, total / count, rtol=1e-5)

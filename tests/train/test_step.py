@@ -73,7 +73,7 @@ def test_b4_a_batch_of_empty_rows_alone_leaves_the_parameters():
 
 
 def test_the_update_is_the_gradient_of_the_mean_loss():
-    batch = collate(rows(3))
+    batch = jax.tree.map(jax.numpy.asarray, collate(rows(3)))
     graph, state = fresh()
     after, metrics = jax.jit(make_update(graph, SGD, seed=0, label_smoothing=0.1))(state, batch)
 

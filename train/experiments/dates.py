@@ -19,8 +19,8 @@ DATES = Experiment(
         positions=Learned(max_length=128),
     ),
     run=Path("runs/dates"),
-    batches=Batches(tokens=6144, max_length=80, buckets=4),
+    batches=Batches(tokens=6144, max_length=80, buckets=2),
     optimizer=Optimizer(schedule=Cosine(peak=2e-3, warmup_steps=100)),
-    steps=1000,
+    steps=1500,
     evaluate_every=250,
 )

@@ -133,28 +133,17 @@ def test_a11_more_queries_than_keys_aligned_at_the_end_leave_the_top_rows_empty(
 
 
 @every_implementation
-@pytest.mark.parametrize("dims", [{"S": 0}, {"T": 0}, {"batch": (0,)}, {"batch": (2, 0)}], ids=str)
-def test_a15_no_keys_no_queries_no_rows(implementation, dims):
+@pytest.mark.parametrize("dims", [{"S": 0}, {"T": 0}, {"batch": (0,)}, {"batch": (2, 0)}, {"T": 1, "S": 1}], ids=str)
+def test_a15_no_keys_no_queries_no_rows_or_one_token(implementation, dims):
     shape = Shape(**{"T": 5, "S": 7, "N": 4, "K": 2, "H": 3, "V": 5} | dims)
-    inputs, mask = arrays(shape), np.ones((shape.T, shape.S), bool)
-    (output, lse), gradients = with_gradients(implementation, inputs, cotangents(shape), mask=mask)
-    assert output.shape == (*shape.batch, shape.T, 4, 5)
-    assert lse.shape == (*shape.batch, shape.T, 4)
-    assert not output.any()
-    assert np.all(lse == -np.inf)
-    for name, gradient in gradients.items():
-        assert gradient.shape == inputs[name].shape
-        assert not gradient.any()
+    causal = np.tri(shape.T, shape.S, dtype=bool)
     located = {"q_at": Coordinates.range(shape.T), "kv_at": Coordinates.range(shape.S)}
-    assert not forward(implementation, inputs, mask=Causal(), **located)[0].any()
-    assert not forward(implementation, inputs)[0].any()
-
-
-@every_implementation
-def test_a15_one_token_sees_itself(implementation):
-    inputs = arrays(Shape(T=1, S=1))
-    output, _ = forward(implementation, inputs, mask=Causal() & SameSegment())
-    close(output, np.repeat(inputs["value"], 2, axis=2))
+    agrees_with_oracle(implementation, shape, pairs=causal, mask=causal)
+    for options, pairs in (({"mask": Causal()} | located, causal), ({}, True)):
+        output, lse = forward(implementation, arrays(shape), **options)
+        expected = oracle.attention(**arrays(shape), visible=pairs)
+        close(output, expected.output)
+        close(lse, expected.lse)
 
 
 @every_implementation

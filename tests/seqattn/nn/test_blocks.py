@@ -12,6 +12,7 @@ from flax import nnx
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, SameSegment
 from seqattn.nn import Activation, BlockConfig, DecoderBlock, EncoderBlock, KeyValue, Residual
+from tests.parameters import drawn
 
 B, T, S, D = 2, 5, 3, 12
 CONFIG = BlockConfig(
@@ -22,24 +23,16 @@ X_AT, SOURCE_AT = Coordinates.from_lengths([5, 3], T), Coordinates.from_lengths(
 norm_first_and_last = pytest.mark.parametrize("norm_first", [True, False], ids=["norm_first", "norm_last"])
 
 
-def _random(make):
-    """A module with random parameters: a norm of ones and zeros would hide that it is not used."""
-    random, module = np.random.default_rng(1), nnx.eval_shape(make)
-    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape) / x.shape[0] ** 0.5, x.dtype), module)
-
-
 @functools.cache
 def _encoder(**changes) -> EncoderBlock:
     config = dataclasses.replace(CONFIG, **changes)
-    return _random(lambda: EncoderBlock(config, mask=SameSegment(), rngs=nnx.Rngs(0)))
+    return drawn(lambda: EncoderBlock(config, mask=SameSegment(), rngs=nnx.Rngs(0)))
 
 
 @functools.cache
 def _decoder(**changes) -> DecoderBlock:
     config, masks = dataclasses.replace(CONFIG, **changes), {"mask": Causal() & SameSegment()}
-    return _random(
-        lambda: DecoderBlock(config, **masks, memory_mask=SameSegment(), rotary_base=50.0, rngs=nnx.Rngs(0))
-    )
+    return drawn(lambda: DecoderBlock(config, **masks, memory_mask=SameSegment(), rotary_base=50.0, rngs=nnx.Rngs(0)))
 
 
 _encode = jax.jit(lambda block, x, at, key=None: block(x, at, dropout_key=key))
@@ -78,6 +71,7 @@ def _normalised(norm: nnx.LayerNorm, x: np.ndarray) -> np.ndarray:
 
 def _around(residual: Residual, x: np.ndarray, sublayer) -> np.ndarray:
     """The two formulas of the paper titles: Xiong 2020 and Vaswani 2017."""
+
     def apply(inner):
         return np.asarray(sublayer(jnp.asarray(inner, jnp.float32)))
 

@@ -9,15 +9,14 @@ import pytest
 from flax import nnx
 
 from seqattn.nn import Activation, FeedForward
+from tests.parameters import drawn
 
 D, F = 5, 7
 X = np.random.default_rng(0).normal(size=(3, 2, D)).astype(np.float32)
 
 
 def _network(**options) -> FeedForward:
-    """Every parameter is random, biases too."""
-    random, module = np.random.default_rng(1), nnx.eval_shape(lambda: FeedForward(D, F, **options, rngs=nnx.Rngs(0)))
-    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape) / x.shape[0] ** 0.5, x.dtype), module)
+    return drawn(lambda: FeedForward(D, F, **options, rngs=nnx.Rngs(0)))
 
 
 _call = jax.jit(lambda network, x, key=None: network(x, dropout_key=key))

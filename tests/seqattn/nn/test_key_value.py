@@ -1,4 +1,4 @@
-"""A cache of keys and values: what is written stays where it was written, and what does not fit is not lost in silence."""
+"""A cache of keys and values: what is written stays where it is, and what does not fit is not lost in silence."""
 
 import jax
 import jax.numpy as jnp

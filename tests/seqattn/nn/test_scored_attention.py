@@ -12,6 +12,7 @@ from seqattn import scores
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, NotPadding
 from seqattn.nn import Score, ScoredAttention
+from tests.parameters import drawn
 
 B, T, S, Q, D, F = 3, 2, 7, 5, 4, 11
 QUERY, ENCODED = (np.random.default_rng(0).normal(size=(B, *n)).astype(np.float32) for n in ((T, Q), (S, D)))
@@ -25,9 +26,8 @@ def _size(score: Score) -> int:
 
 @functools.cache
 def _attention(score: Score, **options) -> ScoredAttention:
-    make = lambda: ScoredAttention(score, _size(score), D, **{"hidden_dim": F} | options, rngs=nnx.Rngs(0))  # noqa: E731
-    random, module = np.random.default_rng(1), nnx.eval_shape(make)
-    return jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype), module)
+    options = {"hidden_dim": F} | options
+    return drawn(lambda: ScoredAttention(score, _size(score), D, **options, rngs=nnx.Rngs(0)))
 
 
 def _query(score: Score) -> jax.Array:
@@ -58,41 +58,45 @@ def _by_pairs(attention, query, encoded):
     return weights @ encoded, weights
 
 
-def _total(context, weights):
-    return (context * jnp.cos(jnp.arange(context.size)).reshape(context.shape)).sum() + (weights**2).sum()
+@functools.partial(jax.jit, static_argnames="attend")
+def _with_gradients(attend, *given):
+    """Context and weights, and the gradients of a number made of both by attention, query and encoder states."""
+
+    def total(*given):
+        context, weights = attend(*given)
+        number = (context * jnp.cos(jnp.arange(context.size)).reshape(context.shape)).sum() + (weights**2).sum()
+        return number, (context, weights)
+
+    gradients, found = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(*given)
+    return found, gradients
 
 
-@jax.jit
-def _gradients(attention, query, encoded):
-    def total(attention, query, encoded):
-        return _total(*attention(query, AT, attention.project(encoded, ENCODED_AT)))
-
-    return jax.grad(total, argnums=(0, 1, 2))(attention, query, encoded)
+def _ours(attention, query, encoded):
+    return attention(query, AT, attention.project(encoded, ENCODED_AT))
 
 
 @each_score
 def test_values_and_gradients_are_those_of_the_score_functions(score):
-    attention, given = _attention(score), (_query(score), jnp.asarray(ENCODED))
-    context, weights = _attend(attention, given[0], AT, given[1], ENCODED_AT)
-    expected = jax.jit(_by_pairs)(attention, *given)
-    np.testing.assert_allclose(context, expected[0], atol=1e-5)
-    np.testing.assert_allclose(weights, expected[1], atol=1e-6)
-    slopes = jax.jit(jax.grad(lambda *given: _total(*_by_pairs(*given)), argnums=(0, 1, 2)))(attention, *given)
-    for ours, theirs in zip(*(jax.tree.leaves(x) for x in (_gradients(attention, *given), slopes)), strict=True):
+    given = _attention(score), _query(score), jnp.asarray(ENCODED)
+    found, gradients = _with_gradients(_ours, *given)
+    expected, slopes = _with_gradients(_by_pairs, *given)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(slopes), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 @each_score
 def test_nan_in_padding_leaves_no_trace_forward_or_backward(score):
     attention, query, encoded = _attention(score), _query(score), jnp.asarray(ENCODED)
-    expected = jax.tree.leaves((_attend(attention, query, AT, encoded, ENCODED_AT), _gradients(attention, query, encoded)))
+    expected = jax.tree.leaves(_with_gradients(_ours, attention, query, encoded))
     for filling in (np.nan, np.inf, 1e6):
-        spoilt_query, spoilt = (
+        spoilt = [
             jnp.where(at.segment[..., None] != 0, x, np.float32(filling))
             for at, x in ((AT, query), (ENCODED_AT, encoded))
-        )
-        found = (_attend(attention, spoilt_query, AT, spoilt, ENCODED_AT), _gradients(attention, spoilt_query, spoilt))
-        for ours, theirs in zip(jax.tree.leaves(found), expected, strict=True):
+        ]
+        found = jax.tree.leaves(_with_gradients(_ours, attention, *spoilt))
+        for ours, theirs in zip(found, expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
 

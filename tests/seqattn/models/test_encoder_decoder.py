@@ -1,0 +1,268 @@
+"""What every model of the protocol keeps, whatever it is made of."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from seqattn.coordinates import Coordinates
+from seqattn.decoding import generate
+from seqattn.models import EncoderDecoder, Learned, Rotary, Seq2Seq, Seq2SeqConfig, Transformer, TransformerConfig
+from seqattn.nn import Activation, BlockConfig, Cell, Direction, Score
+from tests.parameters import drawn
+
+V, B, S, T = 13, 4, 7, 5
+BLOCK = BlockConfig(model_dim=12, hidden_dim=5, num_heads=2, dropout_rate=0.5)
+RICH = dataclasses.replace(
+    BLOCK, num_heads=6, num_kv_heads=3, activation=Activation.GELU, gated=True, norm_first=True, qk_norm=True
+)
+TRANSFORMER = TransformerConfig(V, num_encoder_layers=1, num_decoder_layers=1, block=BLOCK)
+SEQ2SEQ = Seq2SeqConfig(V, embedding_dim=5, hidden_dim=6, dropout_rate=0.5)
+CONFIGS = {
+    "transformer": TRANSFORMER,
+    "transformer_learned_own_tables": dataclasses.replace(TRANSFORMER, positions=Learned(11), share_embeddings=False),
+    "transformer_rotary_grouped_norm_first": dataclasses.replace(
+        TRANSFORMER, positions=Rotary(50.0), block=RICH, num_decoder_layers=2
+    ),
+    "seq2seq_gru_both_additive_feeding": SEQ2SEQ,
+    "seq2seq_lstm_backward_no_attention": dataclasses.replace(
+        SEQ2SEQ, cell=Cell.LSTM, direction=Direction.BACKWARD, num_layers=2, attention=None, input_feeding=False
+    ),
+    "seq2seq_lstm_both_general": dataclasses.replace(
+        SEQ2SEQ, cell=Cell.LSTM, num_layers=2, attention=Score.GENERAL, input_feeding=False
+    ),
+    "seq2seq_simple_forward_dot_feeding": dataclasses.replace(
+        SEQ2SEQ, cell=Cell.SIMPLE, direction=Direction.FORWARD, attention=Score.SCALED_DOT
+    ),
+}
+every_model = pytest.mark.parametrize("name", CONFIGS)
+one_of_each = pytest.mark.parametrize("name", ["transformer_learned_own_tables", "seq2seq_gru_both_additive_feeding"])
+
+SOURCE, TARGET = (np.random.default_rng(0).integers(0, V, (B, n)).astype(np.int32) for n in (S, T))
+SOURCE_AT, TARGET_AT = Coordinates.from_lengths([7, 4, 0, 2], S), Coordinates.from_lengths([5, 3, 4, 1], T)
+REAL = np.asarray(TARGET_AT.segment) != 0
+BATCH = (jnp.asarray(SOURCE), SOURCE_AT, jnp.asarray(TARGET), TARGET_AT)
+
+
+def _build(name: str) -> EncoderDecoder:
+    config = CONFIGS[name]
+    return (Transformer if isinstance(config, TransformerConfig) else Seq2Seq)(config, rngs=nnx.Rngs(0))
+
+
+@functools.cache
+def _model(name: str) -> EncoderDecoder:
+    return drawn(lambda: _build(name))
+
+
+@jax.jit
+def _decode(model, source, source_at, target, target_at):
+    return model.decode(target, target_at, model.encode(source, source_at))
+
+
+@functools.cache
+def _expected(name: str) -> np.ndarray:
+    return np.asarray(_decode(_model(name), *BATCH))
+
+
+@jax.jit
+def _steps(model, source, source_at, tokens, order):
+    """Logits `[T, B, V]` of tokens `[T, B]` step by step; before each step the rows of the state are reordered."""
+
+    def step(state, tokens):
+        logits, state = model.step(tokens, jax.tree.map(lambda leaf: leaf[order], state))
+        return state, logits
+
+    return jax.lax.scan(step, model.start(model.encode(source, source_at), T), tokens)[1]
+
+
+@every_model
+def test_cached_steps_are_decode(name):
+    logits = _steps(_model(name), *BATCH[:2], BATCH[2].T, jnp.arange(B))
+    np.testing.assert_allclose(np.asarray(logits).swapaxes(0, 1)[REAL], _expected(name)[REAL], atol=1e-5)
+
+
+@every_model
+def test_rows_of_a_state_may_be_reordered(name):
+    """As beam search does. Row b of step t goes on with what row order[b] was before it."""
+    order, rows = np.array([2, 0, 3, 1]), np.arange(B)
+    came_from = [rows := rows[order] for _ in range(T)]
+    tokens = np.stack([TARGET[came, t] for t, came in enumerate(came_from)])
+    logits = np.asarray(_steps(_model(name), *BATCH[:2], jnp.asarray(tokens), jnp.asarray(order)))
+    for t, came in enumerate(came_from):
+        np.testing.assert_allclose(logits[t][REAL[came, t]], _expected(name)[came, t][REAL[came, t]], atol=1e-5)
+
+
+@every_model
+def test_what_padding_holds_changes_nothing(name):
+    random = np.random.default_rng(1)
+    spoilt = [
+        jnp.where(at.segment != 0, tokens, random.integers(-999, 999, tokens.shape).astype(np.int32))
+        for tokens, at in ((BATCH[0], SOURCE_AT), (BATCH[2], TARGET_AT))
+    ]
+    logits = np.asarray(_decode(_model(name), spoilt[0], SOURCE_AT, spoilt[1], TARGET_AT))
+    assert np.all(np.isfinite(logits))
+    np.testing.assert_array_equal(logits[REAL], _expected(name)[REAL])
+
+
+@every_model
+def test_a24_where_padding_is_changes_nothing(name):
+    """Sources and targets moved to the right, or with padding between their tokens."""
+    source_order, target_order = np.tile(np.arange(S), (B, 1)), np.tile(np.arange(T), (B, 1))
+    source_order[1], source_order[3] = [4, 0, 5, 1, 2, 6, 3], [6, 5, 4, 3, 2, 0, 1]
+    target_order[1], target_order[2], target_order[3] = [0, 3, 1, 4, 2], [4, 0, 1, 2, 3], [1, 2, 3, 0, 4]
+    moved = []
+    for tokens, at, order in ((SOURCE, SOURCE_AT, source_order), (TARGET, TARGET_AT, target_order)):
+        present = np.take_along_axis(np.asarray(at.segment) != 0, order, axis=1)
+        moved += [
+            jnp.asarray(np.take_along_axis(tokens, order, axis=1)),
+            Coordinates.from_present(jnp.asarray(present)),
+        ]
+    logits, real = np.asarray(_decode(_model(name), *moved)), np.take_along_axis(REAL, target_order, axis=1)
+    expected = np.take_along_axis(_expected(name), target_order[..., None], axis=1)
+    np.testing.assert_allclose(logits[real], expected[real], atol=1e-5)
+
+
+@one_of_each
+def test_how_much_padding_there_is_changes_nothing(name):
+    """One row as it is, without any padding."""
+    alone = jnp.asarray(SOURCE[1:2, :4]), Coordinates.from_lengths([4], 4), jnp.asarray(TARGET[1:2, :3])
+    logits = _decode(_model(name), *alone, Coordinates.from_lengths([3], 3))
+    np.testing.assert_allclose(logits[0], _expected(name)[1, :3], atol=1e-5)
+
+
+@every_model
+def test_no_token_sees_a_later_one_or_another_row(name):
+    target = TARGET.copy()
+    target[0, 2] += 1 if target[0, 2] < V - 1 else -1
+    logits, expected = np.asarray(_decode(_model(name), *BATCH[:2], jnp.asarray(target), TARGET_AT)), _expected(name)
+    np.testing.assert_array_equal(logits[0, :2], expected[0, :2])
+    np.testing.assert_array_equal(logits[1:][REAL[1:]], expected[1:][REAL[1:]])
+    assert np.all(np.abs(logits[0, 2:] - expected[0, 2:]).max(axis=-1) > 1e-6)
+
+
+@every_model
+def test_every_token_sees_the_whole_source(name):
+    for place in (0, 3):
+        source = SOURCE.copy()
+        source[1, place] += 1 if source[1, place] < V - 1 else -1
+        logits = np.asarray(_decode(_model(name), jnp.asarray(source), SOURCE_AT, *BATCH[2:]))
+        different = np.abs(logits - _expected(name)).max(axis=-1) > 1e-7
+        np.testing.assert_array_equal(different[REAL], (REAL & (np.arange(B) == 1)[:, None])[REAL])
+
+
+@every_model
+def test_an_empty_source_gives_finite_logits_that_depend_on_the_target_alone(name):
+    assert np.all(np.isfinite(_expected(name)))
+    source = jnp.asarray((SOURCE + 1) % V)
+    logits = np.asarray(_decode(_model(name), source, SOURCE_AT, *BATCH[2:]))
+    np.testing.assert_array_equal(logits[2][REAL[2]], _expected(name)[2][REAL[2]])
+
+
+@one_of_each
+def test_causality_by_gradients(name):
+    """Of each token's logits by the vector of each target token, which enters nothing else."""
+    model, target = _model(name), jnp.arange(T)[None]
+    memory = jax.jit(lambda model: model.encode(BATCH[0][:1], Coordinates.from_lengths([S], S)))(model)
+    direction = jnp.asarray(np.random.default_rng(3).normal(size=V), jnp.float32)
+
+    def numbers(model):
+        return (model.decode(target, Coordinates.from_lengths([T], T), memory) @ direction)[0]
+
+    slopes = jax.jit(jax.jacobian(numbers))(model)
+    vectors = slopes.target_positions if isinstance(slopes, Transformer) else slopes.embedding
+    seen = np.abs(vectors.table[...]).max(axis=-1)[:, :T]
+    np.testing.assert_array_equal(seen > 0, np.tri(T, dtype=bool))
+
+
+@every_model
+def test_every_leaf_of_memory_and_state_has_the_batch_first(name):
+    def both(model):
+        memory = model.encode(BATCH[0], SOURCE_AT)
+        return jax.tree.leaves((memory, model.start(memory, 3)))
+
+    assert {leaf.shape[0] for leaf in jax.eval_shape(both, _model(name))} == {B}
+
+
+@every_model
+def test_a_model_is_its_parameters(name):
+    """No random state and nothing else that a plain `jax.jit` would lose or a checkpoint would not hold."""
+    model = nnx.eval_shape(lambda: _build(name))
+    assert not jax.tree.leaves(nnx.state(model, nnx.Not(nnx.Param)))
+    assert not jax.tree.leaves(nnx.state(model, nnx.RngState))
+    nnx.split(model, nnx.Param)
+
+
+@one_of_each
+@pytest.mark.parametrize("graph_mode", [True, False], ids=["graph", "tree"])
+def test_both_modes_of_nnx(name, graph_mode):
+    with nnx.set_graph_mode(graph_mode):
+        graph, params = nnx.split(_model(name), nnx.Param)
+        merged = jax.jit(lambda params: nnx.merge(graph, params))(params)
+        np.testing.assert_array_equal(_decode(merged, *BATCH), _expected(name))
+        built = nnx.eval_shape(lambda: _build(name))
+        assert jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(built))) == jax.tree.map(
+            jnp.shape, nnx.to_pure_dict(params)
+        )
+
+
+@every_model
+def test_no_two_dropouts_share_a_key(name):
+    def call(model, key):
+        keys = jax.random.split(key)
+        memory = model.encode(BATCH[0], SOURCE_AT, dropout_key=keys[0])
+        return model.decode(BATCH[2], TARGET_AT, memory, dropout_key=keys[1])
+
+    with jax.debug_key_reuse(True):
+        jax.eval_shape(call, _model(name), jax.random.key(0))
+
+
+@one_of_each
+def test_dropout_is_decided_by_the_keys(name):
+    @jax.jit
+    def call(model, encode_key, decode_key):
+        memory = model.encode(BATCH[0], SOURCE_AT, dropout_key=encode_key)
+        return model.decode(BATCH[2], TARGET_AT, memory, dropout_key=decode_key)
+
+    model, keys = _model(name), jax.random.split(jax.random.key(0), 4)
+    first, again, encoded, decoded = (
+        np.asarray(call(model, *pair))[REAL]
+        for pair in ((keys[0], keys[1]), (keys[0], keys[1]), (keys[2], keys[1]), (keys[0], keys[3]))
+    )
+    np.testing.assert_array_equal(first, again)
+    for other in (encoded, decoded, _expected(name)[REAL]):
+        assert np.abs(first - other).max() > 1e-2
+
+
+@one_of_each
+def test_every_parameter_is_trained(name):
+    @jax.jit
+    def gradients(model):
+        return jax.grad(lambda model: jnp.sin(_decode(model, *BATCH)[REAL]).sum())(model)
+
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients(_model(name))):
+        assert np.any(gradient != 0), jax.tree_util.keystr(path)
+        assert np.all(np.isfinite(gradient)), jax.tree_util.keystr(path)
+
+
+@one_of_each
+def test_greedy_generation_takes_the_largest_logit_of_decode(name):
+    end, pad = 1, 0
+
+    @jax.jit
+    def found(model, source, source_at, first):
+        state = model.start(model.encode(source, source_at), T)
+        return generate(model.step, state, first, max_length=T, end_token=end, pad_token=pad)
+
+    result = found(_model(name), *BATCH[:2], BATCH[2][:, 0])
+    fed = jnp.concatenate([BATCH[2][:, :1], result.tokens[:, :-1]], axis=1)
+    logits = np.asarray(_decode(_model(name), *BATCH[:2], fed, Coordinates.from_lengths(result.length, T)))
+    total = np.zeros(B)
+    for row, length in enumerate(np.asarray(result.length)):
+        np.testing.assert_array_equal(result.tokens[row, :length], logits[row, :length].argmax(axis=-1))
+        total[row] = np.asarray(jax.nn.log_softmax(logits[row, :length])).max(axis=-1).sum()
+    np.testing.assert_allclose(result.log_probability, total, rtol=1e-4, atol=1e-4)
+    assert not np.any(result.failed)

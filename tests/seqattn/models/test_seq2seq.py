@@ -1,0 +1,155 @@
+"""The recurrent encoder-decoder against its steps written out by hand."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from seqattn.coordinates import Coordinates
+from seqattn.models import Seq2Seq, Seq2SeqConfig
+from seqattn.nn import Cell, Direction, Score
+from tests.parameters import drawn
+
+V, B, S, T, E, H = 13, 3, 7, 5, 3, 4
+CONFIG = Seq2SeqConfig(V, embedding_dim=E, hidden_dim=H, dropout_rate=0.5)
+PLAIN = dataclasses.replace(CONFIG, attention=None, input_feeding=False)
+SOURCE, TARGET = (np.random.default_rng(0).integers(0, V, (B, n)).astype(np.int32) for n in (S, T))
+SOURCE_AT, TARGET_AT = Coordinates.from_lengths([7, 4, 0], S), Coordinates.from_lengths([5, 3, 4], T)
+REAL = np.asarray(TARGET_AT.segment) != 0
+
+
+@functools.cache
+def _model(config: Seq2SeqConfig = CONFIG) -> Seq2Seq:
+    return drawn(lambda: Seq2Seq(config, rngs=nnx.Rngs(0)))
+
+
+@jax.jit
+def _call(model, source, source_at, target, target_at):
+    memory = model.encode(source, source_at)
+    return memory, model.decode(target, target_at, memory), model.alignment(target, target_at, memory)
+
+
+def _by_hand(model: Seq2Seq, memory) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and weights, one token after the other: Luong 2015, equations 5 and 6, and section 3.3."""
+    logits, weights = np.zeros((B, T, V)), np.zeros((B, T, S))
+    carries, fed = list(memory.carries), np.zeros((B, H), np.float32)
+    cells = [jax.jit(lambda carry, x, layer=layer: layer.cell(carry, x)) for layer in model.layers]
+    table, (combine, output) = np.asarray(model.embedding.table[...]), map(_linear, (model.combine, model.output))
+    now = Coordinates(*[jnp.ones((B, 1), jnp.int32)] * 2)
+    look = jax.jit(lambda x: model.attention(x[:, None], now, memory.key_value))
+    for t in range(T):
+        x = E**0.5 * table[TARGET[:, t]]
+        x = jnp.asarray(np.concatenate([x, fed], axis=-1) if model.config.input_feeding else x, jnp.float32)
+        for index, cell in enumerate(cells):
+            carries[index], x = cell(carries[index], x)
+        features = np.asarray(x)
+        if model.attention is not None:
+            context, seen = look(x)
+            features = np.tanh(combine(np.concatenate([context[:, 0], features], axis=-1)))
+            weights[:, t] = seen[:, 0]
+        fed, logits[:, t] = features, output(features)
+    return logits, weights
+
+
+def _linear(layer: nnx.Linear | None):
+    return lambda x: x @ np.asarray(layer.kernel[...]).astype(np.float64) + np.asarray(layer.bias[...])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CONFIG,
+        dataclasses.replace(CONFIG, input_feeding=False, num_layers=2, cell=Cell.LSTM, attention=Score.SCALED_GENERAL),
+        dataclasses.replace(PLAIN, cell=Cell.SIMPLE, direction=Direction.BACKWARD),
+    ],
+    ids=["gru_additive_feeding", "lstm_two_layers", "simple_no_attention"],
+)
+def test_the_decoder_is_its_steps_written_out(config):
+    model = _model(config)
+    memory, logits, alignment = _call(model, jnp.asarray(SOURCE), SOURCE_AT, jnp.asarray(TARGET), TARGET_AT)
+    expected, weights = _by_hand(model, memory)
+    np.testing.assert_allclose(np.asarray(logits)[REAL], expected[REAL], atol=1e-5)
+    if config.attention is None:
+        assert alignment.shape == (B, 0, T, 0)
+        return
+    assert alignment.shape == (B, 1, T, S)
+    np.testing.assert_allclose(np.asarray(alignment)[:, 0][REAL], weights[REAL], atol=1e-6)
+    np.testing.assert_allclose(np.asarray(alignment).sum(axis=-1)[:2, 0], 1, atol=1e-6)
+    assert not np.any(alignment[2])  # an empty source
+    assert not np.any(alignment[1, ..., 4:])
+
+
+def test_the_memory_is_what_the_encoder_says():
+    model = _model()
+    memory, *_ = _call(model, jnp.asarray(SOURCE), SOURCE_AT, jnp.asarray(TARGET), TARGET_AT)
+    vectors = jnp.asarray(E**0.5 * np.asarray(model.embedding.table[...])[SOURCE], jnp.float32)
+    outputs, carries = jax.jit(lambda encoder, x: encoder(x, SOURCE_AT))(model.encoder, vectors)
+    np.testing.assert_allclose(memory.key_value.value[:, :, 0], outputs, atol=1e-6)
+    np.testing.assert_allclose(memory.carries[0], carries[0], atol=1e-6)
+    assert not np.any(memory.carries[0][2])
+
+
+def test_without_attention_the_last_state_is_all_there_is():
+    """Sutskever 2014: no state but the encoder's last one enters the decoder."""
+    model = _model(dataclasses.replace(PLAIN, cell=Cell.LSTM, num_layers=2))
+    memory, *_ = _call(model, jnp.asarray(SOURCE), SOURCE_AT, jnp.asarray(TARGET), TARGET_AT)
+    assert memory.key_value is None
+    assert [leaf.shape for leaf in jax.tree.leaves(memory)] == [(B, H)] * 4
+    state = model.start(memory, 99)
+    assert state.attentional is None
+    assert [leaf.shape for leaf in jax.tree.leaves(state)] == [(B, H)] * 4
+
+
+def test_every_dropout_acts():
+    """Of token vectors, of the input of the second layers, and of the vector before the logits."""
+    model, keys = _model(dataclasses.replace(PLAIN, num_layers=2)), jax.random.split(jax.random.key(0), 3)
+
+    @jax.jit
+    def encoded(model, key):
+        return model.encode(jnp.asarray(SOURCE), SOURCE_AT, dropout_key=key).carries
+
+    # The first layer tells what happens to token vectors, the second by itself what happens to its input.
+    first, other = encoded(model, keys[0]), encoded(model, keys[1])
+    for layer in range(2):
+        assert np.abs(first[layer] - other[layer])[:2].max() > 1e-3
+
+
+def test_parameters_may_be_cast():
+    at = jnp.asarray(SOURCE), SOURCE_AT, jnp.asarray(TARGET), TARGET_AT
+    _, expected, _ = _call(_model(), *at)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), _model())
+    memory, logits, _ = _call(half, *at)
+    assert {x.dtype for x in jax.tree.leaves((memory.carries, memory.key_value.value, logits))} == {
+        jnp.dtype(jnp.bfloat16)
+    }
+    np.testing.assert_allclose(logits.astype(jnp.float32), expected, atol=0.05 * np.abs(expected).max())
+    with jax.enable_x64(True):
+        _, logits, _ = _call(jax.tree.map(lambda x: x.astype(jnp.float64), _model()), *at)
+    assert logits.dtype == np.float64
+    np.testing.assert_allclose(np.asarray(logits)[REAL], np.asarray(expected)[REAL], atol=1e-5)
+
+
+def test_param_dtype_reaches_every_parameter():
+    model = nnx.eval_shape(lambda: Seq2Seq(CONFIG, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention": None}, "input_feeding feeds what was attended to: it needs an attention, got attention=None"),
+        ({"hidden_dim": 5}, r"hidden_dim \(5\) must be even to be shared by two directions"),
+        ({"num_layers": 0}, r"num_layers \(0\) must be at least 1"),
+        ({"vocab_size": 0}, r"vocab_size \(0\) must be at least 1"),
+        ({"dropout_rate": 1.5}, r"dropout rate \(1.5\) must be in \[0, 1\)"),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit_are_refused(changes, message):
+    config = dataclasses.replace(CONFIG, **changes)
+    with pytest.raises(ValueError, match=message):
+        nnx.eval_shape(lambda: Seq2Seq(config, rngs=nnx.Rngs(0)))
