@@ -9,10 +9,10 @@ train: .venv/train  ## the default experiment; for another one: .venv/bin/python
 	@exec $(python) -m train dates $(ARGS)
 
 test: .venv/test  ## what .ci/run tests
-	@exec $(python) -m pytest $(ARGS)
+	@exec $(python) -m pytest -n auto --dist loadfile $(ARGS)
 
 test-all: .venv/test  ## the slow tests too
-	@exec $(python) -m pytest -m "not gpu" $(ARGS)
+	@exec $(python) -m pytest -n auto --dist loadfile -m "not gpu" $(ARGS)
 
 lint: .venv/test
 	$(python) -m ruff check

@@ -18,7 +18,7 @@ class Generated:
     """What `generate` found.
 
     Attributes:
-        tokens: `[B, max_length]`, without the first token; the end token is included, `pad_token` follows.
+        tokens: `[B, max_length]` int32, without the first token; the end token is included, `pad_token` follows.
         length: tokens of each row `[B]`, the end token counted.
         log_probability: of those tokens `[B]`, float32, in nats.
         ended: `[B]`, whether the row reached its end token.
@@ -65,10 +65,10 @@ def generate(
         raise ValueError(f"max_length ({max_length}) must be at least 1")
     if end_token == pad_token:
         raise ValueError(f"end_token and pad_token must differ, both are {end_token}")
-    first_token = jnp.asarray(first_token)
+    first_token = jnp.asarray(first_token, jnp.int32)
     batch = first_token.shape
     start = Generated(
-        tokens=jnp.full((*batch, max_length), pad_token, first_token.dtype),
+        tokens=jnp.full((*batch, max_length), pad_token, jnp.int32),
         length=jnp.zeros(batch, jnp.int32),
         log_probability=jnp.zeros(batch, jnp.float32),
         ended=jnp.zeros(batch, bool),
@@ -98,8 +98,8 @@ def _extend(
     broken = ~jnp.isfinite(logits.max(axis=-1))
     failed = found.failed | (broken & ~found.ended)
     running = ~(found.ended | failed)
-    best = jnp.argmax(logits, axis=-1).astype(found.tokens.dtype)
-    token = jnp.where(running, best, jnp.asarray(pad_token, best.dtype))
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    token = jnp.where(running, best, pad_token)
     gained = jnp.take_along_axis(log_probabilities, best[:, None], axis=-1)[:, 0]
     return token, Generated(
         tokens=found.tokens.at[:, index].set(token),

@@ -161,8 +161,9 @@ class Transformer(nnx.Module):
         for block, key in zip(self.encoder, keys[1:], strict=True):
             x = block(x, source_at, dropout_key=key)
         x = x if self.encoder_norm is None else self.encoder_norm(x)
-        segment = jnp.broadcast_to(source_at.segment, source.shape).max(axis=-1, initial=1)
-        return TransformerMemory(tuple(block.remember(x, source_at) for block in self.decoder), segment)
+        rows = jax.tree.map(lambda field: jnp.broadcast_to(field, source.shape), source_at)
+        memories = tuple(block.remember(x, source_at) for block in self.decoder)
+        return TransformerMemory(memories, rows.next().segment[:, 0])
 
     def decode(
         self,

@@ -161,9 +161,10 @@ def test_logits_after_the_end_are_not_looked_at():
         logits = jnp.where((tokens == PAD)[:, None], jnp.nan, jax.nn.one_hot(tokens - 1, V))
         return logits, state
 
-    found = _generate(step, (), jnp.array([4, 6]))
+    # The second reaches token 5, which is the padding; the third goes on with token 0 to the end.
+    found = _generate(step, (), jnp.array([4, 6, 1]))
     np.testing.assert_array_equal(found.tokens[0], [END] + [PAD] * (MAX_LENGTH - 1))
-    np.testing.assert_array_equal(found.failed, [False, True])  # the second reaches token 5, which is the padding
+    np.testing.assert_array_equal(found.failed, [False, True, False])
     assert np.all(np.isfinite(found.log_probability))
 
 
@@ -214,10 +215,16 @@ def test_a_batch_of_nothing():
 
 
 @pytest.mark.usefixtures("as_users_call_it")
-def test_numpy_first_tokens():
-    first = np.asarray(FIRST).astype(np.int64)
-    found = generate(_by_table, _state(), first, max_length=MAX_LENGTH, end_token=END, pad_token=PAD)
-    _agree(found, TABLE)
+@pytest.mark.parametrize("dtype", [np.int64, np.int8, np.uint8])
+def test_first_tokens_of_any_integer_dtype(dtype):
+    """Also NumPy's, and of too few bits for the tokens that follow."""
+    found = generate(_count_down_from_300, (), np.array([0, 1]).astype(dtype), max_length=3, end_token=END)
+    np.testing.assert_array_equal(found.tokens, [[300, 299, 298]] * 2)
+    assert found.tokens.dtype == jnp.int32
+
+
+def _count_down_from_300(tokens, state):
+    return jax.nn.one_hot(jnp.where(tokens > 1, tokens - 1, 300), 301), state
 
 
 def test_b9_end_and_padding_must_differ():

@@ -113,7 +113,7 @@ def test_a23_changing_one_text_leaves_the_other_bitwise_the_same():
 
 def test_a_text_of_another_segment_number_is_the_same_text():
     at, target_at = Coordinates.from_lengths([7, 4], S), Coordinates.from_lengths([5, 3], T)
-    renumbered = [Coordinates(x.position, x.segment * jnp.array([[1], [6]])) for x in (at, target_at)]
+    renumbered = [Coordinates(x.position, x.segment * jnp.array([[-2], [6]])) for x in (at, target_at)]
     expected = _decode(_model(), jnp.asarray(SOURCE), at, jnp.asarray(TARGET), target_at)
     found = _decode(_model(), jnp.asarray(SOURCE), renumbered[0], jnp.asarray(TARGET), renumbered[1])
     np.testing.assert_array_equal(found, expected)
@@ -152,6 +152,21 @@ def test_token_vectors_and_sines_are_added():
     found = _decode(model, jnp.asarray(SOURCE), Coordinates.from_lengths([7, 4], S), jnp.asarray(TARGET), target_at)
     real = np.asarray(target_at.segment) != 0
     np.testing.assert_allclose(np.asarray(found)[real], (x @ table.T)[real], atol=1e-5)
+
+
+def test_the_sum_of_token_and_position_vectors_is_dropped():
+    """A vector has no gradient where it was dropped."""
+    block, one = dataclasses.replace(BLOCK, dropout_rate=0.5), Coordinates.from_lengths([1], 1)
+    model = _model("learned", block=block, num_decoder_layers=1)
+
+    def number(model, key):
+        keys = jax.random.split(key)
+        memory = model.encode(jnp.array([[3]]), one, dropout_key=keys[0])
+        return model.decode(jnp.array([[7]]), one, memory, dropout_key=keys[1]).sum()
+
+    gradients = jax.jit(jax.vmap(jax.grad(number), (None, 0)))(model, jax.random.split(jax.random.key(0), 64))
+    for positions in (gradients.source_positions, gradients.target_positions):
+        assert 0.35 < np.mean(np.asarray(positions.table[...])[:, 0] == 0) < 0.65
 
 
 def test_alignment_is_where_the_decoder_looked():
