@@ -110,6 +110,8 @@ class Coordinates:
 
 def _check_lengths(lengths: np.ndarray, max_length: int) -> None:
     # In NumPy, since inside `jit` even the minimum of an array from outside would be traced.
+    if lengths.size and not np.issubdtype(lengths.dtype, np.integer):
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
     if lengths.min(initial=0) < 0:
         raise ValueError(f"lengths must not be negative, got {lengths.min()}")
     if lengths.max(initial=0) > max_length:

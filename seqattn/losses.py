@@ -35,6 +35,8 @@ def cross_entropy(
     >>> print((total / count).round(4), jnp.log(4).round(4), count)
     1.3863 1.3863 2.0
     """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    weights = None if weights is None else jnp.asarray(weights)
     _check(logits, labels, weights, label_smoothing)
     high = accumulator(logits.dtype)
     weights = jnp.ones(labels.shape, high) if weights is None else weights.astype(high)

@@ -282,7 +282,7 @@ class Dilated(Mask):
 class MaskMod(Mask):
     """Any predicate: `fn(query, key, *arrays)` on scalar coordinates, returning a scalar boolean.
 
-    The function is static: a new lambda in each call of a jitted function is compiled anew. Give what changes as arrays.
+    The function is static: a new lambda at each call of a jitted function compiles anew. Give what changes as arrays.
 
     >>> block = MaskMod(lambda query, key, size: query.position // size == key.position // size, jnp.array(2))
     >>> at = Coordinates.range(4)

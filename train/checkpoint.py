@@ -33,16 +33,15 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, state: TrainState, *, config: str, tokenizer: str) -> None:
-        """Writes a step, with the resolved config and the tokenizer as JSON texts; a step already there stays."""
+    def save(self, state: TrainState, texts: dict[str, str]) -> None:
+        """Writes a step with texts (resolved config, tokenizer, digest of the data); a step already there stays."""
         step = int(state.step)
         if step == self.latest:
             return
-        texts = {"config": config, "tokenizer": tokenizer}
         self._checkpointer.save_checkpointables(step, {"state": jax.device_get(_named(state))}, custom_metadata=texts)
 
     def texts(self) -> dict[str, str]:
-        """The texts of the latest step: "config" and "tokenizer"."""
+        """The texts of the latest step."""
         return self._checkpointer.checkpointables_metadata(self.latest).custom_metadata
 
     def restore(self, like: TrainState) -> TrainState:

@@ -3,7 +3,9 @@
 import dataclasses
 import enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from seqattn.models import Learned, Rotary, Seq2SeqConfig, Sinusoidal, TransformerConfig
 from seqattn.nn import Activation, BlockConfig, Cell, Direction, Score
@@ -16,13 +18,20 @@ FROM_TOKENIZER = 0
 """As the `vocab_size` of a model: take the size of the tokenizer's vocabulary."""
 
 
+Model = (
+    Annotated[TransformerConfig, tyro.conf.subcommand("transformer", default=TransformerConfig(FROM_TOKENIZER))]
+    | Annotated[Seq2SeqConfig, tyro.conf.subcommand("seq2seq", default=Seq2SeqConfig(FROM_TOKENIZER))]
+)
+"""Any model that can be trained; `model:seq2seq` and `model:transformer` on the command line."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """Everything that decides a run."""
 
     task: Dates | Addition | Reverse | ParallelFiles | HubTranslation
     """Where examples come from."""
-    model: TransformerConfig | Seq2SeqConfig
+    model: Model
     """Which model; a vocab_size of 0 is taken from the tokenizer."""
     run: Path
     """Folder of the run: checkpoints, metrics.jsonl, samples, pictures. The same command again resumes there."""

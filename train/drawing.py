@@ -109,7 +109,7 @@ def _draw_losses(ax: Axes, rows: Rows) -> None:
     (steps, training), (checks, validation) = (_series(rows, kind, "loss") for kind in ("train", "validation"))
     if len(steps):
         ax.plot(steps, training, color=_BLUE, alpha=0.25, linewidth=0.8)
-        ax.plot(steps, _smooth(training), color=_BLUE, label="training, smoothed")
+        ax.plot(steps, _smooth(training), color=_BLUE, label="training, running mean")
     if len(checks):
         ax.plot(checks, validation, "o-", color=_ORANGE, markersize=3, label="validation")
     losses = np.concatenate([training, validation])

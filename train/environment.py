@@ -8,6 +8,9 @@ wrong without an error (https://github.com/jax-ml/jax/issues/39103), and reducti
 import importlib.metadata
 import os
 import re
+import signal
+import sys
+from collections.abc import Callable
 
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 # 0.10.2, 0.11.0, 0.11.1, 0.11.2 and 0.12.0.1 were seen to compute wrongly and to know the flag. XLA ends the process on
@@ -21,6 +24,18 @@ def configure() -> None:
     A value that the user gave to the same flag stays.
     """
     os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""), importlib.metadata.version("jaxlib"))
+
+
+def command(main: Callable[[], int | None]) -> None:
+    """Runs the main function of a command and ends the process; what the user can mend is one sentence on stderr."""
+    configure()
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:  # outside of training steps, where there is nothing to save
+        sys.exit(128 + signal.SIGINT)
 
 
 def xla_flags(flags: str, jaxlib: str) -> str:

@@ -88,7 +88,10 @@ def main(arguments: Arguments) -> None:
     """Prints the figures, one a line."""
     trained = run.load(arguments.run)
     split = trained.experiment.task.load()[arguments.split]
-    split = split.select(range(min(len(split), arguments.examples or len(split))))
+    if arguments.examples is not None:
+        if arguments.examples < 1:
+            raise ValueError(f"--examples ({arguments.examples}) must be at least 1")
+        split = split.select(range(min(len(split), arguments.examples)))
     scores = evaluate(trained.model, trained.tokenizer, split, bleu=trained.experiment.bleu)
     print(f"{arguments.split} split of {arguments.run}: {len(split)} examples, after {trained.step} updates")
     for name, value in scores.numbers().items():
@@ -98,5 +101,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    environment.configure()
-    main(tyro.cli(Arguments, prog="python -m train.evaluate"))
+    environment.command(lambda: main(tyro.cli(Arguments, prog="python -m train.evaluate")))

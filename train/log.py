@@ -48,7 +48,7 @@ class MetricsFile:
         """Drops the rows of later steps: a run that resumes at `step` writes them again."""
         kept = [row for row in read_metrics(self.path) if row.get("step", 0) <= step]
         self._file.close()
-        _replace(self.path, b"".join(map(_line, kept)))
+        replace(self.path, b"".join(map(_line, kept)))
         self._file = self.path.open("ab")
 
     def close(self) -> None:
@@ -103,7 +103,7 @@ def _drop_torn_line(path: Path) -> None:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace(path: Path, content: bytes) -> None:
     """Writes a file such that a kill leaves either the old or the new one."""
     fresh = path.with_name(path.name + ".new")
     fresh.write_bytes(content)

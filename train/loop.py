@@ -1,9 +1,10 @@
 """From an experiment to a run folder: train, evaluate, save, resume, and draw what came out."""
 
 import dataclasses
+import itertools
 import json
+import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from train.batches import Batch, examples, iterate, stream
 from train.checkpoint import Checkpoints
 from train.config import Experiment
 from train.evaluate import Scores, evaluate
-from train.log import MetricsFile, Progress
+from train.log import MetricsFile, Progress, replace
 from train.parallel import data_parallel
 from train.signals import Interrupts
 from train.step import TrainState, make_update, start
 from train.tokenizer import Tokenizer
+from train.translate import longest
 
 _SAMPLES = 3
 
@@ -34,17 +36,19 @@ class Session:
         experiment: the resolved experiment.
         tokenizer: trained, or that of the run that is resumed.
         splits: examples by split.
+        texts: what checkpoints hold beside numbers: config, tokenizer, digest of the data.
         graph: the model's structure.
         state: parameters, optimizer and step, as far as they were trained.
-        checkpoints: of the run.
+        checkpoints: of the run, once its folder is known to be right.
     """
 
     experiment: Experiment
     tokenizer: Tokenizer
     splits: dict[str, Dataset]
+    texts: dict[str, str]
     graph: nnx.GraphDef
     state: TrainState
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | None
 
     @property
     def model(self) -> Any:
@@ -53,7 +57,8 @@ class Session:
 
     def save(self) -> None:
         """Writes a checkpoint of now."""
-        self.checkpoints.save(self.state, config=run.to_text(self.experiment), tokenizer=self.tokenizer.to_json())
+        if self.checkpoints is not None:
+            self.checkpoints.save(self.state, self.texts)
 
 
 def train(experiment: Experiment) -> int:
@@ -65,7 +70,7 @@ def train(experiment: Experiment) -> int:
     session = prepare(experiment)
     with Interrupts() as interrupts:
         _train(session, interrupts)
-    if interrupts.received is not None and int(session.state.step) < experiment.steps:
+    if interrupts.received is not None:
         step = int(session.state.step)
         print(f"stopped by {interrupts.received.name} after {step} updates; the same command resumes")
         return interrupts.exit_code()
@@ -74,35 +79,63 @@ def train(experiment: Experiment) -> int:
 
 
 def prepare(experiment: Experiment) -> Session:
-    """Examples, tokenizer, model and state; from the run folder where it holds a run of the same configuration."""
+    """Examples, tokenizer, model and state; from the latest checkpoint where the run folder holds one."""
     folder = experiment.run
     _check_folder(folder)
     splits = experiment.task.load()
-    config, vocabulary = folder / "config.json", folder / "tokenizer.json"
-    if vocabulary.exists() and config.exists():
-        tokenizer = Tokenizer.load(vocabulary)
-        experiment = run.resolve(experiment, tokenizer)
-        run.check_same(folder, config.read_text("utf-8"), experiment)
+    saved = _saved(folder)
+    if saved is None:
+        tokenizer = Tokenizer.train(experiment.tokenizer, [*splits["train"]["source"], *splits["train"]["target"]])
     else:
-        texts = [*splits["train"]["source"], *splits["train"]["target"]]
-        tokenizer = Tokenizer.train(experiment.tokenizer, texts)
-        experiment = run.resolve(experiment, tokenizer)
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(vocabulary)
-        config.write_text(run.to_text(experiment), "utf-8")
-    optimizer = experiment.optimizer.make(experiment.steps)
-    graph, state = start(run.build(experiment.model, seed=experiment.seed), optimizer)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=experiment.keep_checkpoints)
-    if checkpoints.latest is not None:
-        state = checkpoints.restore(state)
-    return Session(experiment, tokenizer, splits, graph, state, checkpoints)
+        tokenizer = Tokenizer.from_json(saved["tokenizer"])
+    experiment = run.resolve(experiment, tokenizer)
+    texts = {"config": run.to_text(experiment), "tokenizer": tokenizer.to_json(), "data": run.fingerprint(splits)}
+    if saved is not None:
+        run.check_same(folder, saved["config"], experiment)
+        if saved["data"] != texts["data"]:
+            raise ValueError(f"the examples are not those that {folder} was trained on; give another folder with --run")
+    graph, state = start(run.build(experiment.model, seed=experiment.seed), experiment.optimizer.make(experiment.steps))
+    session = Session(experiment, tokenizer, splits, texts, graph, state, None)
+    _check_lengths(session)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace(folder / "tokenizer.json", texts["tokenizer"].encode())
+    replace(folder / "config.json", texts["config"].encode())
+    session.checkpoints = Checkpoints(folder / "checkpoints", keep=experiment.keep_checkpoints)
+    if saved is not None:
+        session.state = session.checkpoints.restore(state)
+    return session
+
+
+def _saved(folder: Path) -> dict[str, str] | None:
+    """The texts of the latest checkpoint; None before the first, when nothing is lost by beginning anew."""
+    if not (folder / "checkpoints").is_dir():
+        return None
+    checkpoints = Checkpoints(folder / "checkpoints")
+    saved = None if checkpoints.latest is None else checkpoints.texts()
+    checkpoints.close()
+    return saved
 
 
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder with --run")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
+    ours = ("config.json", "tokenizer.json", "checkpoints")
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in ours):
         raise ValueError(f"{folder} holds files but no run; give an empty or new folder with --run")
+
+
+def _check_lengths(session: Session) -> None:
+    """Raises ValueError where a text has more tokens than the model has learned positions."""
+    limit, longest_kept = longest(session.model), session.experiment.batches.max_length
+    if limit is None:
+        return
+    for name, split in session.splits.items():
+        lengths = [max(len(source), len(target) - 1) for source, target in examples(split, session.tokenizer)]
+        most = max(length for length in lengths if name != "train" or length <= longest_kept)
+        if most > limit:
+            raise ValueError(
+                f"the {name} split has a text of {most} tokens: --model.positions.max-length ({limit}) must be as many"
+            )
 
 
 def _train(session: Session, interrupts: Interrupts) -> None:
@@ -124,21 +157,20 @@ def _train(session: Session, interrupts: Interrupts) -> None:
         for file in (metrics, samples):
             file.truncate_after(first)
         meter = _Meter(experiment, metrics, progress)
-        for step, batch in zip(range(first + 1, experiment.steps + 1), _batches(order, first), strict=False):
+        for step, batch in enumerate(
+            itertools.islice(iterate(order, start=first), experiment.steps - first), first + 1
+        ):
             session.state, result = update(session.state, batch)
             meter.add(step, batch, result)
-            last = step == experiment.steps or interrupts.received is not None
-            if step % experiment.evaluate_every == 0 and interrupts.received is None:
+            due, stopped = step % experiment.evaluate_every == 0, interrupts.received is not None
+            # Saved before it is evaluated: an evaluation that fails loses no update.
+            if due or stopped or step == experiment.steps:
+                session.save()
+            if due and not stopped:
                 _validate(session, step, metrics, samples, progress)
                 meter.restart()
-            if step % experiment.evaluate_every == 0 or last:
-                session.save()
-            if last:
+            if interrupts.received is not None:
                 return
-
-
-def _batches(order: Any, first: int) -> Iterator[Batch]:
-    return iterate(order, start=first)
 
 
 def _greet(session: Session, progress: Progress, count: int) -> None:
@@ -168,6 +200,11 @@ class _Meter:
         if step % self._experiment.log_every and step != self._experiment.steps:
             return
         loss, norm = float(result["loss"]), float(result["gradient_norm"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise ValueError(
+                f"step {step}: loss {loss}, gradient norm {norm}; the last checkpoint stays, and a lower learning rate "
+                "may help"
+            )
         rate = self._tokens / max(time.monotonic() - self._since, 1e-9)
         row = {"loss": loss, "gradient_norm": norm, "tokens_per_second": rate}
         self._metrics.write({"step": step, "kind": "train", "learning_rate": float(self._schedule(step - 1)), **row})
@@ -204,7 +241,4 @@ def _finish(session: Session) -> None:
     plot.draw(trained, plot.examples_to_draw(session.splits["test"]))
     print(f"test  {_described(scores)}")
     print(f"test exact match {scores.exact_match:.2%} on {results['examples']} examples that were never trained on")
-    print(
-        f"{folder}: checkpoints/, config.json, tokenizer.json, metrics.jsonl, samples.jsonl, results.json, "
-        "curves.png, attention/"
-    )
+    print(f"{folder}: " + ", ".join(sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())))

@@ -79,7 +79,10 @@ class Cosine:
     def schedule(self, steps: int) -> optax.Schedule:
         """The rate of each update of `steps` in all."""
         if self.warmup_steps >= steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({steps})")
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({steps}); "
+                "set --optimizer.schedule.warmup-steps"
+            )
         decay = optax.cosine_decay_schedule(self.peak, steps - self.warmup_steps, alpha=self.final)
         return lambda step: jnp.where(
             step < self.warmup_steps,
@@ -144,6 +147,8 @@ class Optimizer:
 
     def make(self, steps: int) -> optax.GradientTransformation:
         """The optax transformation for a run of `steps` updates."""
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm ({self.clip_norm}) must be positive, or None for no limit")
         rate, algorithm = self.schedule.schedule(steps), self.algorithm
         betas = {"b1": algorithm.beta1, "b2": algorithm.beta2, "eps": algorithm.epsilon}
         if isinstance(algorithm, AdamW):

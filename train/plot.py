@@ -15,7 +15,7 @@ from train.batches import collate
 from train.drawing import attention_map, learning_curves
 from train.log import read_metrics
 from train.run import Run
-from train.translate import Translator
+from train.translate import FAILED, Translator, longest
 
 _MAPS = 3
 
@@ -35,10 +35,16 @@ def examples_to_draw(test: Dataset) -> list[str]:
 
 
 def draw_attention(trained: Run, source: str, output: str, path_stem: Path) -> list[Path]:
-    """Where each token of `output` looks in `source`: the mean over heads, and every head; none without attention."""
-    tokenizer = trained.tokenizer
+    """Where each token of `output` looks in `source`: the mean over heads, and every head.
+
+    Nothing is drawn without attention, of an empty source, or of an output that failed.
+    """
+    tokenizer, limit = trained.tokenizer, longest(trained.model)
     ids = [*tokenizer.encode(source), tokenizer.end_id]
-    target = [tokenizer.start_id, *tokenizer.encode(output), tokenizer.end_id]
+    # An output that filled all learned positions has none left for its end token.
+    target = [tokenizer.start_id, *tokenizer.encode(output), tokenizer.end_id][: None if limit is None else limit + 1]
+    if output == FAILED or len(ids) == 1:
+        return []
     batch = collate([(ids, target)])
     memory = trained.model.encode(jnp.asarray(batch["source"]), Coordinates.from_lengths([len(ids)], len(ids)))
     inputs = jnp.asarray(batch["target"][:, :-1])
@@ -73,5 +79,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    environment.configure()
-    main(tyro.cli(Arguments, prog="python -m train.plot"))
+    environment.command(lambda: main(tyro.cli(Arguments, prog="python -m train.plot")))

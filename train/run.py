@@ -1,10 +1,13 @@
 """A run folder: what training writes there, and what translating and evaluating read."""
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
+from datasets import Dataset
 from flax import nnx
 
 from seqattn.models import EncoderDecoder, Seq2Seq, Seq2SeqConfig, Transformer, TransformerConfig
@@ -12,6 +15,9 @@ from train.checkpoint import Checkpoints
 from train.config import FROM_TOKENIZER, Experiment, decode, differences, encode
 from train.step import TrainState, start
 from train.tokenizer import Tokenizer
+
+_FREE = ("run", "evaluate_every", "evaluate_examples", "log_every", "keep_checkpoints", "bleu")
+"""Fields in which a resumed run may differ: they change what is shown and kept, not the parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,15 +60,25 @@ def resolve(experiment: Experiment, tokenizer: Tokenizer) -> Experiment:
     return experiment
 
 
+def fingerprint(splits: Mapping[str, Dataset]) -> str:
+    """A digest of every text of every split, in order."""
+    digest = hashlib.sha256()
+    for name in sorted(splits):
+        for column in ("source", "target"):
+            for text in splits[name][column]:
+                digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
+
+
 def to_text(experiment: Experiment) -> str:
     """The resolved config as JSON."""
     return json.dumps(encode(experiment), indent=2, ensure_ascii=False)
 
 
 def check_same(folder: Path, saved: str, experiment: Experiment) -> None:
-    """Raises ValueError where the config of a run folder is not that of the experiment, folder name aside."""
+    """Raises ValueError where a saved config differs from the experiment in what decides the parameters."""
     wrong = differences(json.loads(saved), encode(experiment))
-    wrong = [line for line in wrong if not line.startswith("run: ")]
+    wrong = [line for line in wrong if line.partition(":")[0] not in _FREE]
     if wrong:
         raise ValueError(
             f"{folder} holds a run with another configuration (there and here):\n  "

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM, kept until the end of a step."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Self
@@ -34,4 +35,6 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         self.received = signal.Signals(number)
+        # Not print: a handler may run in the middle of another one.
+        os.write(2, b"\nstopping after this step; once more quits at once\n")
         signal.signal(number, signal.SIG_DFL)

@@ -23,6 +23,10 @@ _MULTIPLE = 16
 """Source lengths are padded to multiples of this, so that few shapes are compiled."""
 
 
+FAILED = "[FAILED]"
+"""Stands for an output that is none: the model's logits were not finite."""
+
+
 class Translator:
     """Greedy decoding of whole texts.
 
@@ -34,12 +38,15 @@ class Translator:
 
     def __init__(self, model: EncoderDecoder, tokenizer: Tokenizer, *, batch_size: int = 64) -> None:
         self.tokenizer, self.batch_size = tokenizer, batch_size
-        self._limit = _longest(model)
+        self._limit = longest(model)
         graph, self.params = nnx.split(model)
         self._generate = _compiled(graph, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
-        """The output for each text, in the same order; `[FAILED]` where the model's logits were not finite."""
+        """The output for each text, in the same order; `[FAILED]` where the model's logits were not finite.
+
+        A text without tokens has an empty output.
+        """
         outputs = [""] * len(texts)
         sources: list[Example] = [([*ids, self.tokenizer.end_id], [0]) for ids in self.tokenizer.encode_batch(texts)]
         for chosen, source, length in self._batches(sources):
@@ -47,13 +54,15 @@ class Translator:
             tokens, ends, failed = (np.asarray(x) for x in (found.tokens, found.length, found.failed))
             for row, index in enumerate(chosen):
                 text = self.tokenizer.decode(tokens[row, : ends[row]].tolist())
-                outputs[index] = "[FAILED]" if failed[row] else text
+                outputs[index] = FAILED if failed[row] else text
         return outputs
 
     def _batches(self, sources: list[Example]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
         """Batches of similar length in few shapes."""
         groups: dict[int, list[int]] = {}
         for index, (ids, _) in enumerate(sources):
+            if len(ids) == 1:
+                continue  # the end token alone: nothing to translate
             padded = -(-len(ids) // _MULTIPLE) * _MULTIPLE
             if self._limit is not None and len(ids) > self._limit:
                 raise ValueError(f"a text of {len(ids)} tokens: the model's learned positions end at {self._limit}")
@@ -71,7 +80,7 @@ class Translator:
         return room if self._limit is None else min(room, self._limit)
 
 
-def _longest(model: EncoderDecoder) -> int | None:
+def longest(model: EncoderDecoder) -> int | None:
     """The most tokens that a model can place; None without a limit."""
     positions = getattr(getattr(model, "config", None), "positions", None)
     return positions.max_length if isinstance(positions, Learned) else None
@@ -111,5 +120,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    environment.configure()
-    main(tyro.cli(Arguments, prog="python -m train.translate"))
+    environment.command(lambda: main(tyro.cli(Arguments, prog="python -m train.translate")))

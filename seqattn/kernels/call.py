@@ -72,6 +72,8 @@ def locate(
     batch, pairs = query[:-3], (query[-2], query[-3], key[-3])
     if not isinstance(mask, Mask) and (q_at is not None or kv_at is not None):
         raise ValueError("q_at and kv_at only matter to a Mask, such as SameSegment(); without one they do nothing")
+    if isinstance(mask, type):
+        raise TypeError(f"mask must be a mask, not its class: write {mask.__name__}(...)")
     if (q_at is None) != (kv_at is None):
         raise ValueError("give q_at and kv_at both or neither: how one aligns with the other would be a guess")
     if isinstance(mask, Mask) and q_at is None and pairs[1] != pairs[2]:

@@ -124,6 +124,11 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config, positions, dim = config, config.positions, config.block.model_dim
+        if config.num_encoder_layers < 0 or config.num_decoder_layers < 1:
+            raise ValueError(
+                f"num_encoder_layers ({config.num_encoder_layers}) must not be negative and num_decoder_layers "
+                f"({config.num_decoder_layers}) at least 1"
+            )
         if isinstance(positions, Sinusoidal) and dim % 2:
             raise ValueError(f"model_dim ({dim}) must be even for sinusoidal positions")
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}

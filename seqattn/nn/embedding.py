@@ -50,8 +50,8 @@ class TokenEmbedding(nnx.Module):
     def __init__(
         self, vocab_size: int, model_dim: int, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
     ) -> None:
-        if vocab_size < 1:
-            raise ValueError(f"vocab_size ({vocab_size}) must be at least 1")
+        if vocab_size < 1 or model_dim < 1:
+            raise ValueError(f"vocab_size ({vocab_size}) and model_dim ({model_dim}) must be at least 1")
         init = nnx.initializers.normal(stddev=1 / math.sqrt(model_dim))
         self.table = nnx.Param(init(rngs.params(), (vocab_size, model_dim), param_dtype))
 

@@ -12,7 +12,7 @@ from seqattn.dropout import check_rate, drop
 
 
 class Activation(enum.Enum):
-    """The nonlinearity of a feed-forward network."""
+    """The nonlinearity of a feed-forward network; GELU is the tanh approximation (Hendrycks 2016)."""
 
     RELU = "relu"
     GELU = "gelu"
@@ -54,6 +54,8 @@ class FeedForward(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         check_rate(dropout_rate)
+        if model_dim < 1 or hidden_dim < 1:
+            raise ValueError(f"model_dim ({model_dim}) and hidden_dim ({hidden_dim}) must be at least 1")
         self.activation, self.dropout_rate = activation, dropout_rate
 
         def linear(inputs: int, outputs: int) -> nnx.Linear:

@@ -46,8 +46,10 @@ class KeyValue:
         """This cache with `new` `[*batch, T, ...]` written from `slot` on (one number, or one for each row).
 
         Raises:
-            ValueError: the new tokens do not fit behind `slot`. Inside `jit`, where that cannot be raised, keys and
-                values that do not fit are written as NaN over the last slots: the loss of data shows in the output.
+            TypeError: a slot is not an integer.
+            ValueError: shapes differ but for the length, or the new tokens do not fit behind `slot`. Inside `jit`,
+                where the latter cannot be raised, keys and values that do not fit are written as NaN over the last
+                slots: the loss of data shows in the output.
 
         >>> cache = KeyValue.empty((1,), 4, num_kv_heads=1, head_dim=2)
         >>> token = KeyValue(jnp.ones((1, 1, 1, 2)), jnp.ones((1, 1, 1, 2)), Coordinates.range(1))
@@ -56,8 +58,11 @@ class KeyValue:
         [[0 0 1 0]]
         """
         batch, length, count = self.at.shape[:-1], self.at.shape[-1], new.at.shape[-1]
+        _check_shapes(self, new)
         if count > length:
             raise ValueError(f"{count} tokens do not fit into a cache of {length}")
+        if not jnp.issubdtype(jnp.result_type(slot), jnp.integer):
+            raise TypeError(f"a slot must be an integer, got {jnp.result_type(slot)}")
         if not isinstance(slot, jax.core.Tracer):
             _check_fits(np.asarray(slot), count, length)
         slot = jnp.broadcast_to(jnp.asarray(slot, jnp.int32), batch)
@@ -70,6 +75,15 @@ class KeyValue:
         for _ in batch:
             row = jax.vmap(row)
         return jax.tree.map(lambda old, fresh: row(old, fresh, slot), self, poisoned)
+
+
+def _check_shapes(cache: KeyValue, new: KeyValue) -> None:
+    """All but the length must agree: a smaller head would leave the rest of its slot as it was."""
+    names, axis = ("key", "value", "at"), cache.at.position.ndim - 1
+    pairs = [(name, getattr(cache, name).shape, getattr(new, name).shape) for name in names]
+    for name, old, fresh in pairs:
+        if len(old) != len(fresh) or old[:axis] != fresh[:axis] or old[axis + 1 :] != fresh[axis + 1 :]:
+            raise ValueError(f"{name} {fresh} does not fit the cache's {old}: all dims but the length must agree")
 
 
 def _check_fits(slot: np.ndarray, count: int, length: int) -> None:

@@ -19,11 +19,15 @@ TINY = Experiment(
     model=TransformerConfig(0, num_encoder_layers=1, num_decoder_layers=1, block=BLOCK, positions=Rotary()),
     run=Path("set by each test"),
     batches=Batches(tokens=256, max_length=16, buckets=1),
-    optimizer=Optimizer(schedule=Constant(rate=0.01)),
+    optimizer=Optimizer(schedule=Constant(rate=0.01, warmup_steps=3)),
     steps=12,
     evaluate_every=5,
+    evaluate_examples=4,
     log_every=2,
+    keep_checkpoints=1,
+    label_smoothing=0.1,
     bleu=True,
+    seed=3,
 )
 
 

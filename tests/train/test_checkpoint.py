@@ -26,7 +26,7 @@ def test_a_state_comes_back_bitwise_with_its_texts(tmp_path):
     checkpoints = Checkpoints(tmp_path / "new" / "checkpoints")
     assert checkpoints.latest is None
     saved = at(fresh(seed=3), 5)
-    checkpoints.save(saved, config='{"é": 1}', tokenizer="words")
+    checkpoints.save(saved, {"config": '{"é": 1}', "tokenizer": "words"})
     checkpoints.close()
     again = Checkpoints(tmp_path / "new" / "checkpoints")
     restored = again.restore(fresh())
@@ -41,20 +41,20 @@ def test_a_state_comes_back_bitwise_with_its_texts(tmp_path):
 def test_only_the_latest_stay(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 3):
-        checkpoints.save(at(fresh(), step), config="", tokenizer="")
+        checkpoints.save(at(fresh(), step), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
 
 
 def test_saving_a_step_again_keeps_it(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(at(fresh(seed=0), 4), config="first", tokenizer="")
-    checkpoints.save(at(fresh(seed=1), 4), config="second", tokenizer="")
+    checkpoints.save(at(fresh(seed=0), 4), {"config": "first"})
+    checkpoints.save(at(fresh(seed=1), 4), {"config": "second"})
     assert checkpoints.texts()["config"] == "first"
 
 
 def test_d4_a_folder_without_a_commit_file_does_not_count(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(at(fresh(), 4), config="", tokenizer="")
+    checkpoints.save(at(fresh(), 4), {})
     checkpoints.close()
     (tmp_path / "9").mkdir()
     assert Checkpoints(tmp_path).latest == 4
@@ -62,6 +62,6 @@ def test_d4_a_folder_without_a_commit_file_does_not_count(tmp_path):
 
 def test_d11_another_model_is_refused_by_name_and_shape(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(at(fresh(hidden_dim=7), 1), config="", tokenizer="")
+    checkpoints.save(at(fresh(hidden_dim=7), 1), {})
     with pytest.raises(ValueError, match=r"feed_forward-hidden-bias\S*: saved float32\[7\], wanted float32\[5\]"):
         checkpoints.restore(fresh(hidden_dim=5))

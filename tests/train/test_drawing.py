@@ -26,7 +26,14 @@ def test_curves_are_a_png_and_an_svg_with_units_and_a_legend(tmp_path):
     png, svg = learning_curves(RUN, tmp_path / "curves.v1")
     assert (png.name, svg.name) == ("curves.v1.png", "curves.v1.svg")
     assert imread(png).std() > 0
-    shown = ["loss (nats per token)", "training, smoothed", "validation", "exact match (%)", "learning rate", "step"]
+    shown = [
+        "loss (nats per token)",
+        "training, running mean",
+        "validation",
+        "exact match (%)",
+        "learning rate",
+        "step",
+    ]
     assert set(shown) <= set(texts(svg))
     assert "BLEU" not in texts(svg)
 

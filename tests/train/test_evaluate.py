@@ -1,6 +1,7 @@
 """Scores against what they are defined as."""
 
 import json
+import unicodedata
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from train import evaluate, run
 from train.batches import collate, examples
 from train.evaluate import Arguments
 from train.step import loss
+from train.tasks.task import splits
 from train.translate import Translator
 
 
@@ -59,3 +61,16 @@ def test_the_command_prints_what_training_measured(finished, capsys):
     assert f"exact_match: {results['exact_match']:.4f}" in printed
     assert f"loss: {results['loss']:.4f}" in printed
     assert "5 examples, after 12 updates" in printed
+
+
+def test_the_command_takes_so_many_examples(finished, capsys):
+    evaluate.main(Arguments(finished, split="validation", examples=2))
+    assert "validation split" in (printed := capsys.readouterr().out)
+    assert ": 2 examples, after 12 updates" in printed
+    with pytest.raises(ValueError, match=r"--examples \(0\) must be at least 1"):
+        evaluate.main(Arguments(finished, examples=0))
+
+
+def test_references_in_another_unicode_form_still_match():
+    pairs = [("a", unicodedata.normalize("NFD", "café"))]
+    assert splits(pairs, pairs, pairs)["test"]["target"] == ["café"]

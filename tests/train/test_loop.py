@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from seqattn.models import Learned
 from train import loop, run
 from train.log import read_metrics
+from train.optimizer import Constant
 
 
 def parameters(folder):
@@ -21,6 +23,7 @@ def test_a_run_leaves_everything_in_its_folder(finished):
     names = {path.relative_to(finished).as_posix() for path in finished.rglob("*")}
     expected = {"config.json", "tokenizer.json", "metrics.jsonl", "samples.jsonl", "results.json", "curves.png"}
     assert expected | {"curves.svg", "attention/1.png", "attention/1.svg", "checkpoints/12"} <= names
+    assert [path.name for path in (finished / "checkpoints").iterdir()] == ["12"]  # keep_checkpoints is 1
     results = json.loads((finished / "results.json").read_text())
     assert 0 <= results["exact_match"] <= 1
     assert {"loss", "bleu", "chrf", "sacrebleu", "examples"} <= results.keys()
@@ -86,8 +89,99 @@ def test_a_finished_run_is_only_judged_again(finished, tiny, tmp_path, capsys):
 
 def test_another_configuration_is_refused_with_the_fields(finished, tiny):
     other = dataclasses.replace(tiny, run=finished, steps=13, seed=1)
-    with pytest.raises(ValueError, match=r"(?s)seed: 0 and 1.*steps: 12 and 13.*--run"):
+    with pytest.raises(ValueError, match=r"(?s)seed: 3 and 1.*steps: 12 and 13.*--run"):
         loop.train(other)
+
+
+def test_what_is_only_shown_may_differ_on_resumption(finished, tiny, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    other = dataclasses.replace(tiny, run=copy, log_every=5, evaluate_every=6, keep_checkpoints=2, bleu=False)
+    assert int(loop.prepare(other).state.step) == tiny.steps
+
+
+def test_c12_other_examples_under_the_same_settings_are_refused(finished, tiny, monkeypatch):
+    splits = tiny.task.load()
+    first = splits["test"][0] | {"source": "changed"}
+    splits["test"] = splits["test"].map(lambda row, index: first if index == 0 else row, with_indices=True)
+    monkeypatch.setattr(type(tiny.task), "load", lambda task: splits)
+    with pytest.raises(ValueError, match="the examples are not those"):
+        loop.prepare(dataclasses.replace(tiny, run=finished))
+
+
+@pytest.mark.parametrize("content", ["", '{"type": "Exp'])
+def test_a_folder_killed_before_its_first_checkpoint_begins_anew(content, tiny, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    session = loop.prepare(dataclasses.replace(tiny, run=tmp_path))
+    assert int(session.state.step) == 0
+    assert (tmp_path / "config.json").read_text("utf-8") == session.texts["config"]
+    assert (tmp_path / "tokenizer.json").read_text("utf-8") == session.tokenizer.to_json()
+
+
+def test_the_seed_decides_parameters_and_order(tiny, tmp_path):
+    first, second = (
+        loop.prepare(dataclasses.replace(tiny, run=tmp_path / str(seed), seed=seed)).model for seed in (0, 1)
+    )
+    assert not np.array_equal(first.embedding.table[...], second.embedding.table[...])
+
+
+def test_training_uses_every_setting(finished, tiny, monkeypatch, tmp_path):
+    """What reaches the step and the order of batches, and what is logged."""
+    seen = {}
+    monkeypatch.setattr(loop, "make_update", lambda *_, **settings: seen.update(update=settings))
+    monkeypatch.setattr(loop, "data_parallel", lambda update: None)
+
+    def stream(config, rows, **settings):
+        seen.update(stream=settings)
+        raise InterruptedError
+
+    monkeypatch.setattr(loop, "stream", stream)
+    with pytest.raises(InterruptedError):
+        loop.train(dataclasses.replace(tiny, run=tmp_path / "new"))
+    assert seen["update"] == {"seed": 3, "label_smoothing": 0.1}
+    assert seen["stream"] == {"seed": 3, "multiple": jax.local_device_count()}
+    rows = [row for row in read_metrics(finished / "metrics.jsonl") if row["kind"] == "train"]
+    schedule = tiny.optimizer.schedule.schedule(tiny.steps)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
+    np.testing.assert_allclose([row["learning_rate"] for row in rows], [schedule(row["step"] - 1) for row in rows])
+
+
+def test_validation_takes_so_many_examples(tiny, tmp_path, monkeypatch):
+    session = loop.prepare(dataclasses.replace(tiny, run=tmp_path / "new"))
+    taken = []
+
+    def evaluate(model, tokenizer, split, **_):
+        taken.append(len(split))
+        return loop.Scores(1.0, 0.5, None, None, None, ["output"] * len(split))
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    with loop.MetricsFile(tmp_path / "metrics") as metrics, loop.MetricsFile(tmp_path / "samples") as samples:
+        loop._validate(session, 5, metrics, samples, loop.Progress(12))
+    assert taken == [tiny.evaluate_examples]
+    assert read_metrics(tmp_path / "metrics") == [{"step": 5, "kind": "validation", "loss": 1.0, "exact_match": 0.5}]
+
+
+def test_a22_texts_beyond_the_learned_positions_are_refused_before_training(tiny, tmp_path):
+    model = dataclasses.replace(tiny.model, positions=Learned(max_length=5))
+    with pytest.raises(ValueError, match=r"split has a text of 6 tokens: --model.positions.max-length \(5\)"):
+        loop.train(dataclasses.replace(tiny, run=tmp_path / "new", model=model))
+    assert not (tmp_path / "new").exists()
+
+
+def test_e3_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
+    optimizer = dataclasses.replace(tiny.optimizer, schedule=Constant(rate=1e30), clip_norm=None)
+    with pytest.raises(ValueError, match=r"step \d+: loss .*; the last checkpoint stays"):
+        loop.train(dataclasses.replace(tiny, run=tmp_path / "new", optimizer=optimizer))
+
+
+def test_an_evaluation_that_fails_loses_no_update(tiny, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(loop, "evaluate", fail)
+    with pytest.raises(MemoryError):
+        loop.train(dataclasses.replace(tiny, run=tmp_path / "new"))
+    assert run.load(tmp_path / "new").step == tiny.evaluate_every
 
 
 def test_a_folder_of_other_files_is_refused(tiny, tmp_path):

@@ -1,9 +1,13 @@
 """The pictures of a run, and what they show."""
 
 import numpy as np
+from flax import nnx
 
-from train import plot, run
+from seqattn.models import Learned, Transformer, TransformerConfig
+from seqattn.nn import BlockConfig
+from train import experiments, plot, run
 from train.plot import Arguments
+from train.tokenizer import Characters, Tokenizer
 
 
 def test_the_command_draws_curves_and_a_map_for_each_text(finished, tmp_path, capsys):
@@ -35,3 +39,13 @@ def test_the_command_names_its_pictures(finished, monkeypatch, capsys):
     monkeypatch.setattr(plot, "draw", lambda trained, texts: [trained.folder / text for text in texts])
     plot.main(Arguments(finished, ("ab", "c")))
     assert capsys.readouterr().out.split() == [str(finished / "ab"), str(finished / "c")]
+
+
+def test_an_output_that_fills_the_learned_positions_is_drawn(tmp_path):
+    words = Tokenizer.train(Characters(), ["abcd"])
+    block = BlockConfig(model_dim=6, hidden_dim=7, num_heads=2)
+    model = Transformer(TransformerConfig(words.vocab_size, 1, 1, block, Learned(max_length=4)), rngs=nnx.Rngs(0))
+    trained = run.Run(tmp_path, experiments.DATES, words, 0, model)
+    assert plot.draw_attention(trained, "abc", "abcd", tmp_path / "map")
+    assert not plot.draw_attention(trained, "abc", "[FAILED]", tmp_path / "none")
+    assert not plot.draw_attention(trained, "", "abc", tmp_path / "none")

@@ -97,3 +97,15 @@ def test_e7_dropout_follows_seed_and_step():
     other = float(jax.jit(make_update(graph, SGD, seed=1))(state, batch)[1]["loss"])
     assert losses[0] == losses[1]
     assert len({losses[0], losses[2], other}) == 3
+
+
+def test_devices_drop_differently():
+    """Two devices with the same rows: one dropout key for both would halve nothing but repeat it."""
+    half = collate(rows(3))
+    both = {name: np.concatenate([array, array]) for name, array in half.items()}
+    graph, state = fresh(dropout_rate=0.5)
+    update = make_update(graph, SGD, seed=0)
+    _, metrics = data_parallel(update, jax.local_devices()[:2])(state, both)
+    graph, state = fresh(dropout_rate=0.5)
+    _, first = data_parallel(update, jax.local_devices()[:1])(state, half)
+    assert float(metrics["loss"]) != pytest.approx(float(first["loss"]), rel=1e-4)

@@ -1,5 +1,6 @@
 """What a task is: a source of (source text, target text) examples in three splits."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -36,7 +37,8 @@ def splits(train: Sequence[Pair], validation: Sequence[Pair], test: Sequence[Pai
 
 
 def _dataset(pairs: Sequence[Pair]) -> Dataset:
-    source, target = zip(*pairs, strict=True)
+    """In NFC, as tokenizers write: else no output could equal a reference that was typed in another form."""
+    source, target = ([unicodedata.normalize("NFC", text) for text in side] for side in zip(*pairs, strict=True))
     return Dataset.from_dict({"source": source, "target": target})
 
 

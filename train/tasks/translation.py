@@ -54,7 +54,8 @@ class TranslationTask:
         )
         if not kept:
             raise ValueError(f"nothing to use for {split}: {counts}")
-        log.info("%s: %s", split, counts)
+        if len(kept) < len(pairs):
+            log.warning("%s: %s", split, counts)
         return kept
 
 
@@ -109,7 +110,7 @@ class ParallelFiles(TranslationTask):
                 f"set {flag} to a text file: --task.source and --task.target are needed, and so are both files of "
                 "any other split"
             )
-        if not path.exists():
+        if not path.is_file():
             raise FileNotFoundError(f"{flag}: there is no file {path}")
         return path
 

@@ -143,15 +143,18 @@ def test_only_differences_of_positions_matter_to_rotary():
 
 
 def test_token_vectors_and_sines_are_added():
-    """Without blocks the logits are those of the sum: `sqrt(D) e + PE`, through the tied table."""
-    config = dataclasses.replace(CONFIG, num_encoder_layers=0, num_decoder_layers=0)
+    """Where sublayers give nothing the logits are those of the sum `sqrt(D) e + PE`, normalised, by the tied table."""
+    config = dataclasses.replace(CONFIG, block=dataclasses.replace(BLOCK, norm_first=True))
     model = drawn(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    model.decoder = jax.tree.map(jnp.zeros_like, model.decoder)
     target_at = Coordinates.from_lengths([5, 3], T)
     table = np.asarray(model.embedding.table[...]).astype(np.float64)
     x = 12**0.5 * table[TARGET] + np.asarray(sinusoidal(target_at.position, 12))
+    x = (x - x.mean(axis=-1, keepdims=True)) / x.std(axis=-1, keepdims=True)
+    x = x * np.asarray(model.decoder_norm.scale[...]) + np.asarray(model.decoder_norm.bias[...])
     found = _decode(model, jnp.asarray(SOURCE), Coordinates.from_lengths([7, 4], S), jnp.asarray(TARGET), target_at)
     real = np.asarray(target_at.segment) != 0
-    np.testing.assert_allclose(np.asarray(found)[real], (x @ table.T)[real], atol=1e-5)
+    np.testing.assert_allclose(np.asarray(found)[real], (x @ table.T)[real], atol=1e-4)
 
 
 def test_the_sum_of_token_and_position_vectors_is_dropped():
@@ -265,8 +268,11 @@ def test_in_bfloat16():
         ({"block": BlockConfig(model_dim=12, num_heads=5)}, r"model_dim \(12\) must be a multiple of num_heads \(5\)"),
         ({"block": BlockConfig(model_dim=12, num_heads=6, num_kv_heads=4)}, r"num_heads \(6\).*num_kv_heads \(4\)"),
         ({"block": dataclasses.replace(BLOCK, dropout_rate=1.0)}, r"dropout rate \(1.0\) must be in \[0, 1\)"),
-        ({"vocab_size": 0}, r"vocab_size \(0\) must be at least 1"),
-        ({"positions": Learned(0)}, r"max_length \(0\) must be at least 1"),
+        ({"vocab_size": 0}, r"vocab_size \(0\)"),
+        ({"num_encoder_layers": -1}, r"num_encoder_layers \(-1\)"),
+        ({"num_decoder_layers": 0}, r"num_decoder_layers \(0\)"),
+        ({"block": dataclasses.replace(BLOCK, hidden_dim=0)}, r"hidden_dim \(0\)"),
+        ({"positions": Learned(0)}, r"max_length \(0\)"),
         ({"positions": Rotary(0.0)}, r"base \(0.0\) must be positive"),
     ],
     ids=str,

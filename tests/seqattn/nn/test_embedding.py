@@ -124,7 +124,7 @@ def test_no_index_gives_no_row(name):
 
 @pytest.mark.parametrize("size", [0, -3])
 def test_an_empty_table_is_refused(size):
-    with pytest.raises(ValueError, match=rf"vocab_size \({size}\) must be at least 1"):
+    with pytest.raises(ValueError, match=rf"vocab_size \({size}\)"):
         TokenEmbedding(size, D, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=rf"max_length \({size}\) must be at least 1"):
+    with pytest.raises(ValueError, match=rf"max_length \({size}\)"):
         PositionEmbedding(size, D, rngs=nnx.Rngs(0))

@@ -1,5 +1,7 @@
 """A cache of keys and values: what is written stays where it is, and what does not fit is not lost in silence."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +110,21 @@ def test_a14_inside_jit_tokens_beyond_the_cache_become_nan(slot):
             expected[start : start + 2] = fresh[row]
             np.testing.assert_array_equal(written[row], expected)
         assert np.isnan(written[1]).all(axis=(1, 2)).sum() == 2
+
+
+@pytest.mark.parametrize("field", ["key", "value", "at"])
+def test_tokens_of_another_shape_are_refused(field):
+    """A smaller head would leave the rest of its slot as it was."""
+    new = _random((3,), 2)
+    smaller = jax.tree.map(lambda x: x[:2] if field == "at" else x[..., :2], getattr(new, field))
+    with pytest.raises(ValueError, match=f"{field} .* does not fit the cache's"):
+        _empty((3,)).write(dataclasses.replace(new, **{field: smaller}), 1)
+
+
+@pytest.mark.usefixtures("as_users_call_it")
+def test_a_slot_is_an_integer():
+    with pytest.raises(TypeError, match="a slot must be an integer, got float32"):
+        _empty((3,)).write(_random((3,), 2), jnp.ones(3))
 
 
 def test_slots_from_outside_a_jitted_function():
