@@ -1,10 +1,13 @@
 """The README keeps its word: its Python runs, its map is the tree, its links lead somewhere."""
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
+
+from train.__main__ import parse
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -126,3 +129,22 @@ def test_a_dead_link_is_caught(tmp_path):
     (tmp_path / "there.png").touch()
     text = '![a](there.png) [b](gone.md#part) <img src="lost.svg"> [c](https://jax.dev) [d](#part)'
     assert dead_links(text, tmp_path) == ["gone.md", "lost.svg"]
+
+
+def train_commands(text: str) -> list[list[str]]:
+    """The arguments of every `python -m train EXPERIMENT ...` of the shell blocks."""
+    lines = [line for _, source in blocks(text, "sh") for line in source.splitlines()]
+    return [shlex.split(line.partition(" -m train ")[2], comments=True) for line in lines if " -m train " in line]
+
+
+@pytest.mark.parametrize("arguments", train_commands(TEXT), ids=" ".join)
+def test_every_training_command_is_understood(arguments, capsys):
+    try:
+        assert parse(arguments).run
+    except SystemExit as exit:
+        assert exit.code == 0, capsys.readouterr().err  # only --help ends the process well
+
+
+def test_no_figure_is_left_open():
+    prose = re.sub(r"```.*?```|`[^`]*`", "", TEXT, flags=re.DOTALL)
+    assert not re.findall(r"\b[A-Z]+_[A-Z]+\b|^[A-Z]{4,}$", prose, re.MULTILINE)

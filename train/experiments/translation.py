@@ -1,4 +1,10 @@
-"""Translation of parallel text, by the small Transformer that is best on Multi30k (arXiv 2105.14462)."""
+"""Translation of parallel text, by the small Transformer that is best on Multi30k (arXiv 2105.14462).
+
+Command: `python -m train translation --task.source train.en --task.target train.de`, and likewise
+`--task.validation-source`, `--task.test-source` and their targets; from the hub by name:
+`python -m train translation task:hub-translation --task.name NAME --task.source-column en --task.target-column de`.
+Time and result: not measured yet. 20 updates of it were run on Multi30k to see that it works; the recipe has 8,000.
+"""
 
 from pathlib import Path
 
