@@ -157,14 +157,14 @@ def _train(session: Session, interrupts: Interrupts) -> None:
         for file in (metrics, samples):
             file.truncate_after(first)
         meter = _Meter(experiment, metrics, progress)
-        for step, batch in enumerate(
-            itertools.islice(iterate(order, start=first), experiment.steps - first), first + 1
-        ):
+        batches = itertools.islice(iterate(order, start=first), experiment.steps - first)
+        for step, batch in enumerate(batches, first + 1):
             session.state, result = update(session.state, batch)
             meter.add(step, batch, result)
             due, stopped = step % experiment.evaluate_every == 0, interrupts.received is not None
             # Saved before it is evaluated: an evaluation that fails loses no update.
             if due or stopped or step == experiment.steps:
+                _check_finite(step, result)
                 session.save()
             if due and not stopped:
                 _validate(session, step, metrics, samples, progress)
@@ -199,17 +199,23 @@ class _Meter:
         self._tokens += int(batch["source_length"].sum() + (batch["target_length"] - 1).sum())
         if step % self._experiment.log_every and step != self._experiment.steps:
             return
+        _check_finite(step, result)
         loss, norm = float(result["loss"]), float(result["gradient_norm"])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise ValueError(
-                f"step {step}: loss {loss}, gradient norm {norm}; the last checkpoint stays, and a lower learning rate "
-                "may help"
-            )
         rate = self._tokens / max(time.monotonic() - self._since, 1e-9)
         row = {"loss": loss, "gradient_norm": norm, "tokens_per_second": rate}
         self._metrics.write({"step": step, "kind": "train", "learning_rate": float(self._schedule(step - 1)), **row})
         self._progress.update(step, loss=loss, tokens_per_second=rate)
         self.restart()
+
+
+def _check_finite(step: int, result: dict[str, jax.Array]) -> None:
+    """Raises ValueError for a loss or gradient that is not finite, before it reaches a checkpoint."""
+    loss, norm = float(result["loss"]), float(result["gradient_norm"])
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise ValueError(
+            f"step {step}: loss {loss}, gradient norm {norm}; the last checkpoint stays, and a lower learning rate "
+            "may help"
+        )
 
 
 def _validate(session: Session, step: int, metrics: MetricsFile, samples: MetricsFile, progress: Progress) -> None:

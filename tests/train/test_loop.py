@@ -168,10 +168,12 @@ def test_a22_texts_beyond_the_learned_positions_are_refused_before_training(tiny
     assert not (tmp_path / "new").exists()
 
 
-def test_e3_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
+@pytest.mark.parametrize("log_every", [2, 100])
+def test_e3_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(log_every, tiny, tmp_path):
     optimizer = dataclasses.replace(tiny.optimizer, schedule=Constant(rate=1e30), clip_norm=None)
     with pytest.raises(ValueError, match=r"step \d+: loss .*; the last checkpoint stays"):
-        loop.train(dataclasses.replace(tiny, run=tmp_path / "new", optimizer=optimizer))
+        loop.train(dataclasses.replace(tiny, run=tmp_path / "new", optimizer=optimizer, log_every=log_every))
+    assert not list((tmp_path / "new" / "checkpoints").iterdir())
 
 
 def test_an_evaluation_that_fails_loses_no_update(tiny, tmp_path, monkeypatch):
