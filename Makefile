@@ -2,11 +2,16 @@
 PYTHON ?= python3
 python := .venv/bin/python
 
-.PHONY: train test test-all lint types clean
+.PHONY: train bench test test-all lint types clean
 .DELETE_ON_ERROR:
 
 train: .venv/train  ## the default experiment; for another one: .venv/bin/python -m train EXPERIMENT
 	@exec $(python) -m train dates $(ARGS)
+
+# About 5 minutes on two cores. On a machine without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves
+# gigabytes when PyTorch is installed.
+bench: .venv/tokamax  ## attention against other libraries
+	@exec $(python) -m benchmarks.attention --short $(ARGS)
 
 test: .venv/test  ## what .ci/run tests
 	@exec $(python) -m pytest -n auto --dist loadfile $(ARGS)
@@ -23,13 +28,18 @@ types: .venv/test
 
 clean:
 	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find seqattn train tests -name __pycache__ -exec rm -rf {} +
+	find seqattn train benchmarks tests -name __pycache__ -exec rm -rf {} +
 
 # A stamp is newer than pyproject.toml where its extra is installed. Plain jax computes on the CPU; on an NVIDIA GPU,
 # `.venv/bin/pip install -e .[cuda]` once.
-.venv/train .venv/test: .venv/%: pyproject.toml | .venv/bin/python
+.venv/train .venv/bench .venv/test: .venv/%: pyproject.toml | .venv/bin/python
 	@echo "Installing seqattn[$*] into .venv; the first time takes minutes."
 	@$(python) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+# pip refuses tokamax beside tyro: each pins another typeguard. benchmarks/peers.py does without it.
+.venv/tokamax: .venv/bench
+	@$(python) -m pip install --quiet --disable-pip-version-check --no-deps tokamax
 	@touch $@
 
 .venv/bin/python:

@@ -1,7 +1,7 @@
 """Attention for JAX: coordinates say where tokens are, masks who may look, kernels how it is computed."""
 
 from seqattn import decoding, models, nn, scores
-from seqattn.attention import attend, attend_scores, attention_weights, dot_product_attention
+from seqattn.attention import Explanation, attend, attend_scores, attention_weights, dot_product_attention, explain
 from seqattn.coordinates import Coordinates, Tile
 from seqattn.dropout import Dropout
 from seqattn.losses import cross_entropy
@@ -17,27 +17,45 @@ from seqattn.masks import (
     SlidingWindow,
 )
 from seqattn.positions import angular_frequencies, rotate, sinusoidal
+from seqattn.score_mods import (
+    Alibi,
+    RelativeBuckets,
+    RelativePositions,
+    ScoreFunction,
+    ScoreMod,
+    SoftCap,
+    compose,
+)
 
 __all__ = [
+    "Alibi",
     "Causal",
     "Coordinates",
     "Dilated",
     "Dropout",
+    "Explanation",
     "Mask",
     "MaskMod",
     "NotPadding",
     "Prefix",
     "Reach",
+    "RelativeBuckets",
+    "RelativePositions",
     "SameSegment",
+    "ScoreFunction",
+    "ScoreMod",
     "SlidingWindow",
+    "SoftCap",
     "Tile",
     "angular_frequencies",
     "attend",
     "attend_scores",
     "attention_weights",
+    "compose",
     "cross_entropy",
     "decoding",
     "dot_product_attention",
+    "explain",
     "models",
     "nn",
     "rotate",

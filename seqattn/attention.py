@@ -1,23 +1,51 @@
 """One attention function: checks the call, chooses the implementation, runs it."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
-from seqattn.kernels import reference
+from seqattn.kernels import chunked, reference, vendor
 from seqattn.kernels.call import check_arrays, check_dtypes, check_heads, check_pairs, flatten, locate
 from seqattn.masks import Causal, Mask, NotPadding, SlidingWindow
 from seqattn.precision import accumulator
+from seqattn.score_mods import ScoreMod, ScoreModLike, for_kernel
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array]]] = {"reference": reference.attend}
-"""What `implementation=` may name, in the order in which `None` tries them."""
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """A kernel, and what is to be known of its cost.
+
+    Attributes:
+        attend: the kernel; it raises NotImplementedError, with the reason, for a call that it cannot serve.
+        note: given the arguments of the kernel, a sentence for `explain`, or None where there is nothing to say.
+    """
+
+    attend: Callable[..., tuple[Array, Array]]
+    note: Callable[..., str | None] | None = None
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "reference": Implementation(reference.attend),
+    "chunked": Implementation(chunked.attend),
+    "xla": Implementation(vendor.xla, vendor.xla_note),
+    "cudnn": Implementation(vendor.cudnn, vendor.lse_note),
+    "splash": Implementation(vendor.splash, vendor.lse_note),
+}
+"""What `implementation=` may name."""
+
+# Calls of so few pairs cost more to start than to compute; benchmarks/ decides the number.
+TINY_PAIRS = 64 * 64
 
 Visible = Mask | Array | None
+Shaped = Array | jax.ShapeDtypeStruct
 
 
 @overload
@@ -28,6 +56,8 @@ def attend(
     *,
     mask: Visible = ...,
     bias: Array | None = ...,
+    score_mod: ScoreModLike = ...,
+    sinks: Array | None = ...,
     q_at: Coordinates | None = ...,
     kv_at: Coordinates | None = ...,
     scale: float | Array | None = ...,
@@ -43,6 +73,8 @@ def attend(
     *,
     mask: Visible = ...,
     bias: Array | None = ...,
+    score_mod: ScoreModLike = ...,
+    sinks: Array | None = ...,
     q_at: Coordinates | None = ...,
     kv_at: Coordinates | None = ...,
     scale: float | Array | None = ...,
@@ -59,6 +91,8 @@ def attend(
     *,
     mask: Visible = None,
     bias: Array | None = None,
+    score_mod: ScoreModLike = None,
+    sinks: Array | None = None,
     q_at: Coordinates | None = None,
     kv_at: Coordinates | None = None,
     scale: float | Array | None = None,
@@ -79,13 +113,20 @@ def attend(
             `[*batch, N, T, S]` with any dim 1.
         bias: added to the logits after scaling: `[T, S]`, or `[*batch, N, T, S]` with any dim 1. An entry of -inf
             masks the pair.
+        score_mod: modifies each score after scale and bias and before the mask: a `ScoreMod`, or a function
+            `fn(score, query, key, head) -> score` of scalars. Gradients reach every array that it captures. A result
+            of -inf masks the pair.
+        sinks: a learned logit for each head, `[N]` floating, of a key that every query sees and whose value is 0
+            (attention sinks: Xiao 2023, gpt-oss 2025). The log-sum-exp counts it.
         q_at: coordinates of the queries `[T]` or `[*batch, T]`; one unpadded text from position 0 where not given.
         kv_at: coordinates of the keys `[S]` or `[*batch, S]`, likewise. Both or neither are given, and where T
-            differs from S a `Mask` needs them: how the two sequences align would be a guess.
+            differs from S a `Mask` or a `ScoreMod` needs them: how the two sequences align would be a guess.
         scale: multiplies the products; `1 / sqrt(H)` where not given.
         dropout: drops attention weights after the softmax.
-        implementation: a name of `IMPLEMENTATIONS`, several in order of preference, or None for the first able one.
-        return_lse: also return the log-sum-exp of the logits, differentiable; -inf for an empty row.
+        implementation: a name of `IMPLEMENTATIONS`, several in order of preference, or None for the first able one
+            of the order for this device: `explain` tells which, and why.
+        return_lse: also return the log-sum-exp of the logits, differentiable; -inf for an empty row (the sink where
+            there is one).
 
     Returns:
         The output `[*batch, T, N, V]` in the query's dtype; with `return_lse` also `[*batch, T, N]` float32 at least.
@@ -93,6 +134,7 @@ def attend(
     Raises:
         TypeError: dtypes differ or are not floating, or the mask is not boolean.
         ValueError: shapes do not fit, or coordinates are missing or would be ignored.
+        NotImplementedError: no implementation that may be chosen can serve this call; each one's reason.
 
     >>> import numpy as np
 
@@ -110,14 +152,23 @@ def attend(
     (2, 1, 4)
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    check_arrays(query, key, value)
-    batch, kernel = query.shape[:-3], _choose(implementation)
-    output, lse = kernel(
-        *(flatten(x, batch) for x in (query, key, value)),
-        **locate(query.shape, key.shape, mask, bias, q_at, kv_at),
-        scale=_scale(scale, query.shape[-1]),
+    given = _given(
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        score_mod=score_mod,
+        q_at=q_at,
+        kv_at=kv_at,
+        scale=scale,
         dropout=dropout,
     )
+    sinks = _sinks(sinks, query)
+    output, lse = _first_able(_names(implementation, query, key), given)
+    if sinks is not None:
+        output, lse = _with_sinks(output, lse, sinks.reshape(1, 1, -1))
+    batch = query.shape[:-3]
     output = output.reshape(*batch, *output.shape[1:])
     return (output, lse.reshape(*batch, *lse.shape[1:])) if return_lse else output
 
@@ -128,13 +179,16 @@ def attention_weights(
     *,
     mask: Visible = None,
     bias: Array | None = None,
+    score_mod: ScoreModLike = None,
+    sinks: Array | None = None,
     q_at: Coordinates | None = None,
     kv_at: Coordinates | None = None,
     scale: float | Array | None = None,
 ) -> Array:
     """The weights that `attend` gives to each key: `[*batch, N, T, S]`, float32 at least. For looking at.
 
-    Arguments, errors and empty rows are those of `attend`. Each row sums to 1, an empty row to 0.
+    Arguments, errors and empty rows are those of `attend`. Each row sums to 1 (to less where there is a
+    sink), an empty row to 0.
 
     >>> import numpy as np
 
@@ -148,14 +202,15 @@ def attention_weights(
      [0.25 0.25 0.25 0.25]]
     """
     query, key = jnp.asarray(query), jnp.asarray(key)
-    check_arrays(query, key, key)
-    batch = query.shape[:-3]
-    located = locate(query.shape, key.shape, mask, bias, q_at, kv_at)
-    visible = reference.visibility(**located)
-    scale = _scale(scale, query.shape[-1])
-    scored = reference.logits(flatten(query, batch), flatten(key, batch), visible, bias=located["bias"], scale=scale)
-    weights, _ = reference.softmax(scored)
-    return weights.reshape(*batch, *weights.shape[1:])
+    given = _given(
+        query, key, key, mask=mask, bias=bias, score_mod=score_mod, q_at=q_at, kv_at=kv_at, scale=scale, dropout=None
+    )
+    visible = reference.visibility(given.pop("mask"), given["bias"], given["q_at"], given["kv_at"])
+    del given["value"], given["dropout"]
+    weights, lse = reference.softmax(reference.logits(**given, visible=visible))
+    if (sinks := _sinks(sinks, query)) is not None:
+        weights *= _share(lse, sinks.reshape(1, -1, 1))[..., None]
+    return weights.reshape(*query.shape[:-3], *weights.shape[1:])
 
 
 def attend_scores(
@@ -193,9 +248,82 @@ def attend_scores(
     visible = reference.visibility(**located)
     high = accumulator(scores.dtype)
     flat = flatten(scores, batch).astype(high)
-    output, weights, _ = reference.mix(flat, flatten(value, batch), visible, dropout=dropout)
+    if visible is not None:
+        flat = jnp.where(visible, flat, jnp.full_like(flat, -jnp.inf))
+    output, weights, _ = reference.mix(flat, flatten(value, batch), dropout=dropout)
     output = output.astype(value.dtype)
     return output.reshape(*batch, *output.shape[1:]), weights.reshape(scores.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which implementation a call of `attend` takes, and what the others say; printed as a table.
+
+    Attributes:
+        chosen: its name, or None where all that may be chosen refuse.
+        refusals: for each implementation its reason to refuse the call, or None where it would run.
+        notes: what is to be known of the cost of those that would run, where there is something.
+    """
+
+    chosen: str | None
+    refusals: dict[str, str | None]
+    notes: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join(map(self._line, self.refusals))
+
+    def _line(self, name: str) -> str:
+        width = max(map(len, self.refusals))
+        mark, reason = "->" if name == self.chosen else "  ", self.refusals[name]
+        said = f"refuses: {reason}" if reason is not None else "would run"
+        note = f" ({self.notes[name]})" if name in self.notes else ""
+        return f"{mark} {name:{width}}  {said}{note}"
+
+
+def explain(
+    query: Shaped,
+    key: Shaped,
+    value: Shaped,
+    *,
+    implementation: str | Sequence[str] | None = None,
+    **arguments: Any,
+) -> Explanation:
+    """Which implementation `attend` takes for the same arguments, and why not another. Nothing is computed.
+
+    Args:
+        query, key, value: as for `attend`, or their shapes and dtypes.
+        implementation: as for `attend`.
+        **arguments: all others of `attend`.
+
+    Raises:
+        TypeError, ValueError: those of `attend`, for a call that no implementation would be asked to serve.
+
+    >>> states = jnp.zeros((5, 1, 2))
+    >>> print(explain(states, states, states, mask=Causal(), implementation="reference"))
+    -> reference  would run
+    """
+    for name in ("sinks", "return_lse"):  # what becomes of the output is no matter of a kernel
+        arguments.pop(name, None)
+    optional = ("mask", "bias", "score_mod", "q_at", "kv_at", "scale", "dropout")
+    options: dict[str, Any] = {**dict.fromkeys(optional), **arguments}
+    refusals: dict[str, str | None] = {}
+    notes: dict[str, str] = {}
+
+    def probe(name: str, *arrays: Array) -> tuple[Array, Array]:
+        given, kernel = _given(*arrays, **options), IMPLEMENTATIONS[name]
+        note = None if kernel.note is None else kernel.note(**given)
+        result = kernel.attend(**given)
+        notes.update({} if note is None else {name: note})
+        return result
+
+    for name in IMPLEMENTATIONS:
+        try:
+            jax.eval_shape(functools.partial(probe, name), query, key, value)
+            refusals[name] = None
+        except NotImplementedError as reason:
+            refusals[name] = str(reason)
+    able = (name for name in _names(implementation, query, key) if refusals[name] is None)
+    return Explanation(next(able, None), refusals, notes)
 
 
 @overload
@@ -279,11 +407,16 @@ def dot_product_attention(
         parts.append(_window(local_window_size))
     if query_seq_lengths is not None or key_value_seq_lengths is not None:
         parts.append(NotPadding())
+    if mask is not None and parts:
+        mask = jnp.asarray(mask)
+        check_pairs("mask", mask, batch, (query.shape[-2], length, size))
+        if mask.ndim > 2 and mask.shape[-3:-1] == (1, 1):
+            # What hides the same keys from every query of a row is padding, and kernels need no dense mask.
+            kv_at, mask = _padded(kv_at, mask[..., 0, 0, :], batch), None
+            parts.append(NotPadding())
     combined = _all(parts)
     visible: Visible = mask if combined is None else combined
     if mask is not None and combined is not None:
-        mask = jnp.asarray(mask)
-        check_pairs("mask", mask, batch, (query.shape[-2], length, size))
         rest = jnp.expand_dims(combined.dense(q_at, kv_at), -3)
         visible = _of_rank(query.ndim, mask) & _of_rank(query.ndim, rest)
     located = isinstance(visible, Mask)
@@ -322,6 +455,15 @@ def _of_rank(rank: int, x: Array) -> Array:
     return x.reshape((1,) * (rank - x.ndim) + x.shape)
 
 
+def _padded(at: Coordinates, present: Array, batch: tuple[int, ...]) -> Coordinates:
+    """The coordinates with padding also where `present`, `[*batch or 1, length]`, is False."""
+    shape = (*batch, at.shape[-1])
+    position, segment, present = (
+        jnp.broadcast_to(_of_rank(len(shape), jnp.asarray(x)), shape) for x in (at.position, at.segment, present)
+    )
+    return Coordinates(position, jnp.where(present, segment, 0))
+
+
 def _window(size: int | tuple[int, int]) -> SlidingWindow:
     left, right = (size, size) if isinstance(size, int) else size
     if left < 0 or right < 0:
@@ -340,13 +482,92 @@ def _rows(name: str, lengths: Array | None, batch: tuple[int, ...], length: int)
     return Coordinates.from_lengths(lengths.reshape(batch), length)
 
 
-def _choose(implementation: str | Sequence[str] | None) -> Callable[..., tuple[Array, Array]]:
+def _given(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Visible,
+    bias: Array | None,
+    score_mod: ScoreModLike,
+    q_at: Coordinates | None,
+    kv_at: Coordinates | None,
+    scale: float | Array | None,
+    dropout: Dropout | None,
+) -> dict[str, Any]:
+    """The arguments of a kernel: checked, and with exactly one batch dim."""
+    check_arrays(query, key, value)
+    mod = None if score_mod is None else ScoreMod.of(score_mod)
+    located = locate(query.shape, key.shape, mask, bias, q_at, kv_at, mod)
+    query, key, value = (flatten(x, query.shape[:-3]) for x in (query, key, value))
+    scale, rows = _scale(scale, query.shape[-1]), None
+    if mod is not None:
+        mod, rows = for_kernel(mod, query, scale, located["q_at"], located["kv_at"])
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        **located,
+        "score_mod": mod,
+        "rows": rows,
+        "scale": scale,
+        "dropout": dropout,
+    }
+
+
+def _sinks(sinks: Array | None, query: Array) -> Array | None:
+    if sinks is None:
+        return None
+    sinks = jnp.asarray(sinks)
+    if not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise TypeError(f"sinks must be floating, got {sinks.dtype}")
+    if sinks.shape != query.shape[-2:-1]:
+        raise ValueError(f"sinks {sinks.shape} must be [N], one logit for each head {query.shape[-2:-1]}")
+    return sinks
+
+
+def _with_sinks(output: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+    """Output `[B, T, N, V]` and log-sum-exp `[B, T, N]` with one more key for each head, whose value is 0."""
+    scaled = output.astype(lse.dtype) * _share(lse, sinks)[..., None]
+    empty, sinks = lse == -jnp.inf, jnp.broadcast_to(sinks.astype(lse.dtype), lse.shape)
+    return scaled.astype(output.dtype), jnp.where(empty, sinks, jnp.logaddexp(jnp.where(empty, 0, lse), sinks))
+
+
+def _share(lse: Array, sinks: Array) -> Array:
+    """What part of the softmax the keys keep beside the sink; of an empty row, which keeps nothing, any finite one."""
+    return jax.nn.sigmoid(jnp.where(lse == -jnp.inf, 0, lse) - sinks.astype(lse.dtype))
+
+
+def _names(implementation: str | Sequence[str] | None, query: Shaped, key: Shaped) -> list[str]:
+    """The implementations to try, in order."""
     if implementation is None:
-        implementation = list(IMPLEMENTATIONS)
+        return [name for name in _order(vendor.platform(query), query, key) if name in IMPLEMENTATIONS]
     names = [implementation] if isinstance(implementation, str) else list(implementation)
     if not names:
         raise ValueError(f"implementation is empty; give one or more of {', '.join(IMPLEMENTATIONS)}, or None")
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
     if unknown:
         raise ValueError(f"implementation {unknown[0]!r} is not one of {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[names[0]]
+    return names
+
+
+def _order(platform: str, query: Shaped, key: Shaped) -> tuple[str, ...]:
+    """Names in the order in which `None` tries them; a name that is not there is passed over."""
+    if platform in ("gpu", "cuda", "rocm"):
+        return ("cudnn", "chunked", "xla", "reference")
+    if platform == "tpu":
+        return ("splash", "chunked", "xla", "reference")
+    tiny = query.shape[-3] * key.shape[-3] <= TINY_PAIRS
+    return ("xla", "reference", "chunked") if tiny else ("chunked", "xla", "reference")
+
+
+def _first_able(names: Sequence[str], given: dict[str, Any]) -> tuple[Array, Array]:
+    """What the first of the named implementations returns that does not refuse."""
+    reasons: dict[str, NotImplementedError] = {}
+    for name in names:
+        try:
+            return IMPLEMENTATIONS[name].attend(**given)
+        except NotImplementedError as reason:
+            reasons[name] = reason
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise NotImplementedError(f"no implementation can serve this call: {told}") from next(iter(reasons.values()), None)

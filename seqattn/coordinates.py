@@ -37,15 +37,19 @@ class Coordinates:
     def range(length: int, *, start: int | Int[Array, ""] = 0) -> "Coordinates":
         """One text of `length` tokens without padding, its first token at position `start`; shape `[length]`.
 
+        NumPy arrays where `start` is a number: then kernels know at trace time which tiles a mask reaches.
+
         Three queries at the end of five keys ("bottom-right" alignment) are `Coordinates.range(3, start=2)`:
 
         >>> Coordinates.range(3, start=2).position
-        Array([2, 3, 4], dtype=int32)
+        array([2, 3, 4], dtype=int32)
         """
         if length < 0:
             raise ValueError(f"length ({length}) must not be negative")
-        position = jnp.arange(length, dtype=jnp.int32) + jnp.asarray(start, jnp.int32)
-        return Coordinates(position, jnp.ones_like(position))
+        position = np.arange(length, dtype=np.int32)
+        if isinstance(start, (int, np.integer)):
+            return Coordinates(position + np.int32(start), np.ones_like(position))
+        return Coordinates(position + jnp.asarray(start, jnp.int32), jnp.ones(length, jnp.int32))
 
     @staticmethod
     def from_lengths(

@@ -3,8 +3,10 @@
 import dataclasses
 
 import jax
+import jax.extend.random
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt32
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +36,32 @@ class Dropout:
             return x
         keep = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
         return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
+
+    def keep(self, row: Array, column: Array) -> Bool[Array, "..."]:
+        """Whether each element of a matrix is kept, known by its indices alone: see `kept`."""
+        return kept(self.words(), self.rate, row, column)
+
+    def words(self) -> UInt32[Array, "2"]:
+        """The key as two words: a threefry key as it is, of any other kind two that are drawn from it."""
+        if str(jax.random.key_impl(self.key)) == "threefry2x32":
+            return jax.random.key_data(self.key)
+        return jax.random.bits(self.key, (2,), jnp.uint32)
+
+
+def kept(words: UInt32[Array, "2"], rate: float, row: Array, column: Array) -> Bool[Array, "..."]:
+    """Whether the elements at integers `row` and `column` are kept; True with probability `1 - rate`.
+
+    The two are the counter of one block of Threefry (Salmon 2011), and broadcast. An element needs no other one, so
+    a matrix may be made in tiles of any form: attention's weights have row `(b * N + n) * T + t` and column `s`.
+
+    >>> words = Dropout(0.5, jax.random.key(0)).words()
+    >>> print(kept(words, 0.5, jnp.arange(2)[:, None], jnp.arange(6)[None]).astype(int))
+    [[1 1 0 0 1 0]
+     [1 1 1 0 1 1]]
+    """
+    row, column = jnp.broadcast_arrays(row.astype(jnp.uint32), column.astype(jnp.uint32))
+    high, low = jax.extend.random.threefry2x32_p.bind(words[0], words[1], row, column)
+    return (high ^ low) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 def check_rate(rate: float) -> None:

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Mask
+from seqattn.score_mods import ScoreMod
 
 
 class Located(TypedDict):
@@ -67,16 +68,21 @@ def locate(
     bias: Array | None,
     q_at: Coordinates | None,
     kv_at: Coordinates | None,
+    score_mod: ScoreMod | None = None,
 ) -> Located:
     """Mask, bias and coordinates checked against the shapes of query and key, with one batch dim."""
     batch, pairs = query[:-3], (query[-2], query[-3], key[-3])
-    if not isinstance(mask, Mask) and (q_at is not None or kv_at is not None):
-        raise ValueError("q_at and kv_at only matter to a Mask, such as SameSegment(); without one they do nothing")
+    matter = isinstance(mask, Mask) or (score_mod is not None and score_mod.uses_coordinates)
+    if not matter and (q_at is not None or kv_at is not None):
+        raise ValueError(
+            "q_at and kv_at only matter to a Mask, such as SameSegment(), or to a ScoreMod, such as Alibi(); without "
+            "one they do nothing"
+        )
     if isinstance(mask, type):
         raise TypeError(f"mask must be a mask, not its class: write {mask.__name__}(...)")
     if (q_at is None) != (kv_at is None):
         raise ValueError("give q_at and kv_at both or neither: how one aligns with the other would be a guess")
-    if isinstance(mask, Mask) and q_at is None and pairs[1] != pairs[2]:
+    if matter and q_at is None and pairs[1] != pairs[2]:
         raise ValueError(
             f"{pairs[1]} queries and {pairs[2]} keys: say how they align with q_at and kv_at, for example "
             f"q_at=Coordinates.range({pairs[1]}, start=...), kv_at=Coordinates.range({pairs[2]})"
@@ -132,8 +138,8 @@ def _coordinates(name: str, at: Coordinates | None, batch: tuple[int, ...], leng
         if x.shape not in ((length,), (*batch, length)):
             raise ValueError(f"{name} {x.shape} must be {(length,)} or {(*batch, length)}")
 
-    def field(x: Array) -> Array:
+    def field(x: Array | np.ndarray) -> Array | np.ndarray:
         wide = x.astype(np.promote_types(x.dtype, np.int32))
-        return wide[None] if x.ndim == 1 else flatten(wide, batch)
+        return wide[None] if x.ndim == 1 else wide.reshape(math.prod(batch), length)
 
     return jax.tree.map(field, at)

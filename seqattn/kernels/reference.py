@@ -2,12 +2,16 @@
 
 A kernel receives checked arrays: `query [B, T, N, H]`, `key [B, S, K, H]`, `value [B, S, K, V]`, a mask or a boolean
 array that broadcasts to `[B, N, T, S]`, a bias that does the same, coordinates `[B or 1, T]` and `[B or 1, S]`, and
-returns the output `[B, T, N, V]` in the query's dtype and the log-sum-exp `[B, T, N]` in float32 at least.
+returns the output `[B, T, N, V]` in the query's dtype and the log-sum-exp `[B, T, N]` in float32 at least. A score
+modification comes prepared, with its rows `[B, T, N, R]` or None. The order is `scale * query . key + bias`, then the
+score modification, then the mask. A kernel that cannot serve a call raises NotImplementedError with the reason.
 
 The contract, which every kernel keeps:
 - a row that may attend to nothing gives zeros, a log-sum-exp of -inf, and zero gradients;
 - what a masked key, a masked value or the query of an empty row holds (NaN, Inf) leaves no trace, forward or backward;
 - a visible key or value that is not finite makes the row NaN;
+- a score of -inf, by a bias or by a score modification, masks the pair; the latter sees a score of 0 where masked;
+- dropout keeps the weight of query t and key s where `Dropout.keep((b * N + n) * T + t, s)` does;
 - the softmax, the log-sum-exp and all sums are float32 at least.
 """
 
@@ -19,6 +23,7 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.masks import Mask
 from seqattn.precision import accumulator
+from seqattn.score_mods import ScoreMod
 
 
 def attend(
@@ -28,6 +33,8 @@ def attend(
     *,
     mask: Mask | Bool[Array, "..."] | None,
     bias: Float[Array, "..."] | None,
+    score_mod: ScoreMod | None,
+    rows: Float[Array, "B T N R"] | None,
     q_at: Coordinates,
     kv_at: Coordinates,
     scale: float | Float[Array, ""],
@@ -35,8 +42,8 @@ def attend(
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """The output and the log-sum-exp of the logits (see the contract above)."""
     visible = visibility(mask, bias, q_at, kv_at)
-    scored = logits(query, key, visible, bias=bias, scale=scale)
-    output, _, lse = mix(scored, value, visible, dropout=dropout)
+    scored = logits(query, key, visible, bias=bias, score_mod=score_mod, rows=rows, q_at=q_at, kv_at=kv_at, scale=scale)
+    output, _, lse = mix(scored, value, dropout=dropout)
     return output.astype(query.dtype), lse.swapaxes(1, 2)
 
 
@@ -57,40 +64,57 @@ def logits(
     visible: Bool[Array, "..."] | None,
     *,
     bias: Float[Array, "..."] | None,
+    score_mod: ScoreMod | None,
+    rows: Float[Array, "B T N R"] | None,
+    q_at: Coordinates,
+    kv_at: Coordinates,
     scale: float | Float[Array, ""],
 ) -> Float[Array, "B N T S"]:
-    """Scaled products plus bias, -inf where masked, NaN where a visible key is not finite."""
+    """Scaled products plus bias, modified; -inf where masked, NaN where a visible query or key is not finite."""
     batch, length, num_heads, _ = query.shape
     num_kv_heads = key.shape[2]
     high = accumulator(query.dtype)
-    if visible is not None:
-        row = jnp.swapaxes(visible.any(axis=-1), 1, 2)[..., None]
-        query = jnp.where(row, query, jnp.zeros_like(query))
+    shown = jnp.isfinite(query).all(axis=-1, keepdims=True)
     finite = jnp.isfinite(key).all(axis=-1, keepdims=True)
+    # A score modification, too, may mask a pair: what is not finite is computed with as 0, and marked in the end.
+    unmarked = _column(finite, num_heads) & shown.swapaxes(1, 2)
+    if visible is not None:
+        shown = shown & jnp.swapaxes(visible.any(axis=-1), 1, 2)[..., None]
+    query = jnp.where(shown, query, jnp.zeros_like(query))
     key = jnp.where(finite, key, jnp.zeros_like(key))
     grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, query.shape[-1])
     product = _product("btkgh,bskh->bkgts", grouped.astype(high), key.astype(high)) * jnp.asarray(scale, high)
     scored = product.reshape(batch, num_heads, length, key.shape[1])
     if bias is not None:
         scored = scored + jnp.broadcast_to(bias, scored.shape).astype(high)
-    return _mark(scored, finite[..., 0], visible)
+    if score_mod is not None:
+        scored = scored if visible is None else jnp.where(visible, scored, jnp.zeros_like(scored))
+        rows = None if rows is None else jnp.where(shown, rows, jnp.zeros_like(rows))
+        scored = score_mod.over(scored, q_at, kv_at, jnp.arange(num_heads, dtype=jnp.int32), rows)
+        allowed = scored != -jnp.inf
+        visible = allowed if visible is None else visible & allowed
+    scored = jnp.where(unmarked, scored, jnp.full_like(scored, jnp.nan))
+    return scored if visible is None else jnp.where(visible, scored, jnp.full_like(scored, -jnp.inf))
 
 
 def mix(
     scored: Float[Array, "B N T S"],
     value: Float[Array, "B S K V"],
-    visible: Bool[Array, "..."] | None,
     *,
     dropout: Dropout | None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T S"], Float[Array, "B N T"]]:
-    """The values weighted by the softmax of the logits: output, weights (before dropout) and log-sum-exp."""
+    """The values weighted by the softmax of the logits: output, weights (before dropout) and log-sum-exp.
+
+    Logits are -inf where masked, and what a value holds there leaves no trace.
+    """
     batch, num_heads, length, size = scored.shape
     num_kv_heads = value.shape[2]
     finite = jnp.isfinite(value).all(axis=-1, keepdims=True)
     value = jnp.where(finite, value, jnp.zeros_like(value)).astype(scored.dtype)
-    weights, lse = softmax(_mark(scored, finite[..., 0], visible))
-    kept = weights if dropout is None else dropout(weights)
-    grouped = kept.reshape(batch, num_kv_heads, num_heads // num_kv_heads, length, size)
+    # A masked logit stays what it is: only a visible one of a value that is not finite makes its row NaN.
+    marked = _column(finite, num_heads) | (scored == -jnp.inf)
+    weights, lse = softmax(jnp.where(marked, scored, jnp.full_like(scored, jnp.nan)))
+    grouped = _dropped(weights, dropout).reshape(batch, num_kv_heads, num_heads // num_kv_heads, length, size)
     output = _product("bkgts,bskv->btkgv", grouped, value)
     return output.reshape(batch, length, num_heads, value.shape[-1]), weights, lse
 
@@ -112,10 +136,15 @@ def _product(subscripts: str, left: Array, right: Array) -> Array:
     return jnp.einsum(subscripts, left, right, precision=jax.lax.Precision.HIGHEST)
 
 
-def _mark(
-    scored: Float[Array, "B N T S"], finite: Bool[Array, "B S K"], visible: Bool[Array, "..."] | None
-) -> Float[Array, "B N T S"]:
-    """Logits with NaN in the columns that are not finite, then -inf where masked."""
-    column = jnp.repeat(finite, scored.shape[1] // finite.shape[2], axis=2).swapaxes(1, 2)[:, :, None]
-    scored = jnp.where(column, scored, jnp.full_like(scored, jnp.nan))
-    return scored if visible is None else jnp.where(visible, scored, jnp.full_like(scored, -jnp.inf))
+def _column(finite: Bool[Array, "B S K 1"], num_heads: int) -> Bool[Array, "B N 1 S"]:
+    """What is known of each key, for each query head that reads it."""
+    return jnp.repeat(finite, num_heads // finite.shape[2], axis=2).transpose(0, 2, 3, 1)
+
+
+def _dropped(weights: Float[Array, "B N T S"], dropout: Dropout | None) -> Float[Array, "B N T S"]:
+    if dropout is None or dropout.rate == 0:
+        return weights
+    batch, num_heads, length, size = weights.shape
+    row = jnp.arange(batch * num_heads * length, dtype=jnp.uint32).reshape(batch, num_heads, length, 1)
+    keep = dropout.keep(row, jnp.arange(size, dtype=jnp.uint32).reshape(1, 1, 1, size))
+    return jnp.where(keep, weights / (1 - dropout.rate), jnp.zeros_like(weights))

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from seqattn.attention import dot_product_attention
+from seqattn.attention import IMPLEMENTATIONS, Implementation, dot_product_attention
+from seqattn.kernels import reference
+from seqattn.masks import Mask
 from tests import oracle
 from tests.contract import SHAPES, Shape, arrays, close
 
@@ -40,6 +42,11 @@ DROP_IN = {
     "bias": ({"bias": BIAS}, lambda b, t, s: True),
     "plane": ({"mask": MASK[1, 0], "bias": BIAS[1, 2], "is_causal": True}, lambda b, t, s: MASK[1, 0, t, s] and s <= t),
     "plane and lengths": ({"mask": MASK[1, 0]} | LENGTHS, lambda b, t, s: MASK[1, 0, t, s] and _lengths(b, t, s)),
+    "padding": ({"mask": MASK[:, :, :1], "is_causal": True}, lambda b, t, s: MASK[b, 0, 0, s] and s <= t),
+    "padding and lengths": (
+        {"mask": MASK[1:2, :, :1], "bias": BIAS} | LENGTHS,
+        lambda b, t, s: MASK[1, 0, 0, s] and _lengths(b, t, s),
+    ),
     "all": (
         {"bias": BIAS[:1], "mask": MASK, "is_causal": True, "local_window_size": (4, 9), "scale": 0.5} | LENGTHS,
         lambda b, t, s: MASK[b, 0, t, s] and s <= t and t - s <= 4 and _lengths(b, t, s),
@@ -76,6 +83,27 @@ def test_dot_product_attention_without_a_batch_is_that_of_jax():
     sees = pairs.any(axis=-1)[0]
     close(np.asarray(ours)[sees], np.asarray(theirs)[sees])
     close(ours, oracle.attention(**inputs, bias=BIAS[0], visible=pairs).output)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_a_mask_of_keys_alone_is_padding_and_hides_no_structure(batch, monkeypatch):
+    """Kernels get a Mask, of which they can skip tiles, and no array of pairs."""
+    given = []
+
+    def spy(query, key, value, *, mask, q_at, kv_at, **others):
+        given.append((mask, kv_at))
+        return reference.attend(query, key, value, mask=mask, q_at=q_at, kv_at=kv_at, **others)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "spy", Implementation(spy))
+    inputs = arrays(Shape(batch=batch, T=7, S=11, N=6, K=2, H=5, V=5))
+    mask = MASK[:, :, :1] if batch else MASK[1, :, :1]
+    call = functools.partial(dot_product_attention, local_window_size=4, implementation="spy")
+    output = jax.jit(call)(**inputs, mask=mask)
+    near = np.abs(np.arange(7)[:, None] - np.arange(11)) <= 4
+    close(output, oracle.attention(**inputs, visible=mask & near).output)
+    ((seen, kv_at),) = given
+    assert isinstance(seen, Mask)
+    assert kv_at.shape == (*batch, 11) if batch else (1, 11)
 
 
 def test_dot_product_attention_takes_the_arguments_of_jax():

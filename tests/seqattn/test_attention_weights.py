@@ -10,7 +10,7 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.masks import NotPadding
 from tests import oracle
-from tests.contract import SHAPES, Shape, arrays, close, cotangents, random_pairs
+from tests.contract import SHAPES, Shape, arrays, close, cotangents, kept, random_pairs
 
 SHAPE = SHAPES["grouped"]
 B, T, S, N, K, H, V = *SHAPE.batch, SHAPE.T, SHAPE.S, SHAPE.N, SHAPE.K, SHAPE.H, SHAPE.V
@@ -78,10 +78,10 @@ def test_attend_scores_drops_weights_and_hides_masked_values():
 
     @jax.jit
     def call(scores, value, dropout):
-        return *attend_scores(scores, value, dropout=dropout, **located), dropout(jnp.ones(SHAPE.pairs))
+        return attend_scores(scores, value, dropout=dropout, **located)
 
-    output, weights, kept = call(scores, spoilt, dropout)
-    expected = oracle.attention(**zeros, value=value, bias=scores, visible=pairs, kept=kept)
+    output, weights = call(scores, spoilt, dropout)
+    expected = oracle.attention(**zeros, value=value, bias=scores, visible=pairs, kept=kept(dropout, SHAPE))
     close(output, expected.output)
     close(weights, expected.weights, what="weights are those before dropout")
 

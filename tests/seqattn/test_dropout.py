@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqattn.dropout import Dropout, drop, split
+from seqattn.dropout import Dropout, drop, kept, split
 
 RATE, SHAPE = 0.3, (211, 307)
 
@@ -69,3 +69,61 @@ def test_a27_a_rate_that_is_no_probability_is_refused(rate):
         Dropout(rate, jax.random.key(0))
     with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
         drop(jnp.ones(3), rate, jax.random.key(0))
+
+
+def _threefry(words, row, column):
+    """Threefry-2x32 with 20 rounds (Salmon 2011), one block, in Python integers."""
+
+    def rotated(x, by):
+        return (x << by | x >> (32 - by)) & 0xFFFFFFFF
+
+    keys = [*words, words[0] ^ words[1] ^ 0x1BD11BDA]
+    left, right = (row + keys[0]) & 0xFFFFFFFF, (column + keys[1]) & 0xFFFFFFFF
+    for i in range(5):
+        for by in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            left = (left + right) & 0xFFFFFFFF
+            right = rotated(right, by) ^ left
+        left = (left + keys[(i + 1) % 3]) & 0xFFFFFFFF
+        right = (right + keys[(i + 2) % 3] + i + 1) & 0xFFFFFFFF
+    return left ^ right
+
+
+def _grid(rows, columns):
+    return jnp.asarray(rows, jnp.uint32).reshape(-1, 1), jnp.asarray(columns, jnp.uint32).reshape(1, -1)
+
+
+def test_what_is_kept_is_decided_by_one_threefry_block_an_element():
+    words, rows, columns = jnp.array([0x9E3779B9, 7], jnp.uint32), [0, 1, 2**32 - 1], [0, 5, 2**31]
+    for rate in (0.25, 0.7):
+        expected = [[_threefry([0x9E3779B9, 7], r, c) >= rate * 2**32 for c in columns] for r in rows]
+        np.testing.assert_array_equal(kept(words, rate, *_grid(rows, columns)), expected)
+
+
+def test_what_is_kept_does_not_depend_on_the_tile():
+    dropout = Dropout(RATE, jax.random.key(5))
+    whole = np.asarray(jax.jit(dropout.keep)(*_grid(range(211), range(307))))
+    tile = dropout.keep(*_grid(range(101, 111), range(13, 50)))
+    np.testing.assert_array_equal(tile, whole[101:111, 13:50])
+    deviation = (RATE * (1 - RATE) / whole.size) ** 0.5
+    assert abs(np.mean(~whole) - RATE) < 5 * deviation
+    for axis, size in ((0, 307), (1, 211)):  # no row and no column is kept more than others
+        spread = np.std(whole.mean(axis=1 - axis))
+        assert 0.8 < spread / (RATE * (1 - RATE) / size) ** 0.5 < 1.2
+    other = np.asarray(Dropout(RATE, jax.random.key(6)).keep(*_grid(range(211), range(307))))
+    assert abs(np.mean(whole & other) - (1 - RATE) ** 2) < 0.02
+
+
+def test_the_words_of_a_key_of_any_kind():
+    for key in (jax.random.key(3), jax.random.PRNGKey(3)):
+        np.testing.assert_array_equal(Dropout(RATE, key).words(), [0, 3])
+    for kind in ("rbg", "unsafe_rbg"):
+        words = [np.asarray(Dropout(RATE, jax.random.key(seed, impl=kind)).words()) for seed in (3, 4)]
+        assert words[0].dtype == np.uint32
+        assert words[0].shape == (2,)
+        assert np.any(words[0] != words[1])
+
+
+@pytest.mark.parametrize("rate", [0.0, 1 - 1e-12])
+def test_rates_at_the_ends_keep_all_and_nearly_none(rate):
+    keep = Dropout(rate, jax.random.key(0)).keep(*_grid(range(31), range(37)))
+    np.testing.assert_array_equal(keep, np.full((31, 37), rate == 0))

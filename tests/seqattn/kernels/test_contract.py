@@ -8,6 +8,7 @@ import pytest
 from seqattn.attention import attend
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, NotPadding, Prefix, SameSegment, SlidingWindow
+from seqattn.score_mods import RelativeBuckets, RelativePositions, ScoreFunction, SoftCap, compose
 from tests import oracle
 from tests.contract import (
     GROUPED,
@@ -215,6 +216,7 @@ def test_a_bias_of_minus_infinity_masks(implementation):
     assert not gradients.pop("bias")[~pairs].any()
     for actual, wanted in zip((*results, *gradients.values()), (*expected[0], *expected[1].values()), strict=True):
         close(actual, wanted)
+    assert all(np.isfinite(gradient).all() for gradient in gradients.values())
     assert np.isfinite(results[0]).all()
 
 
@@ -235,3 +237,96 @@ def test_a_visible_nan_is_not_hidden(implementation, name, heads):
 @every_implementation
 def test_huge_logits_do_not_overflow(implementation):
     agrees_with_oracle(implementation, SQUARE, scale=np.float32(1e3))
+
+
+@every_implementation
+def test_score_mods_in_order_and_their_gradients(implementation):
+    """Bias, cap, a function that closes over traced arrays, a table of distances, keys of distances, mask; by hand."""
+    T, S, N, K, H = GROUPED.T, GROUPED.S, GROUPED.N, GROUPED.K, GROUPED.H
+    inputs, directions, scale = arrays(GROUPED) | {"bias": _normal(2, 6, 7, 11)}, cotangents(GROUPED), 0.4
+    learned = {"factor": _normal(N), "table": _normal(4, N, seed=6), "positions": _normal(5, H, seed=7)}
+    random = np.random.default_rng(3)
+    q_at, kv_at = (Coordinates(*random.integers(0, 6, (2, 2, n)).astype(np.int32)) for n in (T, S))
+
+    @jax.jit
+    def call(inputs, learned, directions, special, q_at, kv_at):
+        def results(inputs, learned):
+            def fn(score, query, key, head):
+                return score * jnp.where(key.position == special, learned["factor"][head], 1)
+
+            table, positions = RelativeBuckets(learned["table"], False, 3), RelativePositions(learned["positions"])
+            options = {"mask": Causal() | Prefix(1), "q_at": q_at, "kv_at": kv_at, "scale": scale}
+            mod = compose(SoftCap(0.8), fn, table, positions)
+            return attend(**inputs, **options, score_mod=mod, implementation=implementation, return_lse=True)
+
+        values, pull_back = jax.vjp(results, inputs, learned)
+        return values, pull_back(directions)
+
+    (output, lse), (by_inputs, by_learned) = call(inputs, learned, directions, 2, q_at, kv_at)
+    query, key, bias = (inputs[name].astype(np.float64) for name in ("query", "key", "bias"))
+    key = np.repeat(key, N // K, axis=2)
+    distance = kv_at.position[:, None, :] - q_at.position[:, :, None]
+    visible = np.broadcast_to(((distance <= 0) | (kv_at.position < 1)[:, None, :])[:, None], bias.shape)
+    capped = np.tanh((scale * np.einsum("btnh,bsnh->bnts", query, key) + bias) / 0.8)
+    special = (kv_at.position == 2)[:, None, None, :]
+    factor = np.where(special, learned["factor"][:, None, None], 1)
+    # Four buckets on one side: of 0, of 1, and two up to distance 3, whose border is 2 * (3 / 2) ** (1 / 2) = 2.45.
+    bucket, nearest = np.clip(-distance, 0, 3), np.clip(distance, -2, 2) + 2
+    by_distance = learned["positions"].astype(np.float64)[nearest]
+    scores = 0.8 * capped * factor + np.moveaxis(learned["table"].astype(np.float64)[bucket], 3, 1)
+    scores += scale * np.einsum("btnh,btsh->bnts", query, by_distance)
+    nothing = {"query": 0 * query, "key": 0 * key[:, :, :K], "value": inputs["value"], "visible": visible}
+    expected = oracle.attention(**nothing, bias=scores)
+    close(output, expected.output)
+    close(lse, expected.lse)
+    gradients = oracle.attention_gradients(**nothing, bias=scores, d_output=directions[0], d_lse=directions[1])
+    d_scores = gradients["bias"]
+    d_raw = d_scores * factor * (1 - capped**2)
+    d_query = scale * (np.einsum("bnts,bsnh->btnh", d_raw, key) + np.einsum("bnts,btsh->btnh", d_scores, by_distance))
+    d_key = scale * np.einsum("bnts,btnh->bsnh", d_raw, query)
+    one_hot = np.eye(5)[nearest]
+    close(by_inputs["query"], d_query, what="query")
+    close(by_inputs["key"], d_key.reshape(2, S, K, N // K, H).sum(axis=3), what="key")
+    close(by_inputs["value"], gradients["value"], what="value")
+    close(by_inputs["bias"], d_raw, what="bias")
+    close(by_learned["factor"], np.sum(d_scores * 0.8 * capped * special, axis=(0, 2, 3)), what="factor")
+    close(by_learned["table"], np.einsum("bnts,btsr->rn", d_scores, np.eye(4)[bucket]), what="table")
+    close(by_learned["positions"], scale * np.einsum("bnts,btsr,btnh->rh", d_scores, one_hot, query), what="positions")
+
+
+@every_implementation
+def test_the_gradient_reaches_a_closure_outside_of_jit(implementation):
+    inputs = {name: jnp.asarray(x[0]) for name, x in arrays(SQUARE).items()}
+    factor = jnp.asarray(_normal(4))
+
+    def loss(factor, wrapped):
+        def fn(score, query, key, head, factor=factor):
+            return score * factor[head]
+
+        mod = ScoreFunction(fn, factor) if wrapped else lambda *pair: fn(*pair)
+        return jnp.sum(attend(**inputs, mask=Causal(), score_mod=mod, implementation=implementation) ** 2)
+
+    leaf = jax.jit(jax.grad(loss), static_argnums=1)(factor, True)
+    assert np.abs(leaf).min() > 0
+    close(jax.grad(loss)(factor, False), leaf)
+
+
+@every_implementation
+def test_a_score_mod_of_minus_infinity_masks(implementation):
+    """Row 1 sees nothing in any head, and no row sees key 3, which holds NaN and Inf."""
+    inputs, directions, pairs = arrays(GROUPED), cotangents(GROUPED), random_pairs(Shape(batch=()))
+    pairs[..., 3] = False
+    inputs = spoil(spoil(spoil(inputs, (0, 3), np.nan, "key"), (0, 3), np.inf, "value"), (0, 1), np.nan, "query")
+    expected = with_gradients(implementation, inputs, directions, mask=pairs[None])
+
+    def hidden(score, query, key, head, pairs, shift):
+        return jnp.where(pairs[head, query.position, key.position], score, -jnp.inf) + shift
+
+    mod = ScoreFunction(hidden, pairs, np.float32(0))
+    located = {"q_at": Coordinates.range(GROUPED.T), "kv_at": Coordinates.range(GROUPED.S)}
+    results, gradients = with_gradients(implementation, inputs, directions, score_mod=mod, **located)
+    assert not results[0][:, 1].any()
+    assert np.all(results[1][:, 1] == -np.inf)
+    for actual, wanted in zip((*results, *gradients.values()), (*expected[0], *expected[1].values()), strict=True):
+        close(actual, wanted)
+    assert all(np.isfinite(gradient).all() for gradient in gradients.values())

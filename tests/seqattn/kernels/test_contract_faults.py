@@ -8,7 +8,8 @@ import pytest
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.masks import Causal, NotPadding, SameSegment, SlidingWindow
-from tests import oracle
+from seqattn.score_mods import Alibi, RelativePositions, ScoreFunction, compose
+from tests import contract, oracle
 from tests.contract import (
     GROUPED,
     SQUARE,
@@ -98,6 +99,23 @@ def test_a5_inf_in_masked_key_leaves_no_trace(implementation, garbage):
 
 
 @every_implementation
+@pytest.mark.parametrize("garbage", [*GARBAGE.values(), 1e30], ids=[*GARBAGE, "huge"])
+def test_a5_what_is_masked_leaves_no_trace_in_a_score_mod(implementation, garbage):
+    """In none of its arrays, although the gradient of each is multiplied by a score, a query or a distance."""
+    at = Coordinates.from_lengths(jnp.array([7, 4]), 7)
+    located = {"mask": Causal() & NotPadding(), "q_at": at, "kv_at": at}
+    learned = np.random.default_rng(5).normal(size=(5, 4, 3)).astype(np.float32)
+    squared = ScoreFunction(lambda score, query, key, head, factor: factor[head] * (score * score), learned[0, :, 0])
+    clean = arrays(SQUARE) | {"score_mod": compose(Alibi(learned[0, :, 1]), squared, RelativePositions(learned))}
+    spoilt = spoil(clean, (1, slice(4, None)), garbage, "query", "key", "value")
+    runs = [with_gradients(implementation, x, cotangents(SQUARE), **located) for x in (clean, spoilt)]
+    equal(runs[1], runs[0])
+    leaves = jax.tree.leaves(runs[1][1])
+    assert len(leaves) == 6
+    assert all(np.isfinite(leaf).all() and leaf.any() for leaf in leaves)
+
+
+@every_implementation
 def test_a9_padding_and_causal_with_dropout(implementation):
     """One-hot values show what was dropped; the oracle with the same weights dropped gives values and gradients."""
     shape = Shape(T=7, S=7, N=4, K=2, H=3, V=7)
@@ -118,6 +136,7 @@ def test_a9_padding_and_causal_with_dropout(implementation):
     assert 0.25 < np.mean(kept[whole != 0] == 0) < 0.55
     assert not dropped[whole == 0].any()
     agrees_with_oracle(implementation, shape, pairs=pairs, kept=np.where(kept, 1 / 0.6, 0), dropout=dropout, **located)
+    np.testing.assert_array_equal((kept != 0)[whole != 0], (contract.kept(dropout, shape) != 0)[whole != 0])
     np.testing.assert_array_equal(dropped, weights(Dropout(0.4, jax.random.key(0))))
     assert np.any(dropped != weights(Dropout(0.4, jax.random.key(1))))
 

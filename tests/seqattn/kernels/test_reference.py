@@ -8,7 +8,7 @@ from seqattn.attention import attend
 from seqattn.dropout import Dropout
 from seqattn.kernels import reference
 from tests import oracle
-from tests.contract import SQUARE, arrays, close, forward, random_pairs
+from tests.contract import SQUARE, arrays, close, forward, kept, random_pairs
 
 ROWS = np.array(
     [
@@ -63,8 +63,7 @@ def test_directional_and_second_derivatives():
 
 def test_dropout_drops_what_its_key_drops_of_the_weights():
     dropout, inputs = Dropout(0.4, jax.random.key(2)), arrays(SQUARE)
-    kept = np.asarray(dropout(jnp.ones(SQUARE.pairs)))
     output, lse = forward("reference", inputs, dropout=dropout)
-    expected = oracle.attention(**inputs, kept=kept)
+    expected = oracle.attention(**inputs, kept=kept(dropout, SQUARE))
     close(output, expected.output)
     close(lse, expected.lse, what="the log-sum-exp is that before dropout")

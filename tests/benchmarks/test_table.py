@@ -1,0 +1,49 @@
+"""Rows as people read them."""
+
+import io
+
+from benchmarks import table
+from benchmarks.case import Case
+from benchmarks.exact import Error
+from benchmarks.row import REFUSED, TIMED, Rate, Row
+from benchmarks.shapes import named
+from benchmarks.timing import Times
+
+CASE = Case(named("b1-t1000-n5-d10")[0], "full", "bwd", "float32")
+TIME = Times((0.2, 0.1, 0.4), 1)
+FAST = Row(
+    CASE,
+    "fast",
+    TIMED,
+    error=Error(1e-6, 1e-7, True),
+    how="is_causal",
+    times=TIME,
+    product=Rate(1000, Times((0.01,), 1)),
+    planned_bytes=3 << 20,
+    baseline="slow",
+    baseline_times=Times((0.6,), 1),
+)
+NONE = Row(CASE, "none", REFUSED, "too small")
+
+
+def test_units():
+    # 1000 x 1000 pairs x 5 heads x dim 10 x 4 x 3.5 = 7e8 in 0.2 s; the product does 2e9 in 0.01 s.
+    expected = ["fast", "200", "100 - 400", "3.00x", "0.0035", "2%", "3.00", "", "1.0e-06", "", "is_causal"]
+    assert table.cells(FAST) == expected
+
+
+def test_lines_are_aligned_and_tell_what_has_no_time():
+    header, (title, fast, none) = table.plain_header(), table.plain_lines([FAST, NONE])
+    assert title == "b1-t1000-n5-d10 full bwd (B1 T1000 N5 D10, float32)"
+    assert fast.index("200") + 3 == header.index("ms") + 2 == none.index("refused") + len("refused")
+
+
+def test_a_terminal_gets_one_table():
+    stream = io.StringIO()
+    table.draw([FAST, NONE], stream)
+    assert stream.getvalue().count("implementation") <= 1
+
+
+def test_reasons_are_told_once():
+    assert table.notes([FAST, NONE, NONE]) == ["none: refused: too small (2 rows)"]
+    assert any(line.startswith("product of 1000 x 1000: 0.2") for line in table.footer([FAST]))

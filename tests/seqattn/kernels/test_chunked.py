@@ -1,0 +1,211 @@
+"""What the tiled kernel promises beyond the contract: memory, transformations, platforms, lengths around tiles."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from seqattn.attention import attend
+from seqattn.coordinates import Coordinates
+from seqattn.dropout import Dropout
+from seqattn.kernels import tiles
+from seqattn.masks import Causal, MaskMod, SameSegment, SlidingWindow
+from tests import oracle
+from tests.contract import Shape, agrees_with_oracle, arrays, close, cotangents, equal, with_gradients
+
+SHAPE = Shape(batch=(2,), T=13, S=13, N=4, K=2, H=3, V=5)
+chunked = functools.partial(attend, implementation="chunked")
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 7, 8, 9, 11, 12, 13])
+def test_a19_lengths_around_the_tiles(length):
+    """Tiles of 4 queries and 4 keys, in blocks of 2: whole tiles, one more, one less."""
+    shape = Shape(batch=(1,), T=length, S=length + 2, N=2, K=2, H=3, V=5)
+    pairs = np.tri(length, length + 2, 2, dtype=bool)
+    located = {"q_at": Coordinates.range(length, start=2), "kv_at": Coordinates.range(length + 2)}
+    agrees_with_oracle("chunked", shape, pairs=pairs, mask=Causal(), **located)
+
+
+@pytest.mark.parametrize("lanes", [2, 6, 12])
+def test_tiles_of_several_heads_and_rows(lanes, monkeypatch):
+    """Two heads of a row, all heads of a row, and several rows in a tile, each with its own texts."""
+    monkeypatch.setattr(tiles, "_LANES", lanes)
+    shape = Shape(batch=(4,), T=11, S=11, N=12, K=6, H=3, V=5)
+    segment = np.random.default_rng(0).integers(0, 3, (4, 11)).astype(np.int32)
+    at = Coordinates.from_segments(jnp.asarray(np.sort(segment, axis=1)))
+    pairs = oracle.pairs(lambda qp, qs, kp, ks: kp <= qp and qs == ks != 0, at, at)[:, None]
+    bias = np.random.default_rng(1).normal(size=(4, 12, 1, 11)).astype(np.float32)
+    agrees_with_oracle("chunked", shape, pairs=pairs, mask=Causal() & SameSegment(), q_at=at, kv_at=at, bias=bias)
+
+
+def test_traced_coordinates_give_what_known_ones_give():
+    """The schedule is made at run time there; values and gradients are bitwise the same."""
+    at, mask = Coordinates.range(13), Causal() & SlidingWindow(5)
+    traced = jax.tree.map(jnp.asarray, at)
+    inputs, directions = arrays(SHAPE), cotangents(SHAPE)
+    known = with_gradients("chunked", inputs, directions, mask=mask)
+    equal(with_gradients("chunked", inputs, directions, mask=mask, q_at=traced, kv_at=traced), known)
+
+
+def test_what_no_query_may_see_is_never_computed():
+    """Time does not show it in a test, so the number of steps does: as many as the window needs, not T * S."""
+    at = jax.tree.map(lambda x: x[None], Coordinates.range(64))
+    causal, window = (
+        tiles.plan((1, 1, 1, 64, 64), mask, False, at, at)[1] for mask in (Causal(), Causal() & SlidingWindow(4))
+    )
+    steps = [sum(x.at.shape[0] for x in (schedule.full, schedule.partial)) for schedule in (causal, window)]
+    assert steps[1] < steps[0] / 3
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_memory_grows_with_the_length_and_not_with_its_square(gradient, monkeypatch):
+    """Temporary bytes of the compiled program, with the tiles that users get; 16 times less than the scores alone."""
+    monkeypatch.undo()
+
+    def temporary(length):
+        x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+        call = functools.partial(chunked, mask=Causal())
+        if gradient:
+            call = jax.grad(lambda *inputs: chunked(*inputs, mask=Causal()).sum(), (0, 1, 2))
+        return jax.jit(call).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporary(4096), temporary(16384)
+    assert long < 4.5 * short
+    assert long < 2 * 16384**2 * 4 / 16
+
+
+def test_gradients_reach_what_a_mask_and_a_score_mod_close_over():
+    inputs = arrays(SHAPE)
+    table = jnp.asarray(np.random.default_rng(0).random((13, 13)) < 0.7)
+    slope = jnp.float32(0.3)
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def gradients(inputs, table, slope, implementation):
+        def loss(inputs, slope):
+            mask = MaskMod(lambda query, key: table[query.position, key.position])
+
+            def mod(score, query, key, head):
+                return score - slope * (query.position - key.position).astype(score.dtype)
+
+            return jnp.sum(attend(**inputs, mask=mask, score_mod=mod, implementation=implementation) ** 2)
+
+        return jax.grad(loss, (0, 1))(inputs, slope)
+
+    for actual, expected in zip(
+        *(jax.tree.leaves(gradients(inputs, table, slope, name)) for name in ("chunked", "reference")), strict=True
+    ):
+        assert np.any(expected)
+        close(actual, expected)
+
+
+def test_vmap_over_tables_that_a_mask_closes_over():
+    inputs = {name: jnp.asarray(x) for name, x in arrays(SHAPE).items()}
+    tables = jnp.asarray(np.random.default_rng(0).random((3, 13, 13)) < 0.7)
+
+    def one(table):
+        return chunked(**inputs, mask=MaskMod(lambda query, key: table[query.position, key.position]))
+
+    output = jax.jit(jax.vmap(one))(tables)
+    for i, table in enumerate(np.asarray(tables)):
+        close(output[i], oracle.attention(**inputs, visible=table).output)
+
+
+def test_vmap_over_coordinates_of_a_gradient():
+    """The number of steps differs between the mapped calls."""
+    inputs = {name: x[0] for name, x in arrays(SHAPE).items()}
+    segment = np.sort(np.random.default_rng(0).integers(0, 4, (3, 13)), axis=1).astype(np.int32)
+
+    def gradient(segment):
+        at = Coordinates.from_segments(segment)
+        return jax.grad(lambda x: jnp.sum(chunked(**x, mask=SameSegment(), q_at=at, kv_at=at) ** 2))(inputs)
+
+    mapped = jax.jit(jax.vmap(gradient))(jnp.asarray(segment))
+    for i, row in enumerate(segment):
+        at = Coordinates.from_segments(jnp.asarray(row))
+        pairs = oracle.pairs(lambda qp, qs, kp, ks: qs == ks != 0, at, at)
+        expected = oracle.attention(**inputs, visible=pairs)
+        nothing = np.zeros(expected.lse.shape)
+        gradients = oracle.attention_gradients(**inputs, d_output=2 * expected.output, d_lse=nothing, visible=pairs)
+        for name in inputs:
+            close(mapped[name][i], gradients[name], what=name)
+
+
+def test_checkpoint_and_donation():
+    inputs = {name: jnp.asarray(x) for name, x in arrays(SHAPE).items()}
+
+    def loss(inputs):
+        return jnp.sum(chunked(**inputs, mask=Causal()) ** 2)
+
+    plain = jax.jit(jax.grad(loss))(inputs)
+    equal(jax.jit(jax.grad(jax.checkpoint(loss)))(inputs), plain)
+    donated = jax.jit(lambda inputs: jax.tree.map(jnp.subtract, inputs, jax.grad(loss)(inputs)), donate_argnums=0)
+    expected = jax.tree.map(np.subtract, arrays(SHAPE), plain)
+    for name, after in donated(inputs).items():
+        close(after, expected[name], what=name)
+    assert inputs["query"].is_deleted()
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_shard_map_over_batch_and_heads(check_vma):
+    """The slope is the same on all devices: its gradient is the sum of theirs."""
+    mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    inputs, slope = arrays(SHAPE), jnp.float32(0.3)
+
+    def local(inputs, slope):
+        def mod(score, query, key, head):
+            return score - slope * (query.position - key.position).astype(score.dtype)
+
+        return chunked(**inputs, mask=Causal(), score_mod=mod)
+
+    split = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P("data", None, "heads"), P()),
+        out_specs=P("data", None, "heads"),
+        check_vma=check_vma,
+    )
+    actual, expected = (
+        jax.jit(jax.value_and_grad(lambda *x, call=call: jnp.sum(call(*x) ** 2), (0, 1)))(inputs, slope)
+        for call in (split, local)
+    )
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_it_lowers_for_every_platform(platform, dtype):
+    x, at = jnp.zeros((2, 13, 4, 8), dtype), Coordinates.from_lengths([5, 13], 13)
+
+    def loss(query, key, value, at):
+        return jnp.sum(chunked(query, key, value, mask=Causal() & SameSegment(), q_at=at, kv_at=at))
+
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x, at).lower(lowering_platforms=(platform,))
+    assert "stablehlo.while" in lowered.as_text()
+
+
+def test_derivatives_that_only_the_reference_has_are_refused_with_that_hint():
+    inputs = {name: jnp.asarray(x) for name, x in arrays(SHAPE).items()}
+
+    def loss(inputs):
+        return jnp.sum(chunked(**inputs, mask=Causal()))
+
+    with pytest.raises(NotImplementedError, match="forward-mode derivatives .* 'reference'"):
+        jax.jvp(loss, (inputs,), (inputs,))
+    with pytest.raises(NotImplementedError, match="second derivatives .* 'reference'"):
+        jax.grad(lambda x: jnp.sum(jax.grad(loss)(x)["query"]))(inputs)
+
+
+def test_dropout_is_the_same_for_every_tile(monkeypatch):
+    """What is dropped is decided by the pair, not by the tile: the reference has the same pattern (contract)."""
+    inputs, directions = arrays(SHAPE), cotangents(SHAPE)
+    options = {"mask": Causal(), "dropout": Dropout(0.3, jax.random.key(0))}
+    small = with_gradients("chunked", inputs, directions, **options)
+    monkeypatch.undo()
+    jax.clear_caches()
+    whole = with_gradients("chunked", inputs, directions, **options)
+    for actual, expected in zip(jax.tree.leaves(small), jax.tree.leaves(whole), strict=True):
+        close(actual, expected)
