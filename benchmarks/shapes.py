@@ -46,8 +46,8 @@ class Shape:
         return self.batch, self.size, self.kv_heads, self.head_dim
 
 
-_TARGETS = "the acceptance cases on a CPU (issue 3)"
-_LONG = "linear growth of memory with the length (issue 3)"
+_TARGETS = "the acceptance cases on a CPU"
+_LONG = "linear growth of memory with the length"
 _FLASH_3 = "FlashAttention-3, section 4.1: 16k tokens, model dim 2048 (arXiv 2407.08608)"
 _MULTI30K = "Multi30k: 4 heads, model dim 128, some 8,000 tokens a batch (arXiv 2105.14462)"
 _TRANSFORMER = (

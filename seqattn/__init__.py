@@ -17,6 +17,7 @@ from seqattn.masks import (
     SlidingWindow,
 )
 from seqattn.positions import angular_frequencies, rotate, sinusoidal
+from seqattn.ring import RingCost, ring_attend, ring_cost, zigzag
 from seqattn.score_mods import (
     Alibi,
     RelativeBuckets,
@@ -41,6 +42,7 @@ __all__ = [
     "Reach",
     "RelativeBuckets",
     "RelativePositions",
+    "RingCost",
     "SameSegment",
     "ScoreFunction",
     "ScoreMod",
@@ -58,7 +60,10 @@ __all__ = [
     "explain",
     "models",
     "nn",
+    "ring_attend",
+    "ring_cost",
     "rotate",
     "scores",
     "sinusoidal",
+    "zigzag",
 ]

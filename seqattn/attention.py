@@ -13,7 +13,7 @@ from jaxtyping import Array
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels import chunked, reference, vendor
-from seqattn.kernels.call import check_arrays, check_dtypes, check_heads, check_pairs, flatten, locate
+from seqattn.kernels.call import check_arrays, check_dtypes, check_heads, check_pairs, flatten, locate, scale_of
 from seqattn.masks import Causal, Mask, NotPadding, SlidingWindow
 from seqattn.precision import accumulator
 from seqattn.score_mods import ScoreMod, ScoreModLike, for_kernel
@@ -299,7 +299,8 @@ def explain(
         TypeError, ValueError: those of `attend`, for a call that no implementation would be asked to serve.
 
     >>> states = jnp.zeros((5, 1, 2))
-    >>> print(explain(states, states, states, mask=Causal(), implementation="reference"))
+    >>> told = explain(states, states, states, mask=Causal(), implementation="reference")
+    >>> print(str(told).splitlines()[0])
     -> reference  would run
     """
     for name in ("sinks", "return_lse"):  # what becomes of the output is no matter of a kernel
@@ -435,14 +436,6 @@ def dot_product_attention(
     return (output, lse) if return_residual else output
 
 
-def _scale(scale: float | Array | None, head_dim: int) -> float | Array:
-    if scale is None:
-        return 1 / math.sqrt(head_dim)
-    if jnp.ndim(scale):
-        raise ValueError(f"scale must be a scalar, got shape {jnp.shape(scale)}")
-    return scale
-
-
 def _all(masks: list[Mask]) -> Mask | None:
     combined: Mask | None = None
     for mask in masks:
@@ -500,7 +493,7 @@ def _given(
     mod = None if score_mod is None else ScoreMod.of(score_mod)
     located = locate(query.shape, key.shape, mask, bias, q_at, kv_at, mod)
     query, key, value = (flatten(x, query.shape[:-3]) for x in (query, key, value))
-    scale, rows = _scale(scale, query.shape[-1]), None
+    scale, rows = scale_of(scale, query.shape[-1]), None
     if mod is not None:
         mod, rows = for_kernel(mod, query, scale, located["q_at"], located["kv_at"])
     return {

@@ -17,7 +17,7 @@ ROWS = (
     "seqattn.coordinates seqattn.dropout seqattn.positions seqattn.scores seqattn.losses seqattn.decoding",
     "seqattn.masks seqattn.score_mods",
     "seqattn.kernels",
-    "seqattn.attention",
+    "seqattn.attention seqattn.ring",
     "seqattn.nn",
     "seqattn.models",
     "seqattn.interop",

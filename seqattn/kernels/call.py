@@ -31,6 +31,15 @@ def flatten(x: Array, batch: tuple[int, ...]) -> Array:
     return x.reshape(math.prod(batch), *x.shape[len(batch) :])
 
 
+def scale_of(scale: float | Array | None, head_dim: int) -> float | Array:
+    """The given scale, or `1 / sqrt(head_dim)`; raises ValueError unless it is one number."""
+    if scale is None:
+        return 1 / math.sqrt(head_dim)
+    if jnp.ndim(scale):
+        raise ValueError(f"scale must be a scalar, got shape {jnp.shape(scale)}")
+    return scale
+
+
 def check_arrays(query: Array, key: Array, value: Array) -> None:
     """Raises unless query, key and value fit each other as `seqattn.attend` says."""
     for name, x in (("query", query), ("key", key), ("value", value)):

@@ -33,6 +33,10 @@ Carry = Any
 """A pytree of arrays that a loop over tiles updates in place."""
 
 
+State = tuple[Array, Array, Array]
+"""What a row knows of the keys that it has seen: sums of values, largest logits and totals, as tiles lie in memory."""
+
+
 Leaves = list[Any]
 """The leaves of a `Call`: arrays, numbers, and NumPy arrays that are known at trace time."""
 
@@ -88,7 +92,7 @@ def attend(
     if 0 in (*query.shape[:2], key.shape[1]):
         shape, high = query.shape[:3], accumulator(query.dtype)
         return jnp.zeros((*shape, value.shape[-1]), query.dtype), jnp.full(shape, -jnp.inf, high)
-    plan, leaves = _plan(
+    plan, leaves = prepare(
         query,
         key,
         value,
@@ -102,14 +106,14 @@ def attend(
         dropout=dropout,
     )
     try:
-        return _attend(plan, _varying(leaves, leaves))
+        return _attend(plan, varying(leaves, leaves))
     except TypeError as error:
         if "forward-mode" not in str(error):
             raise
         raise NotImplementedError("forward-mode derivatives of attention are only known to 'reference'") from error
 
 
-def _plan(
+def prepare(
     query: Array,
     key: Array,
     value: Array,
@@ -123,6 +127,7 @@ def _plan(
     scale: float | Array,
     dropout: Dropout | None,
 ) -> tuple[Plan, Leaves]:
+    """A call of `attend` with its grid and schedule, taken apart."""
     batch, length, num_heads, _ = query.shape
     size, num_kv_heads = key.shape[1:3]
     shape = (batch, num_kv_heads, num_heads // num_kv_heads, length, size)
@@ -159,15 +164,29 @@ def _forward(plan: Plan, leaves: Leaves) -> tuple[tuple[Array, Array], tuple]:
 def _backward(plan: Plan, residuals: tuple, directions: tuple) -> tuple[list[Array | np.ndarray]]:
     leaves, *results = residuals
     gradients = iter(_gradients(plan, leaves, *results, *directions))
-    return ([next(gradients) if _is_floating(x) else np.zeros(jnp.shape(x), jax.dtypes.float0) for x in leaves],)
+    return ([next(gradients) if is_floating(x) else np.zeros(jnp.shape(x), jax.dtypes.float0) for x in leaves],)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _results(plan: Plan, leaves: Leaves) -> tuple[Array, Array, Array]:
-    """The output, the largest logit of each row (-inf where empty), and the log of the sum of `exp(logit - largest)`.
+    return finish(plan, leaves, absorb(plan, leaves, start(plan, leaves)))
 
-    The two parts of the log-sum-exp stay apart: their sum would round the small one away where logits are huge.
-    """
+
+def start(plan: Plan, leaves: Leaves) -> State:
+    """The state of the queries of a call before they have seen a key."""
+    call, grid = plan.call(leaves), plan.grid
+    high = accumulator(call["query"].dtype)
+    shape = (grid.counts[1], grid.batch * grid.num_kv_heads)
+    columns = grid.group * grid.queries
+    return (
+        jnp.zeros((*shape, call["value"].shape[-1], columns), high),
+        jnp.full((*shape, columns), -jnp.inf, high),
+        jnp.zeros((*shape, columns), high),
+    )
+
+
+def absorb(plan: Plan, leaves: Leaves, state: State) -> State:
+    """The state after the keys of a call, too: of those before, other calls of one grid and the same queries tell."""
     call = plan.call(leaves)
     grid, high = plan.grid, accumulator(call["query"].dtype)
     key, value = _marked(call["key"], call["value"])
@@ -176,13 +195,6 @@ def _results(plan: Plan, leaves: Leaves) -> tuple[Array, Array, Array]:
         "key": layouts.key_rows(grid, key),
         "value": layouts.key_columns(grid, value),
     } | _operands(grid, call)
-    shape = (grid.counts[1], grid.batch * grid.num_kv_heads)
-    columns = grid.group * grid.queries
-    carry = (
-        jnp.zeros((*shape, value.shape[-1], columns), high),
-        jnp.full((*shape, columns), -jnp.inf, high),
-        jnp.zeros((*shape, columns), high),
-    )
 
     def step(carry: Carry, at: At, partial: bool) -> Carry:
         output, peak, total = (layouts.take(grid, x, at[1], at[0]) for x in carry)
@@ -199,7 +211,16 @@ def _results(plan: Plan, leaves: Leaves) -> tuple[Array, Array, Array]:
             layouts.put(grid, x, new, at[1], at[0]) for x, new in zip(carry, (output, top, total), strict=True)
         )
 
-    output, peak, total = _visit(call, step, carry)
+    return _visit(call, step, state)
+
+
+def finish(plan: Plan, leaves: Leaves, state: State) -> tuple[Array, Array, Array]:
+    """The output, the largest logit of each row (-inf where empty), and the log of the sum of `exp(logit - largest)`.
+
+    The two parts of the log-sum-exp stay apart: their sum would round the small one away where logits are huge.
+    """
+    call, grid = plan.call(leaves), plan.grid
+    output, peak, total = state
     total = jnp.where(total == 0, jnp.ones_like(total), total)
     output = layouts.from_columns(grid, output / total[:, :, None]).astype(call["query"].dtype)
     peak, log_total = (layouts.from_columns(grid, x[:, :, None])[..., 0] for x in (peak, jnp.log(total)))
@@ -212,6 +233,20 @@ def _gradients(
     plan: Plan, leaves: Leaves, output: Array, peak: Array, log_total: Array, d_output: Array, d_lse: Array
 ) -> list[Array]:
     """The gradients by all floating leaves of the call."""
+    call = plan.call(leaves)
+    gradients = backward(plan, leaves, output, peak, log_total, d_output, d_lse)
+    gradients["score_mod"] = with_floating(call["score_mod"], gradients["score_mod"])
+    everything = jax.tree.leaves(jax.tree.map(jnp.zeros_like, call) | gradients)
+    return [d.astype(x.dtype) for d, x in zip(everything, leaves, strict=True) if is_floating(x)]
+
+
+def backward(
+    plan: Plan, leaves: Leaves, output: Array, peak: Array, log_total: Array, d_output: Array, d_lse: Array
+) -> dict[str, Any]:
+    """The gradients by what is floating in a `Call`, by its name and in float32 at least; of the score_mod, a list.
+
+    What `finish` gave may count the keys of other calls, too: then these are the parts of the gradients due to this one.
+    """
     call = plan.call(leaves)
     grid, dtype, high = plan.grid, output.dtype, accumulator(output.dtype)
     key, value = _marked(call["key"], call["value"])
@@ -271,21 +306,19 @@ def _gradients(
     by_query, by_key, by_pair, whole = _visit(call, step, (by_query, by_key, by_pair, whole))
     unscaled = layouts.from_columns(grid, by_query["query"])
     outer = call["scale"] if _inner_scale(call) is None else 1
-    gradients = {
+    return {
         "query": unscaled * call["scale"],
         "key": layouts.from_key_rows(grid, by_key["key"]) * outer,
         "value": layouts.from_key_rows(grid, by_key["value"]),
         "scale": jnp.sum(unscaled * query.astype(high)),
         "bias": None if call["bias"] is None else by_pair[:, :, : call["bias"].shape[2], : call["bias"].shape[3]],
         "rows": None if by_query["rows"] is None else layouts.from_query_rows(grid, by_query["rows"]),
+        "score_mod": whole,
     }
-    gradients["score_mod"] = _with_floating(call["score_mod"], whole)
-    everything = jax.tree.leaves(jax.tree.map(jnp.zeros_like, call) | gradients)
-    return [d.astype(x.dtype) for d, x in zip(everything, leaves, strict=True) if _is_floating(x)]
 
 
 def _refuse_second(plan: Plan, *residuals: Any) -> Any:
-    raise NotImplementedError("second derivatives of attention are only known to implementation='reference'")
+    raise NotImplementedError("second derivatives of attention are only known to 'reference'")
 
 
 _attend.defvjp(_forward, _backward)
@@ -296,7 +329,7 @@ _OF_QUERIES = ("query_rows", "d_output", "d_output_rows", "delta", "peak", "log_
 
 
 def _visit(call: Call, step: Callable[..., Carry], carry: Carry) -> Carry:
-    carry, schedule = _varying(carry, call), call["schedule"]
+    carry, schedule = varying(carry, call), call["schedule"]
     for steps, partial in ((schedule.full, False), (schedule.partial, True)):
         number = steps.at.shape[0]
         if number == 1 and steps.count is None:
@@ -306,7 +339,7 @@ def _visit(call: Call, step: Callable[..., Carry], carry: Carry) -> Carry:
     return carry
 
 
-def _varying(tree: Any, like: Any) -> Any:
+def varying(tree: Any, like: Any) -> Any:
     """`tree` as different on each device of a `jax.shard_map` as the leaves of `like` are together.
 
     A loop keeps the type of its carry there, and what is the same on all devices gets the sum of their gradients.
@@ -350,7 +383,7 @@ def _scores(
     def modify(scores: Array, floating: list[Array], rows: Array | None) -> Array:
         tile = layouts.by_head(grid, scores)
         shown = tile if visible is None else jnp.where(visible, tile, jnp.zeros_like(tile))
-        return _modified(grid, call, _with_floating(call["score_mod"], floating), shown, rows, at).reshape(scores.shape)
+        return _modified(grid, call, with_floating(call["score_mod"], floating), shown, rows, at).reshape(scores.shape)
 
     pull_mod = None
     if call["score_mod"] is not None:
@@ -498,14 +531,15 @@ def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
 
 def _floating(tree: Any) -> list[Array]:
     """The leaves of a tree that have gradients."""
-    return [x for x in jax.tree.leaves(tree) if _is_floating(x)]
+    return [x for x in jax.tree.leaves(tree) if is_floating(x)]
 
 
-def _with_floating(tree: Any, floating: list[Array]) -> Any:
+def with_floating(tree: Any, floating: list[Array]) -> Any:
     """The tree with other leaves in the place of those that have gradients."""
     others = iter(floating)
-    return jax.tree.map(lambda x: next(others) if _is_floating(x) else x, tree)
+    return jax.tree.map(lambda x: next(others) if is_floating(x) else x, tree)
 
 
-def _is_floating(x: Any) -> bool:
+def is_floating(x: Any) -> bool:
+    """Whether a leaf has a gradient."""
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool
 from seqattn.coordinates import Coordinates, Tile
 from seqattn.masks import Mask, Reach, Truth
 
-_VECTOR, _BLOCK = 16, 64
+_VECTOR, _BLOCK = 16, 32
 _QUERIES, _KEYS, _LANES = (256, 512), 512, 4
 """On the CPU a product of fewer than 256 * 512 scores runs on one thread, and four of them stay near the cores."""
 _AT_ONCE = 2**21
