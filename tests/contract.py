@@ -16,15 +16,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from seqattn.attention import IMPLEMENTATIONS, Implementation, attend
 from seqattn.dropout import Dropout
+from seqattn.kernels import ring
+from seqattn.masks import Mask, MaskMod
 from tests import oracle
 
 PLATFORM = {"cudnn": "gpu", "splash": "tpu"}
 """Where an implementation runs at all, if not everywhere."""
 
-REFUSED = {"xla": "no score modification|no dropout|softmax of float64"}
+REFUSED = {"xla": "no score modification|no dropout|softmax of float64", "ring": "no dropout"}
 """What an implementation may refuse, by its reasons; any other refusal fails the test."""
 
 
@@ -41,7 +45,56 @@ def _of_equal_dims(kernel: Implementation) -> Implementation:
     return Implementation(attend, kernel.note)
 
 
-EQUAL_DIMS = {"xla": _of_equal_dims(IMPLEMENTATIONS["xla"])}
+RING = 2
+"""How many devices a sequence is split over."""
+
+
+def _ring(query, key, value, *, mask, bias, score_mod, rows, q_at, kv_at, scale, dropout):
+    """What `ring_attend` runs, over devices that hold a part of the sequence each; hidden tokens fill the last."""
+    length, size = query.shape[1], key.shape[1]
+    more, more_keys = -length % RING, -size % RING
+    query, key, value, rows = (
+        None if x is None else jnp.pad(x, ((0, 0), (0, n), (0, 0), (0, 0)))
+        for x, n in ((query, more), (key, more_keys), (value, more_keys), (rows, more))
+    )
+    q_at, kv_at = (
+        jax.tree.map(lambda x, n=n: jnp.pad(x, ((0, 0), (0, n)), constant_values=_HIDDEN), at)
+        for at, n in ((q_at, more), (kv_at, more_keys))
+    )
+    if mask is not None and not isinstance(mask, Mask):
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, size))
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, more), (0, more_keys)))
+    elif more or more_keys:
+        real = MaskMod(_is_real)
+        mask = real if mask is None else mask & real
+    if bias is not None:
+        behind = ((0, n if m > 1 else 0) for n, m in zip((more, more_keys), bias.shape[2:], strict=True))
+        bias = jnp.pad(bias, ((0, 0), (0, 0), *behind))
+
+    def by_query(x):
+        return P(None, None, "ring") if isinstance(x, jax.Array) and x.shape[2] > 1 else P()
+
+    given = {"query": query, "key": key, "value": value, "rows": rows, "q_at": q_at, "kv_at": kv_at}
+    specs = dict.fromkeys(given, P(None, "ring")) | {"mask": by_query(mask), "bias": by_query(bias)}
+    given |= {"mask": mask, "bias": bias, "score_mod": score_mod, "scale": jnp.asarray(scale)}
+    specs |= {"score_mod": P(), "scale": P()}
+    local = functools.partial(ring.attend, dropout=dropout, axis_name="ring")
+    mesh = jax.make_mesh((RING,), ("ring",), axis_types=(AxisType.Auto,), devices=jax.devices()[:RING])
+    # A plain function with closures was traced outside of the split, to a program that `check_vma` would refuse inside.
+    split = {"mesh": mesh, "in_specs": (specs,), "out_specs": P(None, "ring"), "check_vma": False}
+    results = jax.shard_map(lambda given: local(**given), **split)(given)
+    return tuple(x[:, :length] for x in results)
+
+
+_HIDDEN = -(2**30)
+
+
+def _is_real(query, key):
+    return (query.position != _HIDDEN) & (key.position != _HIDDEN)
+
+
+HELD = {"xla": _of_equal_dims(IMPLEMENTATIONS["xla"]), "ring": Implementation(_ring)}
+"""Implementations in a form that takes all calls here: in the place of those of `seqattn.attention`, or beside them."""
 
 
 def every_implementation(test: Callable[..., None]) -> Callable[..., None]:
@@ -52,15 +105,17 @@ def every_implementation(test: Callable[..., None]) -> Callable[..., None]:
         here = jax.default_backend()
         if PLATFORM.get(implementation, here) != here:
             pytest.skip(f"{implementation} runs on a {PLATFORM[implementation]}, and this is a {here}")
+        if implementation == "ring" and jax.device_count() < RING:
+            pytest.skip(f"a ring needs {RING} devices, and here are {jax.device_count()}")
         try:
-            with mock.patch.dict(IMPLEMENTATIONS, EQUAL_DIMS):
+            with mock.patch.dict(IMPLEMENTATIONS, HELD):
                 test(implementation=implementation, **others)
         except NotImplementedError as reason:
             if implementation not in REFUSED or not re.search(REFUSED[implementation], str(reason)):
                 raise
             pytest.xfail(str(reason))
 
-    return pytest.mark.parametrize("implementation", IMPLEMENTATIONS)(run)
+    return pytest.mark.parametrize("implementation", IMPLEMENTATIONS | HELD)(run)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -245,7 +245,7 @@ def backward(
 ) -> dict[str, Any]:
     """The gradients by what is floating in a `Call`, by its name and in float32 at least; of the score_mod, a list.
 
-    What `finish` gave may count the keys of other calls, too: then these are the parts of the gradients due to this one.
+    What `finish` gave may count the keys of other calls, too: then these are the parts due to this one.
     """
     call = plan.call(leaves)
     grid, dtype, high = plan.grid, output.dtype, accumulator(output.dtype)

@@ -159,7 +159,8 @@ def _begin(some: np.ndarray | Array, blocks: int) -> np.ndarray | Array:
         return xp.maximum(xp.where(begins, blocks, left) - 1, 0), begins
 
     xp = jnp if isinstance(some, jax.Array) else np
-    left, columns = xp.zeros(some.shape[:-1], np.int32), xp.moveaxis(some, -1, 0)
+    # Zeros made of `some` differ on each device of a `jax.shard_map` if it does, as the carry of a scan must.
+    left, columns = (some[..., 0] & np.False_).astype(np.int32), xp.moveaxis(some, -1, 0)
     if isinstance(some, jax.Array):
         return jnp.moveaxis(jax.lax.scan(step, left, columns)[1], 0, -1)
     begins = []
