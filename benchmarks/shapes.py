@@ -74,6 +74,7 @@ _ALL = [
     Shape("gpt2-small", 8, 1024, 12, 64, "GPT-2, 117M parameters (Radford 2019, table 2: 12 layers, model dim 768)"),
     Shape("bert-base", 8, 512, 12, 64, "BERT base, 512 tokens (arXiv 1810.04805, section 3 and appendix A.2)"),
     Shape("transformer-base", 384, 64, 8, 64, _TRANSFORMER),
+    Shape("decode", 1, 1, 8, 64, "one new token against a cache of 4,096 keys", num_keys=4096),
     Shape("multi30k-target", 256, 32, 4, 32, _MULTI30K),
     Shape("multi30k-memory", 256, 32, 4, 32, _MULTI30K + ", decoder to encoder", num_keys=28),
 ]

@@ -40,8 +40,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 """What `implementation=` may name."""
 
-# Calls of so few pairs cost more to start than to compute; benchmarks/ decides the number.
-TINY_PAIRS = 64 * 64
+# On the CPU, by `python -m benchmarks.attention --shapes cpu-t64,decode`: calls of so few pairs cost more to start than
+# to compute, and so few queries less than bringing all keys into tiles.
+TINY_PAIRS, FEW_QUERIES = 64 * 64, 16
 
 Visible = Mask | Array | None
 Shaped = Array | jax.ShapeDtypeStruct
@@ -549,7 +550,7 @@ def _order(platform: str, query: Shaped, key: Shaped) -> tuple[str, ...]:
         return ("cudnn", "chunked", "xla", "reference")
     if platform == "tpu":
         return ("splash", "chunked", "xla", "reference")
-    tiny = query.shape[-3] * key.shape[-3] <= TINY_PAIRS
+    tiny = query.shape[-3] * key.shape[-3] <= TINY_PAIRS or query.shape[-3] < FEW_QUERIES
     return ("xla", "reference", "chunked") if tiny else ("chunked", "xla", "reference")
 
 

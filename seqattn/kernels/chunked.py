@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, TypedDict
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -89,6 +90,8 @@ def attend(
 
     Reverse mode only: forward-mode and second derivatives are refused; `implementation="reference"` has them.
     """
+    if value.shape[-1] == 0:
+        raise NotImplementedError("a value dim of 0 leaves nothing to add up in tiles")
     if 0 in (*query.shape[:2], key.shape[1]):
         shape, high = query.shape[:3], accumulator(query.dtype)
         return jnp.zeros((*shape, value.shape[-1]), query.dtype), jnp.full(shape, -jnp.inf, high)
@@ -140,7 +143,7 @@ def prepare(
         "bias": bias,
         "rows": rows,
         "score_mod": score_mod,
-        "mask": mask,
+        "mask": _capturing(mask, q_at, kv_at) if isinstance(mask, Mask) else mask,
         "q_at": q_at,
         "kv_at": kv_at,
         "words": None if dropout is None else dropout.words(),
@@ -148,6 +151,34 @@ def prepare(
     }
     leaves, tree = jax.tree.flatten(call)
     return Plan(grid, 0.0 if dropout is None else dropout.rate, tree), leaves
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Captured(Mask):
+    """A mask as the program that JAX traced, with all the arrays that it computes with as leaves."""
+
+    arrays: tuple[Any, ...]
+    jaxpr: Any = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, query: Coordinates, key: Coordinates) -> Array:
+        fields = (query.position, query.segment, key.position, key.segment)
+        program = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(self.jaxpr, self.arrays))
+        (may,) = program(*(jnp.asarray(x) for x in fields))
+        return may
+
+
+def _capturing(mask: Mask, q_at: Coordinates, kv_at: Coordinates) -> Mask:
+    """The mask itself, or `_Captured` where its functions close over tracers: JAX must see those to map over them."""
+
+    def one(*fields: Array) -> Array:
+        return jnp.asarray(mask(Coordinates(*fields[:2]), Coordinates(*fields[2:])))
+
+    program = jax.make_jaxpr(one)(*(np.zeros((), x.dtype) for x in jax.tree.leaves((q_at, kv_at))))
+    known = {id(x) for x in jax.tree.leaves(mask)}
+    if not any(isinstance(x, jax.core.Tracer) and id(x) not in known for x in program.consts):
+        return mask
+    return _Captured(tuple(program.consts), program.jaxpr)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -194,7 +225,7 @@ def absorb(plan: Plan, leaves: Leaves, state: State) -> State:
         "query": layouts.query_columns(grid, call["query"], _inner_scale(call)),
         "key": layouts.key_rows(grid, key),
         "value": layouts.key_columns(grid, value),
-    } | _operands(grid, call)
+    } | _operands(grid, call, key)
 
     def step(carry: Carry, at: At, partial: bool) -> Carry:
         output, peak, total = (layouts.take(grid, x, at[1], at[0]) for x in carry)
@@ -263,7 +294,7 @@ def backward(
         "delta": layouts.query_columns(grid, delta[..., None])[:, :, 0],
         "peak": layouts.query_columns(grid, _finite(peak)[..., None], filler=jnp.inf)[:, :, 0],
         "log_total": layouts.query_columns(grid, log_total[..., None])[:, :, 0],
-    } | _operands(grid, call)
+    } | _operands(grid, call, key)
     by_query = {
         "query": jnp.zeros(operands["query"].shape, high),
         "rows": None if call["rows"] is None else jnp.zeros(operands["rows"].shape, high),
@@ -287,6 +318,7 @@ def backward(
         d_weights = _dropped(plan, call, d_weights, at)
         d_scores = _where(visible, weights * (d_weights - here["delta"][:, None]))
         d_products, d_bias, d_rows, d_mod = pull_back(d_scores)
+        d_products = d_products if call["score_mod"] is None else _where(visible, d_products)
         d_products = lax.optimization_barrier(d_products.astype(dtype))
         weights = _dropped(plan, call, weights, at).astype(dtype)
         d_query = _product("lhs,lst->lht", here["key_columns"], d_products, high)
@@ -389,6 +421,9 @@ def _scores(
     if call["score_mod"] is not None:
         rows = None if call["rows"] is None else layouts.take(grid, operands["rows"], i, lanes)
         scores, pull_mod = jax.vjp(modify, scores, _floating(call["score_mod"]), rows)
+        bad = layouts.take_key_rows(grid, operands["bad_keys"], lanes, block)
+        bad = bad + layouts.take(grid, operands["bad_queries"], i, lanes)
+        scores = jnp.where(scores == -jnp.inf, scores, scores + bad)
 
     def pull_back(d_scores: Array) -> tuple[Array, Array | None, Array | None, list[Array]]:
         d_rows, d_mod = None, []
@@ -401,12 +436,16 @@ def _scores(
         tile = layouts.by_head(grid, scores)
         visible = jnp.broadcast_to(visible, tile.shape).reshape(scores.shape)
         scores = jnp.where(visible, scores, jnp.full_like(scores, -jnp.inf))
-    return scores, pull_back, visible
+    return scores, pull_back, visible if pull_mod is None else scores != -jnp.inf
 
 
 def _visible(grid: Grid, call: Call, operands: dict[str, Array], at: At) -> Bool[Array, "..."]:
     """Who may attend in a tile: broadcasts to `[rows, heads, keys, group, queries]`."""
+    # A query that pads sees nothing either: what a score_mod has for a derivative there may be infinite.
     visible = (at[2] * grid.block + lax.iota(jnp.int32, grid.keys) < grid.size)[None, None, :, None, None]
+    if grid.padded[0] != grid.length:
+        real = at[1] * grid.queries + lax.iota(jnp.int32, grid.queries) < grid.length
+        visible = visible & real[None, None, None, None]
     if call["bias"] is not None:
         visible = visible & (layouts.pairs(grid, operands["bias"], at) != -jnp.inf)
     if isinstance(call["mask"], Mask):
@@ -511,11 +550,21 @@ def _where(visible: Bool[Array, "..."] | None, x: Float[Array, "..."]) -> Float[
     return x if visible is None else jnp.where(visible, x, jnp.zeros_like(x))
 
 
-def _operands(grid: Grid, call: Call) -> dict[str, Array]:
-    """What belongs to each query or to each pair, padded to whole tiles."""
+def _operands(grid: Grid, call: Call, key: Float[Array, "B S K H"]) -> dict[str, Array]:
+    """What belongs to each query or to each pair, padded to whole tiles; `key` is NaN where it must make a row NaN.
+
+    A score_mod may hide a pair, too, so it works on finite scores and what is not finite is marked after it.
+    """
     given: dict[str, Array] = {}
-    if call["rows"] is not None:
-        given["rows"] = layouts.query_rows(grid, call["rows"])
+    if call["score_mod"] is not None:
+        high, query, rows = accumulator(call["query"].dtype), call["query"], call["rows"]
+        bad = _nan_unless_finite(query) if rows is None else _nan_unless_finite(query) + _nan_unless_finite(rows)
+        given["bad_queries"] = layouts.query_columns(grid, bad.astype(high))
+        given["bad_keys"] = layouts.key_rows(grid, _nan_unless_finite(key).astype(high))
+        given["query"] = layouts.query_columns(grid, _zero_unless_finite(query), _inner_scale(call))
+        given["key"] = layouts.key_rows(grid, _zero_unless_finite(key))
+        if rows is not None:
+            given["rows"] = layouts.query_rows(grid, _zero_unless_finite(rows))
     # What pads hides: a query that does not exist sees no key that all others must not see.
     for name, x, hidden in (("bias", call["bias"], -jnp.inf), ("mask", call["mask"], False)):
         if x is not None and not isinstance(x, Mask):

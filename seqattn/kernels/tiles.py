@@ -136,12 +136,13 @@ def schedule(
 
     A single tile of queries and keys is always visited: a loop that asks would cost more than it saves.
 
-    `biased` tells that a bias may hide pairs, so that no tile is known to be full.
+    `biased` tells that a bias may hide pairs, so that no tile is known to be full; nor is one that pads.
     """
     reach = _reach(grid, mask, q_at, kv_at)
     if grid.counts[1:] == (1, 1) and isinstance(reach.some, jax.Array):
         reach = Reach(some=np.ones((1, 1, 1), bool), every=np.zeros((1, 1, 1), bool))
-    every = reach.every & np.bool_(not biased)
+    whole_queries = np.arange(1, grid.counts[1] + 1) * grid.queries <= grid.length
+    every = reach.every & np.bool_(not biased) & whole_queries[None, :, None]
     some = _lanes(grid, reach.some).any(axis=1)
     every = _lanes(grid, every).all(axis=1)
     begin = _begin(some, grid.keys // grid.block)

@@ -13,6 +13,7 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels import tiles
 from seqattn.masks import Causal, MaskMod, SameSegment, SlidingWindow
+from seqattn.score_mods import ScoreFunction, SoftCap
 from tests import oracle
 from tests.contract import Shape, agrees_with_oracle, arrays, close, cotangents, equal, with_gradients
 
@@ -194,9 +195,9 @@ def test_derivatives_that_only_the_reference_has_are_refused_with_that_hint():
     def loss(inputs):
         return jnp.sum(chunked(**inputs, mask=Causal()))
 
-    with pytest.raises(NotImplementedError, match="forward-mode derivatives .* 'reference'"):
+    with pytest.raises(NotImplementedError, match=r"forward-mode derivatives .* 'reference'"):
         jax.jvp(loss, (inputs,), (inputs,))
-    with pytest.raises(NotImplementedError, match="second derivatives .* 'reference'"):
+    with pytest.raises(NotImplementedError, match=r"second derivatives .* 'reference'"):
         jax.grad(lambda x: jnp.sum(jax.grad(loss)(x)["query"]))(inputs)
 
 
@@ -210,3 +211,53 @@ def test_dropout_is_the_same_for_every_tile(monkeypatch):
     whole = with_gradients("chunked", inputs, directions, **options)
     for actual, expected in zip(jax.tree.leaves(small), jax.tree.leaves(whole), strict=True):
         close(actual, expected)
+
+
+def test_a_score_mod_of_infinite_slope_at_zero_meets_no_padding():
+    """The queries that fill the last tile have scores of 0, where the slope of the square root is infinite."""
+    inputs, directions = arrays(SHAPE), cotangents(SHAPE)
+
+    def root(score, query, key, head):
+        return jnp.sign(score) * jnp.sqrt(jnp.abs(score))
+
+    for options in ({}, {"mask": Causal()}):
+        (actual, expected) = (
+            with_gradients(name, inputs, directions, score_mod=ScoreFunction(root), **options)[1]
+            for name in ("chunked", "reference")
+        )
+        for name, gradient in expected.items():
+            assert np.isfinite(gradient).all()
+            np.testing.assert_allclose(actual[name], gradient, rtol=1e-3, atol=1e-3 * np.abs(gradient).max())
+
+
+def test_what_only_a_score_mod_hides_leaves_no_trace_after_a_cap():
+    """The cap has a derivative at NaN that is NaN."""
+    inputs, directions = arrays(SHAPE), cotangents(SHAPE)
+    inputs["key"][0, 3] = np.nan
+
+    def hidden(score, query, key, head):
+        return jnp.where(key.position == 3, -jnp.inf, score)
+
+    mod = SoftCap(2.0).then(hidden)
+    actual, expected = (with_gradients(name, inputs, directions, score_mod=mod) for name in ("chunked", "reference"))
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert np.isfinite(b).all()
+        close(a, b)
+
+
+def test_gradients_outside_of_vmap_and_scan_over_what_a_mask_closes_over():
+    inputs = {name: jnp.asarray(x) for name, x in arrays(SHAPE).items()}
+    tables = jnp.asarray(np.random.default_rng(0).random((2, 13, 13)) < 0.7)
+
+    def loss(inputs, table, implementation="chunked"):
+        mask = Causal() & MaskMod(lambda query, key: table[query.position, key.position])
+        return jnp.sum(attend(**inputs, mask=mask, implementation=implementation))
+
+    expected = jax.grad(lambda x: sum(loss(x, table, "reference") for table in tables))(inputs)
+    mapped = jax.grad(lambda x: jnp.sum(jax.vmap(loss, in_axes=(None, 0))(x, tables)))(inputs)
+    scanned = jax.grad(lambda x: jax.lax.scan(lambda s, table: (s + loss(x, table), None), 0.0, tables)[0])(
+        inputs
+    )
+    for name, gradient in expected.items():
+        close(mapped[name], gradient, what=name)
+        close(scanned[name], gradient, what=name)

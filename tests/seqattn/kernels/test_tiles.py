@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from seqattn.coordinates import Coordinates
 from seqattn.kernels import tiles
@@ -108,7 +107,8 @@ def test_a_length_known_at_run_time_is_followed():
     at = _row(Coordinates.range(64))
     grid = tiles._cut(1, 1, 1, 64, 64, 4)
     steps = [
-        int(jax.jit(lambda n: tiles.schedule(grid, Prefix(n), False, at, at).full.count)(length)) for length in (0, 8, 64)
+        int(jax.jit(lambda n: tiles.schedule(grid, Prefix(n), False, at, at).full.count)(length))
+        for length in (0, 8, 64)
     ]
     assert steps == [0, 2 * 16, 16 * 16]
 
