@@ -275,7 +275,9 @@ class RelativeBuckets(ScoreMod):
     def __post_init__(self) -> None:
         _integer("max_distance", self.max_distance, 1)
 
-    def buckets(self, distance: Int[Array, "*shape"], num_buckets: int) -> Int[Array, "*shape"]:
+    def buckets(
+        self, distance: Int[Array, "*shape"] | Int[np.ndarray, "*shape"], num_buckets: int
+    ) -> Int[Array, "*shape"]:
         """The bucket of each distance `key.position - query.position`, out of `num_buckets`."""
         one_side = num_buckets // 2 if self.bidirectional else num_buckets
         behind = _buckets_behind(one_side, self.max_distance)

@@ -30,7 +30,7 @@ def test_the_default_choice_tells_what_it_chose():
     how = implementations.NAMES["seqattn"](case, case.inputs()).how
     chosen, _, words = how.partition(", ")
     assert chosen in IMPLEMENTATIONS
-    assert words .endswith("Causal() & SameSegment()")
+    assert words.endswith("Causal() & SameSegment()")
 
 
 @pytest.mark.filterwarnings("default")  # PyTorch's compiler deprecates parts of itself

@@ -255,9 +255,7 @@ def test_gradients_outside_of_vmap_and_scan_over_what_a_mask_closes_over():
 
     expected = jax.grad(lambda x: sum(loss(x, table, "reference") for table in tables))(inputs)
     mapped = jax.grad(lambda x: jnp.sum(jax.vmap(loss, in_axes=(None, 0))(x, tables)))(inputs)
-    scanned = jax.grad(lambda x: jax.lax.scan(lambda s, table: (s + loss(x, table), None), 0.0, tables)[0])(
-        inputs
-    )
+    scanned = jax.grad(lambda x: jax.lax.scan(lambda s, table: (s + loss(x, table), None), 0.0, tables)[0])(inputs)
     for name, gradient in expected.items():
         close(mapped[name], gradient, what=name)
         close(scanned[name], gradient, what=name)
