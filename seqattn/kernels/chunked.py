@@ -318,7 +318,6 @@ def backward(
         d_weights = _dropped(plan, call, d_weights, at)
         d_scores = _where(visible, weights * (d_weights - here["delta"][:, None]))
         d_products, d_bias, d_rows, d_mod = pull_back(d_scores)
-        d_products = d_products if call["score_mod"] is None else _where(visible, d_products)
         d_products = lax.optimization_barrier(d_products.astype(dtype))
         weights = _dropped(plan, call, weights, at).astype(dtype)
         d_query = _product("lhs,lst->lht", here["key_columns"], d_products, high)
@@ -428,7 +427,9 @@ def _scores(
     def pull_back(d_scores: Array) -> tuple[Array, Array | None, Array | None, list[Array]]:
         d_rows, d_mod = None, []
         if pull_mod is not None:
+            hidden = scores == -jnp.inf  # also by the mod itself, whose derivative may be NaN there
             d_scores, d_mod, d_rows = pull_mod(d_scores)
+            d_scores = jnp.where(hidden, jnp.zeros_like(d_scores), d_scores)
         d_bias = None if bias is None else _sum_to(layouts.by_head(grid, d_scores), bias.shape)
         return d_scores, d_bias, d_rows, d_mod
 

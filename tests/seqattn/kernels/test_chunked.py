@@ -234,6 +234,7 @@ def test_what_only_a_score_mod_hides_leaves_no_trace_after_a_cap():
     """The cap has a derivative at NaN that is NaN."""
     inputs, directions = arrays(SHAPE), cotangents(SHAPE)
     inputs["key"][0, 3] = np.nan
+    inputs["bias"] = np.random.default_rng(0).normal(size=(2, 4, 13, 13)).astype(np.float32)
 
     def hidden(score, query, key, head):
         return jnp.where(key.position == 3, -jnp.inf, score)
