@@ -12,7 +12,7 @@ figures of one run are to be compared.
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -20,34 +20,31 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from benchmarks import chart, exact, implementations, machine, memory, patterns, table
+from benchmarks import chart, command, exact, implementations, machine, memory, patterns, table
 from benchmarks.case import DIRECTIONS, Case
 from benchmarks.exact import Exact
 from benchmarks.implementations import BASELINE
 from benchmarks.program import Program, product
-from benchmarks.row import CHECKED, FAILED, NOT_INSTALLED, REFUSED, TIMED, WRONG, Rate, Row
+from benchmarks.row import CHECKED, FAILED, TIMED, WRONG, Rate, Row, refusal
 from benchmarks.shapes import Shape, named
-from benchmarks.timing import interleaved
+from benchmarks.timing import Times, interleaved
 from train import environment
 from train.log import Progress
 
-Words = tuple[str, ...]
-
 _PRODUCT = "product"
-_REASON = 200  # letters
 
 
 @dataclass(frozen=True)
 class Arguments:
     """Measures attention. Lists are words separated by spaces or commas; what is not given depends on the device."""
 
-    shapes: Words = ()
+    shapes: command.Words = ()
     """Names of shapes or groups of them (benchmarks/shapes.py), or sizes such as b2-t64-n4-d32."""
-    masks: Words = ()
+    masks: command.Words = ()
     """Of full, causal, window, documents, prefix, alibi."""
-    passes: Annotated[Words, tyro.conf.arg(name="pass")] = ()
+    passes: Annotated[command.Words, tyro.conf.arg(name="pass")] = ()
     """fwd: forward. bwd: forward and backward, with the gradients of query, key and value."""
-    implementations: Words = ()
+    implementations: command.Words = ()
     """Of the names in benchmarks/implementations.py."""
     baseline: str = BASELINE
     """The implementation that speeds are relative to."""
@@ -61,6 +58,9 @@ class Arguments:
     """Picture of the speeds, written as PNG and as SVG."""
     memory: bool = False
     """Also compute each row once in a process of its own and tell its peak."""
+    spread: bool = False
+    """Spread the rounds of a case over the time of all cases of its shape, so that a slow minute of the machine costs
+    each case one round and none its median; all their arrays are held at once."""
     short: bool = False
     """Fewer rounds, masks and implementations where they are not given: about 5 minutes on two cores."""
     tolerance: float | None = None
@@ -83,61 +83,89 @@ class Plan:
     tolerance: float | None
     memory: bool
     product_size: int
+    spread: bool
 
     def questions(self) -> list[tuple[Shape, str]]:
         """Each shape and mask that fit: one exact answer serves both passes."""
         return [(s, pattern) for s in self.shapes for pattern in self.patterns if patterns.fits(pattern, s)]
 
+    def groups(self) -> list[list[tuple[Shape, str]]]:
+        """Questions whose cases take turns: those of a shape where rounds are spread, else each alone."""
+        if not self.spread:
+            return [[question] for question in self.questions()]
+        groups = [[question for question in self.questions() if question[0] == shape] for shape in self.shapes]
+        return [group for group in groups if group]
+
 
 def plan(arguments: Arguments) -> Plan:
     """Raises ValueError for what does not exist."""
     on_cpu, short = machine.platform_name() == "cpu", arguments.short
-    shapes = _words(arguments.shapes) or ("acceptance" if on_cpu else "gpu",)
-    masks = _words(arguments.masks) or tuple(patterns.PATTERNS)[: 4 if short else None]
-    directions = _words(arguments.passes) or DIRECTIONS
-    names = _words(arguments.implementations) or (implementations.SHORT if short else implementations.default())
+    shapes = command.words(arguments.shapes) or ("acceptance" if on_cpu else "gpu",)
+    masks = command.words(arguments.masks) or tuple(patterns.PATTERNS)[: 4 if short else None]
+    directions = command.words(arguments.passes) or DIRECTIONS
+    names = command.words(arguments.implementations) or (implementations.SHORT if short else implementations.default())
     implementations.check([*names, arguments.baseline])
     dtype = arguments.dtype or ("float32" if on_cpu else "bfloat16")
-    _check("mask", masks, tuple(patterns.PATTERNS))
-    _check("pass", directions, DIRECTIONS)
-    _check("dtype", (dtype,), tuple(name for name in exact.TOLERANCES if name != "float64"))
+    command.check("mask", masks, tuple(patterns.PATTERNS))
+    command.check("pass", directions, DIRECTIONS)
+    command.check("dtype", (dtype,), tuple(name for name in exact.TOLERANCES if name != "float64"))
     rounds = arguments.rounds if arguments.rounds is not None else 3 if short else 7
     size = arguments.product_size or (2048 if on_cpu else 8192)
     if rounds < 0 or size < 1:
         raise ValueError(f"rounds ({rounds}) must be at least 0 and the size of the product ({size}) at least 1")
     found = list(dict.fromkeys(shape for name in shapes for shape in named(name)))
     return Plan(
-        found, masks, directions, names, arguments.baseline, rounds, dtype, arguments.tolerance, arguments.memory, size
+        found,
+        masks,
+        directions,
+        names,
+        arguments.baseline,
+        rounds,
+        dtype,
+        arguments.tolerance,
+        arguments.memory,
+        size,
+        arguments.spread,
     )
 
 
 def measure(wanted: Plan) -> Iterator[list[Row]]:
     """The rows of one case after the other."""
     multiply = product(wanted.product_size, wanted.dtype) if wanted.rounds else None
-    for shape, pattern in wanted.questions():
-        # One with gradients answers the forward pass, too.
-        answer = exact.solve(
-            Case(shape, pattern, max(wanted.directions, key=DIRECTIONS.index), wanted.dtype), wanted.tolerance
-        )
-        for direction in wanted.directions:
-            yield measure_case(Case(shape, pattern, direction, wanted.dtype), answer, wanted, multiply)
+    for group in wanted.groups():
+        tried: dict[Case, dict[str, tuple[Row, Program | None]]] = {}
+        for shape, pattern in group:
+            # One with gradients answers the forward pass, too.
+            widest = max(wanted.directions, key=DIRECTIONS.index)
+            answer = exact.solve(Case(shape, pattern, widest, wanted.dtype), wanted.tolerance)
+            for direction in wanted.directions:
+                case = Case(shape, pattern, direction, wanted.dtype)
+                inputs = list(case.inputs())
+                tried[case] = {name: attempt(name, case, inputs, answer) for name in wanted.implementations}
+        times = take_turns(tried, wanted.rounds, multiply)
+        for case, attempts in tried.items():
+            yield [_finished(row, times[case], wanted) for row, _ in attempts.values()]
 
 
-def measure_case(case: Case, answer: Exact, wanted: Plan, multiply: Program | None) -> list[Row]:
-    """Checks all implementations on a case, then times those that are right, a matrix product among them."""
-    inputs = list(case.inputs())
-    tried = {name: attempt(name, case, inputs, answer) for name in wanted.implementations}
-    programs = {name: program for name, (_, program) in tried.items() if program}
-    beside = {_PRODUCT: multiply} if multiply and programs else {}
-    times = interleaved(programs | beside, wanted.rounds)
-    rate = Rate(wanted.product_size, times[_PRODUCT]) if _PRODUCT in times else None
-    rows = []
-    for name, (row, _) in tried.items():
-        row = replace(row, baseline=wanted.baseline, baseline_times=times.get(wanted.baseline))
-        if name in times:
-            row = replace(row, status=TIMED, times=times[name], product=rate)
-        rows.append(_with_peak(row) if wanted.memory and name in programs else row)
-    return rows
+def take_turns(
+    tried: Mapping[Case, Mapping[str, tuple[Row, Program | None]]], rounds: int, multiply: Program | None
+) -> dict[Case, dict[str, Times]]:
+    """Times what was right in all cases, by case and name, with a matrix product beside each case."""
+    programs: dict[tuple[Case, str], Program] = {}
+    for case, attempts in tried.items():
+        right = {(case, name): program for name, (_, program) in attempts.items() if program}
+        programs |= right | ({(case, _PRODUCT): multiply} if multiply and right else {})
+    times = interleaved(programs, rounds)
+    return {case: {name: of for (here, name), of in times.items() if here == case} for case in tried}
+
+
+def _finished(row: Row, times: Mapping[str, Times], wanted: Plan) -> Row:
+    """A row with what was measured in its case."""
+    row = replace(row, baseline=wanted.baseline, baseline_times=times.get(wanted.baseline))
+    if row.implementation in times:
+        rate = Rate(wanted.product_size, times[_PRODUCT])
+        row = replace(row, status=TIMED, times=times[row.implementation], product=rate)
+    return _with_peak(row) if wanted.memory and row.status in (CHECKED, TIMED) else row
 
 
 def attempt(name: str, case: Case, inputs: Sequence[np.ndarray], answer: Exact) -> tuple[Row, Program | None]:
@@ -147,7 +175,7 @@ def attempt(name: str, case: Case, inputs: Sequence[np.ndarray], answer: Exact) 
         program = implementations.NAMES[name](case, inputs)
         error = answer.error(program.arrays(program.run()))
     except Exception as exception:  # of any library: it costs that row and no other
-        status, reason = _refusal(exception)
+        status, reason = refusal(exception)
         return replace(row, status=status, reason=reason), None
     row = replace(row, error=error, how=program.how, planned_bytes=program.planned_bytes)
     row = replace(row, compile_seconds=program.compile_seconds)
@@ -157,31 +185,11 @@ def attempt(name: str, case: Case, inputs: Sequence[np.ndarray], answer: Exact) 
     return replace(row, status=WRONG, reason=reason), None
 
 
-def _refusal(exception: Exception) -> tuple[str, str]:
-    if isinstance(exception, ModuleNotFoundError):
-        return NOT_INSTALLED, str(exception)
-    causes = exception.exceptions if isinstance(exception, ExceptionGroup) else (exception,)
-    refused = all(isinstance(cause, NotImplementedError) for cause in causes)
-    words = [str(cause) if refused else f"{type(cause).__name__}: {cause}" for cause in causes]
-    reason = "; ".join(" ".join(word.split()) for word in dict.fromkeys(words))
-    return REFUSED if refused else FAILED, reason if len(reason) <= _REASON else reason[: _REASON - 1] + "…"
-
-
 def _with_peak(row: Row) -> Row:
     try:
         return replace(row, peak=memory.peak(row.case, row.implementation))
     except RuntimeError as error:
         return replace(row, reason=f"peak memory unknown: {error}")
-
-
-def _words(given: Words) -> Words:
-    return tuple(dict.fromkeys(word for text in given for word in text.split(",") if word))
-
-
-def _check(name: str, given: Sequence[str], known: Sequence[str]) -> None:
-    unknown = [word for word in given if word not in known]
-    if unknown:
-        raise ValueError(f"no {name} {unknown[0]!r}: give {', '.join(known)}")
 
 
 def parse(arguments: Sequence[str] | None = None) -> Arguments:
@@ -203,7 +211,7 @@ def main(arguments: Arguments) -> int:
         for done, found in enumerate(measure(wanted), 1):
             rows += found
             if arguments.json:
-                _append(arguments.json, found)
+                command.append(arguments.json, [row.line() for row in found])
             if not on_terminal:
                 progress.print("\n".join(table.plain_lines(found)))
             progress.update(done)
@@ -213,12 +221,6 @@ def main(arguments: Arguments) -> int:
     if arguments.plot:
         print(*chart.speeds(rows, arguments.plot), sep="\n")
     return int(any(row.status in (WRONG, FAILED) for row in rows if row.implementation.startswith("seqattn")))
-
-
-def _append(path: Path, rows: Sequence[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(f"{row.line()}\n" for row in rows)
 
 
 if __name__ == "__main__":

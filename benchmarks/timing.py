@@ -3,14 +3,17 @@
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from benchmarks import machine
 from benchmarks.program import Program
 
 _TURN = 0.05  # seconds that a turn lasts at least, so that short calls are repeated in it
 _SEED = 0
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class Turn:
 
 
 def interleaved(
-    programs: Mapping[str, Program], rounds: int, *, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, Times]:
+    programs: Mapping[Name, Program], rounds: int, *, clock: Callable[[], float] = time.perf_counter
+) -> dict[Name, Times]:
     """Times of each program: in every round each has one turn, in an order that changes from round to round."""
     if not rounds:
         return {}

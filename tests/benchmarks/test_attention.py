@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import attention, exact, implementations
-from benchmarks.attention import attempt, measure_case, parse, plan
+from benchmarks.attention import attempt, measure, parse, plan
 from benchmarks.case import Case
 from benchmarks.program import Program
 from benchmarks.row import CHECKED, FAILED, NOT_INSTALLED, REFUSED, TIMED, WRONG
@@ -79,8 +79,10 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
     ran = answering(monkeypatch, "wrong", lambda: right() + np.float32(0.01))
     answering(monkeypatch, "nan", lambda: right() * np.float32(np.nan))
     answering(monkeypatch, "right", right)
-    wanted = plan(parse(["--implementations", "wrong,right,nan", "--baseline", "right", "--rounds", "2"]))
-    rows = {row.implementation: row for row in measure_case(CASE, exact.solve(CASE), wanted, None)}
+    words = ["--shapes", TINY, "--masks", CASE.pattern, "--pass", CASE.direction, "--product-size", "8"]
+    words += ["--implementations", "wrong,right,nan", "--baseline", "right", "--rounds", "2"]
+    (found,) = measure(plan(parse(words)))
+    rows = {row.implementation: row for row in found}
     assert {name: row.status for name, row in rows.items()} == {"wrong": WRONG, "nan": WRONG, "right": TIMED}
     assert len(ran) == 1
     assert rows["wrong"].times is None
@@ -141,3 +143,21 @@ def test_the_exact_answer_is_computed_once_for_both_passes(monkeypatch):
     words = ["--shapes", TINY, "--masks", "full", "--implementations", "jax.nn:xla", "--rounds", "0"]
     assert len(list(attention.measure(plan(parse(words))))) == 2
     assert [case.direction for case in solved] == ["bwd"]
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_spread_rounds_take_turns_among_all_cases_of_a_shape(spread, monkeypatch):
+    together, original = [], attention.interleaved
+
+    def watched(programs, rounds):
+        together.append({case.name for case, _ in programs})
+        return original(programs, rounds)
+
+    monkeypatch.setattr(attention, "interleaved", watched)
+    words = ["--shapes", TINY, "--masks", "full,causal", "--pass", "fwd", "--implementations", "jax.nn:xla"]
+    words += ["--rounds", "1", "--product-size", "8", *(["--spread"] if spread else [])]
+    rows = [row for found in measure(plan(parse(words))) for row in found]
+    assert [row.status for row in rows] == [TIMED] * 2
+    assert rows[0].times != rows[1].times
+    names = [row.case.name for row in rows]
+    assert together == ([set(names)] if spread else [{name} for name in names])
