@@ -2,7 +2,7 @@
 PYTHON ?= python3
 python := .venv/bin/python
 
-.PHONY: train bench test test-all lint types clean
+.PHONY: train bench bench-decoding test test-all lint types clean
 .DELETE_ON_ERROR:
 
 train: .venv/train  ## the default experiment; for another one: .venv/bin/python -m train EXPERIMENT
@@ -12,6 +12,9 @@ train: .venv/train  ## the default experiment; for another one: .venv/bin/python
 # gigabytes when PyTorch is installed.
 bench: .venv/tokamax  ## attention against other libraries
 	@exec $(python) -m benchmarks.attention --short $(ARGS)
+
+bench-decoding: .venv/bench  ## greedy and beam search beside Hugging Face and CTranslate2, with the same weights
+	@exec $(python) -m benchmarks.decoding --short $(ARGS)
 
 test: .venv/test  ## what .ci/run tests
 	@exec $(python) -m pytest -n auto --dist loadfile $(ARGS)

@@ -1,1 +1,1 @@
-"""Time: what attention costs, here and in other libraries, on named shapes."""
+"""Time: what attention and decoding cost, here and in other libraries."""

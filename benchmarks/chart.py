@@ -16,8 +16,9 @@ from benchmarks.row import Row
 
 # Okabe and Ito's colours, which colour-blind people tell apart; more implementations than colours are hatched.
 _COLORS = "#D55E00 #0072B2 #009E73 #E69F00 #56B4E9 #CC79A7 #F0E442 #555555".split()
+_ROOM = 1.6  # between a bar and the end of the axis, for its number
 _HATCHES = ["", "///", "..."]
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -48,7 +49,7 @@ def speeds(rows: Sequence[Row], path: str | os.PathLike[str]) -> tuple[Path, Pat
     names, patterns = _distinct(r.implementation for r in drawn), _distinct(r.case.pattern for r in drawn)
     shapes, directions = _distinct(r.case.shape.name for r in drawn), _distinct(r.case.direction for r in drawn)
     width = max(3.5, len(patterns) * (len(names) + 1) * _BAR) * len(directions)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width + 0.8, 2.3 * len(shapes) + 1.2), layout="constrained")
         axes = figure.subplots(len(shapes), len(directions), sharex=True, sharey="row", squeeze=False)
         for across, shape in zip(axes, shapes, strict=True):
@@ -56,11 +57,14 @@ def speeds(rows: Sequence[Row], path: str | os.PathLike[str]) -> tuple[Path, Pat
                 panel = [row for row in drawn if (row.case.shape.name, row.case.direction) == (shape, direction)]
                 _draw_panel(ax, panel, names, patterns)
                 ax.set_title(f"{shape}, {direction}")
+            # The panels of a shape share their axis, so that the limits are those of all its rows.
+            speeds = [row.speed or 1 for row in drawn if row.case.shape.name == shape]
+            across[0].set_ylim(min(0.5, min(speeds) / _ROOM), max(2, max(speeds) * _ROOM))
             across[0].set_ylabel(f"speed ({drawn[0].baseline} = 1)")
-        handles = [Patch(label=name, **_fill(number)) for number, name in enumerate(names)]
+        handles = [Patch(label=name, **fill(number)) for number, name in enumerate(names)]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
         figure.suptitle(f"{machine.describe()['device']}, {drawn[0].case.dtype}")
-        return _save(figure, Path(path).with_suffix(""))
+        return save(figure, Path(path).with_suffix(""))
 
 
 def _distinct(values: Any) -> list[str]:
@@ -74,14 +78,11 @@ def _draw_panel(ax: Axes, rows: Sequence[Row], names: list[str], patterns: list[
         places = [patterns.index(row.case.pattern) + (number - (len(names) - 1) / 2) * step for row in mine]
         # Bars grow from 1: what is faster upwards, what is slower downwards.
         heights = [(row.speed or 1) - 1 for row in mine]
-        ax.bar(places, heights, step, bottom=1, **_fill(number))
+        ax.bar(places, heights, step, bottom=1, **fill(number))
         for place, row in zip(places, mine, strict=True):
             _name_bar(ax, place, row.speed or 1)
     ax.axhline(1, color="black", linewidth=0.8)
     ax.set_yscale("log")
-    ax.margins(y=0.2)
-    low, high = ax.get_ylim()
-    ax.set_ylim(min(low, 0.5), max(high, 2))
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
@@ -89,7 +90,8 @@ def _draw_panel(ax: Axes, rows: Sequence[Row], names: list[str], patterns: list[
     ax.grid(True, axis="y")
 
 
-def _fill(number: int) -> dict[str, Any]:
+def fill(number: int) -> dict[str, Any]:
+    """The look of the bars of an implementation."""
     hatch, color = _HATCHES[number // len(_COLORS) % len(_HATCHES)], _COLORS[number % len(_COLORS)]
     return {"facecolor": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
 
@@ -101,7 +103,8 @@ def _name_bar(ax: Axes, place: float, speed: float) -> None:
     ax.annotate(text, (place, speed), offset, textcoords="offset points", ha="center", va=align, size=6, rotation=90)
 
 
-def _save(figure: Figure, stem: Path) -> tuple[Path, Path]:
+def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
+    """Writes a PNG and, beside it, an SVG."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     png, svg = stem.with_suffix(".png"), stem.with_suffix(".svg")
     figure.savefig(png, dpi=160)

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 
 _PACKAGES = (
-    "jax jaxlib flax numpy torch tokamax jax-cuda12-plugin jax-cuda13-plugin nvidia-cudnn-cu12 nvidia-cudnn-cu13"
+    "jax jaxlib flax numpy torch tokamax transformers ctranslate2 "
+    "jax-cuda12-plugin jax-cuda13-plugin nvidia-cudnn-cu12 nvidia-cudnn-cu13"
 )
 
 
@@ -37,6 +38,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version for name in _PACKAGES.split() if (version := _version(name))},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "commit": _commit(),
     }
 

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,10 +36,14 @@ class Peak:
 
 def peak(case: Case, implementation: str) -> Peak:
     """Computes a case once in a process of its own. Raises RuntimeError if that fails."""
-    words = [case.shape.name, case.pattern, case.direction, case.dtype, implementation]
+    return alone("benchmarks.memory", [case.shape.name, case.pattern, case.direction, case.dtype, implementation])
+
+
+def alone(module: str, words: Sequence[str]) -> Peak:
+    """What a module that ends in `answer` says in a process of its own. Raises RuntimeError if that fails."""
     # Without preallocation, for the calling process holds memory of the device, too.
     env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    command = [sys.executable, "-m", "benchmarks.memory", *words]
+    command = [sys.executable, "-m", module, *words]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1])
     if done.returncode < 0:
         raise RuntimeError(f"ended by {signal.Signals(-done.returncode).name}: out of memory?")
@@ -71,15 +75,20 @@ def parse(words: Sequence[str]) -> tuple[Case, str]:
     return Case(named(shape)[0], pattern, direction, dtype), implementation
 
 
-def main() -> int:
-    """Prints the peak as one line of JSON, or why there is none as the last line of stderr."""
-    case, implementation = parse(sys.argv[1:])
+def answer(measured: Callable[[], Peak]) -> int:
+    """Prints a peak as one line of JSON, or why there is none as the last line of stderr."""
     try:
-        print(json.dumps(asdict(measure(case, implementation))))
+        print(json.dumps(asdict(measured())))
     except Exception as exception:  # of any library; a traceback of JAX would end with advice
         print(f"{type(exception).__name__}: {' '.join(str(exception).split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def main() -> int:
+    """Measures what the command line names."""
+    case, implementation = parse(sys.argv[1:])
+    return answer(lambda: measure(case, implementation))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from jaxtyping import Array
 from benchmarks import patterns
 from benchmarks.case import Case
 from benchmarks.program import Call
-from seqattn.attention import Explanation, attend, explain
+from seqattn.attention import attend
+from seqattn.choice import Explanation, explain
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, Prefix, SameSegment, SlidingWindow
 from seqattn.score_mods import Alibi

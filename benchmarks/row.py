@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from benchmarks.timing import Times
 
 TIMED, CHECKED, WRONG, NOT_INSTALLED, REFUSED, FAILED = "timed checked WRONG not-installed refused failed".split()
 """Only what is right is timed; `checked` is what was right and not to be timed."""
+
+_REASON = 200  # letters
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,24 @@ class Row:
 
     def line(self) -> str:
         """The record as a line of JSON; what is not finite, for which JSON has no word, as text."""
-        plain = {name: _finite(value) for name, value in self.record().items()}
-        return json.dumps(plain, ensure_ascii=False, allow_nan=False)
+        return line(self.record())
+
+
+def line(record: Mapping[str, Any]) -> str:
+    """A record as a line of JSON; what is not finite, for which JSON has no word, as text."""
+    plain = {name: _finite(value) for name, value in record.items()}
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False)
+
+
+def refusal(exception: Exception) -> tuple[str, str]:
+    """The status and the reason of an implementation that raised this."""
+    if isinstance(exception, ModuleNotFoundError):
+        return NOT_INSTALLED, str(exception)
+    causes = exception.exceptions if isinstance(exception, ExceptionGroup) else (exception,)
+    refused = all(isinstance(cause, NotImplementedError) for cause in causes)
+    words = [str(cause) if refused else f"{type(cause).__name__}: {cause}" for cause in causes]
+    reason = "; ".join(" ".join(word.split()) for word in dict.fromkeys(words))
+    return REFUSED if refused else FAILED, reason if len(reason) <= _REASON else reason[: _REASON - 1] + "…"
 
 
 def _finite(value: Any) -> Any:

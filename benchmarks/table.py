@@ -2,8 +2,8 @@
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import TextIO
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Protocol, TextIO
 
 import rich.box
 import rich.console
@@ -26,6 +26,7 @@ _COLUMNS = {  # width in plain lines
     "compile s": 10,
     "mask as": 30,
 }
+_LEFT = ("implementation", "mask as")
 
 LEGEND = (
     "ms: median of the rounds, their range beside it. speed: times as fast as the baseline. TFLOP/s: useful work, that "
@@ -41,34 +42,34 @@ def cells(row: Row) -> list[str]:
     times, milli, mebi = row.times, 1e3, 2**20
     return [
         row.implementation,
-        _number(times.median * milli) if times else row.status.replace("-", " "),
-        f"{_number(min(times.seconds) * milli)} - {_number(max(times.seconds) * milli)}" if times else "",
+        number(times.median * milli) if times else row.status.replace("-", " "),
+        f"{number(min(times.seconds) * milli)} - {number(max(times.seconds) * milli)}" if times else "",
         f"{row.speed:.2f}x" if row.speed else "",
-        _number(row.flops / 1e12) if row.flops else "",
+        number(row.flops / 1e12) if row.flops else "",
         f"{row.product_share:.0%}" if row.product_share else "",
-        _number(row.planned_bytes / mebi) if row.planned_bytes else "",
-        _number(row.peak.process_peak_bytes / mebi) if row.peak else "",
+        number(row.planned_bytes / mebi) if row.planned_bytes else "",
+        number(row.peak.process_peak_bytes / mebi) if row.peak else "",
         f"{row.error.largest:.1e}" if row.error else "",
-        _number(row.compile_seconds) if row.compile_seconds else "",
+        number(row.compile_seconds) if row.compile_seconds else "",
         row.how,
     ]
 
 
 def plain_header() -> str:
     """The names of the columns over plain lines."""
-    return _aligned(list(_COLUMNS))
+    return aligned(list(_COLUMNS), _COLUMNS)
 
 
 def plain_lines(rows: Sequence[Row]) -> list[str]:
     """The rows of one case under its name."""
-    return [f"{title(rows[0])}", *(_aligned(cells(row)) for row in rows)]
+    return [f"{title(rows[0])}", *(aligned(cells(row), _COLUMNS) for row in rows)]
 
 
 def draw(rows: Sequence[Row], stream: TextIO) -> None:
     """All rows as one table."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD)
     for name in _COLUMNS:
-        right = name not in ("implementation", "mask as")
+        right = name not in _LEFT
         table.add_column(name, justify="right" if right else "left", no_wrap=right, overflow="fold")
     last = None
     for row in rows:
@@ -89,7 +90,23 @@ def title(row: Row) -> str:
     return f"{row.case.name} ({sizes}, {row.case.dtype})"
 
 
-def notes(rows: Iterable[Row]) -> list[str]:
+class Tried(Protocol):
+    """A row of any benchmark."""
+
+    @property
+    def implementation(self) -> str:
+        """Who."""
+
+    @property
+    def status(self) -> str:
+        """One of those in benchmarks/row.py."""
+
+    @property
+    def reason(self) -> str:
+        """Why there is no time."""
+
+
+def notes(rows: Iterable[Tried]) -> list[str]:
     """Why rows have no time, each reason once."""
     reasons = Counter((row.implementation, row.status, row.reason) for row in rows if row.reason)
     return [
@@ -100,28 +117,33 @@ def notes(rows: Iterable[Row]) -> list[str]:
 
 def footer(rows: Sequence[Row]) -> list[str]:
     """What the columns mean, the baseline, the rate of the product, the machine."""
-    found = machine.describe()
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     lines = textwrap.wrap(LEGEND, 120)
     if rows:
         lines.append(f"baseline: {rows[0].baseline}")
     rates = sorted(row.product.flops / 1e12 for row in rows if row.product)
     if rates:
         size = next(row.product.size for row in rows if row.product)
-        lines.append(f"product of {size} x {size}: {_number(rates[0])} to {_number(rates[-1])} TFLOP/s")
-    return [*lines, f"{found['device']}, {found['cores']} cores, Python {found['python']}, {versions}"]
+        lines.append(f"product of {size} x {size}: {number(rates[0])} to {number(rates[-1])} TFLOP/s")
+    return [*lines, measured_on()]
 
 
-def _aligned(texts: Sequence[str]) -> str:
-    left = ("implementation", "mask as")
-    pairs = zip(texts, _COLUMNS.items(), strict=True)
+def measured_on() -> str:
+    """The machine and all versions."""
+    found = machine.describe()
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"{found['device']}, {found['cores']} cores, Python {found['python']}, {versions}"
+
+
+def aligned(texts: Sequence[str], columns: Mapping[str, int], left: Collection[str] = _LEFT) -> str:
+    """A line of texts in columns of these names and widths."""
+    pairs = zip(texts, columns.items(), strict=True)
     return " ".join(text.ljust(width) if name in left else text.rjust(width) for text, (name, width) in pairs).rstrip()
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three significant digits, without an exponent.
 
-    >>> [_number(x) for x in (0.01234, 1.234, 56.78, 1234.5)]
+    >>> [number(x) for x in (0.01234, 1.234, 56.78, 1234.5)]
     ['0.0123', '1.23', '56.8', '1,234']
     """
     if value >= 100:

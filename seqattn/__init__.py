@@ -1,8 +1,10 @@
 """Attention for JAX: coordinates say where tokens are, masks who may look, kernels how it is computed."""
 
 from seqattn import decoding, models, nn, scores
-from seqattn.attention import Explanation, attend, attend_scores, attention_weights, dot_product_attention, explain
+from seqattn.attention import attend, attend_scores, attention_weights
+from seqattn.choice import Explanation, explain
 from seqattn.coordinates import Coordinates, Tile
+from seqattn.drop_in import dot_product_attention
 from seqattn.dropout import Dropout
 from seqattn.losses import cross_entropy
 from seqattn.masks import (
@@ -18,15 +20,8 @@ from seqattn.masks import (
 )
 from seqattn.positions import angular_frequencies, rotate, sinusoidal
 from seqattn.ring import RingCost, ring_attend, ring_cost, zigzag
-from seqattn.score_mods import (
-    Alibi,
-    RelativeBuckets,
-    RelativePositions,
-    ScoreFunction,
-    ScoreMod,
-    SoftCap,
-    compose,
-)
+from seqattn.score_mod import ScoreFunction, ScoreMod, compose
+from seqattn.score_mods import Alibi, RelativeBuckets, RelativePositions, SoftCap
 
 __all__ = [
     "Alibi",

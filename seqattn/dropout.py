@@ -64,6 +64,12 @@ def kept(words: UInt32[Array, "2"], rate: float, row: Array, column: Array) -> B
     return (high ^ low) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
+def check_dropout(dropout: object) -> None:
+    """Raises TypeError unless it is a `Dropout` or None."""
+    if dropout is not None and not isinstance(dropout, Dropout):
+        raise TypeError(f"dropout must be a rate with a random key, Dropout(rate, key), or None; got {dropout!r}")
+
+
 def check_rate(rate: float) -> None:
     """Raises ValueError unless `rate` is a probability below 1."""
     if not 0 <= rate < 1:

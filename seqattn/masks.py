@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from seqattn.coordinates import Coordinates, Tile
+from seqattn.static import check_integer, static
 
 Truth = Any
 """A boolean scalar: `np.bool_` where coordinates are known at trace time, a traced boolean elsewhere."""
@@ -87,13 +88,10 @@ def _checked(other: object) -> Mask:
     return other
 
 
-def _integer(name: str, value: int, minimum: int) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} ({value!r}) must be an integer of at least {minimum}")
-
-
-def _static() -> Any:
-    return dataclasses.field(metadata={"static": True})
+def _is_known(x: object) -> bool:
+    """Whether the values of an array can be looked at here."""
+    known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
+    return isinstance(x, np.ndarray) or known
 
 
 @jax.tree_util.register_dataclass
@@ -168,12 +166,12 @@ class SlidingWindow(Mask):
      [0 0 1 1]]
     """
 
-    size: int = _static()
-    ahead: int = dataclasses.field(default=0, metadata={"static": True})
+    size: int = static()
+    ahead: int = static(default=0)
 
     def __post_init__(self) -> None:
-        _integer("the size of a sliding window", self.size, 1)
-        _integer("the number of keys ahead", self.ahead, 0)
+        check_integer("the size of a sliding window", self.size, 1)
+        check_integer("the number of keys ahead", self.ahead, 0)
 
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         back = query.position - key.position
@@ -241,7 +239,11 @@ class Prefix(Mask):
 
     def __post_init__(self) -> None:
         if isinstance(self.length, (int, float, np.number)):
-            _integer("the length of a prefix", self.length, 0)
+            check_integer("the length of a prefix", self.length, 0)
+        elif isinstance(self.length, jax.Array | np.ndarray) and not jnp.issubdtype(self.length.dtype, jnp.integer):
+            raise ValueError(f"the length of a prefix must be an integer, got {self.length.dtype}")
+        elif _is_known(self.length) and (least := np.min(self.length, initial=0)) < 0:
+            raise ValueError(f"the length of a prefix ({least}) must be an integer of at least 0")
 
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return key.position < self.length
@@ -263,10 +265,10 @@ class Dilated(Mask):
      [0 1 0 1]]
     """
 
-    step: int = _static()
+    step: int = static()
 
     def __post_init__(self) -> None:
-        _integer("the step of a dilated mask", self.step, 1)
+        check_integer("the step of a dilated mask", self.step, 1)
 
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return (query.position - key.position) % self.step == 0

@@ -12,12 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from seqattn.coordinates import Coordinates
 from seqattn.kernels import ring, tiles
-from seqattn.kernels.call import check_arrays, flatten, locate, scale_of
+from seqattn.kernels.call import Shaped, check_arrays, flatten, locate, scale_of
 from seqattn.masks import Mask
 from seqattn.precision import accumulator
-from seqattn.score_mods import ScoreMod, ScoreModLike, for_kernel
-
-Shaped = Array | jax.ShapeDtypeStruct
+from seqattn.score_mod import ScoreMod, ScoreModLike, for_kernel
+from seqattn.score_mods import Alibi
 
 
 @overload
@@ -75,7 +74,10 @@ def ring_attend(
     mask has its work spread evenly by `zigzag`. `ring_cost` counts what is sent and computed.
 
     Batch and heads may be split over other mesh axes. Then `head` of a score modification counts from 0 on each device,
-    and its arrays must be split in the same way: `Alibi(slopes)`, not `Alibi()`.
+    and its arrays must be split in the same way: `Alibi(slopes)`, as `Alibi()` is refused there.
+
+    There is no dropout, which drops by the place of a weight in the whole batch, unknown to one device. Nor are there
+    sinks: `output * jax.nn.sigmoid(lse - sinks)[..., None]` has them, with `return_lse`.
 
     Args:
         query: `[*batch, T / n, N, H]`, this device's part.
@@ -120,6 +122,7 @@ def ring_attend(
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     check_arrays(query, key, value)
     batch, mod = query.shape[:-3], None if score_mod is None else ScoreMod.of(score_mod)
+    _refuse_slopes_by_device(mod, axis_name)
     over_coordinates = isinstance(mask, Mask) or (mod is not None and mod.uses_coordinates)
     if over_coordinates and (q_at is None or kv_at is None):
         raise ValueError(
@@ -152,6 +155,18 @@ def _devices(axis_name: Hashable) -> int:
             f"axis_name ({axis_name!r}) must be an axis of the mesh of a jax.shard_map around ring_attend, over which "
             "the sequence is split"
         ) from error
+
+
+def _refuse_slopes_by_device(mod: ScoreMod | None, axis_name: Hashable) -> None:
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    others = [name for name in mesh.manual_axes if name not in ours and mesh.shape[name] > 1]
+    parts = jax.tree.leaves(mod, is_leaf=lambda part: isinstance(part, Alibi))
+    if others and any(isinstance(part, Alibi) and part.slopes is None for part in parts):
+        raise ValueError(
+            f"Alibi() counts the heads of one device, and the mesh axes {others} beside {ours} may split them: give "
+            "slopes that are split as the heads are, Alibi(slopes), with Alibi.geometric(N) for those of the paper"
+        )
 
 
 def zigzag(length: int, devices: int) -> tuple[Int[np.ndarray, " length"], Int[np.ndarray, " length"]]:

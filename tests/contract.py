@@ -19,7 +19,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from seqattn.attention import IMPLEMENTATIONS, Implementation, attend
+from seqattn.attention import attend
+from seqattn.choice import IMPLEMENTATIONS, Implementation
 from seqattn.dropout import Dropout
 from seqattn.kernels import ring
 from seqattn.masks import Mask, MaskMod
@@ -80,7 +81,7 @@ def _ring(query, key, value, *, mask, bias, score_mod, rows, q_at, kv_at, scale,
     specs |= {"score_mod": P(), "scale": P()}
     local = functools.partial(ring.attend, dropout=dropout, axis_name="ring")
     mesh = jax.make_mesh((RING,), ("ring",), axis_types=(AxisType.Auto,), devices=jax.devices()[:RING])
-    # A plain function with closures was traced outside of the split, to a program that `check_vma` would refuse inside.
+    # A plain function that closes over arrays closes here over those outside of the split.
     split = {"mesh": mesh, "in_specs": (specs,), "out_specs": P(None, "ring"), "check_vma": False}
     results = jax.shard_map(lambda given: local(**given), **split)(given)
     return tuple(x[:, :length] for x in results)
@@ -94,7 +95,7 @@ def _is_real(query, key):
 
 
 HELD = {"xla": _of_equal_dims(IMPLEMENTATIONS["xla"]), "ring": Implementation(_ring)}
-"""Implementations in a form that takes all calls here: in the place of those of `seqattn.attention`, or beside them."""
+"""Implementations in a form that takes all calls here: in the place of those of `seqattn.choice`, or beside them."""
 
 
 def every_implementation(test: Callable[..., None]) -> Callable[..., None]:

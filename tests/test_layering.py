@@ -13,11 +13,14 @@ ROOT = Path(__file__).parents[1]
 
 # From the bottom up: a layer imports only from rows above its own, or, if it is a folder, from itself.
 ROWS = (
-    "seqattn.precision",
+    "seqattn.precision seqattn.static",
     "seqattn.coordinates seqattn.dropout seqattn.positions seqattn.scores seqattn.losses seqattn.decoding",
-    "seqattn.masks seqattn.score_mods",
+    "seqattn.masks seqattn.score_mod",
+    "seqattn.score_mods",
     "seqattn.kernels",
+    "seqattn.choice",
     "seqattn.attention seqattn.ring",
+    "seqattn.drop_in",
     "seqattn.nn",
     "seqattn.models",
     "seqattn.interop",

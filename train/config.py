@@ -103,7 +103,8 @@ def decode(value: Any) -> Any:
     """The inverse of `encode`.
 
     Raises:
-        ValueError: an unknown type, or fields that are unknown or missing.
+        ValueError: an unknown type, or fields that are unknown, or missing where they have no default: a field that
+            was added since takes its default, which keeps what a model of an older version computes.
 
     >>> decode({"type": "Rotary", "base": 500.0})
     Rotary(base=500.0)
@@ -119,12 +120,17 @@ def decode(value: Any) -> Any:
     if not dataclasses.is_dataclass(kind):
         return kind(fields["value"])
     names = {field.name for field in dataclasses.fields(kind)}
-    if set(fields) != names:
+    unknown, missing = set(fields) - names, _without_default(kind) - set(fields)
+    if unknown or missing:
         raise ValueError(
-            f"{kind.__name__} has the fields {sorted(names)}; unknown {sorted(set(fields) - names)}, "
-            f"missing {sorted(names - set(fields))}"
+            f"{kind.__name__} has the fields {sorted(names)}; unknown {sorted(unknown)}, missing {sorted(missing)}"
         )
     return kind(**fields)
+
+
+def _without_default(kind: type) -> set[str]:
+    none = dataclasses.MISSING
+    return {x.name for x in dataclasses.fields(kind) if x.default is none and x.default_factory is none}
 
 
 def differences(first: Any, second: Any, path: str = "") -> list[str]:

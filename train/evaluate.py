@@ -15,7 +15,7 @@ from train import environment, run
 from train.batches import examples, once
 from train.step import loss
 from train.tokenizer import Tokenizer
-from train.translate import Translator
+from train.translator import Translator
 
 
 @dataclasses.dataclass(frozen=True)

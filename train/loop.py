@@ -23,7 +23,7 @@ from train.parallel import data_parallel
 from train.signals import Interrupts
 from train.step import TrainState, make_update, start
 from train.tokenizer import Tokenizer
-from train.translate import longest
+from train.translator import longest
 
 _SAMPLES = 3
 

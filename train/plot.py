@@ -15,7 +15,7 @@ from train.batches import collate
 from train.drawing import attention_map, learning_curves
 from train.log import read_metrics
 from train.run import Run
-from train.translate import FAILED, Translator, longest
+from train.translator import FAILED, Translator, longest
 
 _MAPS = 3
 

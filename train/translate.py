@@ -1,123 +1,309 @@
-"""Text to text with a trained model: `python -m train.translate RUN [TEXT ...]`."""
+"""Text to text with a trained model: `python -m train.translate RUN [TEXT ...]`.
 
+Standard output holds translations and nothing else, in the order of the texts, each as soon as it is known: a line for
+each text, or, with `--n_best N` above 1, exactly N lines, the best first: score, tab, translation. The score is the log
+probability in nats after the length penalty. An empty text has an empty translation, with the score 0; where fewer
+than N were found, the score is -inf; where the model's logits were not finite, it is nan and the translation [FAILED].
+A line break inside a translation becomes a space.
+"""
+
+import io
+import os
+import select
+import signal
+import stat
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from typing import Annotated, Any, cast
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
-from flax import nnx
 
-from seqattn import Coordinates
-from seqattn.decoding import Generated, generate
-from seqattn.models import EncoderDecoder, Learned
+from seqattn.decoding import (
+    GNMT,
+    AverageLength,
+    Greedy,
+    LengthPenalty,
+    LogitsProcessor,
+    MinLength,
+    MinP,
+    NoPenalty,
+    NoRepeatNgram,
+    RepetitionPenalty,
+    Sample,
+    Stopping,
+    Temperature,
+    TopK,
+    TopP,
+)
+from seqattn.models import Seq2SeqConfig
 from train import environment, run
-from train.batches import Example, collate
+from train.log import Progress
+from train.run import Run
 from train.tokenizer import Tokenizer
+from train.translator import Beam, Output, Search, Translator
 
-_MULTIPLE = 16
-"""Source lengths are padded to multiples of this, so that few shapes are compiled."""
+_KINDS: dict[str, Callable[..., LengthPenalty]] = {"average": AverageLength, "gnmt": GNMT}
+_FILTERS: dict[str, Callable[[Any], LogitsProcessor]] = {
+    "temperature": Temperature,
+    "top_k": TopK,
+    "top_p": TopP,
+    "min_p": MinP,
+}
+_BATCHES_READ, _BYTES_READ = 16, 1 << 16
+_PATIENCE = 0.05
+"""Seconds to wait for more lines before those that are there are translated."""
 
 
-FAILED = "[FAILED]"
-"""Stands for an output that is none: the model's logits were not finite."""
+def penalty_of(text: str) -> LengthPenalty:
+    """The length penalty that a user writes: "none", or a kind, and a number behind a colon.
 
-
-class Translator:
-    """Greedy decoding of whole texts.
-
-    Args:
-        model: any encoder-decoder; its parameters are read once, here.
-        tokenizer: of source and target.
-        batch_size: texts decoded together.
+    >>> penalty_of("gnmt:0.7"), penalty_of("average"), penalty_of("none")
+    (GNMT(alpha=0.7), AverageLength(power=1.0), NoPenalty())
     """
-
-    def __init__(self, model: EncoderDecoder, tokenizer: Tokenizer, *, batch_size: int = 64) -> None:
-        self.tokenizer, self.batch_size = tokenizer, batch_size
-        self._limit = longest(model)
-        graph, self.params = nnx.split(model)
-        self._generate = _compiled(graph, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
-
-    def __call__(self, texts: Sequence[str]) -> list[str]:
-        """The output for each text, in the same order; `[FAILED]` where the model's logits were not finite.
-
-        A text without tokens has an empty output.
-        """
-        outputs = [""] * len(texts)
-        sources: list[Example] = [([*ids, self.tokenizer.end_id], [0]) for ids in self.tokenizer.encode_batch(texts)]
-        for chosen, source, length in self._batches(sources):
-            found = self._generate(self.params, source, length, self._max_length(source.shape[1]))
-            tokens, ends, failed = (np.asarray(x) for x in (found.tokens, found.length, found.failed))
-            for row, index in enumerate(chosen):
-                text = self.tokenizer.decode(tokens[row, : ends[row]].tolist())
-                outputs[index] = FAILED if failed[row] else text
-        return outputs
-
-    def _batches(self, sources: list[Example]) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-        """Batches of similar length in few shapes."""
-        groups: dict[int, list[int]] = {}
-        for index, (ids, _) in enumerate(sources):
-            if len(ids) == 1:
-                continue  # the end token alone: nothing to translate
-            padded = -(-len(ids) // _MULTIPLE) * _MULTIPLE
-            if self._limit is not None and len(ids) > self._limit:
-                raise ValueError(f"a text of {len(ids)} tokens: the model's learned positions end at {self._limit}")
-            groups.setdefault(padded, []).append(index)
-        for padded, group in sorted(groups.items()):
-            for first in range(0, len(group), self.batch_size):
-                chosen = group[first : first + self.batch_size]
-                size = self.batch_size if len(group) > 1 else 1
-                batch = collate([sources[index] for index in chosen], (size, padded, 1))
-                yield chosen, batch["source"], batch["source_length"]
-
-    def _max_length(self, source_length: int) -> int:
-        """Room for the output: generous, since decoding stops when all texts have ended."""
-        room = 2 * source_length + _MULTIPLE
-        return room if self._limit is None else min(room, self._limit)
+    kind, colon, number = text.partition(":")
+    try:
+        if text == "none":
+            return NoPenalty()
+        return _KINDS[kind](float(number)) if colon else _KINDS[kind]()
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"length_penalty ({text}) must be average:NUMBER, gnmt:NUMBER or none") from error
 
 
-def longest(model: EncoderDecoder) -> int | None:
-    """The most tokens that a model can place; None without a limit."""
-    positions = getattr(getattr(model, "config", None), "positions", None)
-    return positions.max_length if isinstance(positions, Learned) else None
+def _written(penalty: LengthPenalty) -> list[str]:
+    if isinstance(penalty, GNMT):
+        return [f"gnmt:{penalty.alpha}"]
+    return [f"average:{penalty.power}" if isinstance(penalty, AverageLength) else "none"]
 
 
-@cache
-def _compiled(graph: nnx.GraphDef, start_id: int, end_id: int, pad_id: int) -> Callable[..., Generated]:
-    """One compiled function for every model of a structure: evaluations during training share it."""
-
-    def translate(params: nnx.State, source: jax.Array, length: jax.Array, max_length: int) -> Generated:
-        model = nnx.merge(graph, params)
-        memory = model.encode(source, Coordinates.from_lengths(length, source.shape[1]))
-        first = jnp.full(len(source), start_id, jnp.int32)
-        state = model.start(memory, max_length)
-        return generate(model.step, state, first, max_length=max_length, end_token=end_id, pad_token=pad_id)
-
-    return jax.jit(translate, static_argnums=3)
+_PENALTY = tyro.constructors.PrimitiveConstructorSpec[LengthPenalty](
+    nargs=1,
+    metavar="average:POWER|gnmt:ALPHA|none",
+    instance_from_str=lambda words: penalty_of(words[0]),
+    is_instance=lambda value: isinstance(value, LengthPenalty),
+    str_from_instance=_written,
+)
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Translates texts, or standard input line by line, with the latest model of a run."""
+    """Translates texts, or standard input line by line, with the latest model of a run: the most probable token first,
+    a beam of hypotheses (--beam_size), or at random (any of --temperature, --top_k, --top_p, --min_p, --seed)."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
     text: tyro.conf.Positional[tuple[str, ...]] = ()
     """Texts to translate; without any, lines of standard input."""
+    beam_size: int = 1
+    """Hypotheses of a text; 1 is greedy."""
+    length_penalty: Annotated[LengthPenalty, _PENALTY] = AverageLength(1.0)
+    """How the hypotheses of a beam compare: log probability / length ** POWER, / ((5 + length) / 6) ** ALPHA (Wu 2016),
+    or as it is."""
+    stopping: Stopping = Stopping.EXACT
+    """When a beam is done: as soon as so many have ended, when a better one is unlikely, or when there can be none."""
+    n_best: int = 1
+    """Translations of a text, at most beam_size; above 1 so many lines for each text: score, tab, translation."""
+    max_length: int | None = None
+    """Most tokens of a translation, its end counted; by default twice as many as the text has, and some more."""
+    min_length: int = 0
+    """Fewest tokens of a translation, its end counted."""
+    temperature: float | None = None
+    """Sample with the logits divided by this: below 1 what is probable becomes more so."""
+    top_k: int | None = None
+    """Sample from so many most probable tokens."""
+    top_p: float | None = None
+    """Sample from the fewest tokens that are so probable together."""
+    min_p: float | None = None
+    """Sample from tokens that are at least so probable, as a share of the most probable one."""
+    seed: int | None = None
+    """Sample with this seed, 0 to 2**32 - 1; 0 where another of these flags is given."""
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens less probable that were said before."""
+    no_repeat_ngram: int | None = None
+    """Never say so many tokens in a row twice."""
+    batch_size: int = 64
+    """Most texts translated together."""
+    plot: Path | None = None
+    """Draw where the model looks while it translates the texts of the command line: FILE.png and FILE.svg, and all
+    heads beside it; FILE-1 and so on of several texts."""
 
 
-def main(arguments: Arguments) -> None:
-    """Prints one line for each text."""
+def search_of(arguments: Arguments) -> Search:
+    """How translations are found.
+
+    Raises:
+        ValueError: a value out of its range, or flags that exclude each other.
+    """
+    beam = Beam(arguments.beam_size, arguments.n_best, arguments.length_penalty, arguments.stopping)
+    values = {name: getattr(arguments, name) for name in (*_FILTERS, "seed")}
+    given = [name for name, value in values.items() if value is not None]
+    if not given:
+        return Greedy() if beam.size == 1 else beam
+    if beam.size > 1:
+        flags = ", ".join(f"--{name}" for name in given)
+        raise ValueError(f"{flags}: sampling has one hypothesis, beam_size ({beam.size}) must be 1")
+    if not 0 <= (arguments.seed or 0) < 2**32:
+        raise ValueError(f"seed ({arguments.seed}) must be in [0, 2**32)")
+    return Sample(tuple(_made(name, _FILTERS[name], values[name]) for name in given if name in _FILTERS))
+
+
+def processors_of(arguments: Arguments) -> tuple[LogitsProcessor, ...]:
+    """What translations may hold.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    made: list[LogitsProcessor] = []
+    if arguments.repetition_penalty is not None:
+        made.append(_made("repetition_penalty", RepetitionPenalty, arguments.repetition_penalty))
+    if arguments.no_repeat_ngram is not None:
+        made.append(_made("no_repeat_ngram", NoRepeatNgram, arguments.no_repeat_ngram))
+    if arguments.min_length:
+        made.append(_made("min_length", lambda length: MinLength(length, Tokenizer.end_id), arguments.min_length))
+    return tuple(made)
+
+
+def _made(name: str, kind: Callable[[Any], LogitsProcessor], value: Any) -> LogitsProcessor:
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise ValueError(f"--{name}: {error}") from error
+
+
+def _check(arguments: Arguments) -> None:
+    """Refuses what no model is needed to see."""
+    longest, plot = arguments.max_length, arguments.plot
+    if arguments.batch_size < 1:
+        raise ValueError(f"batch_size ({arguments.batch_size}) must be at least 1")
+    if longest is not None and longest < 1:
+        raise ValueError(f"max_length ({longest}) must be at least 1")
+    if longest is not None and arguments.min_length > longest:
+        raise ValueError(f"min_length ({arguments.min_length}) must be at most max_length ({longest})")
+    if plot is not None and not arguments.text:
+        raise ValueError("--plot draws the texts of the command line, and there is none; standard input is not drawn")
+    if plot is not None and not plot.name:
+        raise ValueError(f"--plot ({plot}) must name a file")
+
+
+def main(arguments: Arguments) -> int:
+    """Prints the translations; returns the exit code."""
+    _check(arguments)
+    search, processors = search_of(arguments), processors_of(arguments)
     trained = run.load(arguments.run)
-    translator = Translator(trained.model, trained.tokenizer)
-    lines = arguments.text or tuple(line.rstrip("\r\n") for line in sys.stdin)
-    for output in translator(lines):
-        print(output)
+    config = trained.experiment.model
+    if arguments.plot is not None and isinstance(config, Seq2SeqConfig) and config.attention is None:
+        raise ValueError(f"--plot: the model of {arguments.run} has no attention (its attention is None): no map")
+    translator = Translator(
+        *(trained.model, trained.tokenizer),
+        batch_size=arguments.batch_size,
+        search=search,
+        processors=processors,
+        max_length=arguments.max_length,
+        seed=arguments.seed or 0,
+    )
+    best: list[str] = []
+    try:
+        with _progress(arguments.text) as progress:
+            for number, outputs in enumerate(translator.stream(_chunks(arguments)), 1):
+                _print(outputs)
+                if progress is not None:
+                    progress.update(number)
+                if arguments.plot is not None:
+                    best.append(outputs[0].text)
+    except BrokenPipeError:  # who reads the translations has enough of them
+        # The interpreter flushes standard output once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    if arguments.plot is not None:
+        _draw(trained, arguments.text, best, arguments.plot)
+    return 0
+
+
+def _print(outputs: list[Output]) -> None:
+    for output in outputs:
+        line = output.text.replace("\r\n", " ").replace("\n", " ").replace("\r", " ")
+        print(line if len(outputs) == 1 else f"{output.score:.4f}\t{line}", flush=True)
+
+
+def _draw(trained: Run, texts: Sequence[str], outputs: Sequence[str], file: Path) -> None:
+    """Says on standard error where the maps are, or that there is none: of an empty text, or where the model failed."""
+    from train.plot import draw_attention  # matplotlib is slow to import
+
+    stem = file.with_suffix("") if file.suffix in (".png", ".svg") else file
+    for number, (text, output) in enumerate(zip(texts, outputs, strict=True), 1):
+        path_stem = stem if len(texts) == 1 else stem.with_name(f"{stem.name}-{number}")
+        paths = draw_attention(trained, text, output, path_stem)
+        drawn = " ".join(map(str, paths)) or "nothing to draw"
+        print(f"{text!r}: {drawn}", file=sys.stderr)
+
+
+def _chunks(arguments: Arguments) -> Iterable[Sequence[str]]:
+    if arguments.text:
+        return [arguments.text]
+    return lines_as_they_come(_standard_input(), _BATCHES_READ * arguments.batch_size)
+
+
+def _standard_input() -> io.BufferedIOBase:
+    return cast(io.BufferedIOBase, sys.stdin.buffer)
+
+
+def lines_as_they_come(stream: io.BufferedIOBase, count: int) -> Iterator[list[str]]:
+    """The lines of a stream of UTF-8, without their ends: all that are there, and then again; about `count` at most.
+
+    A file gives large chunks, and a pipe or a terminal each line without waiting for the next one.
+
+    Raises:
+        ValueError: a line is not UTF-8.
+    """
+    ready: list[bytes] = []
+    number, unfinished = 1, b""
+    while piece := stream.read1(_BYTES_READ):
+        *finished, unfinished = (unfinished + piece).split(b"\n")
+        ready += finished
+        if len(ready) >= count or (ready and not _has_more(stream)):
+            yield [_decoded(line, number + index) for index, line in enumerate(ready)]
+            number, ready = number + len(ready), []
+    ready += [unfinished] if unfinished else []
+    if ready:
+        yield [_decoded(line, number + index) for index, line in enumerate(ready)]
+
+
+def _decoded(line: bytes, number: int) -> str:
+    try:
+        return line.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"line {number} of standard input must be UTF-8: {error}") from error
+
+
+def _has_more(stream: io.BufferedIOBase) -> bool:
+    """Whether a stream can be read at once; so it is said of what cannot tell."""
+    try:
+        return bool(select.select([stream], [], [], _PATIENCE)[0])
+    except (OSError, ValueError):
+        return True
+
+
+def _progress(texts: Sequence[str]) -> AbstractContextManager[Progress | None]:
+    """A bar on standard error, where it is a terminal, translations go elsewhere, and their number is known."""
+    if not sys.stderr.isatty() or sys.stdout.isatty():
+        return nullcontext()
+    total = len(texts) or _lines_left(_standard_input())
+    return nullcontext() if total is None else Progress(total, stream=sys.stderr)
+
+
+def _lines_left(stream: io.BufferedIOBase) -> int | None:
+    """Lines from here to the end of a file; None of what cannot be read twice."""
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        return None
+    here = stream.tell()
+    count = sum(1 for _ in stream)
+    stream.seek(here)
+    return count
 
 
 if __name__ == "__main__":
-    environment.command(lambda: main(tyro.cli(Arguments, prog="python -m train.translate")))
+    environment.command(
+        lambda: main(tyro.cli(Arguments, prog="python -m train.translate", config=(tyro.conf.EnumChoicesFromValues,)))
+    )

@@ -1,5 +1,54 @@
 """From any step function to sequences."""
 
+from seqattn.decoding.beam import Beams, Stopping, beam_search
+from seqattn.decoding.candidates import DiverseGroups
+from seqattn.decoding.ensemble import Average, ensemble
+from seqattn.decoding.filters import MinP, Temperature, TopK, TopP
 from seqattn.decoding.generate import Generated, generate
+from seqattn.decoding.penalties import GNMT, AverageLength, CoveragePenalty, LengthPenalty, NoPenalty
+from seqattn.decoding.processors import (
+    Banned,
+    ForcedPrefix,
+    History,
+    LogitsProcessor,
+    MinLength,
+    NoRepeatNgram,
+    RepetitionPenalty,
+)
+from seqattn.decoding.sampling import Greedy, Sample, Sampling, row_keys
+from seqattn.decoding.state import Branching, Shared, branch, select
 
-__all__ = ["Generated", "generate"]
+__all__ = [
+    "GNMT",
+    "Average",
+    "AverageLength",
+    "Banned",
+    "Beams",
+    "Branching",
+    "CoveragePenalty",
+    "DiverseGroups",
+    "ForcedPrefix",
+    "Generated",
+    "Greedy",
+    "History",
+    "LengthPenalty",
+    "LogitsProcessor",
+    "MinLength",
+    "MinP",
+    "NoPenalty",
+    "NoRepeatNgram",
+    "RepetitionPenalty",
+    "Sample",
+    "Sampling",
+    "Shared",
+    "Stopping",
+    "Temperature",
+    "TopK",
+    "TopP",
+    "beam_search",
+    "branch",
+    "ensemble",
+    "generate",
+    "row_keys",
+    "select",
+]

@@ -1,12 +1,16 @@
-"""From a step function to sequences: greedy generation in one jitted loop."""
+"""From a step function to sequences: one token after the other, the best or one at random, in one jitted loop."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+
+from seqattn.decoding.largest import log_sum_exp
+from seqattn.decoding.processors import History, LogitsProcessor, check_integer, process
+from seqattn.decoding.sampling import Greedy, Sampling, row_keys
 
 Step = Callable[[Array, Any], tuple[Array, Any]]
 """`step(tokens [B], state) -> (logits [B, V], state)`; the state is any pytree, batch first."""
@@ -20,9 +24,10 @@ class Generated:
     Attributes:
         tokens: `[B, max_length]` int32, without the first token; the end token is included, `pad_token` follows.
         length: tokens of each row `[B]`, the end token counted.
-        log_probability: of those tokens `[B]`, float32, in nats.
+        log_probability: of those tokens `[B]`, float32, in nats: the model's own, whatever chose them.
         ended: `[B]`, whether the row reached its end token.
-        failed: `[B]`, whether the row met logits with NaN or inf, or of -inf alone; it stops before that token.
+        failed: `[B]`, whether the row met logits with NaN or inf, or of -inf alone, be it that processors forbid all
+            that the model allows; it stops before that token.
     """
 
     tokens: Int[Array, "B L"]
@@ -32,10 +37,22 @@ class Generated:
     failed: Bool[Array, "B"]
 
 
+_GREEDY = Greedy()
+
+
 def generate(
-    step: Step, state: Any, first_token: Int[Array, "B"], *, max_length: int, end_token: int, pad_token: int = 0
+    step: Step,
+    state: Any,
+    first_token: Int[Array, "B"],
+    *,
+    max_length: int,
+    end_token: int,
+    pad_token: int = 0,
+    processors: Sequence[LogitsProcessor] = (),
+    sampling: Sampling = _GREEDY,
+    key: Shaped[Array, "..."] | None = None,
 ) -> Generated:
-    """Greedy decoding: the most probable next token, until every row has ended.
+    """The next token again and again, until every row has ended: the most probable one, or one at random.
 
     One `lax.while_loop`; of equal logits the lowest token is taken. It knows no model: any pure step function decodes.
     Outside `jit` every call compiles the loop anew, so decode many batches by a jitted function of your own:
@@ -48,32 +65,44 @@ def generate(
         max_length: most tokens of a row, the end token counted.
         end_token: ends a row.
         pad_token: fills a row behind its end.
+        processors: change the float32 logits in this order: penalties, bans, prefixes.
+        sampling: `Greedy()`, or `Sample((Temperature(0.7), TopP(0.9)))`, whose filters come behind the processors.
+        key: for `Sample`, one random key, or one for each row `[B]`. A row's tokens depend on its own key and logits
+            alone: one key is folded with the index of the row, see `row_keys`, and that with the index of the step.
 
     Raises:
-        ValueError: `max_length` is below 1, or end and pad token are the same: a row could not be told from padding.
+        TypeError: the key is no random key.
+        ValueError: `max_length` is below 1; end and pad token are the same: a row could not be told from padding;
+            the end token is not in the vocabulary; `sampling` needs a key and there is none, or not one for each row;
+            the logits are not `[B, V]`.
 
     A user's own step function, which counts down from 3:
 
     >>> def step(tokens, state):
-    ...     return jax.nn.one_hot(tokens - 1, 5), state
+    ...     return 9 * jax.nn.one_hot(tokens - 1, 5), state
     >>> found = generate(step, (), jnp.array([4, 2]), max_length=6, end_token=1)
     >>> print(found.tokens, found.length)
     [[3 2 1 0 0 0]
      [1 0 0 0 0 0]] [3 1]
+
+    It may not say 2, and of 0 and 4, which are as good as 1 then, it takes the lowest:
+
+    >>> from seqattn.decoding import Banned, Sample, Temperature, TopK
+    >>> print(generate(step, (), jnp.array([4]), max_length=4, end_token=1, processors=(Banned((2,)),)).tokens)
+    [[3 0 0 0]]
+
+    Drawn at random, bold enough to stray from the count:
+
+    >>> bold = Sample((Temperature(9.0), TopK(3)))
+    >>> found = generate(step, (), jnp.array([4, 4]), max_length=6, end_token=1, sampling=bold, key=jax.random.key(1))
+    >>> print(found.tokens)
+    [[3 0 2 1 0 0]
+     [1 0 0 0 0 0]]
     """
-    if max_length < 1:
-        raise ValueError(f"max_length ({max_length}) must be at least 1")
-    if end_token == pad_token:
-        raise ValueError(f"end_token and pad_token must differ, both are {end_token}")
+    _check(max_length, end_token, pad_token)
     first_token = jnp.asarray(first_token, jnp.int32)
-    batch = first_token.shape
-    start = Generated(
-        tokens=jnp.full((*batch, max_length), pad_token, jnp.int32),
-        length=jnp.zeros(batch, jnp.int32),
-        log_probability=jnp.zeros(batch, jnp.float32),
-        ended=jnp.zeros(batch, bool),
-        failed=jnp.zeros(batch, bool),
-    )
+    keys = _keys(sampling, key, len(first_token))
+    processors = (*processors, *sampling.filters)
 
     def unfinished(loop: tuple[Array, Array, Any, Generated]) -> Array:
         index, _, _, found = loop
@@ -82,25 +111,75 @@ def generate(
     def advance(loop: tuple[Array, Array, Any, Generated]) -> tuple[Array, Array, Any, Generated]:
         index, tokens, state, found = loop
         logits, state = step(tokens, state)
-        tokens, found = _extend(found, logits, index, end_token, pad_token)
+        logits = _checked(logits, len(first_token), end_token)
+        history = History(found.tokens[:, None], index, first_token[:, None])
+        allowed = process(processors, logits[:, None], history)[:, 0]
+        chosen = sampling.choose(allowed, _step_keys(keys, index))
+        # Not finite where a logit is NaN or inf, or where all are -inf; a processor may hide what the model said.
+        normaliser = log_sum_exp(logits)
+        broken = ~jnp.isfinite(normaliser)
+        broken = broken | ~jnp.isfinite(log_sum_exp(allowed)) if processors else broken
+        gained = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0] - normaliser
+        tokens, found = _extend(found, chosen, gained, broken, index, end_token, pad_token)
         return index + 1, tokens, state, found
 
+    start = _nothing(len(first_token), max_length, pad_token)
     loop = (jnp.zeros((), jnp.int32), first_token, state, start)
     return jax.lax.while_loop(unfinished, advance, loop)[-1]
 
 
+def _check(max_length: int, end_token: int, pad_token: int) -> None:
+    if max_length < 1:
+        raise ValueError(f"max_length ({max_length}) must be at least 1")
+    if end_token == pad_token:
+        raise ValueError(f"end_token and pad_token must differ, both are {end_token}")
+    check_integer("end_token", end_token, minimum=0)
+
+
+def _checked(logits: Array, num_rows: int, end_token: int) -> Float[Array, "B V"]:
+    """The logits in float32, where they are `[B, V]` and the end token is one of V."""
+    if logits.ndim != 2 or len(logits) != num_rows:
+        raise ValueError(f"a step must return logits [B, V] for {num_rows} rows, got the shape {logits.shape}")
+    if end_token >= logits.shape[-1]:
+        raise ValueError(f"end_token ({end_token}) must be below the size of the vocabulary ({logits.shape[-1]})")
+    return logits.astype(jnp.float32)
+
+
+def _nothing(num_rows: int, max_length: int, pad_token: int) -> Generated:
+    return Generated(
+        tokens=jnp.full((num_rows, max_length), pad_token, jnp.int32),
+        length=jnp.zeros(num_rows, jnp.int32),
+        log_probability=jnp.zeros(num_rows, jnp.float32),
+        ended=jnp.zeros(num_rows, bool),
+        failed=jnp.zeros(num_rows, bool),
+    )
+
+
+def _keys(sampling: Sampling, key: Shaped[Array, "..."] | None, num_rows: int) -> Key[Array, "num_rows"] | None:
+    if not sampling.random:
+        return None
+    if key is None:
+        raise ValueError(f"{type(sampling).__name__} needs a key: generate(..., key=jax.random.key(0))")
+    return row_keys(key, num_rows)
+
+
+def _step_keys(keys: Key[Array, "B"] | None, index: Int[Array, ""]) -> Key[Array, "B"] | None:
+    return None if keys is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+
+
 def _extend(
-    found: Generated, logits: Float[Array, "B V"], index: Int[Array, ""], end_token: int, pad_token: int
+    found: Generated,
+    chosen: Int[Array, "B"],
+    gained: Float[Array, "B"],
+    broken: Bool[Array, "B"],
+    index: Int[Array, ""],
+    end_token: int,
+    pad_token: int,
 ) -> tuple[Array, Generated]:
     """The next token of each row, and what was found with it."""
-    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-    # The largest is NaN where any is NaN, and -inf where all are.
-    broken = ~jnp.isfinite(logits.max(axis=-1))
     failed = found.failed | (broken & ~found.ended)
     running = ~(found.ended | failed)
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    token = jnp.where(running, best, pad_token)
-    gained = jnp.take_along_axis(log_probabilities, best[:, None], axis=-1)[:, 0]
+    token = jnp.where(running, chosen, pad_token)
     return token, Generated(
         tokens=found.tokens.at[:, index].set(token),
         length=found.length + running.astype(jnp.int32),

@@ -1,7 +1,7 @@
 """One call of attention, checked and brought to the form that kernels take: exactly one batch dim."""
 
 import math
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,15 @@ import numpy as np
 from jaxtyping import Array
 
 from seqattn.coordinates import Coordinates
+from seqattn.dropout import Dropout, check_dropout
 from seqattn.masks import Mask
-from seqattn.score_mods import ScoreMod
+from seqattn.score_mod import ScoreMod, ScoreModLike, for_kernel
+
+Visible = Mask | Array | None
+"""What `mask=` takes."""
+
+Shaped = Array | jax.ShapeDtypeStruct
+"""An array, or its shape and dtype where nothing is computed."""
 
 
 class Located(TypedDict):
@@ -26,15 +33,51 @@ class Located(TypedDict):
     kv_at: Coordinates
 
 
+def arguments(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    mask: Visible,
+    bias: Array | None,
+    score_mod: ScoreModLike,
+    q_at: Coordinates | None,
+    kv_at: Coordinates | None,
+    scale: float | Array | None,
+    dropout: Dropout | None,
+) -> dict[str, Any]:
+    """The arguments of a kernel: checked, and with exactly one batch dim."""
+    check_arrays(query, key, value)
+    check_dropout(dropout)
+    mod = None if score_mod is None else ScoreMod.of(score_mod)
+    located = locate(query.shape, key.shape, mask, bias, q_at, kv_at, mod)
+    query, key, value = (flatten(x, query.shape[:-3]) for x in (query, key, value))
+    scale, rows = scale_of(scale, query.shape[-1]), None
+    if mod is not None:
+        mod, rows = for_kernel(mod, query, scale, located["q_at"], located["kv_at"])
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        **located,
+        "score_mod": mod,
+        "rows": rows,
+        "scale": scale,
+        "dropout": dropout,
+    }
+
+
 def flatten(x: Array, batch: tuple[int, ...]) -> Array:
     """`[*batch, ...]` as `[B, ...]`."""
     return x.reshape(math.prod(batch), *x.shape[len(batch) :])
 
 
 def scale_of(scale: float | Array | None, head_dim: int) -> float | Array:
-    """The given scale, or `1 / sqrt(head_dim)`; raises ValueError unless it is one number."""
+    """The given scale, or `1 / sqrt(head_dim)`; raises TypeError or ValueError unless it is one number."""
     if scale is None:
         return 1 / math.sqrt(head_dim)
+    if not isinstance(scale, int | float | np.number | np.ndarray | Array) or isinstance(scale, bool):
+        raise TypeError(f"scale must be a number or a scalar array, got {scale!r}")
     if jnp.ndim(scale):
         raise ValueError(f"scale must be a scalar, got shape {jnp.shape(scale)}")
     return scale
@@ -68,6 +111,18 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
     """Raises ValueError unless each key head serves a whole number of query heads."""
     if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})")
+
+
+def check_sinks(sinks: Array | None, query: Shaped) -> Array | None:
+    """Raises unless there are none or one floating number for each head; returns them as an array."""
+    if sinks is None:
+        return None
+    sinks = sinks if isinstance(sinks, jax.ShapeDtypeStruct) else jnp.asarray(sinks)
+    if not jnp.issubdtype(sinks.dtype, jnp.floating):
+        raise TypeError(f"sinks must be floating, got {sinks.dtype}")
+    if sinks.shape != query.shape[-2:-1]:
+        raise ValueError(f"sinks {sinks.shape} must be [N], one logit for each head {query.shape[-2:-1]}")
+    return sinks
 
 
 def locate(

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any, TypedDict
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -24,11 +23,12 @@ from jaxtyping import Array, Bool, Float
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout, kept
 from seqattn.kernels import layouts, tiles
+from seqattn.kernels.captured import capture, varying
 from seqattn.kernels.layouts import At
 from seqattn.kernels.tiles import Grid, Schedule, Steps
 from seqattn.masks import Mask
 from seqattn.precision import accumulator
-from seqattn.score_mods import ScoreMod
+from seqattn.score_mod import ScoreMod
 
 Carry = Any
 """A pytree of arrays that a loop over tiles updates in place."""
@@ -88,7 +88,9 @@ def attend(
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """The output and the log-sum-exp of the logits, as `reference.attend`.
 
-    Reverse mode only: forward-mode and second derivatives are refused; `implementation="reference"` has them.
+    Reverse mode only: forward-mode and second derivatives are refused; `implementation="reference"` has them. Forward
+    mode of a call that an outer `jax.jit` has traced meets JAX's own TypeError ("can't apply forward-mode autodiff"),
+    as JAX differentiates that program when this function has long returned.
     """
     if value.shape[-1] == 0:
         raise NotImplementedError("a value dim of 0 leaves nothing to add up in tiles")
@@ -143,42 +145,16 @@ def prepare(
         "bias": bias,
         "rows": rows,
         "score_mod": score_mod,
-        "mask": _capturing(mask, q_at, kv_at) if isinstance(mask, Mask) else mask,
+        "mask": mask,
         "q_at": q_at,
         "kv_at": kv_at,
         "words": None if dropout is None else dropout.words(),
         "schedule": schedule,
     }
+    at = {"q_at": q_at, "kv_at": kv_at}
+    call["mask"], call["score_mod"] = capture(mask, score_mod, query=query, rows=rows, **at, like=call)
     leaves, tree = jax.tree.flatten(call)
     return Plan(grid, 0.0 if dropout is None else dropout.rate, tree), leaves
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Captured(Mask):
-    """A mask as the program that JAX traced, with all the arrays that it computes with as leaves."""
-
-    arrays: tuple[Any, ...]
-    jaxpr: Any = dataclasses.field(metadata={"static": True})
-
-    def __call__(self, query: Coordinates, key: Coordinates) -> Array:
-        fields = (query.position, query.segment, key.position, key.segment)
-        program = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(self.jaxpr, self.arrays))
-        (may,) = program(*(jnp.asarray(x) for x in fields))
-        return may
-
-
-def _capturing(mask: Mask, q_at: Coordinates, kv_at: Coordinates) -> Mask:
-    """The mask itself, or `_Captured` where its functions close over tracers: JAX must see those to map over them."""
-
-    def one(*fields: Array) -> Array:
-        return jnp.asarray(mask(Coordinates(*fields[:2]), Coordinates(*fields[2:])))
-
-    program = jax.make_jaxpr(one)(*(np.zeros((), x.dtype) for x in jax.tree.leaves((q_at, kv_at))))
-    known = {id(x) for x in jax.tree.leaves(mask)}
-    if not any(isinstance(x, jax.core.Tracer) and id(x) not in known for x in program.consts):
-        return mask
-    return _Captured(tuple(program.consts), program.jaxpr)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -229,7 +205,7 @@ def absorb(plan: Plan, leaves: Leaves, state: State) -> State:
 
     def step(carry: Carry, at: At, partial: bool) -> Carry:
         output, peak, total = (layouts.take(grid, x, at[1], at[0]) for x in carry)
-        scores, *_ = _scores(plan, call, operands, at, partial)
+        scores, *_ = _scores(plan, call, operands, at, partial, gradients=False)
         top = jnp.maximum(peak, scores.max(axis=1))
         # Without the barrier the exponentials would be computed twice, for their sum and for the product.
         weights = lax.optimization_barrier(jnp.exp(scores - _finite(top)[:, None]))
@@ -279,22 +255,8 @@ def backward(
     What `finish` gave may count the keys of other calls, too: then these are the parts due to this one.
     """
     call = plan.call(leaves)
-    grid, dtype, high = plan.grid, output.dtype, accumulator(output.dtype)
-    key, value = _marked(call["key"], call["value"])
-    query = _zero_unless_finite(call["query"])
-    delta = jnp.sum(d_output.astype(high) * output.astype(high), axis=-1) - d_lse
-    operands = {
-        "query": layouts.query_columns(grid, call["query"], _inner_scale(call)),
-        "query_rows": layouts.query_rows(grid, query, _inner_scale(call)),
-        "key": layouts.key_rows(grid, key),
-        "key_columns": layouts.key_columns(grid, _zero_unless_finite(key)),
-        "value": layouts.key_rows(grid, value),
-        "d_output": layouts.query_columns(grid, d_output),
-        "d_output_rows": layouts.query_rows(grid, d_output),
-        "delta": layouts.query_columns(grid, delta[..., None])[:, :, 0],
-        "peak": layouts.query_columns(grid, _finite(peak)[..., None], filler=jnp.inf)[:, :, 0],
-        "log_total": layouts.query_columns(grid, log_total[..., None])[:, :, 0],
-    } | _operands(grid, call, key)
+    grid, high = plan.grid, accumulator(output.dtype)
+    operands = _operands_of_backward(grid, call, output, peak, log_total, d_output, d_lse)
     by_query = {
         "query": jnp.zeros(operands["query"].shape, high),
         "rows": None if call["rows"] is None else jnp.zeros(operands["rows"].shape, high),
@@ -306,33 +268,14 @@ def backward(
     def step(carry: Carry, at: At, partial: bool) -> Carry:
         by_query, by_key, by_pair, whole = carry
         lanes, i, block = at
-        here = {name: layouts.take(grid, operands[name], i, lanes) for name in _OF_QUERIES}
-        here |= {
-            "value": layouts.take_key_rows(grid, operands["value"], lanes, block),
-            "key_columns": layouts.take_key_columns(grid, operands["key_columns"], lanes, block),
-        }
-        scores, pull_back, visible = _scores(plan, call, operands, at, partial)
-        weights = jnp.exp(scores - here["peak"][:, None] - here["log_total"][:, None])
-        weights = lax.optimization_barrier(_where(visible, weights))
-        d_weights = _product("lsv,lvt->lst", here["value"], here["d_output"], high)
-        d_weights = _dropped(plan, call, d_weights, at)
-        d_scores = _where(visible, weights * (d_weights - here["delta"][:, None]))
-        d_products, d_bias, d_rows, d_mod = pull_back(d_scores)
-        d_products = lax.optimization_barrier(d_products.astype(dtype))
-        weights = _dropped(plan, call, weights, at).astype(dtype)
-        d_query = _product("lhs,lst->lht", here["key_columns"], d_products, high)
-        d_key = _product("lst,lth->lsh", d_products, here["query_rows"], high)
-        d_value = _product("lst,ltv->lsv", weights, here["d_output_rows"], high)
+        d = _tile_gradients(plan, call, operands, at, partial)
         by_query = {
-            "query": layouts.add(grid, by_query["query"], d_query, i, lanes),
-            "rows": None if d_rows is None else layouts.add(grid, by_query["rows"], d_rows, i, lanes),
+            "query": layouts.add(grid, by_query["query"], d["query"], i, lanes),
+            "rows": None if d["rows"] is None else layouts.add(grid, by_query["rows"], d["rows"], i, lanes),
         }
-        by_key = {
-            "key": layouts.add_key_rows(grid, by_key["key"], d_key, lanes, block),
-            "value": layouts.add_key_rows(grid, by_key["value"], d_value, lanes, block),
-        }
-        by_pair = None if d_bias is None else layouts.add_pairs(grid, by_pair, d_bias, at)
-        return by_query, by_key, by_pair, [a + b.astype(a.dtype) for a, b in zip(whole, d_mod, strict=True)]
+        by_key = {name: layouts.add_key_rows(grid, by_key[name], d[name], lanes, block) for name in ("key", "value")}
+        by_pair = None if d["bias"] is None else layouts.add_pairs(grid, by_pair, d["bias"], at)
+        return by_query, by_key, by_pair, [a + b.astype(a.dtype) for a, b in zip(whole, d["score_mod"], strict=True)]
 
     by_query, by_key, by_pair, whole = _visit(call, step, (by_query, by_key, by_pair, whole))
     unscaled = layouts.from_columns(grid, by_query["query"])
@@ -341,10 +284,57 @@ def backward(
         "query": unscaled * call["scale"],
         "key": layouts.from_key_rows(grid, by_key["key"]) * outer,
         "value": layouts.from_key_rows(grid, by_key["value"]),
-        "scale": jnp.sum(unscaled * query.astype(high)),
+        "scale": jnp.sum(unscaled * _zero_unless_finite(call["query"]).astype(high)),
         "bias": None if call["bias"] is None else by_pair[:, :, : call["bias"].shape[2], : call["bias"].shape[3]],
         "rows": None if by_query["rows"] is None else layouts.from_query_rows(grid, by_query["rows"]),
         "score_mod": whole,
+    }
+
+
+def _operands_of_backward(
+    grid: Grid, call: Call, output: Array, peak: Array, log_total: Array, d_output: Array, d_lse: Array
+) -> dict[str, Array]:
+    """What tiles of the backward pass are cut from: queries, keys, values and what `finish` and the caller gave."""
+    high = accumulator(output.dtype)
+    key, value = _marked(call["key"], call["value"])
+    delta = jnp.sum(d_output.astype(high) * output.astype(high), axis=-1) - d_lse
+    return {
+        "query": layouts.query_columns(grid, call["query"], _inner_scale(call)),
+        "query_rows": layouts.query_rows(grid, _zero_unless_finite(call["query"]), _inner_scale(call)),
+        "key": layouts.key_rows(grid, key),
+        "key_columns": layouts.key_columns(grid, _zero_unless_finite(key)),
+        "value": layouts.key_rows(grid, value),
+        "d_output": layouts.query_columns(grid, d_output),
+        "d_output_rows": layouts.query_rows(grid, d_output),
+        "delta": layouts.query_columns(grid, delta[..., None])[:, :, 0],
+        "peak": layouts.query_columns(grid, _finite(peak)[..., None], filler=jnp.inf)[:, :, 0],
+        "log_total": layouts.query_columns(grid, log_total[..., None])[:, :, 0],
+    } | _operands(grid, call, key)
+
+
+def _tile_gradients(plan: Plan, call: Call, operands: dict[str, Array], at: At, partial: bool) -> dict[str, Any]:
+    """What the pairs of a tile add to the gradients, by the names of `backward`; of the query before the scale."""
+    grid, dtype, high = plan.grid, call["query"].dtype, accumulator(call["query"].dtype)
+    lanes, i, block = at
+    here = {name: layouts.take(grid, operands[name], i, lanes) for name in _OF_QUERIES}
+    value = layouts.take_key_rows(grid, operands["value"], lanes, block)
+    key = layouts.take_key_columns(grid, operands["key_columns"], lanes, block)
+    scores, pull_back, visible = _scores(plan, call, operands, at, partial, gradients=True)
+    weights = jnp.exp(scores - here["peak"][:, None] - here["log_total"][:, None])
+    weights = lax.optimization_barrier(_where(visible, weights))
+    d_weights = _product("lsv,lvt->lst", value, here["d_output"], high)
+    d_weights = _dropped(plan, call, d_weights, at)
+    d_scores = _where(visible, weights * (d_weights - here["delta"][:, None]))
+    d_products, d_bias, d_rows, d_mod = pull_back(d_scores)
+    d_products = lax.optimization_barrier(d_products.astype(dtype))
+    weights = _dropped(plan, call, weights, at).astype(dtype)
+    return {
+        "query": _product("lhs,lst->lht", key, d_products, high),
+        "key": _product("lst,lth->lsh", d_products, here["query_rows"], high),
+        "value": _product("lst,ltv->lsv", weights, here["d_output_rows"], high),
+        "bias": d_bias,
+        "rows": d_rows,
+        "score_mod": d_mod,
     }
 
 
@@ -370,33 +360,18 @@ def _visit(call: Call, step: Callable[..., Carry], carry: Carry) -> Carry:
     return carry
 
 
-def varying(tree: Any, like: Any) -> Any:
-    """`tree` as different on each device of a `jax.shard_map` as the leaves of `like` are together.
-
-    A loop keeps the type of its carry there, and what is the same on all devices gets the sum of their gradients.
-    """
-    axes = _axes(*jax.tree.leaves(like))
-
-    def cast(x: Any) -> Any:
-        missing = axes - _axes(x)
-        return lax.pcast(x, tuple(missing), to="varying") if missing else x
-
-    return jax.tree.map(cast, tree)
-
-
-def _axes(*arrays: Any) -> frozenset[str]:
-    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
-
-
 def _loop(steps: Steps, step: Callable[[Carry, Array], Carry], carry: Carry) -> Carry:
     count = steps.at.shape[0] if steps.count is None else steps.count
     return lax.fori_loop(0, count, lambda n, carry: step(carry, jnp.asarray(steps.at)[n]), carry)
 
 
 def _scores(
-    plan: Plan, call: Call, operands: dict[str, Array], at: At, partial: bool
+    plan: Plan, call: Call, operands: dict[str, Array], at: At, partial: bool, *, gradients: bool
 ) -> tuple[Array, Callable[[Array], tuple], Array | None]:
-    """The logits of a tile `[lanes, keys, columns]`, how gradients go back, and who may attend (None: all)."""
+    """The logits of a tile `[lanes, keys, columns]`, how gradients go back, and who may attend (None: all).
+
+    Without `gradients` none goes back: a score_mod need not have a derivative where nobody asks for it.
+    """
     grid, high = plan.grid, accumulator(call["query"].dtype)
     lanes, i, block = at
     key, query = (
@@ -419,7 +394,11 @@ def _scores(
     pull_mod = None
     if call["score_mod"] is not None:
         rows = None if call["rows"] is None else layouts.take(grid, operands["rows"], i, lanes)
-        scores, pull_mod = jax.vjp(modify, scores, _floating(call["score_mod"]), rows)
+        floating = _floating(call["score_mod"])
+        if gradients:
+            scores, pull_mod = jax.vjp(modify, scores, floating, rows)
+        else:
+            scores = modify(scores, floating, rows)
         bad = layouts.take_key_rows(grid, operands["bad_keys"], lanes, block)
         bad = bad + layouts.take(grid, operands["bad_queries"], i, lanes)
         scores = jnp.where(scores == -jnp.inf, scores, scores + bad)
@@ -437,7 +416,7 @@ def _scores(
         tile = layouts.by_head(grid, scores)
         visible = jnp.broadcast_to(visible, tile.shape).reshape(scores.shape)
         scores = jnp.where(visible, scores, jnp.full_like(scores, -jnp.inf))
-    return scores, pull_back, visible if pull_mod is None else scores != -jnp.inf
+    return scores, pull_back, visible if call["score_mod"] is None else scores != -jnp.inf
 
 
 def _visible(grid: Grid, call: Call, operands: dict[str, Array], at: At) -> Bool[Array, "..."]:

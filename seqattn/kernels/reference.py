@@ -9,7 +9,7 @@ score modification, then the mask. A kernel that cannot serve a call raises NotI
 The contract, which every kernel keeps:
 - a row that may attend to nothing gives zeros, a log-sum-exp of -inf, and zero gradients;
 - what a masked key, a masked value or the query of an empty row holds (NaN, Inf) leaves no trace, forward or backward;
-- a visible key or value that is not finite makes the row NaN;
+- a visible key or value that is not finite makes the row NaN, also where dropout drops its weight;
 - a score of -inf, by a bias or by a score modification, masks the pair; the latter sees a score of 0 where masked;
 - dropout keeps the weight of query t and key s where `Dropout.keep((b * N + n) * T + t, s)` does;
 - the softmax, the log-sum-exp and all sums are float32 at least.
@@ -23,7 +23,7 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.masks import Mask
 from seqattn.precision import accumulator
-from seqattn.score_mods import ScoreMod
+from seqattn.score_mod import ScoreMod
 
 
 def attend(
@@ -147,4 +147,5 @@ def _dropped(weights: Float[Array, "B N T S"], dropout: Dropout | None) -> Float
     batch, num_heads, length, size = weights.shape
     row = jnp.arange(batch * num_heads * length, dtype=jnp.uint32).reshape(batch, num_heads, length, 1)
     keep = dropout.keep(row, jnp.arange(size, dtype=jnp.uint32).reshape(1, 1, 1, size))
-    return jnp.where(keep, weights / (1 - dropout.rate), jnp.zeros_like(weights))
+    # Of a row that is NaN every weight stays NaN, dropped or not.
+    return jnp.where(keep, weights / (1 - dropout.rate), weights * 0)

@@ -23,11 +23,12 @@ from jaxtyping import Array, Bool, Float
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels import chunked
+from seqattn.kernels.captured import capture, varying
 from seqattn.kernels.chunked import Leaves
 from seqattn.kernels.tiles import Grid
 from seqattn.masks import Mask
 from seqattn.precision import accumulator
-from seqattn.score_mods import ScoreMod
+from seqattn.score_mod import ScoreMod
 
 Call = dict[str, Any]
 """The arguments of `attend` that are traced, by their names."""
@@ -111,7 +112,11 @@ def attend(
     # What travels differs on each device, and so does all that is made of it. No coordinate stays known at trace time:
     # the grid must be the same for the block that is here as for those that will be.
     call = jax.tree.map(jnp.asarray, call)
-    leaves, tree = jax.tree.flatten(chunked.varying(call, [call, lax.axis_index(axis_name)]))
+    here, at = lax.axis_index(axis_name), {name: call[name] for name in ("q_at", "kv_at")}
+    call["mask"], call["score_mod"] = capture(
+        call["mask"], call["score_mod"], query=query, rows=rows, **at, like=[call, here]
+    )
+    leaves, tree = jax.tree.flatten(varying(call, [call, here]))
     plan, _ = _step(call, _block(call), 0)
     return _attend(Ring(axis_name, devices, plan.grid, tree), leaves)
 
@@ -173,7 +178,7 @@ def _results(ring: Ring, leaves: Leaves) -> tuple[Array, Array, Array]:
         return ring.send(block), absorb(step, block, state)
 
     first = _step(call, _block(call), ring.source(0))
-    block, state = _block(call), chunked.varying(chunked.start(*first), leaves)
+    block, state = _block(call), varying(chunked.start(*first), leaves)
     last = ring.devices - 1
     if last:
         block, state = lax.fori_loop(0, last, absorb_and_send, (block, state))
@@ -189,7 +194,7 @@ def _gradients(
     call, high = ring.call(leaves), accumulator(output.dtype)
 
     def zeros(tree: Any) -> Any:
-        return chunked.varying(jax.tree.map(lambda x: jnp.zeros(x.shape, high), tree), leaves)
+        return varying(jax.tree.map(lambda x: jnp.zeros(x.shape, high), tree), leaves)
 
     def add(step: int | Array, block: Block, travelling: Call, resting: Call) -> tuple[Call, Call]:
         source, total = ring.source(step), travelling | resting

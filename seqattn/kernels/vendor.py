@@ -26,7 +26,7 @@ from seqattn.kernels import chunked, reference
 from seqattn.kernels.call import Located
 from seqattn.masks import And, Causal, Mask, NotPadding, SameSegment, SlidingWindow
 from seqattn.precision import accumulator
-from seqattn.score_mods import ScoreMod
+from seqattn.score_mod import ScoreMod
 
 # jax.nn hides a score by putting -0.7 times the largest float32 in its place.
 _ABOVE_HIDDEN = np.float32(-0.5 * np.finfo(np.float32).max)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from seqattn.coordinates import Coordinates
 
 State = Any
-"""Everything that the next step needs: a pytree whose every leaf has the batch as its first axis."""
+"""Everything that the next step needs: a pytree as `seqattn.decoding.Step` wants it."""
 
 
 class EncoderDecoder(Protocol):
@@ -26,8 +26,16 @@ class EncoderDecoder(Protocol):
     def start(self, memory: Any, max_length: int) -> State:
         """The state before the first step, with room for `max_length` steps."""
 
-    def step(self, tokens: Int[Array, "B"], state: State) -> tuple[Float[Array, "B V"], State]:
-        """Logits `[B, V]` of the token after `tokens` `[B]`, and the next state; equal to `decode` step by step."""
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: State
+    ) -> tuple[Float[Array, "B T V"], State]:
+        """Many target tokens at once, `lengths[i]` of row i: logits after each, and the state after the last."""
+
+    def step(self, tokens: Int[Array, "R"], state: State) -> tuple[Float[Array, "R V"], State]:
+        """Logits `[R, V]` of the token after `tokens` `[R]`, and the next state; equal to `decode` step by step.
+
+        R is B, or B times the hypotheses of a row after `seqattn.decoding.branch`.
+        """
 
     def alignment(self, target: Int[Array, "B T"], target_at: Coordinates, memory: Any) -> Float[Array, "B L T S"]:
         """Where each target token looks in the source: weights of L heads, `[B, L, T, S]`; L may be 0."""

@@ -10,11 +10,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from seqattn.coordinates import Coordinates
+from seqattn.decoding.state import Shared
 from seqattn.dropout import drop, split
 from seqattn.nn.embedding import TokenEmbedding
 from seqattn.nn.key_value import KeyValue
 from seqattn.nn.recurrent import Carry, Cell, Direction, Recurrent, RecurrentEncoder
 from seqattn.nn.scored_attention import Score, ScoredAttention
+from seqattn.precision import accumulator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +60,20 @@ class Seq2SeqMemory:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Seq2SeqState:
-    """The decoder between two steps.
+    """The decoder between two steps, of one hypothesis a row or of several (R hypotheses of B rows).
 
     Attributes:
-        carries: the decoder's state `[B, H]`, a layer each.
-        attentional: what the last step attended to, combined with its state `[B, H]`; None without input feeding.
-        memory: encoder states to attend to, or None without attention.
+        carries: the decoder's state `[R, H]`, a layer each.
+        attentional: what the last step attended to, combined with its state `[R, H]`; None without input feeding.
+        weights: where the last step looked in the source, `[R, S]`; None without attention.
+        memory: encoder states `[B, S, 1, H]` to attend to, which all hypotheses of a row share, or None without
+            attention.
     """
 
     carries: tuple[Carry, ...]
     attentional: Array | None
-    memory: KeyValue | None
+    weights: Array | None
+    memory: Shared
 
 
 class Seq2Seq(nnx.Module):
@@ -140,7 +145,7 @@ class Seq2Seq(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """Logits `[B, T, V]` of the token after each of `target` `[B, T]`."""
         keys = split(dropout_key, 2)
-        features, _ = self._unroll(target, target_at, memory, keys[0])
+        features, _, _ = self._unroll(target, target_at, self.start(memory, target.shape[1]), keys[0])
         return self.output(drop(features, self.config.dropout_rate, keys[1]))
 
     def start(self, memory: Seq2SeqMemory, max_length: int) -> Seq2SeqState:
@@ -148,18 +153,31 @@ class Seq2Seq(nnx.Module):
         del max_length
         hidden = jax.tree.leaves(memory.carries)[0]
         attentional = jnp.zeros_like(hidden) if self.config.input_feeding else None
-        return Seq2SeqState(memory.carries, attentional, memory.key_value)
+        seen = memory.key_value
+        weights = None if seen is None else jnp.zeros(seen.at.shape, accumulator(seen.key.dtype))
+        return Seq2SeqState(memory.carries, attentional, weights, Shared(seen))
 
-    def step(self, tokens: Int[Array, "B"], state: Seq2SeqState) -> tuple[Float[Array, "B V"], Seq2SeqState]:
-        """Logits `[B, V]` of the token after `tokens` `[B]`, and the next state."""
-        features, _, state = self._advance(self.embedding(tokens), state, None)
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: Seq2SeqState
+    ) -> tuple[Float[Array, "B T V"], Seq2SeqState]:
+        """Many target tokens at once: the logits after each of `tokens` `[B, T]`, and the state after the last.
+
+        Row i has `lengths[i]` tokens and then padding, which is stepped over. A text may come in pieces of any size.
+        """
+        at = Coordinates.from_lengths(lengths, tokens.shape[1])
+        features, _, state = self._unroll(tokens, at, state, None)
+        return self.output(features), state
+
+    def step(self, tokens: Int[Array, "R"], state: Seq2SeqState) -> tuple[Float[Array, "R V"], Seq2SeqState]:
+        """Logits `[R, V]` of the token after `tokens` `[R]`, and the next state."""
+        features, state = self._advance(self.embedding(tokens), state, None)
         return self.output(features), state
 
     def alignment(
         self, target: Int[Array, "B T"], target_at: Coordinates, memory: Seq2SeqMemory
     ) -> Float[Array, "B L T S"]:
         """Where each target token looks in the source, `[B, 1, T, S]`; `[B, 0, T, 0]` without attention."""
-        _, weights = self._unroll(target, target_at, memory, None)
+        _, weights, _ = self._unroll(target, target_at, self.start(memory, target.shape[1]), None)
         return jnp.zeros((len(target), 0, target.shape[1], 0)) if weights is None else weights[:, None]
 
     def _embed(self, tokens: Array, at: Coordinates) -> Array:
@@ -168,9 +186,9 @@ class Seq2Seq(nnx.Module):
         return self.embedding(jnp.where(real, tokens, jnp.zeros_like(tokens)))
 
     def _unroll(
-        self, target: Array, target_at: Coordinates, memory: Seq2SeqMemory, dropout_key: PRNGKeyArray | None
-    ) -> tuple[Array, Array | None]:
-        """Features `[B, T, H]` and weights `[B, T, S]` of every target token, one step after the other.
+        self, target: Array, target_at: Coordinates, state: Seq2SeqState, dropout_key: PRNGKeyArray | None
+    ) -> tuple[Array, Array | None, Seq2SeqState]:
+        """Features `[B, T, H]` and weights `[B, T, S]` of every target token, one step after the other; the last state.
 
         Padding is stepped over, wherever it is: the state is held.
         """
@@ -181,23 +199,23 @@ class Seq2Seq(nnx.Module):
         def advance(state: Seq2SeqState, token: tuple[Array, Array, Array]) -> tuple[Seq2SeqState, tuple]:
             index, vector, present = token
             key = None if keys[1] is None else jax.random.fold_in(keys[1], index)
-            features, weights, moved = self._advance(vector, state, key)
-            carries, attentional = jax.tree.map(
+            features, moved = self._advance(vector, state, key)
+            carries, attentional, weights = jax.tree.map(
                 lambda new, old: jnp.where(present[:, None], new, old),
-                (moved.carries, moved.attentional),
-                (state.carries, state.attentional),
+                (moved.carries, moved.attentional, moved.weights),
+                (state.carries, state.attentional, state.weights),
             )
-            return Seq2SeqState(carries, attentional, state.memory), (features, weights)
+            return Seq2SeqState(carries, attentional, weights, state.memory), (features, moved.weights)
 
         steps = (jnp.arange(target.shape[1]), jnp.moveaxis(embedded, 1, 0), real.T)
-        _, results = jax.lax.scan(advance, self.start(memory, target.shape[1]), steps)
+        state, results = jax.lax.scan(advance, state, steps)
         features, weights = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), results)
-        return features, weights
+        return features, weights, state
 
     def _advance(
-        self, embedded: Float[Array, "B E"], state: Seq2SeqState, dropout_key: PRNGKeyArray | None
-    ) -> tuple[Array, Array | None, Seq2SeqState]:
-        """One step: features `[B, H]`, weights `[B, S]`, next state."""
+        self, embedded: Float[Array, "R E"], state: Seq2SeqState, dropout_key: PRNGKeyArray | None
+    ) -> tuple[Array, Seq2SeqState]:
+        """One step: features `[R, H]` and the next state."""
         x = embedded if state.attentional is None else jnp.concatenate([embedded, state.attentional], axis=-1)
         carries = []
         for i, (layer, carry, key) in enumerate(
@@ -205,15 +223,20 @@ class Seq2Seq(nnx.Module):
         ):
             carry, x = layer.step(carry, drop(x, self.config.dropout_rate, key) if i else x)
             carries.append(carry)
-        features, weights = self._look(x, state.memory)
+        features, weights = self._look(x, state.memory.value)
         attentional = None if state.attentional is None else features
-        return features, weights, Seq2SeqState(tuple(carries), attentional, state.memory)
+        return features, Seq2SeqState(tuple(carries), attentional, weights, state.memory)
 
-    def _look(self, query: Float[Array, "B H"], memory: KeyValue | None) -> tuple[Array, Array | None]:
-        """The decoder's top state combined with its context, and the weights; the state itself without attention."""
+    def _look(self, query: Float[Array, "R H"], memory: KeyValue | None) -> tuple[Array, Array | None]:
+        """The decoder's top state combined with its context, and the weights; the state itself without attention.
+
+        The hypotheses of a row look side by side, as queries of one row.
+        """
         if self.attention is None or self.combine is None or memory is None:
             return query, None
-        now = jnp.ones((len(query), 1), jnp.int32)
-        context, weights = self.attention(query[:, None], Coordinates(now, now), memory)
-        combined = self.combine(jnp.concatenate([context[:, 0], query], axis=-1))
-        return jnp.tanh(combined), weights[:, 0]
+        rows = memory.at.shape[0]
+        queries = query.reshape(rows, len(query) // max(1, rows), query.shape[-1])
+        now = jnp.ones(queries.shape[:2], jnp.int32)
+        context, weights = self.attention(queries, Coordinates(now, now), memory)
+        combined = self.combine(jnp.concatenate([context.reshape(query.shape), query], axis=-1))
+        return jnp.tanh(combined), weights.reshape(len(query), weights.shape[-1])

@@ -10,11 +10,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from seqattn.coordinates import Coordinates
+from seqattn.decoding.state import Shared
 from seqattn.dropout import drop, split
-from seqattn.masks import Causal, SameSegment
+from seqattn.masks import Causal, SameSegment, SlidingWindow
 from seqattn.nn.blocks import BlockConfig, DecoderBlock, EncoderBlock
+from seqattn.nn.cache import Cache, RingCache, StaticCache
 from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
-from seqattn.nn.key_value import KeyValue
+from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.positions import sinusoidal
 
 
@@ -55,6 +57,10 @@ class TransformerConfig:
     """How the order of tokens enters."""
     share_embeddings: bool = True
     """One table for source tokens, target tokens and logits; else one for the source, one for target and logits."""
+    logits_bias: bool = False
+    """A trained number for each token, added to its logits."""
+    decoder_window: int | None = None
+    """A target token sees so many of the latest target tokens, itself included; None for all of them."""
 
     @classmethod
     def base(cls, vocab_size: int) -> "TransformerConfig":
@@ -85,16 +91,17 @@ class TransformerMemory:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TransformerState:
-    """The decoder between two steps.
+    """The decoder between two steps, of one hypothesis a row or of several (R hypotheses of B rows).
 
     Attributes:
-        caches: keys and values of the tokens so far, for each decoder block, `[B, max_length, K, H]`.
-        memory: the encoded source.
-        position: how many tokens each row has seen, `[B]`.
+        caches: keys and values of the tokens so far, for each decoder block.
+        memory: what each decoder block sees of the source, and the segment `[B]` of the text: all hypotheses of a row
+            share it.
+        position: how many tokens each hypothesis has seen, `[R]`.
     """
 
-    caches: tuple[KeyValue, ...]
-    memory: TransformerMemory
+    caches: tuple[Cache, ...]
+    memory: Shared
     position: Array
 
 
@@ -144,7 +151,9 @@ class Transformer(nnx.Module):
                 for _ in range(config.num_encoder_layers)
             ]
         )
-        masks: dict[str, Any] = {"mask": Causal() & SameSegment(), "memory_mask": SameSegment()}
+        window = config.decoder_window
+        within = Causal() & SameSegment() if window is None else SlidingWindow(window) & SameSegment()
+        masks: dict[str, Any] = {"mask": within, "memory_mask": SameSegment()}
         self.decoder = nnx.List(
             [
                 DecoderBlock(config.block, **masks, rotary_base=rotary_base, **sizes)
@@ -153,8 +162,9 @@ class Transformer(nnx.Module):
         )
         # With the norm first the sum that leaves the last block was never normalised (Xiong 2020).
         final = config.block.norm_first
-        self.encoder_norm = nnx.LayerNorm(dim, **sizes) if final else None
-        self.decoder_norm = nnx.LayerNorm(dim, **sizes) if final else None
+        self.encoder_norm = config.block.norm(**sizes) if final else None
+        self.decoder_norm = config.block.norm(**sizes) if final else None
+        self.logits_bias = nnx.Param(jnp.zeros(config.vocab_size, param_dtype)) if config.logits_bias else None
 
     def encode(
         self, source: Int[Array, "B S"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
@@ -186,30 +196,66 @@ class Transformer(nnx.Module):
         return self._logits(x)
 
     def start(self, memory: TransformerMemory, max_length: int) -> TransformerState:
-        """The state before the first step: empty caches of `max_length` tokens; one text a row, not packed ones."""
-        batch = memory.segment.shape
+        """The state before the first step, with room for `max_length` tokens; one text a row, not packed ones.
 
-        def cache(like: KeyValue) -> KeyValue:
-            _, _, num_kv_heads, head_dim = like.key.shape
-            return KeyValue.empty(batch, max_length, num_kv_heads, head_dim, dtype=like.key.dtype)
+        Of a decoder with a window only the window is kept, and `max_length` sets no limit.
+        """
+        (batch,) = memory.segment.shape
+
+        def cache(like: KeyValue) -> Cache:
+            sizes: dict[str, Any] = {"num_kv_heads": like.key.shape[2], "head_dim": like.key.shape[3]}
+            sizes |= {"dtype": like.key.dtype}
+            if self.config.decoder_window is not None:
+                return RingCache.empty(batch, self.config.decoder_window, **sizes)
+            return StaticCache.empty(batch, max_length, **sizes)
 
         caches = tuple(cache(key_value) for key_value in memory.key_values)
-        return TransformerState(caches, memory, jnp.zeros(batch, jnp.int32))
+        seen = tuple(KeyColumns.of(key_value) for key_value in memory.key_values)
+        return TransformerState(caches, Shared((seen, memory.segment)), jnp.zeros(batch, jnp.int32))
 
-    def step(self, tokens: Int[Array, "B"], state: TransformerState) -> tuple[Float[Array, "B V"], TransformerState]:
-        """Logits `[B, V]` of the token after `tokens` `[B]`, and the next state.
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: TransformerState
+    ) -> tuple[Float[Array, "B T V"], TransformerState]:
+        """Many target tokens at once: the logits after each of `tokens` `[B, T]`, and the state after the last.
+
+        Row i has `lengths[i]` tokens and then padding, which takes room in the cache and is seen by nobody. A text may
+        come in pieces of any size.
 
         Raises:
             ValueError: the caches are full. Inside `jit`, where that cannot be raised, the logits are NaN.
         """
-        at = Coordinates(state.position[:, None], state.memory.segment[:, None])
-        x = self._embed(self.embedding, self.target_positions, tokens[:, None], at, None)
+        new = Coordinates.from_lengths(lengths, tokens.shape[1])
+        at = Coordinates(state.position[:, None] + new.position, state.memory.value[1][:, None] * new.segment)
+        logits, caches = self._continue(tokens, at, state)
+        return logits, TransformerState(caches, state.memory, state.position + jnp.asarray(lengths, jnp.int32))
+
+    def step(self, tokens: Int[Array, "R"], state: TransformerState) -> tuple[Float[Array, "R V"], TransformerState]:
+        """Logits `[R, V]` of the token after `tokens` `[R]`, and the next state.
+
+        The hypotheses of a row are queries side by side, so that they share its memory and its cache.
+
+        Raises:
+            ValueError: the caches are full. Inside `jit`, where that cannot be raised, the logits are NaN.
+        """
+        segment = state.memory.value[1]
+        beams = (len(segment), len(tokens) // max(1, len(segment)))
+        position = state.position.reshape(beams)
+        at = Coordinates(position, jnp.broadcast_to(segment[:, None], position.shape))
+        logits, caches = self._continue(tokens.reshape(beams), at, state)
+        state = TransformerState(caches, state.memory, state.position + 1)
+        return logits.reshape(*tokens.shape, logits.shape[-1]), state
+
+    def _continue(
+        self, tokens: Int[Array, "B T"], at: Coordinates, state: TransformerState
+    ) -> tuple[Float[Array, "B T V"], tuple[Cache, ...]]:
+        """Logits after tokens that are appended to the caches."""
+        x = self._embed(self.embedding, self.target_positions, tokens, at, None)
         caches = []
-        for block, cache, key_value in zip(self.decoder, state.caches, state.memory.key_values, strict=True):
-            cache = cache.write(block.project(x, at), state.position)
-            x = block(x, at, cache, key_value)
+        for block, cache, memory in zip(self.decoder, state.caches, state.memory.value[0], strict=True):
+            cache, seen = cache.append(block.project(x, at))
+            x = block(x, at, seen, memory)
             caches.append(cache)
-        return self._logits(x)[:, 0], TransformerState(tuple(caches), state.memory, state.position + 1)
+        return self._logits(x), tuple(caches)
 
     def alignment(
         self, target: Int[Array, "B T"], target_at: Coordinates, memory: TransformerMemory
@@ -243,4 +289,5 @@ class Transformer(nnx.Module):
         return drop(x, self.config.block.dropout_rate, dropout_key)
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        return self.embedding.logits(x if self.decoder_norm is None else self.decoder_norm(x))
+        logits = self.embedding.logits(x if self.decoder_norm is None else self.decoder_norm(x))
+        return logits if self.logits_bias is None else logits + self.logits_bias[...].astype(logits.dtype)[None, None]

@@ -2,27 +2,33 @@
 
 from seqattn.nn.attention import MultiHeadAttention
 from seqattn.nn.blocks import BlockConfig, DecoderBlock, EncoderBlock, Residual
+from seqattn.nn.cache import Cache, PagedCache, RingCache, StaticCache
 from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
 from seqattn.nn.feed_forward import Activation, FeedForward
-from seqattn.nn.key_value import KeyValue
+from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.nn.recurrent import Cell, Direction, Recurrent, RecurrentEncoder
 from seqattn.nn.scored_attention import Score, ScoredAttention
 
 __all__ = [
     "Activation",
     "BlockConfig",
+    "Cache",
     "Cell",
     "DecoderBlock",
     "Direction",
     "EncoderBlock",
     "FeedForward",
+    "KeyColumns",
     "KeyValue",
     "MultiHeadAttention",
+    "PagedCache",
     "PositionEmbedding",
     "Recurrent",
     "RecurrentEncoder",
     "Residual",
+    "RingCache",
     "Score",
     "ScoredAttention",
+    "StaticCache",
     "TokenEmbedding",
 ]

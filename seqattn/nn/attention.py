@@ -9,10 +9,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from seqattn.attention import attend, attention_weights
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout, check_rate
+from seqattn.kernels import columns
 from seqattn.kernels.call import check_heads
 from seqattn.masks import Mask
-from seqattn.nn.key_value import KeyValue
+from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.positions import angular_frequencies, rotate
+
+_FEW = 64
+"""So many queries compute all their scores at once; more read a cache in tiles."""
 
 
 class MultiHeadAttention(nnx.Module):
@@ -21,7 +25,7 @@ class MultiHeadAttention(nnx.Module):
     The keys and values come from `project`, and it is the caller who says where they live:
 
     - self attention: `attention(x, at, attention.project(x, at))`
-    - a cached step: `kv = kv.write(attention.project(x, at), slot); attention(x, at, kv)`
+    - a cached step: `cache, kv = cache.append(attention.project(x, at)); attention(x, at, kv)` (nn/cache.py)
     - cross attention: `memory = attention.project(encoded, source_at)` once, then `attention(x, at, memory)`
 
     Args:
@@ -95,24 +99,45 @@ class MultiHeadAttention(nnx.Module):
         return KeyValue(key, value, jax.tree.map(lambda field: jnp.broadcast_to(field, x.shape[:-1]), at))
 
     def __call__(
-        self, x: Float[Array, "*batch T D"], at: Coordinates, kv: KeyValue, *, dropout_key: PRNGKeyArray | None = None
+        self,
+        x: Float[Array, "*batch T D"],
+        at: Coordinates,
+        kv: KeyValue | KeyColumns,
+        *,
+        dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch T D"]:
-        """What the tokens `x` `[*batch, T, D]` find in `kv`; `[*batch, T, D]`. Without a dropout key nothing drops."""
+        """What the tokens `x` `[*batch, T, D]` find in `kv`; `[*batch, T, D]`. Without a dropout key nothing drops.
+
+        Few tokens read the columns of a cache as they lie.
+        """
         query = self._heads(self.query(x), self.num_heads, self.query_norm, at)
-        output = attend(
-            query,
-            kv.key,
-            kv.value,
-            **self._visible(at, kv),
-            dropout=None if dropout_key is None else Dropout(self.dropout_rate, dropout_key),
-            implementation=self.implementation,
-        )
+        few = x.shape[-2] <= _FEW and self.implementation is None and dropout_key is None
+        if isinstance(kv, KeyColumns) and (few or kv.visible is not None):
+            output = self._attend_columns(query, at, kv)
+        else:
+            kv = kv.rows() if isinstance(kv, KeyColumns) else kv
+            output = attend(
+                query,
+                kv.key,
+                kv.value,
+                **self._visible(at, kv),
+                dropout=None if dropout_key is None else Dropout(self.dropout_rate, dropout_key),
+                implementation=self.implementation,
+            )
         return self.output(output.reshape(*x.shape[:-1], self.num_heads * self.head_dim))
 
     def weights(self, x: Float[Array, "*batch T D"], at: Coordinates, kv: KeyValue) -> Float[Array, "*batch N T S"]:
         """The attention weights of the same call, for looking at; `[*batch, N, T, S]`."""
         query = self._heads(self.query(x), self.num_heads, self.query_norm, at)
         return attention_weights(query, kv.key, **self._visible(at, kv))
+
+    def _attend_columns(self, query: Float[Array, "B T N H"], at: Coordinates, kv: KeyColumns) -> Array:
+        visible = kv.visible
+        if self.mask is not None:
+            allowed = self.mask.dense(at, kv.at)
+            visible = allowed if visible is None else visible & allowed
+        scale = self.head_dim**-0.5
+        return columns.attend(query, kv.key, kv.value, finite=kv.finite, visible=visible, scale=scale)
 
     def _visible(self, at: Coordinates, kv: KeyValue) -> dict:
         return {} if self.mask is None else {"mask": self.mask, "q_at": at, "kv_at": kv.at}

@@ -13,7 +13,7 @@ from seqattn.dropout import check_rate, drop, split
 from seqattn.masks import Mask
 from seqattn.nn.attention import MultiHeadAttention
 from seqattn.nn.feed_forward import Activation, FeedForward
-from seqattn.nn.key_value import KeyValue
+from seqattn.nn.key_value import KeyColumns, KeyValue
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,10 @@ class BlockConfig:
     """`x + f(norm(x))` instead of `norm(x + f(x))`."""
     qk_norm: bool = False
     """RMS norm of each query and key head."""
+    attention_bias: bool = False
+    """Biases of the four projections of each attention."""
+    norm_epsilon: float = 1e-6
+    """Added to the variance that layer norms divide by."""
     dropout_rate: float = 0.1
     """Of each sublayer's output."""
     attention_dropout_rate: float = 0.0
@@ -54,10 +58,15 @@ class BlockConfig:
             mask=mask,
             rotary_base=rotary_base,
             qk_norm=self.qk_norm,
+            use_bias=self.attention_bias,
             dropout_rate=self.attention_dropout_rate,
             param_dtype=param_dtype,
             rngs=rngs,
         )
+
+    def norm(self, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
+        """A layer norm (Ba 2016)."""
+        return nnx.LayerNorm(self.model_dim, epsilon=self.norm_epsilon, param_dtype=param_dtype, rngs=rngs)
 
     def feed_forward(self, param_dtype: DTypeLike, rngs: nnx.Rngs) -> FeedForward:
         """The feed-forward network of a block."""
@@ -78,7 +87,7 @@ class Residual(nnx.Module):
     def __init__(self, config: BlockConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         check_rate(config.dropout_rate)
         self.norm_first, self.dropout_rate = config.norm_first, config.dropout_rate
-        self.norm = nnx.LayerNorm(config.model_dim, param_dtype=param_dtype, rngs=rngs)
+        self.norm = config.norm(param_dtype, rngs)
 
     def inner(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """What the sublayer sees."""
@@ -181,8 +190,8 @@ class DecoderBlock(nnx.Module):
         self,
         x: Float[Array, "*batch T D"],
         at: Coordinates,
-        kv: KeyValue,
-        memory: KeyValue,
+        kv: KeyValue | KeyColumns,
+        memory: KeyValue | KeyColumns,
         *,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch T D"]:

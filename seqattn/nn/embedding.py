@@ -62,7 +62,11 @@ class TokenEmbedding(nnx.Module):
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """The product of `x` `[*batch, D]` with every vector of the table; `[*batch, V]`."""
-        return x @ self.table[...].T.astype(x.dtype)
+        table = self.table[...].astype(x.dtype)
+        if x.size == table.shape[1]:
+            # The CPU would transpose the table at every call for the product of a single row with it.
+            return (table @ x.reshape(-1)).reshape(*x.shape[:-1], len(table))
+        return x @ table.T
 
 
 class PositionEmbedding(nnx.Module):

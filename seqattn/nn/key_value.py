@@ -1,12 +1,14 @@
-"""Keys and values with the coordinates of their tokens: training, cache and encoder memory are the same type."""
+"""Keys and values with the coordinates of their tokens: training and encoder memory; and as columns, for steps."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from seqattn.coordinates import Coordinates
 
@@ -19,79 +21,112 @@ class KeyValue:
     Attributes:
         key: `[*batch, S, K, H]`.
         value: `[*batch, S, K, V]`.
-        at: coordinates `[*batch, S]`. A slot of a cache that was never written is padding (segment 0).
+        at: coordinates `[*batch, S]`; padding has segment 0.
     """
 
     key: Array
     value: Array
     at: Coordinates
 
-    @staticmethod
-    def empty(
-        batch: tuple[int, ...],
-        length: int,
-        num_kv_heads: int,
-        head_dim: int,
-        *,
-        value_dim: int | None = None,
-        dtype: DTypeLike = jnp.float32,
-    ) -> "KeyValue":
-        """A cache of `length` slots, all padding; `value_dim` is `head_dim` where not given."""
-        slots = jnp.zeros((*batch, length), jnp.int32)
-        key = jnp.zeros((*batch, length, num_kv_heads, head_dim), dtype)
-        value = jnp.zeros((*batch, length, num_kv_heads, head_dim if value_dim is None else value_dim), dtype)
-        return KeyValue(key, value, Coordinates(slots, slots))
 
-    def write(self, new: "KeyValue", slot: Int[Array, "*batch"] | int) -> "KeyValue":
-        """This cache with `new` `[*batch, T, ...]` written from `slot` on (one number, or one for each row).
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyColumns:
+    """What the queries of a step attend to, laid out so that a step neither copies nor checks what it reads.
+
+    Attributes:
+        key: `[B, K, H, S]`, a column for each token.
+        value: `[B, K, S, V]`.
+        at: coordinates `[B, S]`. A slot of a cache that was never written is padding (segment 0).
+        finite: `[B, S]`, False where key or value were not finite, which then are 0 here.
+        visible: `[B, T, S]`, whose keys are whose where that is not a matter of coordinates: queries that stand for
+            hypotheses of one text see their own keys in a pool. None where each query may see every key.
+    """
+
+    key: Array
+    value: Array
+    at: Coordinates
+    finite: Bool[Array, "B S"]
+    visible: Bool[Array, "B T S"] | None = None
+
+    @staticmethod
+    def of(kv: KeyValue) -> "KeyColumns":
+        """Keys and values `[B, S, K, H]` as columns.
 
         Raises:
-            TypeError: a slot is not an integer.
-            ValueError: shapes differ but for the length, or the new tokens do not fit behind `slot`. Inside `jit`,
-                where the latter cannot be raised, keys and values that do not fit are written as NaN over the last
-                slots: the loss of data shows in the output.
-
-        >>> cache = KeyValue.empty((1,), 4, num_kv_heads=1, head_dim=2)
-        >>> token = KeyValue(jnp.ones((1, 1, 1, 2)), jnp.ones((1, 1, 1, 2)), Coordinates.range(1))
-        >>> token = dataclasses.replace(token, at=jax.tree.map(lambda x: x[None], token.at))
-        >>> print(cache.write(token, 2).at.segment)
-        [[0 0 1 0]]
+            ValueError: there is not one batch dim.
         """
-        batch, length, count = self.at.shape[:-1], self.at.shape[-1], new.at.shape[-1]
-        _check_shapes(self, new)
-        if count > length:
-            raise ValueError(f"{count} tokens do not fit into a cache of {length}")
-        if not jnp.issubdtype(jnp.result_type(slot), jnp.integer):
-            raise TypeError(f"a slot must be an integer, got {jnp.result_type(slot)}")
-        if not isinstance(slot, jax.core.Tracer):
-            _check_fits(np.asarray(slot), count, length)
-        slot = jnp.broadcast_to(jnp.asarray(slot, jnp.int32), batch)
-        fits = (slot >= 0) & (slot <= length - count)
-        poisoned = dataclasses.replace(new, key=_poison(new.key, fits), value=_poison(new.value, fits))
+        if kv.key.ndim != 4:
+            raise ValueError(f"columns have one batch dim: key must be [B, S, K, H], got {kv.key.shape}")
+        finite = jnp.isfinite(kv.key).all(axis=(-2, -1)) & jnp.isfinite(kv.value).all(axis=(-2, -1))
+        shown = finite[..., None, None]
+        key, value = (jnp.where(shown, x, jnp.zeros_like(x)) for x in (kv.key, kv.value))
+        at = jax.tree.map(lambda field: jnp.broadcast_to(field, finite.shape), kv.at)
+        return KeyColumns(key.transpose(0, 2, 3, 1), value.swapaxes(1, 2), at, finite)
 
-        def row(old: Array, fresh: Array, start: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, fresh.astype(old.dtype), start, axis=0)
+    @staticmethod
+    def empty(
+        batch: int, size: int, num_kv_heads: int, head_dim: int, *, value_dim: int, dtype: DTypeLike
+    ) -> "KeyColumns":
+        """`size` slots, all padding."""
+        slots = jnp.zeros((batch, size), jnp.int32)
+        key = jnp.zeros((batch, num_kv_heads, head_dim, size), dtype)
+        value = jnp.zeros((batch, num_kv_heads, size, value_dim), dtype)
+        return KeyColumns(key, value, Coordinates(slots, slots), jnp.ones((batch, size), bool))
 
-        for _ in batch:
-            row = jax.vmap(row)
-        return jax.tree.map(lambda old, fresh: row(old, fresh, slot), self, poisoned)
+    @property
+    def size(self) -> int:
+        """S."""
+        return self.at.shape[-1]
+
+    def rows(self) -> KeyValue:
+        """The same as `KeyValue`, with NaN where they were not finite."""
+        finite = self.finite[..., None, None]
+        key, value = self.key.transpose(0, 3, 1, 2), self.value.swapaxes(1, 2)
+        return KeyValue(jnp.where(finite, key, jnp.nan), jnp.where(finite, value, jnp.nan), self.at)
+
+    def write(self, new: "KeyColumns", slot: Int[Array, ""] | int | np.integer) -> "KeyColumns":
+        """These with `new` written from `slot` on, in all rows: one slice of each array, in place where it can be.
+
+        Raises:
+            ValueError: the new tokens do not fit, or shapes differ. Inside `jit`, where the former cannot be raised,
+                they are written over the last slots as what was not finite: the loss of data shows in the output.
+        """
+        self.check_like(new)
+        known = not isinstance(slot, jax.core.Tracer)
+        if new.size > self.size or (known and not 0 <= int(slot) <= self.size - new.size):
+            raise ValueError(f"{new.size} tokens do not fit at slot {slot} into a cache of {self.size}")
+        fits = (slot >= 0) & (slot <= self.size - new.size)
+        marked = dataclasses.replace(new, finite=new.finite & fits)
+        # Without the barrier XLA would make the update a second time for its reader, from a copy of the old array.
+        return lax.optimization_barrier(self.over_slots(_slices(slot), marked))
+
+    def then(self, new: "KeyColumns") -> "KeyColumns":
+        """These with `new` behind them."""
+        self.check_like(new)
+        return self.over_slots(lambda old, fresh, axis: jnp.concatenate([old, fresh], axis=axis), new)
+
+    def over_slots(self, function: Callable[..., Array], *others: "KeyColumns") -> "KeyColumns":
+        """`function(x, *others, axis)` of each array, with the axis of its slots; `visible` is left out."""
+
+        def each(name: str, axis: int) -> Array:
+            old = getattr(self, name)
+            return function(old, *(getattr(other, name).astype(old.dtype) for other in others), axis)
+
+        position = function(self.at.position, *(other.at.position for other in others), 1)
+        segment = function(self.at.segment, *(other.at.segment for other in others), 1)
+        return KeyColumns(each("key", 3), each("value", 2), Coordinates(position, segment), each("finite", 1))
+
+    def check_like(self, new: "KeyColumns") -> None:
+        """Raises ValueError unless all dims but the length agree: a smaller head would leave the rest of its slot."""
+        for name, axis in (("key", 3), ("value", 2), ("finite", 1)):
+            old, fresh = list(getattr(self, name).shape), list(getattr(new, name).shape)
+            if old[:axis] + old[axis + 1 :] != fresh[:axis] + fresh[axis + 1 :]:
+                raise ValueError(f"{name} {fresh} does not fit the cache's {old}: all dims but axis {axis} must agree")
 
 
-def _check_shapes(cache: KeyValue, new: KeyValue) -> None:
-    """All but the length must agree: a smaller head would leave the rest of its slot as it was."""
-    names, axis = ("key", "value", "at"), cache.at.position.ndim - 1
-    pairs = [(name, getattr(cache, name).shape, getattr(new, name).shape) for name in names]
-    for name, old, fresh in pairs:
-        if len(old) != len(fresh) or old[:axis] != fresh[:axis] or old[axis + 1 :] != fresh[axis + 1 :]:
-            raise ValueError(f"{name} {fresh} does not fit the cache's {old}: all dims but the length must agree")
+def _slices(slot: Int[Array, ""] | int | np.integer) -> Callable[..., Array]:
+    def update(old: Array, fresh: Array, axis: int) -> Array:
+        return lax.dynamic_update_slice_in_dim(old, fresh, slot, axis=axis)
 
-
-def _check_fits(slot: np.ndarray, count: int, length: int) -> None:
-    # In NumPy, since inside `jit` even the minimum of an array from outside would be traced.
-    outside = slot[(slot < 0) | (slot > length - count)]
-    if outside.size:
-        raise ValueError(f"{count} tokens do not fit at slot {outside[0]} into a cache of {length}")
-
-
-def _poison(x: Array, fits: Array) -> Array:
-    return jnp.where(fits.reshape(*fits.shape, 1, 1, 1), x, jnp.full_like(x, jnp.nan))
+    return update

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqattn.attention import IMPLEMENTATIONS, attend, attention_weights, dot_product_attention
+from seqattn.attention import attend, attention_weights
+from seqattn.choice import IMPLEMENTATIONS
 from seqattn.coordinates import Coordinates
+from seqattn.drop_in import dot_product_attention
 from seqattn.masks import Causal, Prefix, SlidingWindow
 from tests import oracle
 from tests.contract import SHAPES, Shape, arrays, close, random_pairs

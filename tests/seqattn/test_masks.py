@@ -159,6 +159,8 @@ def test_a_jitted_function_compiles_once_for_equal_masks():
         (lambda: SlidingWindow(3, ahead=-1), r"keys ahead \(-1\)"),
         (lambda: Dilated(0), r"dilated mask \(0\)"),
         (lambda: Prefix(-1), r"prefix \(-1\)"),
+        (lambda: Prefix(jnp.array([2, -1])), r"prefix \(-1\) must be an integer of at least 0"),
+        (lambda: Prefix(jnp.array(1.5)), "prefix must be an integer, got float32"),
     ],
 )
 def test_a_size_that_means_nothing_is_refused(build, message):

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, SameSegment
 from seqattn.ring import ring_attend, ring_cost, zigzag
-from seqattn.score_mods import Alibi
+from seqattn.score_mods import Alibi, SoftCap
 
 TOKENS = jax.ShapeDtypeStruct((8192, 2, 5), np.float32)
 AT = Coordinates.range(8192)
@@ -41,6 +41,17 @@ def in_a_ring(**options):
 def test_an_error_states_the_rule(options, message):
     with pytest.raises(ValueError, match=message):
         in_a_ring(**options)
+
+
+def test_slopes_of_alibi_that_another_axis_may_split_are_refused():
+    mesh = jax.make_mesh((2, 2), ("ring", "heads"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+
+    def local(x, at):
+        return ring_attend(x, x, x, axis_name="ring", score_mod=SoftCap(2.0).then(Alibi()), q_at=at, kv_at=at)
+
+    split = jax.shard_map(local, mesh=mesh, in_specs=(P("ring", "heads"), P("ring")), out_specs=P("ring", "heads"))
+    with pytest.raises(ValueError, match=r"Alibi\(\) counts the heads of one device, and the mesh axes \['heads'\]"):
+        split(jnp.ones((4, 2, 3)), jax.tree.map(jnp.asarray, Coordinates.range(4)))
 
 
 def test_outside_of_shard_map_is_an_error():

@@ -17,10 +17,16 @@ def test_every_experiment_survives_json(experiment):
 
 
 def test_unknown_and_missing_fields_are_named():
-    encoded = encode(experiments.DATES.optimizer)
-    renamed = {"clip" if name == "clip_norm" else name: value for name, value in encoded.items()}
-    with pytest.raises(ValueError, match=r"unknown \['clip'\], missing \['clip_norm'\]"):
+    encoded = encode(experiments.DATES.model)
+    renamed = {"vocabulary" if name == "vocab_size" else name: value for name, value in encoded.items()}
+    with pytest.raises(ValueError, match=r"unknown \['vocabulary'\], missing \['vocab_size'\]"):
         decode(renamed)
+
+
+def test_a_config_without_a_field_that_was_added_since_takes_its_default():
+    encoded = encode(experiments.DATES.model)
+    del encoded["decoder_window"], encoded["block"]["attention_bias"]
+    assert decode(encoded) == experiments.DATES.model
 
 
 def test_unknown_type_is_refused():

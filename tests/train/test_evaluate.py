@@ -15,7 +15,7 @@ from train.batches import collate, examples
 from train.evaluate import Arguments
 from train.step import loss
 from train.tasks.task import splits
-from train.translate import Translator
+from train.translator import Translator
 
 
 @pytest.fixture(scope="module")

@@ -1,66 +1,199 @@
-"""Translating: order, shapes and edges."""
+"""The command: what it reads, prints, draws and refuses."""
 
+import dataclasses
 import io
+import os
+import xml.etree.ElementTree as ElementTree
 
-import numpy as np
+import matplotlib.image
 import pytest
-from flax import nnx
+import tyro
 
-from seqattn.models import Learned, Seq2Seq, Seq2SeqConfig, Transformer, TransformerConfig
-from seqattn.nn import BlockConfig
-from train import run, translate
-from train.tokenizer import Characters, Tokenizer
-from train.translate import Arguments, Translator
+from seqattn.decoding import GNMT, AverageLength, Greedy, NoPenalty, Sample, Stopping, Temperature, TopK
+from seqattn.models import Seq2SeqConfig
+from train import plot, run, translate
+from train.translate import Arguments
+from train.translator import Beam, Output, Translator
 
-WORDS = Tokenizer.train(Characters(), ["abcdefg hijk"])
-
-
-@pytest.fixture(scope="module")
-def translator():
-    config = Seq2SeqConfig(WORDS.vocab_size, embedding_dim=5, hidden_dim=6)
-    return Translator(Seq2Seq(config, rngs=nnx.Rngs(0)), WORDS, batch_size=4)
+TEXTS = ("ab", "cde")
 
 
-def test_texts_keep_their_order_and_do_not_depend_on_each_other(translator):
-    texts = ["abc", "defgh" * 4, "k", "", "hijk", "abc", "ab" * 20]
-    together = translator(texts)
-    assert together == [translator([text])[0] for text in texts]
-    assert together[0] == together[5]
-
-
-def test_no_texts_give_no_outputs(translator):
-    assert translator([]) == []
-
-
-def test_logits_that_are_not_finite_are_not_passed_off_as_text():
-    config = Seq2SeqConfig(WORDS.vocab_size, embedding_dim=5, hidden_dim=6)
-    model = Seq2Seq(config, rngs=nnx.Rngs(0))
-    model.output.bias[...] = model.output.bias[...].at[:].set(np.nan)
-    assert Translator(model, WORDS)(["abc"]) == ["[FAILED]"]
-
-
-def test_a_text_beyond_learned_positions_is_refused():
-    block = BlockConfig(model_dim=6, hidden_dim=7, num_heads=2)
-    config = TransformerConfig(WORDS.vocab_size, 1, 1, block, Learned(max_length=4))
-    limited = Translator(Transformer(config, rngs=nnx.Rngs(0)), WORDS)
-    assert len(limited(["abc"])) == 1
-    with pytest.raises(ValueError, match="a text of 5 tokens: the model's learned positions end at 4"):
-        limited(["abcd"])
+def standard_input(content):
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
 
 
 def test_the_command_prints_a_line_for_each_text(finished, capsys):
-    translate.main(Arguments(finished, ("ab", "cde")))
-    arguments = capsys.readouterr().out
+    assert translate.main(Arguments(finished, TEXTS)) == 0
+    printed = capsys.readouterr()
     trained = run.load(finished)
-    assert arguments.splitlines() == Translator(trained.model, trained.tokenizer)(["ab", "cde"])
+    assert printed.out.splitlines() == Translator(trained.model, trained.tokenizer)(TEXTS)
+    assert printed.err == ""
 
 
 def test_without_texts_the_command_reads_standard_input(finished, capsys, monkeypatch):
-    translate.main(Arguments(finished, ("ab", "cde")))
-    expected = capsys.readouterr().out
-    monkeypatch.setattr("sys.stdin", io.StringIO("ab\r\ncde"))
+    translate.main(Arguments(finished, TEXTS))
+    first, second = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr("sys.stdin", standard_input(b"ab\r\n\ncde"))
     translate.main(Arguments(finished))
-    assert capsys.readouterr().out == expected
+    assert capsys.readouterr().out == f"{first}\n\n{second}\n"
+
+
+def test_n_best_prints_score_tab_text_as_many_lines_for_each_text(finished, capsys):
+    translate.main(Arguments(finished, (*TEXTS, ""), beam_size=3, n_best=2, length_penalty=GNMT(0.6)))
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    trained = run.load(finished)
+    search = Beam(3, n_best=2, length_penalty=GNMT(0.6))
+    found = Translator(trained.model, trained.tokenizer, search=search).stream([[*TEXTS, ""]])
+    assert lines == [[f"{output.score:.4f}", output.text] for outputs in found for output in outputs]
+    assert lines[-2:] == [["0.0000", ""], ["-inf", ""]]
+    assert float(lines[0][0]) >= float(lines[1][0]) > float("-inf")
+
+
+def test_a_translation_stays_on_its_line(capsys):
+    translate._print([Output("a\r\nb\nc\rd", -1.0)])
+    translate._print([Output("a\nb", -1.0), Output("", float("-inf"))])
+    assert capsys.readouterr().out == "a b c d\n-1.0000\ta b\n-inf\t\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"beam_size": 0}, r"beam_size \(0\) must be at least 1"),
+        ({"beam_size": 2, "n_best": 3}, r"n_best \(3\) must be from 1 to beam_size \(2\)"),
+        ({"n_best": 2, "top_k": 5}, r"n_best \(2\) must be from 1 to beam_size \(1\)"),
+        ({"beam_size": 2, "seed": 1}, r"--seed: sampling has one hypothesis, beam_size \(2\) must be 1"),
+        ({"beam_size": 2, "top_k": 1, "top_p": 0.5}, r"--top_k, --top_p: sampling has one hypothesis"),
+        ({"temperature": -1.0}, r"--temperature: temperature \(-1\) must be finite and at least 0"),
+        ({"top_k": 0}, r"--top_k: count \(0\) must be an integer of at least 1"),
+        ({"top_p": 1.5}, r"--top_p: .* \(1.5\) must be finite and at least 0 and at most 1"),
+        ({"min_p": -0.5}, r"--min_p: .* \(-0.5\) must be finite and at least 0 and at most 1"),
+        ({"seed": -1}, r"seed \(-1\) must be in \[0, 2\*\*32\)"),
+        ({"repetition_penalty": 0.0}, r"--repetition_penalty: penalty \(0\) must be finite and above 0"),
+        ({"no_repeat_ngram": 0}, r"--no_repeat_ngram: size \(0\) must be an integer of at least 1"),
+        ({"min_length": -1}, r"--min_length: length \(-1\) must be"),
+        ({"max_length": 0}, r"max_length \(0\) must be at least 1"),
+        ({"min_length": 5, "max_length": 4}, r"min_length \(5\) must be at most max_length \(4\)"),
+        ({"batch_size": 0}, r"batch_size \(0\) must be at least 1"),
+        ({"plot": "map.png", "text": ()}, "--plot draws the texts of the command line, and there is none"),
+        ({"plot": "."}, r"--plot \(\.\) must name a file"),
+    ],
+)
+def test_bad_values_are_refused_before_a_model_is_loaded(flags, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load", lambda folder: pytest.fail("a model was loaded"))
+    if "plot" in flags:
+        flags = flags | {"plot": translate.Path(flags["plot"])}
+    with pytest.raises(ValueError, match=words):
+        translate.main(Arguments(**{"run": tmp_path, "text": TEXTS} | flags))
+
+
+def test_flags_become_choices(tmp_path):
+    def read(*flags):
+        return tyro.cli(Arguments, args=[str(tmp_path), "a", *flags], config=(tyro.conf.EnumChoicesFromValues,))
+
+    assert translate.search_of(read()) == Greedy()
+    assert translate.search_of(read("--beam_size", "4")) == Beam(4, 1, AverageLength(1.0), Stopping.EXACT)
+    flags = ("--beam-size", "5", "--n-best", "2", "--length_penalty", "gnmt:0.7", "--stopping", "likely")
+    assert translate.search_of(read(*flags)) == Beam(5, 2, GNMT(0.7), Stopping.LIKELY)
+    assert translate.search_of(read("--seed", "7")) == Sample(())
+    assert translate.search_of(read("--top_k", "3", "--temperature", "0.5")) == Sample((Temperature(0.5), TopK(3)))
+    assert len(translate.processors_of(read("--repetition_penalty", "2", "--no_repeat_ngram", "3"))) == 2
+    assert read("--length_penalty", "none").length_penalty == NoPenalty()
+
+
+@pytest.mark.parametrize("text", ["gnmt:", "gnmt:x", "gnmt:nan", "none:1", "", "median:1"])
+def test_a_length_penalty_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match=r"length_penalty \(.*\) must be average:NUMBER, gnmt:NUMBER or none"):
+        translate.penalty_of(text)
+
+
+def test_lines_that_are_there_do_not_wait_for_later_ones(monkeypatch):
+    monkeypatch.setattr(translate, "_PATIENCE", 0)
+    reading, writing = os.pipe()
+    with open(reading, "rb") as stream:
+        chunks = translate.lines_as_they_come(stream, 100)
+        for sent, expected in ((b"a\nb\nun", ["a", "b"]), (b"finished\r\n\n", ["unfinished", ""])):
+            os.write(writing, sent)
+            assert next(chunks) == expected
+        os.write(writing, b"end")
+        os.close(writing)
+        assert list(chunks) == [["end"]]
+
+
+def test_a_long_input_comes_in_bounded_chunks(monkeypatch):
+    monkeypatch.setattr(translate, "_BYTES_READ", 10)
+    content = io.BytesIO(b"".join(b"%d\n" % number for number in range(100)))
+    chunks = list(translate.lines_as_they_come(content, 7))
+    assert [line for chunk in chunks for line in chunk] == [str(number) for number in range(100)]
+    assert max(map(len, chunks)) <= 7 + 10 // 2
+    assert len(chunks) > 8
+
+
+def test_a_line_that_is_no_utf_8_is_named():
+    with pytest.raises(ValueError, match="line 3 of standard input must be UTF-8"):
+        list(translate.lines_as_they_come(io.BytesIO(b"a\nb\n\xff\n"), 100))
+
+
+def test_the_reader_may_leave(finished, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        assert translate.main(Arguments(finished, TEXTS)) == 141
+        print("what is left goes nowhere", flush=True)
+
+
+def test_plot_draws_the_texts(finished, tmp_path, capsys):
+    folder = tmp_path / "new"
+    translate.main(Arguments(finished, ("ab", ""), plot=folder / "map.svg"))
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 2
+    names = {f"map-1{heads}.{kind}" for heads in ("", "-heads") for kind in ("png", "svg")}
+    assert {path.name for path in folder.iterdir()} == names
+    assert all(name in printed.err for name in names)
+    assert "'': nothing to draw" in printed.err
+    assert matplotlib.image.imread(folder / "map-1.png").std() > 0.01
+    assert ElementTree.parse(folder / "map-1.svg").getroot().tag.endswith("svg")
+
+
+def test_one_text_is_drawn_under_the_name_itself(finished, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "draw_attention", lambda trained, *arguments: drawn.append(arguments) or [])
+    for name, stem in (("map.png", "map"), ("v1.2", "v1.2")):
+        translate._draw(run.load(finished), ["ab"], ["ba"], tmp_path / name)
+        assert drawn.pop() == ("ab", "ba", tmp_path / stem)
+
+
+def test_a_model_without_attention_has_no_map(finished, tmp_path, monkeypatch, capsys):
+    trained = run.load(finished)
+    blind = dataclasses.replace(trained.experiment, model=Seq2SeqConfig(9, attention=None, input_feeding=False))
+    monkeypatch.setattr(run, "load", lambda folder: dataclasses.replace(trained, experiment=blind))
+    with pytest.raises(ValueError, match=r"has no attention .*: no map"):
+        translate.main(Arguments(finished, TEXTS, plot=tmp_path / "map"))
+    assert capsys.readouterr().out == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_is_shown_on_a_terminal_where_the_number_of_lines_is_known(tmp_path, monkeypatch, capsys):
+    (tmp_path / "lines").write_text("skipped\na\nb\nc")
+    monkeypatch.setattr("sys.stderr", Terminal())
+    with open(tmp_path / "lines", encoding="utf-8") as stream:
+        stream.buffer.readline()
+        monkeypatch.setattr("sys.stdin", stream)
+        with translate._progress(()) as progress:
+            progress.update(1)
+        assert stream.buffer.read() == b"a\nb\nc"
+    assert "1/3" in translate.sys.stderr.getvalue()
+    with open(os.devnull, encoding="utf-8") as endless:
+        monkeypatch.setattr("sys.stdin", endless)
+        with translate._progress(()) as progress:
+            assert progress is None
+    monkeypatch.setattr("sys.stdout", Terminal())
+    with translate._progress(TEXTS) as progress:
+        assert progress is None
 
 
 def test_a_folder_without_a_checkpoint_says_how_to_train(tmp_path):

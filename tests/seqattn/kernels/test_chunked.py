@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from seqattn.attention import attend
@@ -13,9 +14,10 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels import tiles
 from seqattn.masks import Causal, MaskMod, SameSegment, SlidingWindow
-from seqattn.score_mods import ScoreFunction, SoftCap
+from seqattn.score_mod import ScoreFunction
+from seqattn.score_mods import Alibi, SoftCap
 from tests import oracle
-from tests.contract import Shape, agrees_with_oracle, arrays, close, cotangents, equal, with_gradients
+from tests.contract import Shape, agrees_with_oracle, arrays, close, cotangents, equal, forward, with_gradients
 
 SHAPE = Shape(batch=(2,), T=13, S=13, N=4, K=2, H=3, V=5)
 chunked = functools.partial(attend, implementation="chunked")
@@ -254,9 +256,75 @@ def test_gradients_outside_of_vmap_and_scan_over_what_a_mask_closes_over():
         mask = Causal() & MaskMod(lambda query, key: table[query.position, key.position])
         return jnp.sum(attend(**inputs, mask=mask, implementation=implementation))
 
-    expected = jax.grad(lambda x: sum(loss(x, table, "reference") for table in tables))(inputs)
+    expected = jax.jit(jax.grad(lambda x: sum(loss(x, table, "reference") for table in tables)))(inputs)
     mapped = jax.grad(lambda x: jnp.sum(jax.vmap(loss, in_axes=(None, 0))(x, tables)))(inputs)
     scanned = jax.grad(lambda x: jax.lax.scan(lambda s, table: (s + loss(x, table), None), 0.0, tables)[0])(inputs)
     for name, gradient in expected.items():
         close(mapped[name], gradient, what=name)
         close(scanned[name], gradient, what=name)
+
+
+@pytest.mark.parametrize("implementation", ["chunked", "reference"])
+def test_closures_inside_shard_map_vary_as_their_arrays_do(implementation):
+    """`factor` is split with the heads, `shift` and `table` are on all devices; each is cast where it meets a score."""
+    mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    factor, shift = np.arange(1, 5, dtype=np.float32), np.float32(0.3)
+    table = jnp.asarray(np.random.default_rng(0).random(13) < 0.5)
+
+    def local(inputs, factor, shift, table, implementation=implementation):
+        def mod(score, query, key, head):
+            behind = query.position > key.position
+            return jnp.where(behind, score * factor[head] + jax.nn.softplus(shift), score * 2.0)
+
+        mask = MaskMod(lambda query, key: jnp.where(query.position >= key.position, True, table[key.position]))
+        return attend(**inputs, mask=mask, score_mod=mod, implementation=implementation)
+
+    def gradients(call):
+        def loss(inputs, factor, shift):
+            return jnp.sum(call(inputs, factor, shift, table) ** 2)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(arrays(SHAPE), factor, shift)
+
+    by_head = P("data", None, "heads")
+    split = jax.shard_map(local, mesh=mesh, in_specs=(by_head, P("heads"), P(), P()), out_specs=by_head)
+    expected = gradients(functools.partial(local, implementation="reference"))
+    for a, b in zip(jax.tree.leaves(gradients(split)), jax.tree.leaves(expected), strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("spec", [P("data"), P("data", None, "heads")], ids=str)
+def test_arrays_that_are_split_over_explicit_axes(spec):
+    mesh = jax.make_mesh((2, 2), ("data", "heads"), axis_types=(AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+
+    def results(inputs, slopes, implementation):
+        def loss(inputs, slopes):
+            output = attend(**inputs, mask=Causal(), score_mod=Alibi(slopes), implementation=implementation)
+            return jnp.sum(output**2), output
+
+        (_, output), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(inputs, slopes)
+        return output, gradients
+
+    run = jax.jit(results, static_argnums=2)
+    inputs, slopes = arrays(SHAPE), np.arange(4, dtype=np.float32)
+    expected = run(inputs, slopes, "reference")
+    with jax.set_mesh(mesh):
+        split = jax.device_put(inputs, NamedSharding(mesh, spec))
+        actual = run(split, jax.device_put(slopes, NamedSharding(mesh, P())), "chunked")
+    assert jax.typeof(actual[0]).sharding.spec == P(*spec, *[None] * (4 - len(spec)))
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        close(a, b)
+
+
+def test_a_score_mod_without_a_derivative_runs_forward():
+    @jax.custom_vjp
+    def rounded(score):
+        return jnp.round(score)
+
+    def refuse(*residuals):
+        raise NotImplementedError("no derivative")
+
+    rounded.defvjp(refuse, refuse)
+    mod = ScoreFunction(lambda score, query, key, head: rounded(score))
+    inputs = arrays(SHAPE)
+    actual, expected = (forward(name, inputs, mask=Causal(), score_mod=mod)[0] for name in ("chunked", "reference"))
+    close(actual, expected)

@@ -7,8 +7,10 @@ import pytest
 
 from seqattn.attention import attend
 from seqattn.coordinates import Coordinates
+from seqattn.dropout import Dropout
 from seqattn.masks import Causal, NotPadding, Prefix, SameSegment, SlidingWindow
-from seqattn.score_mods import RelativeBuckets, RelativePositions, ScoreFunction, SoftCap, compose
+from seqattn.score_mod import ScoreFunction, compose
+from seqattn.score_mods import RelativeBuckets, RelativePositions, SoftCap
 from tests import oracle
 from tests.contract import (
     GROUPED,
@@ -22,6 +24,7 @@ from tests.contract import (
     cotangents,
     every_implementation,
     forward,
+    kept,
     random_pairs,
     spoil,
     with_gradients,
@@ -232,6 +235,18 @@ def test_a_visible_nan_is_not_hidden(implementation, name, heads):
     assert np.isnan(output[seen]).all()
     assert np.isnan(lse[seen]).all()
     np.testing.assert_array_equal(output[~seen], clean[~seen])
+
+
+@every_implementation
+def test_a_visible_nan_is_not_hidden_by_dropout(implementation):
+    """Not even from the rows that see it and of which every weight is dropped."""
+    spoilt = spoil(arrays(SQUARE), (1, 4, 1), np.nan, "value")
+    dropout = Dropout(0.9, jax.random.key(0))
+    seen = np.zeros((2, 4, 7), bool)
+    seen[1, 2:4, 4:] = True
+    assert (kept(dropout, SQUARE)[seen] == 0).all(axis=-1).any()
+    output, _ = forward(implementation, spoilt, mask=Causal(), dropout=dropout)
+    np.testing.assert_array_equal(np.isnan(output), np.broadcast_to(seen.swapaxes(1, 2)[..., None], output.shape))
 
 
 @every_implementation

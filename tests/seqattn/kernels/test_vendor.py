@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqattn.attention import attend, explain
+from seqattn.attention import attend
+from seqattn.choice import explain
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels import vendor
@@ -308,6 +309,16 @@ def test_what_cudnn_refuses(on_gpu, shape, options, reason):
     x = jnp.ones(shape, options.pop("dtype", jnp.bfloat16))
     with pytest.raises(NotImplementedError, match=reason):
         attend(x, x, x, **options, implementation="cudnn")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bias", np.float32), ("mask", bool)])
+def test_a18_a_wide_bias_or_a_mask_alone_leaves_cudnn_for_one_that_can(on_gpu, name, dtype):
+    options = {name: jnp.ones((10, 10), dtype)}
+    told = explain(BF16, BF16, BF16, **options)
+    assert told.refusals["cudnn"] is not None
+    assert told.chosen == "chunked"
+    gradient = jax.grad(lambda x: jnp.sum(attend(x, x, x, **options).astype(jnp.float32)))(BF16)
+    assert np.isfinite(gradient.astype(jnp.float32)).all()
 
 
 def test_a_gpu_without_cudnn_refuses(on_gpu):

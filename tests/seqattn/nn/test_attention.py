@@ -10,7 +10,7 @@ from flax import nnx
 
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, MaskMod, NotPadding, Prefix, SameSegment
-from seqattn.nn import KeyValue, MultiHeadAttention
+from seqattn.nn import MultiHeadAttention, StaticCache
 from tests import oracle
 from tests.parameters import drawn
 
@@ -161,11 +161,11 @@ def test_a29_vmap_over_a_batch_axis_is_the_batch():
 
 def _cached(attention, x, at, sizes):
     """Self attention with the tokens written into a cache in chunks of these sizes, one call each."""
-    cache, outputs, start = KeyValue.empty((B,), T + 2, attention.num_kv_heads, H), [], 0
+    cache, outputs, start = StaticCache.empty(B, T + 2, attention.num_kv_heads, H), [], 0
     for size in sizes:
         chunk, chunk_at = jax.tree.map(lambda a, start=start, size=size: a[:, start : start + size], (x, at))
-        cache = cache.write(attention.project(chunk, chunk_at), start)
-        outputs.append(attention(chunk, chunk_at, cache))
+        cache, seen = cache.append(attention.project(chunk, chunk_at))
+        outputs.append(attention(chunk, chunk_at, seen))
         start += size
     return jnp.concatenate(outputs, axis=1)
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, SameSegment
-from seqattn.nn import Activation, BlockConfig, DecoderBlock, EncoderBlock, KeyValue, Residual
+from seqattn.nn import Activation, BlockConfig, DecoderBlock, EncoderBlock, Residual, StaticCache
 from tests.parameters import drawn
 
 B, T, S, D = 2, 5, 3, 12
@@ -112,15 +112,15 @@ def test_cached_steps_of_a_decoder_block_are_training(norm_first):
 
     @jax.jit
     def steps(block, x, at, source, source_at):
-        cache, memory = KeyValue.empty((B,), T + 2, 3, 2), block.remember(source, source_at)
+        cache, memory = StaticCache.empty(B, T + 2, 3, 2), block.remember(source, source_at)
         tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0)[:, :, None], (x, at))
 
         def step(cache, token):
-            index, (x, at) = token
-            cache = cache.write(block.project(x, at), index)
-            return cache, block(x, at, cache, memory)[:, 0]
+            x, at = token
+            cache, seen = cache.append(block.project(x, at))
+            return cache, block(x, at, seen, memory)[:, 0]
 
-        return jnp.moveaxis(jax.lax.scan(step, cache, (jnp.arange(T), tokens))[1], 0, 1)
+        return jnp.moveaxis(jax.lax.scan(step, cache, tokens)[1], 0, 1)
 
     given = x, X_AT, jnp.asarray(SOURCE), SOURCE_AT
     np.testing.assert_allclose(steps(block, *given), _decode(block, *given), atol=1e-5)

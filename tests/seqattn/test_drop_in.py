@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from seqattn.attention import IMPLEMENTATIONS, Implementation, dot_product_attention
+from seqattn.choice import IMPLEMENTATIONS, Implementation
+from seqattn.drop_in import dot_product_attention
 from seqattn.kernels import reference
 from seqattn.masks import Mask
 from tests import oracle

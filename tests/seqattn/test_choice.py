@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from seqattn import attention
-from seqattn.attention import IMPLEMENTATIONS, TINY_PAIRS, Implementation, attend, explain
+from seqattn import choice
+from seqattn.attention import attend
+from seqattn.choice import IMPLEMENTATIONS, TINY_PAIRS, Implementation, explain
 from seqattn.kernels import reference
 from seqattn.masks import Causal
 from seqattn.score_mods import Alibi, SoftCap
@@ -40,7 +41,7 @@ def ran(monkeypatch):
 
     monkeypatch.setitem(IMPLEMENTATIONS, "odd", Implementation(odd))
     monkeypatch.setitem(IMPLEMENTATIONS, "noisy", Implementation(noisy, note))
-    monkeypatch.setattr(attention, "_order", order)
+    monkeypatch.setattr(choice, "order", order)
     return ran
 
 
@@ -118,19 +119,21 @@ def test_an_explanation_refuses_what_attend_refuses():
         explain(X, X, X, bias=jnp.ones((3, 3)))
     with pytest.raises(ValueError, match="'nothing' is not one of"):
         explain(X, X, X, implementation="nothing")
-    with pytest.raises(TypeError, match="foo"):
+    with pytest.raises(TypeError, match="takes the arguments of attend, and foo is none of them"):
         explain(X, X, X, foo=1)
+    with pytest.raises(ValueError, match=r"sinks \(5,\) must be \[N\], one logit for each head \(3,\)"):
+        explain(X, X, X, sinks=jnp.ones(5))
 
 
 def test_the_order_of_each_device():
     tiny, long = jnp.ones((1, 1, 1)), jnp.ones((TINY_PAIRS + 1, 1, 1))
-    assert attention._order("cpu", tiny, tiny)[:2] == ("xla", "reference")
-    assert attention._order("cpu", long, tiny)[0] == "chunked"
-    assert attention._order("gpu", tiny, tiny)[:2] == ("cudnn", "chunked")
-    assert attention._order("tpu", tiny, tiny)[:2] == ("splash", "chunked")
-    assert set(attention._order("gpu", tiny, tiny) + attention._order("tpu", tiny, tiny)) == set(IMPLEMENTATIONS)
+    assert choice.order("cpu", tiny, tiny)[:2] == ("xla", "reference")
+    assert choice.order("cpu", long, tiny)[0] == "chunked"
+    assert choice.order("gpu", tiny, tiny)[:2] == ("cudnn", "chunked")
+    assert choice.order("tpu", tiny, tiny)[:2] == ("splash", "chunked")
+    assert set(choice.order("gpu", tiny, tiny) + choice.order("tpu", tiny, tiny)) == set(IMPLEMENTATIONS)
     for platform in ("cpu", "gpu", "tpu"):
-        assert attention._order(platform, long, long)[-1] == "reference"
+        assert choice.order(platform, long, long)[-1] == "reference"
 
 
 def test_tiny_calls_on_the_cpu_go_to_jax_nn_and_those_that_it_refuses_to_the_reference():
@@ -142,3 +145,16 @@ def test_the_vendors_of_other_devices_say_so():
     told = explain(X, X, X, mask=Causal())
     assert told.refusals["cudnn"] == "cuDNN runs on a gpu, and this is a cpu"
     assert told.refusals["splash"] == "splash attention runs on a tpu, and this is a cpu"
+
+
+@pytest.mark.usefixtures("as_users_call_it")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dropout": 0.1}, r"Dropout\(rate, key\), or None; got 0.1"),
+        ({"scale": "a"}, "scale must be a number .* got 'a'"),
+    ],
+)
+def test_what_is_of_another_type_is_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        attend(X, X, X, **options)

@@ -1,0 +1,172 @@
+"""Which implementation serves a call of attention: what there is, in which order it is tried, and why not another."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from seqattn.kernels import call, chunked, reference, vendor
+from seqattn.kernels.call import Shaped
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """A kernel, and what is to be known of its cost.
+
+    Attributes:
+        attend: the kernel; it raises NotImplementedError, with the reason, for a call that it cannot serve.
+        note: given the arguments of the kernel, a sentence for `explain`, or None where there is nothing to say.
+    """
+
+    attend: Callable[..., tuple[Array, Array]]
+    note: Callable[..., str | None] | None = None
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "reference": Implementation(reference.attend),
+    "chunked": Implementation(chunked.attend),
+    "xla": Implementation(vendor.xla, vendor.xla_note),
+    "cudnn": Implementation(vendor.cudnn, vendor.lse_note),
+    "splash": Implementation(vendor.splash, vendor.lse_note),
+}
+"""What `implementation=` may name."""
+
+# On the CPU, by `python -m benchmarks.attention --shapes cpu-t64,decode`: calls of so few pairs cost more to start than
+# to compute, and so few queries less than bringing all keys into tiles.
+TINY_PAIRS, FEW_QUERIES = 64 * 64, 16
+
+
+def to_try(implementation: str | Sequence[str] | None, query: Shaped, key: Shaped) -> list[str]:
+    """The implementations to try, in order."""
+    if implementation is None:
+        return [name for name in order(vendor.platform(query), query, key) if name in IMPLEMENTATIONS]
+    names = [implementation] if isinstance(implementation, str) else list(implementation)
+    if not names:
+        raise ValueError(f"implementation is empty; give one or more of {', '.join(IMPLEMENTATIONS)}, or None")
+    unknown = [name for name in names if name not in IMPLEMENTATIONS]
+    if unknown:
+        raise ValueError(f"implementation {unknown[0]!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    return names
+
+
+def order(platform: str, query: Shaped, key: Shaped) -> tuple[str, ...]:
+    """Names in the order in which `None` tries them; a name that is not there is passed over."""
+    if platform in ("gpu", "cuda", "rocm"):
+        return ("cudnn", "chunked", "xla", "reference")
+    if platform == "tpu":
+        return ("splash", "chunked", "xla", "reference")
+    tiny = query.shape[-3] * key.shape[-3] <= TINY_PAIRS or query.shape[-3] < FEW_QUERIES
+    return ("xla", "reference", "chunked") if tiny else ("chunked", "xla", "reference")
+
+
+def first_able(names: Sequence[str], given: dict[str, Any]) -> tuple[Array, Array]:
+    """What the first of the named implementations returns that does not refuse."""
+    reasons: dict[str, NotImplementedError] = {}
+    for name in names:
+        try:
+            return _without_explicit_axes(IMPLEMENTATIONS[name].attend, given)
+        except NotImplementedError as reason:
+            reasons[name] = reason
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise NotImplementedError(f"no implementation can serve this call: {told}") from next(iter(reasons.values()), None)
+
+
+def _without_explicit_axes(kernel: Callable[..., tuple[Array, Array]], given: dict[str, Any]) -> tuple[Array, Array]:
+    """What the kernel returns, split over a mesh as the query is.
+
+    Over the axes of a mesh that are Explicit each operation would have to be told how its result is split, so inside
+    the compiler decides, as it does over Auto axes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.explicit_axes:
+        return kernel(**given)
+    batch, length, heads, _ = (*jax.typeof(given["query"]).sharding.spec, *[None] * 4)[:4]
+    split = jax.sharding.PartitionSpec(batch, length, heads, None), jax.sharding.PartitionSpec(batch, length, heads)
+    leaves, tree = jax.tree.flatten(given)
+    arrays = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+
+    def run(*values: Array) -> tuple[Array, Array]:
+        known = dict(zip(arrays, values, strict=True))
+        return kernel(**jax.tree.unflatten(tree, [known.get(i, x) for i, x in enumerate(leaves)]))
+
+    here = jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=split)
+    return here(*(leaves[i] for i in arrays))
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which implementation a call of `attend` takes, and what the others say; printed as a table.
+
+    Attributes:
+        chosen: its name, or None where all that may be chosen refuse.
+        refusals: for each implementation its reason to refuse the call, or None where it would run.
+        notes: what is to be known of the cost of those that would run, where there is something.
+    """
+
+    chosen: str | None
+    refusals: dict[str, str | None]
+    notes: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join(map(self._line, self.refusals))
+
+    def _line(self, name: str) -> str:
+        width = max(map(len, self.refusals))
+        mark, reason = "->" if name == self.chosen else "  ", self.refusals[name]
+        said = f"refuses: {reason}" if reason is not None else "would run"
+        note = f" ({self.notes[name]})" if name in self.notes else ""
+        return f"{mark} {name:{width}}  {said}{note}"
+
+
+def explain(
+    query: Shaped,
+    key: Shaped,
+    value: Shaped,
+    *,
+    implementation: str | Sequence[str] | None = None,
+    **arguments: Any,
+) -> Explanation:
+    """Which implementation `attend` takes for the same arguments, and why not another. Nothing is computed.
+
+    Args:
+        query, key, value: as for `attend`, or their shapes and dtypes.
+        implementation: as for `attend`.
+        **arguments: all others of `attend`.
+
+    Raises:
+        TypeError, ValueError: those of `attend`, for a call that no implementation would be asked to serve.
+
+    >>> import jax.numpy as jnp
+    >>> from seqattn.masks import Causal
+    >>> states = jnp.zeros((5, 1, 2))
+    >>> told = explain(states, states, states, mask=Causal(), implementation="reference")
+    >>> print(str(told).splitlines()[0])
+    -> reference  would run
+    """
+    call.check_sinks(arguments.pop("sinks", None), query)
+    arguments.pop("return_lse", None)  # what becomes of the output is no matter of a kernel
+    optional = ("mask", "bias", "score_mod", "q_at", "kv_at", "scale", "dropout")
+    if unknown := arguments.keys() - set(optional):
+        raise TypeError(f"explain takes the arguments of attend, and {', '.join(sorted(unknown))} is none of them")
+    options: dict[str, Any] = {**dict.fromkeys(optional), **arguments}
+    refusals: dict[str, str | None] = {}
+    notes: dict[str, str] = {}
+
+    def probe(name: str, *arrays: Array) -> tuple[Array, Array]:
+        given, kernel = call.arguments(*arrays, **options), IMPLEMENTATIONS[name]
+        note = None if kernel.note is None else kernel.note(**given)
+        result = kernel.attend(**given)
+        notes.update({} if note is None else {name: note})
+        return result
+
+    for name in IMPLEMENTATIONS:
+        try:
+            jax.eval_shape(functools.partial(probe, name), query, key, value)
+            refusals[name] = None
+        except NotImplementedError as reason:
+            refusals[name] = str(reason)
+    able = (name for name in to_try(implementation, query, key) if refusals[name] is None)
+    return Explanation(next(able, None), refusals, notes)

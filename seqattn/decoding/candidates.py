@@ -1,0 +1,153 @@
+"""One step of a beam: which continuations of the hypotheses are the best, and which of those go on."""
+
+import dataclasses
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from seqattn.decoding.largest import largest
+from seqattn.decoding.processors import Number, check_integer, check_range
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DiverseGroups:
+    """The hypotheses of a row in groups that avoid one another (Vijayakumar 2016, Hamming diversity).
+
+    Inside a step the groups choose one after the other, each by a beam search of its own, and for a later one a token's
+    log probability is lowered by `strength` times the number of hypotheses of earlier groups that just went on with it.
+    What that costs steers the group for good; the scores of what ended are without it, so that groups compare.
+
+    Attributes:
+        count: how many groups; the beam size is a multiple of it; static.
+        strength: at least 0; a leaf.
+    """
+
+    count: int = dataclasses.field(metadata={"static": True})
+    strength: Number = 0.5
+
+    def __post_init__(self) -> None:
+        check_integer("count", self.count, minimum=1)
+        check_range("strength", self.strength, minimum=0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """Continuations of hypotheses by one token, best first.
+
+    Attributes:
+        objective: what they compete by: the log probability less what diversity cost; -inf for what cannot be.
+        log_probability: of all tokens.
+        parent: the hypothesis that is continued, counted in its row.
+        token: with which it is.
+    """
+
+    objective: Float[Array, "*B C"]
+    log_probability: Float[Array, "*B C"]
+    parent: Int[Array, "*B C"]
+    token: Int[Array, "*B C"]
+
+    def take(self, objective: Float[Array, "*B C"], count: int) -> "Candidates":
+        """The `count` best by another objective."""
+        objective, places = largest(objective, count)
+        chosen = take(self, places)
+        return dataclasses.replace(chosen, objective=objective)
+
+
+Tree = TypeVar("Tree")
+
+
+def take(tree: Tree, places: Int[Array, "*B C"]) -> Tree:
+    """The elements at these places of the last axis of every array."""
+    return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, places, axis=-1, mode="promise_in_bounds"), tree)
+
+
+def choose(
+    scores: Float[Array, "B beams V"],
+    normaliser: Float[Array, "B beams"],
+    objective: Float[Array, "B beams"],
+    log_probability: Float[Array, "B beams"],
+    *,
+    groups: DiverseGroups | None,
+    end_token: int,
+    is_last: Bool[Array, ""],
+) -> tuple[Candidates, Candidates]:
+    """The best continuations of each group `[B, G, C]`, and those that go on `[B, G, K]`, of a beam of G * K.
+
+    There are so many candidates that K can go on even if the K best end. A beam of one alone has no other: where it has
+    ended, it is done, and so it is greedy.
+
+    Args:
+        scores: log probabilities plus the normaliser: raw logits do. What they have in common does not change their
+            order, so nothing of size V is written for it.
+        normaliser: their log-sum-exp; inf where the hypothesis cannot go on.
+        objective: of the hypotheses.
+        log_probability: of the hypotheses.
+        groups: diversity, if wanted.
+        end_token: ends a hypothesis.
+        is_last: whether this step ends all.
+    """
+    num_groups, strength = (1, 0.0) if groups is None else (groups.count, groups.strength)
+    size, vocab_size = scores.shape[1] // num_groups, scores.shape[-1]
+    count = min(1 if scores.shape[1] == 1 else 2 * size, vocab_size * size)
+    crowd: Array | None = None
+    candidates, running = [], []
+    for group in range(num_groups):
+        of_group = slice(group * size, (group + 1) * size)
+        continued = _continue(scores[:, of_group], normaliser[:, of_group], crowd, min(count, vocab_size))
+        best = _best(continued, objective[:, of_group], log_probability[:, of_group], count)
+        best = dataclasses.replace(best, parent=best.parent + group * size)
+        going_on = best.take(jnp.where((best.token == end_token) | is_last, -jnp.inf, best.objective), size)
+        candidates.append(best)
+        running.append(going_on)
+        if group + 1 < num_groups:
+            lowered = jnp.asarray(strength, jnp.float32) * _count_tokens(going_on, vocab_size)
+            crowd = lowered if crowd is None else crowd + lowered
+    return _stack(candidates), _stack(running)
+
+
+def _continue(
+    scores: Float[Array, "B K V"], normaliser: Float[Array, "B K"], crowd: Float[Array, "B V"] | None, count: int
+) -> tuple[Array, Array, Array]:
+    """The best tokens of each hypothesis: what they add to its objective and to its log probability, and which."""
+    gone = jnp.isposinf(normaliser)[..., None]
+    if crowd is None:
+        best, tokens = largest(scores, count)
+        gain = jnp.where(gone, -jnp.inf, best.astype(jnp.float32) - normaliser[..., None])
+        return gain, gain, tokens
+    best, tokens = largest(scores.astype(jnp.float32) - crowd[:, None], count)
+    plain = take(scores, tokens).astype(jnp.float32)
+    gain, plain = (jnp.where(gone, -jnp.inf, values - normaliser[..., None]) for values in (best, plain))
+    return gain, plain, tokens
+
+
+def _best(
+    continued: tuple[Array, Array, Array],
+    objective: Float[Array, "B K"],
+    log_probability: Float[Array, "B K"],
+    count: int,
+) -> Candidates:
+    """Of all continuations of one group."""
+    gain, plain, tokens = continued
+    rows, hypotheses, each = gain.shape
+    parent = jnp.arange(hypotheses, dtype=jnp.int32)[None, :, None]
+    every = Candidates(
+        objective=(objective[..., None] + gain).reshape(rows, hypotheses * each),
+        log_probability=(log_probability[..., None] + plain).reshape(rows, hypotheses * each),
+        parent=jnp.broadcast_to(parent, gain.shape).reshape(rows, hypotheses * each),
+        token=tokens.astype(jnp.int32).reshape(rows, hypotheses * each),
+    )
+    return every.take(every.objective, min(count, hypotheses * each))
+
+
+def _count_tokens(running: Candidates, vocab_size: int) -> Float[Array, "B V"]:
+    """How many of the hypotheses that go on do so with each token."""
+    same = running.token[..., None] == jnp.arange(vocab_size, dtype=jnp.int32)[None, None]
+    return jnp.sum(same & (running.objective > -jnp.inf)[..., None], axis=1).astype(jnp.float32)
+
+
+def _stack(groups: list[Candidates]) -> Candidates:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *groups)

@@ -1,0 +1,82 @@
+"""The few largest of many values, in a fixed order."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+BLOCK = 64
+"""Values of a block. Of 32, 64, 128 and 256 the fastest, or as fast as that, over `[256, 8000]` and `[320, 32000]`."""
+
+
+def largest(values: Float[Array, "*B V"], count: int) -> tuple[Float[Array, "*B count"], Int[Array, "*B count"]]:
+    """The `count` largest values of each row and their places, largest first; of equal ones the first.
+
+    NaN counts as -inf, and zeros of either sign are equal. Of many values only some blocks are ever sorted: a block is
+    as good as its maximum, and the `count` best blocks hold the `count` best values. That takes a third of the time of
+    `lax.top_k` over all of 8000.
+
+    Raises:
+        ValueError: `count` is not from 1 to V.
+
+    >>> values, places = largest(jnp.array([3.0, 1.0, 7.0, 3.0]), 3)
+    >>> print(values, places)
+    [7. 3. 3.] [2 0 3]
+    """
+    size = values.shape[-1]
+    if not 1 <= count <= size:
+        raise ValueError(f"count ({count}) must be from 1 to the number of values ({size})")
+    # Fewer blocks would save too little of the sort for what it takes to find them.
+    if size < 2 * count * BLOCK:
+        return _top(values, count)
+    rows = values.reshape(math.prod(values.shape[:-1]), size)
+    best, places = _top_of_blocks(rows, count)
+    return best.reshape(*values.shape[:-1], count), places.reshape(*values.shape[:-1], count)
+
+
+def log_sum_exp(values: Float[Array, "*B V"]) -> Float[Array, "*B"]:
+    """`log(sum(exp(values)))` of each row; not finite where the largest value is not, or where any is NaN.
+
+    Its maxima are those of the blocks of `largest`, which XLA computes once for both.
+    """
+    rows = values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
+    peak = _blocks(rows).max(axis=-1).max(axis=-1)
+    total = jnp.exp(rows - peak[:, None]).sum(axis=-1)
+    return jnp.where(jnp.isfinite(peak), peak + jnp.log(total), peak).reshape(values.shape[:-1])
+
+
+def _blocks(values: Float[Array, "R V"]) -> Float[Array, "R blocks block"]:
+    """Each row in blocks, the last one filled with -inf."""
+    num_rows, size = values.shape
+    lowest = jnp.full((), -jnp.inf, values.dtype)
+    padded = jnp.pad(values, ((0, 0), (0, -size % BLOCK)), constant_values=lowest)
+    return padded.reshape(num_rows, padded.shape[-1] // BLOCK, BLOCK)
+
+
+def _top(values: Float[Array, "*B V"], count: int) -> tuple[Float[Array, "*B count"], Int[Array, "*B count"]]:
+    """As `lax.top_k`, which takes -0 for less than 0 and some NaN for more than inf, but some for less than -inf."""
+    values = jnp.where(jnp.isnan(values), jnp.full((), -jnp.inf, values.dtype), values)
+    values = jnp.where(values == 0, jnp.zeros((), values.dtype), values)
+    best, places = jax.lax.top_k(values, count)
+    return best, places
+
+
+def _top_of_blocks(values: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R count"], Int[Array, "R count"]]:
+    num_rows, size = values.shape
+    lowest = jnp.full((), -jnp.inf, values.dtype)
+    padded = _blocks(values)
+    maxima = padded.max(axis=-1)
+    # To look for NaN everywhere would double the time of this pass; where there is some, a maximum shows it.
+    maxima = jax.lax.cond(
+        jnp.any(jnp.isnan(maxima)),
+        lambda: jnp.where(jnp.isnan(padded), lowest, padded).max(axis=-1),
+        lambda: maxima,
+    )
+    _, blocks = _top(maxima, count)
+    # In the order of their places: with the blocks side by side, the first of equal values is still the first.
+    blocks = jnp.sort(blocks, axis=-1)[..., None]
+    places = (blocks * BLOCK + jnp.arange(BLOCK, dtype=blocks.dtype)[None, None]).reshape(num_rows, count * BLOCK)
+    inside = jnp.take_along_axis(values, jnp.minimum(places, size - 1), axis=-1, mode="promise_in_bounds")
+    best, chosen = _top(jnp.where(places < size, inside, lowest), count)
+    return best, jnp.take_along_axis(places, chosen, axis=-1, mode="promise_in_bounds")

@@ -1,0 +1,160 @@
+"""`jax.nn.dot_product_attention`, its parameters and its meaning, over `attend`."""
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from seqattn.attention import attend
+from seqattn.coordinates import Coordinates
+from seqattn.kernels.call import Visible, check_arrays, check_pairs
+from seqattn.masks import Causal, Mask, NotPadding, SlidingWindow
+
+
+@overload
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = ...,
+    mask: Array | None = ...,
+    *,
+    scale: float | None = ...,
+    is_causal: bool = ...,
+    query_seq_lengths: Array | None = ...,
+    key_value_seq_lengths: Array | None = ...,
+    local_window_size: int | tuple[int, int] | None = ...,
+    implementation: str | Sequence[str] | None = ...,
+    return_residual: Literal[False] = ...,
+) -> Array: ...
+@overload
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = ...,
+    mask: Array | None = ...,
+    *,
+    scale: float | None = ...,
+    is_causal: bool = ...,
+    query_seq_lengths: Array | None = ...,
+    key_value_seq_lengths: Array | None = ...,
+    local_window_size: int | tuple[int, int] | None = ...,
+    implementation: str | Sequence[str] | None = ...,
+    return_residual: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
+def dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Array | None = None,
+    key_value_seq_lengths: Array | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | Sequence[str] | None = None,
+    return_residual: bool = False,
+) -> Array | tuple[Array, Array]:
+    """The parameters and the meaning of `jax.nn.dot_product_attention`, over `attend`.
+
+    Where jax.nn gives a wrong number in silence this raises (an integer query, a 3-D mask beside 4-D inputs, a negative
+    window) or gives what `attend` promises (zeros for an empty row, no trace of a masked NaN, a differentiable
+    float32 log-sum-exp).
+
+    Args:
+        query: `[B, T, N, H]` or `[T, N, H]`; key and value `[B, S, K, H]` or `[S, K, H]`.
+        bias: `[T, S]`, or broadcasting to `[B, N, T, S]` with the same number of dims as the inputs.
+        mask: boolean, True where a query may attend; shapes as for `bias`.
+        scale: `1 / sqrt(H)` where not given.
+        is_causal: query i sees keys 0 to i, aligned at the first token also where T differs from S.
+        query_seq_lengths: integers `[B]`; queries from this one on are padding and give zeros.
+        key_value_seq_lengths: integers `[B]`; keys from this one on are padding.
+        local_window_size: `(left, right)` keys on each side of the query, or one number for both.
+        implementation: as in `attend`.
+        return_residual: also return the log-sum-exp `[B, T, N]`.
+
+    Raises:
+        TypeError: dtypes differ or are not floating, the mask is not boolean, or lengths are not integers.
+        ValueError: shapes do not fit, or a window is negative.
+    """
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    check_arrays(query, key, value)
+    batch, length, size = query.shape[:-3], query.shape[-3], key.shape[-3]
+    q_at = _rows("query_seq_lengths", query_seq_lengths, batch, length)
+    kv_at = _rows("key_value_seq_lengths", key_value_seq_lengths, batch, size)
+    parts: list[Mask] = [Causal()] if is_causal else []
+    if local_window_size is not None:
+        parts.append(_window(local_window_size))
+    if query_seq_lengths is not None or key_value_seq_lengths is not None:
+        parts.append(NotPadding())
+    if mask is not None and parts:
+        mask = jnp.asarray(mask)
+        check_pairs("mask", mask, batch, (query.shape[-2], length, size))
+        if mask.ndim > 2 and mask.shape[-3:-1] == (1, 1):
+            # What hides the same keys from every query of a row is padding, and kernels need no dense mask.
+            kv_at, mask = _padded(kv_at, mask[..., 0, 0, :], batch), None
+            parts.append(NotPadding())
+    combined = _all(parts)
+    visible: Visible = mask if combined is None else combined
+    if mask is not None and combined is not None:
+        rest = jnp.expand_dims(combined.dense(q_at, kv_at), -3)
+        visible = _of_rank(query.ndim, mask) & _of_rank(query.ndim, rest)
+    located = isinstance(visible, Mask)
+    output, lse = attend(
+        query,
+        key,
+        value,
+        mask=visible,
+        bias=bias,
+        q_at=q_at if located else None,
+        kv_at=kv_at if located else None,
+        scale=scale,
+        implementation=implementation,
+        return_lse=True,
+    )
+    return (output, lse) if return_residual else output
+
+
+def _all(masks: list[Mask]) -> Mask | None:
+    combined: Mask | None = None
+    for mask in masks:
+        combined = mask if combined is None else combined & mask
+    return combined
+
+
+def _of_rank(rank: int, x: Array) -> Array:
+    """`x` with as many dims of size 1 in front as it lacks."""
+    return x.reshape((1,) * (rank - x.ndim) + x.shape)
+
+
+def _padded(at: Coordinates, present: Array, batch: tuple[int, ...]) -> Coordinates:
+    """The coordinates with padding also where `present`, `[*batch or 1, length]`, is False."""
+    shape = (*batch, at.shape[-1])
+    position, segment, present = (
+        jnp.broadcast_to(_of_rank(len(shape), jnp.asarray(x)), shape) for x in (at.position, at.segment, present)
+    )
+    return Coordinates(position, jnp.where(present, segment, 0))
+
+
+def _window(size: int | tuple[int, int]) -> SlidingWindow:
+    left, right = (size, size) if isinstance(size, int) else size
+    if left < 0 or right < 0:
+        raise ValueError(f"local_window_size ({left}, {right}) must not be negative on either side")
+    return SlidingWindow(left + 1, ahead=right)
+
+
+def _rows(name: str, lengths: Array | None, batch: tuple[int, ...], length: int) -> Coordinates:
+    if lengths is None:
+        return Coordinates.range(length)
+    lengths = jnp.asarray(lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got {lengths.dtype}")
+    if lengths.shape not in (batch, batch or (1,)):
+        raise ValueError(f"{name} {lengths.shape} must have one length for each row of the batch {batch}")
+    return Coordinates.from_lengths(lengths.reshape(batch), length)

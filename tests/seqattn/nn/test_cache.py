@@ -1,0 +1,214 @@
+"""Caches: whatever the pieces, a query sees what it would see without a cache; hypotheses see their own tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from seqattn.coordinates import Coordinates
+from seqattn.decoding.state import branch, select
+from seqattn.masks import Causal, SameSegment, SlidingWindow
+from seqattn.nn import KeyColumns, KeyValue, MultiHeadAttention, PagedCache, RingCache, StaticCache
+
+B, T, D, N, K, H, WINDOW = 3, 11, 6, 4, 2, 2, 3
+X = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
+
+
+@functools.cache
+def _attention(window: int | None = None) -> MultiHeadAttention:
+    mask = (Causal() if window is None else SlidingWindow(window)) & SameSegment()
+    sizes = {"num_heads": N, "num_kv_heads": K, "head_dim": H}
+    return MultiHeadAttention(D, mask=mask, rotary_base=50.0, **sizes, rngs=nnx.Rngs(0))
+
+
+@jax.jit
+def _full(attention, x) -> jax.Array:
+    at = Coordinates.range(x.shape[1])
+    return attention(x, at, attention.project(x, at))
+
+
+@jax.jit
+def _append(attention, cache, x, at):
+    cache, seen = cache.append(attention.project(x, at))
+    return cache, attention(x, at, seen)
+
+
+def _empty(window: int | None):
+    return StaticCache.empty(B, 2 * T, K, H) if window is None else RingCache.empty(B, window, K, H)
+
+
+def _piece(lengths, start) -> tuple[jax.Array, Coordinates, np.ndarray]:
+    """Of row b the tokens from `start[b]` on, `lengths[b]` of them, and NaN behind: tokens, coordinates, which."""
+    longest = max(lengths)
+    x, real = np.full((B, longest, D), np.nan, np.float32), np.arange(longest) < np.asarray(lengths)[:, None]
+    for row, (count, first) in enumerate(zip(lengths, start, strict=True)):
+        x[row, :count] = X[row, first : first + count]
+    position = np.where(real, np.arange(longest) + np.asarray(start)[:, None], 0)
+    return jnp.asarray(x), Coordinates(jnp.asarray(position, jnp.int32), jnp.asarray(real, jnp.int32)), real
+
+
+PIECES = {
+    "tokens": [(1, 1, 1)] * T,
+    "at_once": [(T, T, T)],
+    "ragged": [(5, 1, 3), (2, 7, 1), (1, 1, 1), (1, 1, 4)],
+    "with_nothing": [(4, 0, 2), (0, 3, 2), (1, 1, 1)],
+    "longer_than_the_window": [(1, 2, 3), (9, 4, 5)],
+}
+
+
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["static", "ring"])
+def test_cached_is_full_for_ragged_pieces_of_any_size(window, pieces):
+    attention, cache, start = _attention(window), _empty(window), np.zeros(B, int)
+    expected = _full(attention, X)
+    for lengths in pieces:
+        x, at, real = _piece(lengths, start)
+        cache, output = _append(attention, cache, x, at)
+        for row in range(B):
+            wanted = expected[row, start[row] : start[row] + lengths[row]]
+            np.testing.assert_allclose(np.asarray(output)[row, real[row]], wanted, atol=1e-5)
+        start += np.asarray(lengths)
+    assert not np.any(cache.overflowed)
+
+
+def test_a_ring_holds_the_window_alone():
+    cache = RingCache.empty(B, WINDOW, K, H)
+    sizes = [leaf.shape for leaf in jax.tree.leaves(cache)]
+    for _ in range(2 * WINDOW):
+        tokens = KeyValue(jnp.ones((B, 5, K, H)), jnp.ones((B, 5, K, H)), Coordinates.range(5))
+        cache, _ = cache.append(tokens)
+    assert [leaf.shape for leaf in jax.tree.leaves(cache)] == sizes
+    assert cache.columns.size == WINDOW
+
+
+def test_an_empty_window_is_refused():
+    with pytest.raises(ValueError, match=r"window \(0\) must be at least 1"):
+        RingCache.empty(B, 0, K, H)
+
+
+PARENTS = [(0, 0), (1, 0), (1, 1), (0, 1), (1, 0)]
+
+
+@pytest.mark.parametrize("prompt", [0, 4])
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["paged", "ring"])
+def test_each_hypothesis_sees_its_own_history(window, prompt):
+    """Two hypotheses a row that part and take each other's place, against each history on its own without a cache."""
+    attention, cache = _attention(window), _empty(window)
+    random = np.random.default_rng(1)
+    if prompt:
+        x, at, _ = _piece((prompt,) * B, (0,) * B)
+        cache, _ = cache.append(attention.project(x, at))
+    cache = branch(cache, 2)
+    assert isinstance(cache, PagedCache if window is None else RingCache)
+
+    choose = jax.jit(select)
+    histories = [[X[row, :prompt] for _ in range(2)] for row in range(B)]
+    for count, parent in enumerate(PARENTS):
+        tokens = random.normal(size=(B, 2, D)).astype(np.float32)
+        position = jnp.full((B, 2), prompt + count, jnp.int32)
+        cache, output = _append(attention, cache, jnp.asarray(tokens), Coordinates(position, jnp.ones_like(position)))
+        for row, hypotheses in enumerate(histories):
+            for beam in range(2):
+                hypotheses[beam] = np.concatenate([hypotheses[beam], tokens[row, beam][None]])
+                padded = np.zeros((1, T, D), np.float32)  # one shape for all lengths: what follows is not seen
+                padded[0, : len(hypotheses[beam])] = hypotheses[beam]
+                wanted = _full(attention, padded)[0, len(hypotheses[beam]) - 1]
+                np.testing.assert_allclose(output[row, beam], wanted, atol=1e-5)
+        by_row = [parent if row else parent[::-1] for row in range(B)]
+        cache = choose(cache, jnp.asarray(by_row, jnp.int32))
+        histories = [[histories[row][j] for j in by_row[row]] for row in range(B)]
+
+
+def _token(bad: float = 1.0) -> KeyValue:
+    at = Coordinates(jnp.zeros((B, 2), jnp.int32), jnp.ones((B, 2), jnp.int32))
+    key = jnp.ones((B, 2, K, H)).at[0, 1].set(bad)
+    return KeyValue(key, jnp.ones((B, 2, K, H)), at)
+
+
+def test_the_pages_move_no_key():
+    cache = branch(StaticCache.empty(B, 4, K, H), 2)
+    cache, _ = cache.append(_token())
+    moved = select(cache, jnp.array([[1, 1], [0, 1], [1, 0]]))
+    for a, b in zip(jax.tree.leaves(moved.columns), jax.tree.leaves(cache.columns), strict=True):
+        assert a is b
+    np.testing.assert_array_equal(moved.table[:, :, 0], [[1, 1], [0, 1], [1, 0]])
+
+
+def test_a_hypothesis_that_is_not_finite_leaves_no_trace_in_the_others():
+    attention, outputs = _attention(), []
+    x = jnp.ones((B, 2, D))
+    for bad in (1.0, np.nan):
+        _, seen = branch(StaticCache.empty(B, 4, K, H), 2).append(_token(bad))
+        outputs.append(np.asarray(attention(x, _token().at, seen)))
+    assert np.all(np.isnan(outputs[1][0, 1]))
+    np.testing.assert_array_equal(outputs[1][0, 0], outputs[0][0, 0])
+    np.testing.assert_array_equal(outputs[1][1:], outputs[0][1:])
+
+
+@pytest.mark.parametrize("beams", [1, 2], ids=["static", "paged"])
+def test_a14_past_the_end_is_an_error_and_inside_jit_a_flag_and_nan(beams):
+    attention, room = _attention(), 2
+    cache = StaticCache.empty(B, room, K, H)
+    cache = cache if beams == 1 else branch(cache, beams)
+    at = Coordinates(jnp.zeros((B, beams), jnp.int32), jnp.ones((B, beams), jnp.int32))
+    x = jnp.ones((B, beams, D))
+
+    for _ in range(room):
+        cache, output = _append(attention, cache, x, at)
+        assert np.all(np.isfinite(output))
+        assert not np.any(cache.overflowed)
+    with pytest.raises(ValueError, match="do not fit at slot"):
+        cache.append(attention.project(x, at))
+    cache, output = _append(attention, cache, x, at)
+    assert np.all(np.isnan(output))
+    assert np.all(cache.overflowed)
+    assert np.all(_append(attention, cache, x, at)[0].overflowed), "the flag stays"
+
+
+def test_a_cache_of_a_length_that_is_not_known_at_trace_time_branches_too():
+    """All its slots count as the prompt then."""
+    attention = _attention()
+    x, at, _ = _piece((4,) * B, (0,) * B)
+    cache, _ = StaticCache.empty(B, 6, K, H).append(attention.project(x, at))
+    later, later_at, _ = _piece((1,) * B, (4,) * B)
+
+    @jax.jit
+    def step(cache):
+        both = [jnp.repeat(a, 2, axis=1) for a in (later, later_at.position, later_at.segment)]
+        two_at = Coordinates(*both[1:])
+        _, seen = branch(cache, 2).append(attention.project(both[0], two_at))
+        return attention(both[0], two_at, seen)
+
+    wanted = _full(attention, X)[:, 4]
+    for beam in range(2):
+        np.testing.assert_allclose(step(cache)[:, beam], wanted, atol=1e-5)
+
+
+def test_what_makes_no_sense_is_refused():
+    cache = branch(StaticCache.empty(B, 4, K, H), 2)
+    with pytest.raises(NotImplementedError, match="a PagedCache has its 2 beams already, got 3 more"):
+        branch(cache, 3)
+    with pytest.raises(ValueError, match="the cache has 2 hypotheses a row, got one token or parent for each of 3"):
+        select(cache, jnp.zeros((B, 3), jnp.int32))
+    three = jax.tree.map(lambda x: jnp.concatenate([x, x[:, :1]], axis=1), _token())
+    with pytest.raises(ValueError, match="the cache has 2 hypotheses a row, got one token or parent for each of 3"):
+        cache.append(three)
+    with pytest.raises(ValueError, match="does not fit the cache's"):
+        RingCache.empty(B, 3, K + 1, H).append(_token())
+
+
+def test_columns_of_more_queries_than_are_few_are_read_in_tiles():
+    """A long prompt after a short one: the tiled kernel gets the same tokens."""
+    attention, length = _attention(), 70
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(1, length + 3, D)), jnp.float32)
+    at = jax.tree.map(lambda field: field[None], Coordinates.range(length + 3))
+    cache, outputs = StaticCache.empty(1, length + 3, K, H), []
+    for piece in (slice(0, 3), slice(3, None)):
+        here, here_at = x[:, piece], jax.tree.map(lambda field, piece=piece: jnp.asarray(field[:, piece]), at)
+        cache, seen = cache.append(attention.project(here, here_at))
+        assert isinstance(seen, KeyColumns)
+        outputs.append(attention(here, here_at, seen))
+    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), _full(attention, x), atol=1e-5)
