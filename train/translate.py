@@ -106,7 +106,8 @@ class Arguments:
     n_best: int = 1
     """Translations of a text, at most beam_size; above 1 so many lines for each text: score, tab, translation."""
     max_length: int | None = None
-    """Most tokens of a translation, its end counted; by default twice as many as the text has, and some more."""
+    """Most tokens of a translation, its end counted; by default twice as many as the text has, and some
+    more; never more than the model has learned positions."""
     min_length: int = 0
     """Fewest tokens of a translation, its end counted."""
     temperature: float | None = None

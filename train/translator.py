@@ -18,6 +18,7 @@ from seqattn.decoding import (
     Greedy,
     LengthPenalty,
     LogitsProcessor,
+    MinLength,
     Sampling,
     Stopping,
     beam_search,
@@ -111,6 +112,9 @@ class Translator:
         self.tokenizer, self.batch_size, self.search = tokenizer, batch_size, search
         self._processors, self._max_length, self._seed = tuple(processors), max_length, np.uint32(seed)
         self._limit = longest(model)
+        self._shortest = max((int(each.length) for each in processors if isinstance(each, MinLength)), default=0)
+        if self._limit is not None and self._shortest > self._limit:
+            raise ValueError(f"min_length ({self._shortest}) exceeds the model's learned positions ({self._limit})")
         graph, self.params = nnx.split(model)
         self._find = _compiled(graph, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
 
@@ -137,9 +141,7 @@ class Translator:
         """
         rows = first = 0
         for texts in chunks:
-            sources: list[Example] = [
-                ([*ids, self.tokenizer.end_id], [0]) for ids in self.tokenizer.encode_batch(texts)
-            ]
+            sources = self._sources(texts)
             self._check_lengths(sources, first)
             # A text without tokens has nothing but its end token.
             count = sum(len(ids) > 1 for ids, _ in sources)
@@ -184,7 +186,8 @@ class Translator:
 
     def _room(self, source_length: int) -> int:
         """Tokens of an output: generous, since decoding stops when all texts have ended."""
-        room = 2 * source_length + _MULTIPLE if self._max_length is None else self._max_length
+        generous = max(2 * source_length + _MULTIPLE, self._shortest)
+        room = generous if self._max_length is None else self._max_length
         return room if self._limit is None else min(room, self._limit)
 
 

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from seqattn.decoding import state as states
+from seqattn.decoding.arguments import check_limits, check_logits, checked_first_token, checked_processors
 from seqattn.decoding.candidates import Candidates, DiverseGroups, choose, take
 from seqattn.decoding.generate import Step
-from seqattn.decoding.largest import largest, log_sum_exp
+from seqattn.decoding.largest import Normaliser, largest
 from seqattn.decoding.penalties import AverageLength, CoveragePenalty, LengthPenalty
-from seqattn.decoding.processors import History, LogitsProcessor, check_integer, process
+from seqattn.decoding.processors import History, LogitsProcessor, process
 from seqattn.decoding.trace import Trace, of_hypotheses
+from seqattn.static import check_integer
 
 
 class Stopping(enum.Enum):
@@ -116,10 +118,9 @@ def beam_search(
     [4 0] 0.11
     [3 1] 0.40
     """
-    first_token = jnp.asarray(first_token, jnp.int32)
-    _check_sizes(beam_size, max_length, n_best, groups, alignment, coverage)
-    if end_token == pad_token:
-        raise ValueError(f"end_token and pad_token must differ, both are {end_token}")
+    first_token = checked_first_token(first_token)
+    check_limits(max_length, end_token, pad_token)
+    _check_sizes(beam_size, n_best, groups, alignment, coverage)
     states.check_rows(state, len(first_token))
     search = _Search(
         step=step,
@@ -128,7 +129,7 @@ def beam_search(
         pad_token=pad_token,
         length_penalty=length_penalty,
         stopping=stopping,
-        processors=tuple(processors),
+        processors=checked_processors(processors),
         groups=groups,
         alignment=alignment,
         coverage=coverage,
@@ -138,12 +139,8 @@ def beam_search(
     return search.result(loop, n_best)
 
 
-def _check_sizes(
-    beam_size: int, max_length: int, n_best: int, groups: DiverseGroups | None, alignment: Any, coverage: Any
-) -> None:
+def _check_sizes(beam_size: int, n_best: int, groups: DiverseGroups | None, alignment: Any, coverage: Any) -> None:
     check_integer("beam_size", beam_size, minimum=1)
-    if max_length < 1:
-        raise ValueError(f"max_length ({max_length}) must be at least 1")
     if not 1 <= n_best <= beam_size:
         raise ValueError(f"n_best ({n_best}) must be from 1 to beam_size ({beam_size})")
     if groups is not None and beam_size % groups.count:
@@ -200,6 +197,10 @@ class _Loop:
     done: Bool[Array, "B G"]
 
 
+def _or_gone(normaliser: Normaliser, works: Bool[Array, "B beams"]) -> Normaliser:
+    return dataclasses.replace(normaliser, log_total=jnp.where(works, normaliser.log_total, jnp.inf))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Search:
     """What all steps of one search have in common."""
@@ -253,7 +254,10 @@ class _Search:
         if self.alignment is None:
             return 0
         _, state = jax.eval_shape(self.step, self.first.reshape(-1), state)
-        return jax.eval_shape(self.alignment, state).shape[-1]
+        weights = jax.eval_shape(self.alignment, state)
+        if getattr(weights, "shape", ())[:-1] != (self.first.size,):
+            raise ValueError(f"alignment must give weights [R, S] for {self.first.size} hypotheses, got {weights}")
+        return weights.shape[-1]
 
     def is_unfinished(self, loop: _Loop) -> Bool[Array, ""]:
         return (loop.index < self.max_length) & ~jnp.all(loop.done)
@@ -280,7 +284,7 @@ class _Search:
             index=loop.index + 1,
             fed=jnp.where(is_fed, going_on.token, self.pad_token).reshape(-1),
             state=states.select(state, parent),
-            running=self._run_on(loop, going_on, covered),
+            running=self._run_on(loop, going_on, covered, done),
             ended=ended,
             trace=loop.trace.write(Trace(token, parent, weights), loop.index),
             done=done,
@@ -300,26 +304,18 @@ class _Search:
             return jnp.zeros(self.first.shape, jnp.float32)
         return self.coverage(covered)
 
-    def _scores(self, logits: Array, loop: _Loop) -> tuple[Float[Array, "B beams V"], Float[Array, "B beams"]]:
-        """What the tokens compete by, and what to subtract for log probabilities: inf where a hypothesis must die."""
-        if logits.ndim != 2 or len(logits) != self.first.size:
-            raise ValueError(
-                f"a step must return logits [R, V] for {self.first.size} hypotheses, got the shape {logits.shape}"
-            )
-        if self.end_token >= logits.shape[-1]:
-            raise ValueError(
-                f"end_token ({self.end_token}) must be below the size of the vocabulary ({logits.shape[-1]})"
-            )
+    def _scores(self, logits: Array, loop: _Loop) -> tuple[Float[Array, "B beams V"], Normaliser]:
+        """What the tokens compete by, and what makes log probabilities of it: of -inf where a hypothesis must die."""
+        check_logits(logits, self.first.size, self.end_token)
         logits = logits.reshape(*self.first.shape, logits.shape[-1])
-        normaliser = log_sum_exp(logits.astype(jnp.float32))
-        # NaN where one logit is NaN, and -inf where all are.
-        says_something = jnp.isfinite(normaliser)
+        normaliser = Normaliser.of(logits.astype(jnp.float32))
         if loop.running.said is None:
-            return logits, jnp.where(says_something, normaliser, jnp.inf)
+            return logits, _or_gone(normaliser, normaliser.is_finite)
         history = History(loop.running.said, loop.index, self.first)
-        scores = process(self.processors, logits.astype(jnp.float32) - normaliser[..., None], history)
-        says_something &= jnp.isfinite(scores.max(axis=-1))
-        return scores, jnp.where(says_something, 0.0, jnp.inf)
+        scores = process(self.processors, normaliser.log_probabilities(logits), history)
+        works = normaliser.is_finite & jnp.isfinite(scores.max(axis=-1))
+        zero = jnp.zeros(works.shape, jnp.float32)
+        return scores, _or_gone(Normaliser(zero, zero), works)
 
     def _merge(self, loop: _Loop, candidates: Candidates, adjustment: Float[Array, "B beams"]) -> _Ended:
         """The best that have ended so far.
@@ -366,7 +362,9 @@ class _Search:
         bound = self.length_penalty.bound(best, length, self.max_length)
         return nothing_left | (bound <= worst)
 
-    def _run_on(self, loop: _Loop, going_on: Candidates, covered: Array | None) -> _Running:
+    def _run_on(self, loop: _Loop, going_on: Candidates, covered: Array | None, done: Bool[Array, "B G"]) -> _Running:
+        # A group that is done says nothing more: what its hypotheses would say must not steer the other groups.
+        going_on = dataclasses.replace(going_on, objective=jnp.where(done[..., None], -jnp.inf, going_on.objective))
         token, parent, objective, log_probability = (
             leaf.reshape(self.first.shape)
             for leaf in (going_on.token, going_on.parent, going_on.objective, going_on.log_probability)

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from seqattn.decoding.largest import largest
-from seqattn.decoding.processors import Number, check_integer, check_range
+from seqattn.decoding.largest import Normaliser, largest
+from seqattn.decoding.penalties import scalar
+from seqattn.decoding.processors import Number, check_range
+from seqattn.static import check_integer
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +24,9 @@ class DiverseGroups:
 
     Attributes:
         count: how many groups; the beam size is a multiple of it; static.
-        strength: at least 0; a leaf.
+        strength: at least 0, one number; a leaf.
+
+    Two groups may end with the same sequence, which then is twice among the best.
     """
 
     count: int = dataclasses.field(metadata={"static": True})
@@ -67,7 +71,7 @@ def take(tree: Tree, places: Int[Array, "*B C"]) -> Tree:
 
 def choose(
     scores: Float[Array, "B beams V"],
-    normaliser: Float[Array, "B beams"],
+    normaliser: Normaliser,
     objective: Float[Array, "B beams"],
     log_probability: Float[Array, "B beams"],
     *,
@@ -83,7 +87,7 @@ def choose(
     Args:
         scores: log probabilities plus the normaliser: raw logits do. What they have in common does not change their
             order, so nothing of size V is written for it.
-        normaliser: their log-sum-exp; inf where the hypothesis cannot go on.
+        normaliser: of them; its log_total is inf where the hypothesis cannot go on.
         objective: of the hypotheses.
         log_probability: of the hypotheses.
         groups: diversity, if wanted.
@@ -97,30 +101,31 @@ def choose(
     candidates, running = [], []
     for group in range(num_groups):
         of_group = slice(group * size, (group + 1) * size)
-        continued = _continue(scores[:, of_group], normaliser[:, of_group], crowd, min(count, vocab_size))
+        own = Normaliser(normaliser.peak[:, of_group], normaliser.log_total[:, of_group])
+        continued = _continue(scores[:, of_group], own, crowd, min(count, vocab_size))
         best = _best(continued, objective[:, of_group], log_probability[:, of_group], count)
         best = dataclasses.replace(best, parent=best.parent + group * size)
         going_on = best.take(jnp.where((best.token == end_token) | is_last, -jnp.inf, best.objective), size)
         candidates.append(best)
         running.append(going_on)
         if group + 1 < num_groups:
-            lowered = jnp.asarray(strength, jnp.float32) * _count_tokens(going_on, vocab_size)
+            lowered = scalar(strength) * _count_tokens(going_on, vocab_size)
             crowd = lowered if crowd is None else crowd + lowered
     return _stack(candidates), _stack(running)
 
 
 def _continue(
-    scores: Float[Array, "B K V"], normaliser: Float[Array, "B K"], crowd: Float[Array, "B V"] | None, count: int
+    scores: Float[Array, "B K V"], normaliser: Normaliser, crowd: Float[Array, "B V"] | None, count: int
 ) -> tuple[Array, Array, Array]:
     """The best tokens of each hypothesis: what they add to its objective and to its log probability, and which."""
-    gone = jnp.isposinf(normaliser)[..., None]
+    gone = jnp.isposinf(normaliser.log_total)[..., None]
     if crowd is None:
         best, tokens = largest(scores, count)
-        gain = jnp.where(gone, -jnp.inf, best.astype(jnp.float32) - normaliser[..., None])
+        gain = jnp.where(gone, -jnp.inf, normaliser.log_probabilities(best))
         return gain, gain, tokens
     best, tokens = largest(scores.astype(jnp.float32) - crowd[:, None], count)
-    plain = take(scores, tokens).astype(jnp.float32)
-    gain, plain = (jnp.where(gone, -jnp.inf, values - normaliser[..., None]) for values in (best, plain))
+    plain = take(scores, tokens)
+    gain, plain = (jnp.where(gone, -jnp.inf, normaliser.log_probabilities(values)) for values in (best, plain))
     return gain, plain, tokens
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from seqattn.decoding.processors import History, LogitsProcessor, Number, by_row, check_integer, check_range, forbid
+from seqattn.decoding.processors import History, LogitsProcessor, Number, by_row, check_range, forbid
+from seqattn.static import check_integer
 
 
 @jax.tree_util.register_dataclass

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-from seqattn.decoding.largest import log_sum_exp
-from seqattn.decoding.processors import History, LogitsProcessor, check_integer, process
+from seqattn.decoding.arguments import check_limits, check_logits, checked_first_token, checked_processors
+from seqattn.decoding.largest import Normaliser
+from seqattn.decoding.processors import History, LogitsProcessor, process
 from seqattn.decoding.sampling import Greedy, Sampling, row_keys
 
 Step = Callable[[Array, Any], tuple[Array, Any]]
@@ -99,10 +100,12 @@ def generate(
     [[3 0 2 1 0 0]
      [1 0 0 0 0 0]]
     """
-    _check(max_length, end_token, pad_token)
-    first_token = jnp.asarray(first_token, jnp.int32)
+    check_limits(max_length, end_token, pad_token)
+    first_token = checked_first_token(first_token)
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling must be Greedy() or Sample(filters), got {sampling!r}")
     keys = _keys(sampling, key, len(first_token))
-    processors = (*processors, *sampling.filters)
+    processors = (*checked_processors(processors), *sampling.filters)
 
     def unfinished(loop: tuple[Array, Array, Any, Generated]) -> Array:
         index, _, _, found = loop
@@ -111,38 +114,21 @@ def generate(
     def advance(loop: tuple[Array, Array, Any, Generated]) -> tuple[Array, Array, Any, Generated]:
         index, tokens, state, found = loop
         logits, state = step(tokens, state)
-        logits = _checked(logits, len(first_token), end_token)
+        check_logits(logits, len(first_token), end_token)
+        logits = logits.astype(jnp.float32)
         history = History(found.tokens[:, None], index, first_token[:, None])
         allowed = process(processors, logits[:, None], history)[:, 0]
         chosen = sampling.choose(allowed, _step_keys(keys, index))
         # Not finite where a logit is NaN or inf, or where all are -inf; a processor may hide what the model said.
-        normaliser = log_sum_exp(logits)
-        broken = ~jnp.isfinite(normaliser)
-        broken = broken | ~jnp.isfinite(log_sum_exp(allowed)) if processors else broken
-        gained = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0] - normaliser
-        tokens, found = _extend(found, chosen, gained, broken, index, end_token, pad_token)
+        normaliser = Normaliser.of(logits)
+        works = normaliser.is_finite & Normaliser.of(allowed).is_finite if processors else normaliser.is_finite
+        gained = normaliser.log_probabilities(jnp.take_along_axis(logits, chosen[:, None], axis=-1))[:, 0]
+        tokens, found = _extend(found, chosen, gained, ~works, index, end_token, pad_token)
         return index + 1, tokens, state, found
 
     start = _nothing(len(first_token), max_length, pad_token)
     loop = (jnp.zeros((), jnp.int32), first_token, state, start)
     return jax.lax.while_loop(unfinished, advance, loop)[-1]
-
-
-def _check(max_length: int, end_token: int, pad_token: int) -> None:
-    if max_length < 1:
-        raise ValueError(f"max_length ({max_length}) must be at least 1")
-    if end_token == pad_token:
-        raise ValueError(f"end_token and pad_token must differ, both are {end_token}")
-    check_integer("end_token", end_token, minimum=0)
-
-
-def _checked(logits: Array, num_rows: int, end_token: int) -> Float[Array, "B V"]:
-    """The logits in float32, where they are `[B, V]` and the end token is one of V."""
-    if logits.ndim != 2 or len(logits) != num_rows:
-        raise ValueError(f"a step must return logits [B, V] for {num_rows} rows, got the shape {logits.shape}")
-    if end_token >= logits.shape[-1]:
-        raise ValueError(f"end_token ({end_token}) must be below the size of the vocabulary ({logits.shape[-1]})")
-    return logits.astype(jnp.float32)
 
 
 def _nothing(num_rows: int, max_length: int, pad_token: int) -> Generated:

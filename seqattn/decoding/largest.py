@@ -1,10 +1,11 @@
 """The few largest of many values, in a fixed order."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 BLOCK = 64
 """Values of a block. Of 32, 64, 128 and 256 the fastest, or as fast as that, over `[256, 8000]` and `[320, 32000]`."""
@@ -35,15 +36,38 @@ def largest(values: Float[Array, "*B V"], count: int) -> tuple[Float[Array, "*B 
     return best.reshape(*values.shape[:-1], count), places.reshape(*values.shape[:-1], count)
 
 
-def log_sum_exp(values: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-    """`log(sum(exp(values)))` of each row; not finite where the largest value is not, or where any is NaN.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Normaliser:
+    """What makes logits `[*B, V]` log probabilities, in two parts: their sum would round the small one away.
 
-    Its maxima are those of the blocks of `largest`, which XLA computes once for both.
+    Attributes:
+        peak: the largest logit `[*B]`.
+        log_total: the log of the sum of `exp(logit - peak)`.
     """
-    rows = values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
-    peak = _blocks(rows).max(axis=-1).max(axis=-1)
-    total = jnp.exp(rows - peak[:, None]).sum(axis=-1)
-    return jnp.where(jnp.isfinite(peak), peak + jnp.log(total), peak).reshape(values.shape[:-1])
+
+    peak: Float[Array, "*B"]
+    log_total: Float[Array, "*B"]
+
+    @staticmethod
+    def of(logits: Float[Array, "*B V"]) -> "Normaliser":
+        """Of each row. Its maxima are those of the blocks of `largest`, which XLA computes once for both."""
+        rows = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
+        peak = _blocks(rows).max(axis=-1).max(axis=-1)
+        log_total = jnp.log(jnp.exp(rows - peak[:, None]).sum(axis=-1))
+        return Normaliser(peak.reshape(logits.shape[:-1]), log_total.reshape(logits.shape[:-1]))
+
+    @property
+    def is_finite(self) -> Bool[Array, "*B"]:
+        """Whether a row has probabilities: no logit is NaN or inf, and not all are -inf.
+
+        Both parts are asked, since XLA's exponential on the CPU does not keep every NaN.
+        """
+        return jnp.isfinite(self.peak) & jnp.isfinite(self.log_total)
+
+    def log_probabilities(self, logits: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        """Of some of the logits, or of all."""
+        return (logits.astype(jnp.float32) - self.peak[..., None]) - self.log_total[..., None]
 
 
 def _blocks(values: Float[Array, "R V"]) -> Float[Array, "R blocks block"]:

@@ -110,12 +110,15 @@ class CoveragePenalty:
         read = jnp.log(jnp.clip(coverage, jnp.finfo(coverage.dtype).tiny, 1.0))
         if self.present is not None:
             read = jnp.where(self.present[:, None], read, 0.0)
-        return _scalar(self.beta) * read.sum(axis=-1)
+        return scalar(self.beta) * read.sum(axis=-1)
 
 
 def _power(length: Float[Array, "*B"], power: Number) -> Float[Array, "*B"]:
-    return length ** _scalar(power).reshape((1,) * length.ndim)
+    return length ** scalar(power).reshape((1,) * length.ndim)
 
 
-def _scalar(value: Number) -> Float[Array, ""]:
+def scalar(value: Number) -> Float[Array, ""]:
+    """One number for all rows; ValueError where it is an array of more: hypotheses of all rows compete alike."""
+    if jnp.ndim(value):
+        raise ValueError(f"give one number for all rows, got the shape {jnp.shape(value)}")
     return jnp.asarray(value, jnp.float32)

@@ -15,6 +15,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from seqattn.static import check_integer
+
 Number = float | int | np.number | np.ndarray | Array
 """A number for all rows, or an array `[B]` with one for each."""
 
@@ -136,6 +138,8 @@ class MinLength(LogitsProcessor):
 
     def __post_init__(self) -> None:
         check_range("length", self.length, minimum=0, maximum=np.iinfo(np.int32).max)
+        if is_known(self.length) and np.any(np.asarray(self.length) % 1):
+            raise ValueError(f"length ({self.length}) must be an integer, or one for each row")
         check_integer("end_token", self.end_token, minimum=0)
 
     def __call__(self, logits: Float[Array, "B beams V"], history: History) -> Float[Array, "B beams V"]:
@@ -199,6 +203,8 @@ class Banned(LogitsProcessor):
     tokens: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tokens, tuple):
+            raise TypeError(f"tokens must be a tuple, got {self.tokens!r}")
         for token in self.tokens:
             check_integer("a banned token", token, minimum=0)
 
@@ -270,12 +276,6 @@ def check_range(
         rules = [f"at least {minimum:g}"] * (minimum > -np.inf) + [f"at most {maximum:g}"] * (maximum < np.inf)
         rules += [f"above {above:g}"] * (above > -np.inf)
         raise ValueError(f"{name} ({outside.flat[0]:g}) must be finite and {' and '.join(rules)}")
-
-
-def check_integer(name: str, value: int, minimum: int) -> None:
-    """Refuses what is no integer or below `minimum`."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"{name} ({value!r}) must be an integer of at least {minimum}")
 
 
 def _check_vocabulary(name: str, token: int, logits: Float[Array, "B beams V"]) -> None:

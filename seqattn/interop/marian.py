@@ -44,6 +44,7 @@ _MUST_BE = {
     "share_encoder_decoder_embeddings": True,
     "tie_word_embeddings": True,
 }
+_TABLES = {"model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"}
 _LAYER_NORM_EPSILON = 1e-5
 _NOT_PARAMETERS = ("embed_positions.weight", "embed_tokens.weight", "lm_head.weight")
 """Sines, and second names of the one table of vectors."""
@@ -101,6 +102,10 @@ def from_marian(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
         raise ValueError(f"parameters do not fit: missing {missing}, unknown {unknown}")
     for name, (_, axes) in wanted.items():
         _check_shape(name, axes, np.shape(given[name]), ours)
+    table = np.asarray(given["model.shared.weight"])
+    for name in arrays.keys() & _TABLES:
+        if not np.array_equal(arrays[name], table):
+            raise ValueError(f"{name} must be the same table as model.shared.weight: they are tied")
     order = _order(ours.block.model_dim)
     converted = {path: _convert(given[name], axes, order) for name, (path, axes) in wanted.items()}
     graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(ours, rngs=nnx.Rngs(0))))

@@ -29,7 +29,10 @@ class EncoderDecoder(Protocol):
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: State
     ) -> tuple[Float[Array, "B T V"], State]:
-        """Many target tokens at once, `lengths[i]` of row i: logits after each, and the state after the last."""
+        """Many target tokens at once, `lengths[i]` of row i: logits after each, and the state after the last.
+
+        A state of one hypothesis a row: texts are read before a search branches.
+        """
 
     def step(self, tokens: Int[Array, "R"], state: State) -> tuple[Float[Array, "R V"], State]:
         """Logits `[R, V]` of the token after `tokens` `[R]`, and the next state; equal to `decode` step by step.

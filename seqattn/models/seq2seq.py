@@ -163,7 +163,13 @@ class Seq2Seq(nnx.Module):
         """Many target tokens at once: the logits after each of `tokens` `[B, T]`, and the state after the last.
 
         Row i has `lengths[i]` tokens and then padding, which is stepped over. A text may come in pieces of any size.
+
+        Raises:
+            ValueError: the state has several hypotheses a row.
         """
+        rows, hypotheses = len(tokens), len(jax.tree.leaves(state.carries)[0])
+        if hypotheses != rows:
+            raise ValueError(f"prefill before branching: {rows} rows of tokens, {hypotheses} hypotheses in the state")
         at = Coordinates.from_lengths(lengths, tokens.shape[1])
         features, _, state = self._unroll(tokens, at, state, None)
         return self.output(features), state

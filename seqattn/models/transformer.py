@@ -222,8 +222,11 @@ class Transformer(nnx.Module):
         come in pieces of any size.
 
         Raises:
-            ValueError: the caches are full. Inside `jit`, where that cannot be raised, the logits are NaN.
+            ValueError: the state has several hypotheses a row, or the caches are full. Inside `jit`, where the latter
+                cannot be raised, the logits are NaN.
         """
+        if state.caches[0].beams > 1:
+            raise ValueError(f"prefill before branching: the state has {state.caches[0].beams} hypotheses a row")
         new = Coordinates.from_lengths(lengths, tokens.shape[1])
         at = Coordinates(state.position[:, None] + new.position, state.memory.value[1][:, None] * new.segment)
         logits, caches = self._continue(tokens, at, state)
@@ -235,10 +238,13 @@ class Transformer(nnx.Module):
         The hypotheses of a row are queries side by side, so that they share its memory and its cache.
 
         Raises:
-            ValueError: the caches are full. Inside `jit`, where that cannot be raised, the logits are NaN.
+            ValueError: R is not what the state holds, or the caches are full. Inside `jit`, where the latter cannot be
+                raised, the logits are NaN.
         """
         segment = state.memory.value[1]
-        beams = (len(segment), len(tokens) // max(1, len(segment)))
+        beams = (len(segment), state.caches[0].beams)
+        if len(tokens) != beams[0] * beams[1]:
+            raise ValueError(f"the state has {beams[0]} rows of {beams[1]} hypotheses, got {len(tokens)} tokens")
         position = state.position.reshape(beams)
         at = Coordinates(position, jnp.broadcast_to(segment[:, None], position.shape))
         logits, caches = self._continue(tokens.reshape(beams), at, state)

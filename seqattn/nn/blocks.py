@@ -148,7 +148,7 @@ class DecoderBlock(nnx.Module):
     The same call serves training and a cached step; they differ in where the keys and values live:
 
     - training: `block(x, at, block.project(x, at), memory)`
-    - a step: `kv = kv.write(block.project(x, at), slot); block(x, at, kv, memory)`
+    - a step: `cache, kv = cache.append(block.project(x, at)); block(x, at, kv, memory)`
 
     with `memory = block.remember(encoded, source_at)`, once for a source.
 

@@ -29,6 +29,11 @@ class Cache(Branching):
     overflowed: Bool[Array, "B"]
     """Whether a row was given more tokens than it has room for."""
 
+    @property
+    def beams(self) -> int:
+        """Hypotheses of a row; where there are several, `append` takes one token of each."""
+        return 1
+
     @abc.abstractmethod
     def append(self, new: KeyValue) -> tuple["Cache", KeyColumns]:
         """The cache with `new` `[B, T, K, H]`, and what the queries of these tokens attend to."""
@@ -80,7 +85,7 @@ class StaticCache(Cache):
         Raises:
             ValueError: the tokens do not fit, or shapes differ.
         """
-        fresh = KeyColumns.of(new)
+        fresh = KeyColumns.of(new, self.columns.key.dtype)
         columns, length = self.columns.write(fresh, self.length), self.length + fresh.size
         overflowed = self.overflowed | (length > columns.size)
         return StaticCache(columns, length, overflowed), _lost(columns, overflowed)
@@ -141,6 +146,11 @@ class RingCache(Cache):
         return RingCache(columns, jnp.zeros(batch, bool))
 
     @property
+    def beams(self) -> int:
+        """Hypotheses of a row."""
+        return self.beam_size
+
+    @property
     def window(self) -> int:
         """How many tokens of a hypothesis are kept."""
         return self.columns.size // self.beam_size
@@ -151,7 +161,7 @@ class RingCache(Cache):
         Raises:
             ValueError: there are several hypotheses and T is not their number, or shapes differ.
         """
-        fresh, several = KeyColumns.of(new), self.beam_size > 1
+        fresh, several = KeyColumns.of(new, self.columns.key.dtype), self.beam_size > 1
         self.columns.check_like(fresh)
         position, kept = fresh.at.position, fresh.at.segment != 0
         first = jnp.zeros((1, 1), jnp.int32)
@@ -229,6 +239,11 @@ class PagedCache(Cache):
         table = jnp.full((len(cache.overflowed), beam_size, steps), -1, jnp.int32)
         return PagedCache(cache.columns.over_slots(pool), table, np.int32(0), cache.overflowed, prompt)
 
+    @property
+    def beams(self) -> int:
+        """Hypotheses of a row."""
+        return self.table.shape[1]
+
     def append(self, new: KeyValue) -> tuple["PagedCache", KeyColumns]:
         """The cache with one new token `[B, beam_size, K, H]` of each hypothesis, and the pool with who sees what.
 
@@ -236,7 +251,7 @@ class PagedCache(Cache):
             ValueError: the tokens do not fit or are not one a hypothesis, or shapes differ.
         """
         batch, beams, steps = self.table.shape
-        fresh = KeyColumns.of(new)
+        fresh = KeyColumns.of(new, self.columns.key.dtype)
         _check_beams(fresh.size, beams)
         first = self.prompt + self.length * beams
         columns = self.columns.write(fresh, first)

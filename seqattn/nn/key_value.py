@@ -50,17 +50,18 @@ class KeyColumns:
     visible: Bool[Array, "B T S"] | None = None
 
     @staticmethod
-    def of(kv: KeyValue) -> "KeyColumns":
-        """Keys and values `[B, S, K, H]` as columns.
+    def of(kv: KeyValue, dtype: DTypeLike | None = None) -> "KeyColumns":
+        """Keys and values `[B, S, K, H]` as columns, of `dtype` or of their own.
 
         Raises:
             ValueError: there is not one batch dim.
         """
         if kv.key.ndim != 4:
             raise ValueError(f"columns have one batch dim: key must be [B, S, K, H], got {kv.key.shape}")
-        finite = jnp.isfinite(kv.key).all(axis=(-2, -1)) & jnp.isfinite(kv.value).all(axis=(-2, -1))
-        shown = finite[..., None, None]
-        key, value = (jnp.where(shown, x, jnp.zeros_like(x)) for x in (kv.key, kv.value))
+        # Cast before: what is finite may be too large for fewer bits.
+        given = [x if dtype is None else x.astype(dtype) for x in (kv.key, kv.value)]
+        finite = jnp.isfinite(given[0]).all(axis=(-2, -1)) & jnp.isfinite(given[1]).all(axis=(-2, -1))
+        key, value = (jnp.where(finite[..., None, None], x, jnp.zeros_like(x)) for x in given)
         at = jax.tree.map(lambda field: jnp.broadcast_to(field, finite.shape), kv.at)
         return KeyColumns(key.transpose(0, 2, 3, 1), value.swapaxes(1, 2), at, finite)
 
@@ -68,7 +69,13 @@ class KeyColumns:
     def empty(
         batch: int, size: int, num_kv_heads: int, head_dim: int, *, value_dim: int, dtype: DTypeLike
     ) -> "KeyColumns":
-        """`size` slots, all padding."""
+        """`size` slots, all padding.
+
+        Raises:
+            ValueError: `size` is negative.
+        """
+        if size < 0:
+            raise ValueError(f"a cache must have at least 0 slots, got {size}")
         slots = jnp.zeros((batch, size), jnp.int32)
         key = jnp.zeros((batch, num_kv_heads, head_dim, size), dtype)
         value = jnp.zeros((batch, num_kv_heads, size, value_dim), dtype)
@@ -95,7 +102,8 @@ class KeyColumns:
         self.check_like(new)
         known = not isinstance(slot, jax.core.Tracer)
         if new.size > self.size or (known and not 0 <= int(slot) <= self.size - new.size):
-            raise ValueError(f"{new.size} tokens do not fit at slot {slot} into a cache of {self.size}")
+            place = f" at slot {slot}" if known else ""
+            raise ValueError(f"{new.size} tokens do not fit{place} into a cache of {self.size}")
         fits = (slot >= 0) & (slot <= self.size - new.size)
         marked = dataclasses.replace(new, finite=new.finite & fits)
         # Without the barrier XLA would make the update a second time for its reader, from a copy of the old array.

@@ -403,7 +403,7 @@ def test_a_batch_of_nothing():
     ("options", "message"),
     [
         ({"beam_size": 0}, r"beam_size \(0\) must be an integer of at least 1"),
-        ({"max_length": 0}, r"max_length \(0\) must be at least 1"),
+        ({"max_length": 0}, r"max_length \(0\) must be an integer of at least 1"),
         ({"n_best": 3}, r"n_best \(3\) must be from 1 to beam_size \(2\)"),
         ({"groups": DiverseGroups(3)}, r"beam_size \(2\) must be a multiple of the count of groups \(3\)"),
         ({"coverage": CoveragePenalty()}, "needs alignment"),
@@ -418,3 +418,22 @@ def test_what_cannot_be_searched_is_refused(options, message):
         beam_search(
             _step, state, FIRST, **{"beam_size": 2, "max_length": 2, "end_token": END, "pad_token": PAD} | options
         )
+
+
+def test_a_group_that_is_done_steers_no_other():
+    """What a model says after padding must not count: nobody else ever says or hears the padding token."""
+    size, end, pad = 7, 3, 1
+
+    @jax.jit
+    def search(table):
+        sizes = {"beam_size": 2, "n_best": 2, "max_length": 6, "end_token": end, "pad_token": pad}
+        first = jnp.array([0, 2, 4, 5, 6, 0])
+        step = lambda tokens, state: (table[state, tokens], state)  # noqa: E731
+        return beam_search(step, jnp.arange(6), first, groups=DiverseGroups(2, 2.0), **sizes)
+
+    table = np.random.default_rng(5).normal(size=(6, size, size)).astype(np.float32)
+    table[..., pad] = -99
+    first = search(table)
+    table[:, pad] = 5 * np.random.default_rng(7).normal(size=(6, size))
+    for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(search(table)), strict=True):
+        np.testing.assert_array_equal(one, other)

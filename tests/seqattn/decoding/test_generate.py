@@ -234,5 +234,5 @@ def test_b9_end_and_padding_must_differ():
 
 @pytest.mark.parametrize("max_length", [0, -1])
 def test_at_least_one_token_is_asked_for(max_length):
-    with pytest.raises(ValueError, match=rf"max_length \({max_length}\) must be at least 1"):
+    with pytest.raises(ValueError, match=rf"max_length \({max_length}\) must be an integer of at least 1"):
         generate(_by_table, _state(), FIRST, max_length=max_length, end_token=END)

@@ -264,7 +264,7 @@ def test_b9_an_end_token_that_no_row_can_reach_is_refused(end_token):
 
 @pytest.mark.parametrize("change", [lambda x: x[:, None], lambda x: x[:-1]], ids=["rank", "rows"])
 def test_logits_of_another_shape_are_refused(change):
-    with pytest.raises(ValueError, match=r"a step must return logits \[B, V\] for 5 rows, got the shape \("):
+    with pytest.raises(ValueError, match=r"a step must return logits \[R, V\] for 5 hypotheses, got the shape \("):
         _generate(_state(_table(0)), FIRST, step=lambda tokens, state: (change(state[0][tokens]), state))
 
 

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from seqattn.decoding.largest import BLOCK, largest
+from seqattn.decoding.largest import BLOCK, Normaliser, largest
 
 _LARGEST = jax.jit(largest, static_argnums=1)
 
@@ -58,3 +58,21 @@ def test_all_of_them_and_any_leading_axes():
 def test_the_count_is_from_one_to_all(count):
     with pytest.raises(ValueError, match=rf"count \({count}\) must be from 1 to the number of values \(3\)"):
         largest(jnp.zeros(3), count)
+
+
+@pytest.mark.parametrize("size", [5, 1003])
+def test_a_normaliser_keeps_the_digits_of_huge_logits(size):
+    """The log-sum-exp itself would have rounded them away: float32 has 7 digits."""
+    logits = np.random.default_rng(0).normal(size=(3, size)).astype(np.float32) + np.float32([[0], [1e5], [-1e6]])
+    wide = logits.astype(np.float64)
+    expected = wide - wide.max(axis=1, keepdims=True)
+    expected -= np.log(np.exp(expected).sum(axis=1, keepdims=True))
+    found = Normaliser.of(jnp.asarray(logits))
+    np.testing.assert_allclose(found.log_probabilities(jnp.asarray(logits)), expected, rtol=1e-6)
+    assert np.all(found.is_finite)
+
+
+@pytest.mark.parametrize("bad", [[np.nan, 1.0], [np.inf, 1.0], [-np.inf, -np.inf]])
+def test_a_row_without_probabilities_is_not_finite(bad):
+    logits = jnp.asarray([bad, [0.0, -np.inf]], jnp.float32)
+    np.testing.assert_array_equal(Normaliser.of(logits).is_finite, [False, True])

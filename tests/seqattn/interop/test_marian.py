@@ -141,10 +141,17 @@ def test_back_and_there_is_exact():
 
 
 def test_second_names_of_one_table_are_passed_over():
+    table = arrays()["model.shared.weight"]
     doubled = arrays() | {f"model.{side}.embed_positions.weight": np.zeros((3, 14)) for side in ("encoder", "decoder")}
-    doubled |= {"lm_head.weight": np.zeros((13, 14)), "model.encoder.embed_tokens.weight": np.zeros((13, 14))}
+    doubled |= {"lm_head.weight": table, "model.encoder.embed_tokens.weight": table}
     model = from_marian(CONFIG, doubled)
-    np.testing.assert_array_equal(to_marian(model)["model.shared.weight"], arrays()["model.shared.weight"])
+    np.testing.assert_array_equal(to_marian(model)["model.shared.weight"], table)
+
+
+def test_second_names_of_another_table_are_refused():
+    other = arrays() | {"lm_head.weight": np.zeros((13, 14))}
+    with pytest.raises(ValueError, match=r"lm_head\.weight must be the same table as model\.shared\.weight"):
+        from_marian(CONFIG, other)
 
 
 def test_what_a_config_leaves_out_is_what_transformers_means():

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from seqattn.coordinates import Coordinates
-from seqattn.decoding import generate
+from seqattn.decoding import beam_search, generate
 from seqattn.decoding.state import branch, select
 from seqattn.models import EncoderDecoder, Learned, Rotary, Seq2Seq, Seq2SeqConfig, Transformer, TransformerConfig
 from seqattn.nn import Activation, BlockConfig, Cell, Direction, Score
@@ -153,6 +153,31 @@ def test_hypotheses_of_a_row_part_and_take_each_others_place(name):
     whole = _decode(_model(name), jnp.asarray(source), at, jnp.asarray(np.concatenate(histories)), target_at)
     wanted = np.asarray(whole).reshape(T, B * BEAMS, T, V)[np.arange(T), :, np.arange(T)]
     np.testing.assert_allclose(logits, wanted, atol=1e-5)
+
+
+@one_of_each
+def test_a_state_says_how_many_hypotheses_it_has(name):
+    model = _model(name)
+
+    def misuse(call):
+        state = branch(model.start(model.encode(*BATCH[:2]), T), BEAMS)
+        return jax.eval_shape(lambda: call(state))
+
+    with pytest.raises(ValueError, match="prefill before branching"):
+        misuse(lambda state: model.prefill(BATCH[2], jnp.full(B, T), state))
+    if isinstance(model, Transformer):
+        with pytest.raises(ValueError, match=f"the state has {B} rows of {BEAMS} hypotheses, got {B} tokens"):
+            misuse(lambda state: model.step(jnp.zeros(B, jnp.int32), state))
+
+
+@every_model
+def test_a15_a_beam_of_no_rows(name):
+    def search(model):
+        at = Coordinates(jnp.zeros((0, 3), jnp.int32), jnp.ones((0, 3), jnp.int32))
+        state, first = model.start(model.encode(jnp.zeros((0, 3), jnp.int32), at), 4), jnp.zeros(0, jnp.int32)
+        return beam_search(model.step, state, first, beam_size=3, max_length=4, end_token=1).tokens
+
+    assert jax.eval_shape(search, _model(name)).shape == (0, 1, 4)
 
 
 @every_model

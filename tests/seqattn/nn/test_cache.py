@@ -212,3 +212,18 @@ def test_columns_of_more_queries_than_are_few_are_read_in_tiles():
         assert isinstance(seen, KeyColumns)
         outputs.append(attention(here, here_at, seen))
     np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), _full(attention, x), atol=1e-5)
+
+
+def test_what_the_dtype_of_a_cache_cannot_hold_is_not_finite_and_leaves_no_trace():
+    cache = StaticCache.empty(B, 4, K, H, dtype=jnp.float16)
+    at = jax.tree.map(lambda field: jnp.broadcast_to(jnp.asarray(field), (B, 3)), Coordinates.range(3))
+    ones = jnp.ones((B, 3, K, H))
+    _, seen = cache.append(KeyValue(ones, ones.at[:, 2].set(1e6), at))
+    output = np.asarray(_attention()(jnp.ones((B, 3, D)), at, seen))
+    assert np.all(np.isfinite(output[:, :2]))
+    assert np.all(np.isnan(output[:, 2]))
+
+
+def test_a_negative_size_is_refused():
+    with pytest.raises(ValueError, match="a cache must have at least 0 slots, got -1"):
+        StaticCache.empty(B, -1, K, H)
