@@ -124,8 +124,9 @@ class MinP(LogitsProcessor):
         check_range("the probability of MinP", self.probability, minimum=0, maximum=1)
 
     def __call__(self, logits: Float[Array, "B beams V"], history: History) -> Float[Array, "B beams V"]:
-        ratio = logits.astype(jnp.float32) - logits.max(axis=-1, keepdims=True).astype(jnp.float32)
-        return forbid(ratio < jnp.log(by_row(self.probability, logits, jnp.float32)), logits)
+        # By probabilities, not their logs: no comparison with the log of 0.
+        ratio = jnp.exp(logits.astype(jnp.float32) - logits.max(axis=-1, keepdims=True).astype(jnp.float32))
+        return forbid(ratio < by_row(self.probability, logits, jnp.float32), logits)
 
 
 def _index(logits: Float[Array, "B beams V"]) -> Int[Array, "1 1 V"]:

@@ -94,7 +94,7 @@ def test_a14_tokens_that_do_not_fit_are_an_error_and_inside_jit_not_finite(slot)
 
 
 def test_more_tokens_than_slots_are_an_error_even_inside_jit():
-    with pytest.raises(ValueError, match="9 tokens do not fit at slot"):
+    with pytest.raises(ValueError, match="9 tokens do not fit into a cache of 7"):
         _write(_empty(), random_tokens(9), 0)
 
 
