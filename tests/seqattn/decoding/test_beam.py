@@ -428,7 +428,10 @@ def test_a_group_that_is_done_steers_no_other():
     def search(table):
         sizes = {"beam_size": 2, "n_best": 2, "max_length": 6, "end_token": end, "pad_token": pad}
         first = jnp.array([0, 2, 4, 5, 6, 0])
-        step = lambda tokens, state: (table[state, tokens], state)  # noqa: E731
+
+        def step(tokens, state):
+            return table[state, tokens], state
+
         return beam_search(step, jnp.arange(6), first, groups=DiverseGroups(2, 2.0), **sizes)
 
     table = np.random.default_rng(5).normal(size=(6, size, size)).astype(np.float32)
