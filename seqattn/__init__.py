@@ -15,6 +15,7 @@ from seqattn.masks import (
     NotPadding,
     Prefix,
     Reach,
+    SameBlock,
     SameSegment,
     SlidingWindow,
 )
@@ -22,6 +23,7 @@ from seqattn.positions import angular_frequencies, rotate, sinusoidal
 from seqattn.ring import RingCost, ring_attend, ring_cost, zigzag
 from seqattn.score_mod import ScoreFunction, ScoreMod, compose
 from seqattn.score_mods import Alibi, RelativeBuckets, RelativePositions, SoftCap
+from seqattn.static import pytree, static
 
 __all__ = [
     "Alibi",
@@ -38,6 +40,7 @@ __all__ = [
     "RelativeBuckets",
     "RelativePositions",
     "RingCost",
+    "SameBlock",
     "SameSegment",
     "ScoreFunction",
     "ScoreMod",
@@ -55,10 +58,12 @@ __all__ = [
     "explain",
     "models",
     "nn",
+    "pytree",
     "ring_attend",
     "ring_cost",
     "rotate",
     "scores",
     "sinusoidal",
+    "static",
     "zigzag",
 ]

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from seqattn.static import pytree
 
-@jax.tree_util.register_dataclass
+
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Coordinates:
     """Position and segment of each token, as data of the batch.
@@ -122,7 +124,7 @@ def _check_lengths(lengths: np.ndarray, max_length: int) -> None:
         raise ValueError(f"a length ({lengths.max()}) exceeds max_length ({max_length})")
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """The smallest and largest coordinates in a run of tokens: what a mask must know to skip a whole tile.

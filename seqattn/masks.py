@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from seqattn.coordinates import Coordinates, Tile
-from seqattn.static import check_integer, static
+from seqattn.static import check_integer, pytree, static
 
 Truth = Any
 """A boolean scalar: `np.bool_` where coordinates are known at trace time, a traced boolean elsewhere."""
@@ -94,7 +94,7 @@ def _is_known(x: object) -> bool:
     return isinstance(x, np.ndarray) or known
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class And(Mask):
     """Both masks allow the pair: `first & second`."""
@@ -110,7 +110,7 @@ class And(Mask):
         return Reach(some=a.some & b.some, every=a.every & b.every)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Or(Mask):
     """Either mask allows the pair: `first | second`."""
@@ -126,7 +126,7 @@ class Or(Mask):
         return Reach(some=a.some | b.some, every=a.every | b.every)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Not(Mask):
     """The mask forbids the pair: `~mask`."""
@@ -141,7 +141,7 @@ class Not(Mask):
         return Reach(some=~inner.every, every=~inner.some)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Causal(Mask):
     """No look into the future: the key's position is at most the query's (Vaswani 2017, section 3.2.3)."""
@@ -153,7 +153,7 @@ class Causal(Mask):
         return Reach(some=query.position_max >= key.position_min, every=query.position_min >= key.position_max)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class SlidingWindow(Mask):
     """The `size` latest keys, the query's own position included (Beltagy 2020), and `ahead` keys after it.
@@ -184,7 +184,7 @@ class SlidingWindow(Mask):
         )
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class SameSegment(Mask):
     """Query and key are tokens of the same text. Padding (segment 0) belongs to no text.
@@ -207,7 +207,7 @@ class SameSegment(Mask):
         return Reach(some=overlap & _holds_token(query) & _holds_token(key), every=same)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class NotPadding(Mask):
     """Neither the query nor the key is padding (segment 0)."""
@@ -227,7 +227,7 @@ def _all_tokens(tile: Tile) -> Truth:
     return (tile.segment_min > 0) | (tile.segment_max < 0)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Prefix(Mask):
     """The first `length` keys of a text, for every query: `Causal() | Prefix(n)` is a prefix language model.
@@ -252,7 +252,7 @@ class Prefix(Mask):
         return Reach(some=key.position_min < self.length, every=key.position_max < self.length)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Dilated(Mask):
     """Every `step`-th key, counted from the query's own position (Child 2019, the strided pattern).
@@ -277,6 +277,35 @@ class Dilated(Mask):
         least, most = query.position_min - key.position_max, query.position_max - key.position_min
         one_distance = (least == most) & (least % self.step == 0)
         return Reach(some=most // self.step * self.step >= least, every=one_distance | np.bool_(self.step == 1))
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class SameBlock(Mask):
+    """Query and key are in the same run of `size` positions, counted from 0 (Liu 2018, section 4.2.4: local attention).
+
+    >>> at = Coordinates.range(5)
+    >>> print((Causal() & SameBlock(2)).dense(at, at).astype(int))
+    [[1 0 0 0 0]
+     [1 1 0 0 0]
+     [0 0 1 0 0]
+     [0 0 1 1 0]
+     [0 0 0 0 1]]
+    """
+
+    size: int = static()
+
+    def __post_init__(self) -> None:
+        check_integer("the size of a block", self.size, 1)
+
+    def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
+        return query.position // self.size == key.position // self.size
+
+    def reach(self, query: Tile, key: Tile) -> Reach:
+        first, last = query.position_min // self.size, query.position_max // self.size
+        key_first, key_last = key.position_min // self.size, key.position_max // self.size
+        one = (first == last) & (key_first == key_last) & (first == key_first)
+        return Reach(some=(first <= key_last) & (key_first <= last), every=one)
 
 
 @jax.tree_util.register_pytree_node_class

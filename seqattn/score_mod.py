@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from seqattn.coordinates import Coordinates
 from seqattn.precision import accumulator
+from seqattn.static import pytree
 
 
 class ScoreMod:
@@ -165,7 +166,7 @@ class ScoreFunction(ScoreMod):
         return self
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Then(ScoreMod):
     """Two score modifications in order: `first.then(second)`."""

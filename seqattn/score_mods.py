@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from seqattn.coordinates import Coordinates
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreMod
-from seqattn.static import check_integer, static
+from seqattn.static import check_integer, pytree, static
 
 
 def _distance(query: Coordinates, key: Coordinates) -> Array:
@@ -19,7 +19,7 @@ def _distance(query: Coordinates, key: Coordinates) -> Array:
     return jnp.asarray(key.position) - jnp.asarray(query.position)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Alibi(ScoreMod):
     """A penalty that grows with the distance, by a slope for each head (Press 2022, section 3).
@@ -67,7 +67,7 @@ class Alibi(ScoreMod):
         return self
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class RelativeBuckets(ScoreMod):
     """A learned bias for each head and each bucket of distances (T5: Raffel 2020, section 2.1).
@@ -146,7 +146,7 @@ def _buckets_behind(num_buckets: int, max_distance: int) -> np.ndarray:
     )
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class RelativePositions(ScoreMod):
     """A learned key for each distance, beside the key of each token (Shaw 2018, equation 4).
@@ -202,7 +202,7 @@ class RelativePositions(ScoreMod):
         return self
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class SoftCap(ScoreMod):
     """`cap * tanh(score / cap)`: no score leaves (-cap, cap) (Gemma 2: Gemma Team 2024, section 2)."""

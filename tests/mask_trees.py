@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from seqattn.coordinates import Coordinates
-from seqattn.masks import Causal, Dilated, MaskMod, NotPadding, Prefix, SameSegment, SlidingWindow
+from seqattn.masks import Causal, Dilated, MaskMod, NotPadding, Prefix, SameBlock, SameSegment, SlidingWindow
 
 
 def _window(size, ahead):
@@ -18,6 +18,10 @@ def _prefix(length, as_array):
 
 def _dilated(step):
     return Dilated(step), lambda qp, qs, kp, ks: abs(qp - kp) in range(0, 1000, step)
+
+
+def _block(size):
+    return SameBlock(size), lambda qp, qs, kp, ks: qp // size == kp // size
 
 
 def _table(seed):
@@ -33,6 +37,7 @@ PRIMITIVES = st.one_of(
     st.builds(_window, st.integers(1, 6), st.integers(0, 3)),
     st.builds(_prefix, st.integers(0, 9), st.booleans()),
     st.builds(_dilated, st.integers(1, 5)),
+    st.builds(_block, st.integers(1, 5)),
     st.builds(_table, st.integers(0, 3)),
 )
 

@@ -26,6 +26,7 @@ from seqattn.decoding import (
 )
 from seqattn.decoding.generate import Step
 from seqattn.models import EncoderDecoder, Learned
+from seqattn.static import pytree
 from train.batches import Example, collate
 from train.tokenizer import Tokenizer
 
@@ -36,7 +37,7 @@ _MULTIPLE = 16
 """Source lengths are padded to multiples of this, up to four of them; longer ones to few more lengths."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Beam:
     """Beam search as a choice: what `Greedy()` and `Sample(...)` are for one hypothesis.

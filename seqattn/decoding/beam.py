@@ -17,7 +17,7 @@ from seqattn.decoding.largest import Normaliser, largest
 from seqattn.decoding.penalties import AverageLength, CoveragePenalty, LengthPenalty
 from seqattn.decoding.processors import History, LogitsProcessor, process
 from seqattn.decoding.trace import Trace, of_hypotheses
-from seqattn.static import check_integer
+from seqattn.static import check_integer, pytree
 
 
 class Stopping(enum.Enum):
@@ -31,7 +31,7 @@ class Stopping(enum.Enum):
     """When no running one can still score more than the worst ended one, whatever the penalty: `"never"` there."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Beams:
     """What `beam_search` found, the best first.
@@ -149,7 +149,7 @@ def _check_sizes(beam_size: int, n_best: int, groups: DiverseGroups | None, alig
         raise ValueError("a coverage penalty needs alignment, the function that says what a step attended to")
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _Running:
     """The hypotheses that go on. Dead ones, and those that are not used at first, have an objective of -inf.
@@ -164,7 +164,7 @@ class _Running:
     said: Int[Array, "B beams L"] | None
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _Ended:
     """The best sequences of each group so far, best first; where there is none, the score is -inf.
@@ -183,7 +183,7 @@ class _Ended:
         return dataclasses.replace(take(self, places), score=score)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _Loop:
     """What a step changes; `done` says of which groups nothing changes any more."""

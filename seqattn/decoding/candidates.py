@@ -10,10 +10,10 @@ from jaxtyping import Array, Bool, Float, Int
 from seqattn.decoding.largest import Normaliser, largest
 from seqattn.decoding.penalties import scalar
 from seqattn.decoding.processors import Number, check_range
-from seqattn.static import check_integer
+from seqattn.static import check_integer, pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class DiverseGroups:
     """The hypotheses of a row in groups that avoid one another (Vijayakumar 2016, Hamming diversity).
@@ -37,7 +37,7 @@ class DiverseGroups:
         check_range("strength", self.strength, minimum=0)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Candidates:
     """Continuations of hypotheses by one token, best first.

@@ -8,10 +8,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from seqattn.decoding.processors import History, LogitsProcessor, Number, by_row, check_range, forbid
-from seqattn.static import check_integer
+from seqattn.static import check_integer, pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Temperature(LogitsProcessor):
     """Divides the logits, the largest of a row taken as 0: below 1 what is probable becomes more so, above 1 less.
@@ -45,7 +45,7 @@ class Temperature(LogitsProcessor):
         return forbid(greedy & ~best, divided)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class TopK(LogitsProcessor):
     """Keeps the `count` most probable tokens, exactly: of equal ones the lowest (Fan 2018, section 5.4).
@@ -71,7 +71,7 @@ class TopK(LogitsProcessor):
         return forbid(~_at_least(logits, values[..., -1:], tokens[..., -1:]), logits)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class TopP(LogitsProcessor):
     """Keeps the smallest set of most probable tokens whose probability reaches `probability` (Holtzman 2020, 3.1).
@@ -105,7 +105,7 @@ class TopP(LogitsProcessor):
         return forbid(~keep & (wanted < 1), logits)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class MinP(LogitsProcessor):
     """Keeps tokens at least `probability` times as probable as the best one (Nguyen 2024, section 3).

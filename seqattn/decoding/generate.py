@@ -12,12 +12,13 @@ from seqattn.decoding.arguments import check_limits, check_logits, checked_first
 from seqattn.decoding.largest import Normaliser
 from seqattn.decoding.processors import History, LogitsProcessor, process
 from seqattn.decoding.sampling import Greedy, Sampling, row_keys
+from seqattn.static import pytree
 
 Step = Callable[[Array, Any], tuple[Array, Any]]
 """`step(tokens [B], state) -> (logits [B, V], state)`; the state is any pytree, batch first."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Generated:
     """What `generate` found.

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from seqattn.static import pytree
+
 BLOCK = 64
 """Values of a block. Of 32, 64, 128 and 256 the fastest, or as fast as that, over `[256, 8000]` and `[320, 32000]`."""
 
@@ -36,7 +38,7 @@ def largest(values: Float[Array, "*B V"], count: int) -> tuple[Float[Array, "*B 
     return best.reshape(*values.shape[:-1], count), places.reshape(*values.shape[:-1], count)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Normaliser:
     """What makes logits `[*B, V]` log probabilities, in two parts: their sum would round the small one away.

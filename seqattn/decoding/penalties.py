@@ -3,11 +3,11 @@
 import abc
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from seqattn.decoding.processors import Number, check_range
+from seqattn.static import pytree
 
 
 class LengthPenalty(abc.ABC):
@@ -33,7 +33,7 @@ class LengthPenalty(abc.ABC):
         return jnp.max(jnp.where(lengths > length, self(certain, lengths), -jnp.inf), axis=-1)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class NoPenalty(LengthPenalty):
     """The log probability itself: favours short sequences."""
@@ -42,7 +42,7 @@ class NoPenalty(LengthPenalty):
         return log_probability
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class AverageLength(LengthPenalty):
     """`log_probability / length ** power`: Hugging Face's `length_penalty`; with power 1 the mean of the tokens.
@@ -63,7 +63,7 @@ class AverageLength(LengthPenalty):
         return log_probability / _power(length.astype(jnp.float32), self.power)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class GNMT(LengthPenalty):
     """`log_probability / ((5 + length) / 6) ** alpha` (Wu 2016, equation 14).
@@ -84,7 +84,7 @@ class GNMT(LengthPenalty):
         return log_probability / _power((5 + length.astype(jnp.float32)) / 6, self.alpha)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class CoveragePenalty:
     """`beta * sum over i of log(min(attention given to i in all steps, 1))` (Wu 2016, equation 14), added to the score.

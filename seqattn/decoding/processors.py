@@ -15,13 +15,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from seqattn.static import check_integer
+from seqattn.static import check_integer, pytree
 
 Number = float | int | np.number | np.ndarray | Array
 """A number for all rows, or an array `[B]` with one for each."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class History:
     """What each hypothesis has said before this step.
@@ -50,7 +50,7 @@ class LogitsProcessor(abc.ABC):
         """The logits with which to go on, of the same shape; -inf is what may not be said."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class RepetitionPenalty(LogitsProcessor):
     """Makes tokens that were said before less probable (Keskar 2019, section 4.1).
@@ -81,7 +81,7 @@ class RepetitionPenalty(LogitsProcessor):
         return jnp.where(said, penalised, logits)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class NoRepeatNgram(LogitsProcessor):
     """Forbids what would say the same `size` tokens in a row a second time (Paulus 2018, section 2.5).
@@ -117,7 +117,7 @@ class NoRepeatNgram(LogitsProcessor):
         return forbid(repeats, logits)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class MinLength(LogitsProcessor):
     """No text has fewer than `length` tokens, the end token counted, as in `Generated.length`.
@@ -148,7 +148,7 @@ class MinLength(LogitsProcessor):
         return forbid(too_short & _one_token(self.end_token, logits), logits)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class ForcedPrefix(LogitsProcessor):
     """The first tokens of each row are given: all others are forbidden, and what they cost is what the model says.
@@ -187,7 +187,7 @@ class ForcedPrefix(LogitsProcessor):
         return forbid(others & (history.length < length)[:, None, None], logits)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Banned(LogitsProcessor):
     """Tokens that are never said.

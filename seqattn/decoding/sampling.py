@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from seqattn.decoding.largest import largest
 from seqattn.decoding.processors import LogitsProcessor
+from seqattn.static import pytree
 
 
 class Sampling(abc.ABC):
@@ -27,7 +28,7 @@ class Sampling(abc.ABC):
         """One token for each row, by the key of this row and step; int32."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Greedy(Sampling):
     """The most probable token, of equal ones the lowest. A key is not looked at."""
@@ -39,7 +40,7 @@ class Greedy(Sampling):
         return largest(logits, 1)[1][:, 0].astype(jnp.int32)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Sample(Sampling):
     """A token at random, with the probabilities of the filtered logits: `Sample((Temperature(0.7), TopP(0.9)))`.

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from seqattn.static import pytree
+
 
 class Branching(abc.ABC):
     """A part of a state that knows better than to copy every array: base a dataclass that is a pytree on it.
@@ -24,7 +26,7 @@ class Branching(abc.ABC):
         """Hypothesis j of row b goes on from hypothesis `parent[b, j]` of row b."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Shared(Branching):
     """The same for all hypotheses of a row, and never copied: the memory of an encoder.

@@ -19,6 +19,7 @@ from seqattn.coordinates import Coordinates
 from seqattn.masks import Mask
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreMod
+from seqattn.static import pytree
 
 
 def capture(
@@ -75,7 +76,7 @@ def _over(x: Any, axes: frozenset[str]) -> Any:
     return lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _Program:
     """A function of scalars that JAX traced, with the arrays that it computes with as leaves."""
@@ -96,7 +97,7 @@ class _Program:
         return result
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _Mask(Mask):
     program: _Program
@@ -105,7 +106,7 @@ class _Mask(Mask):
         return self.program(query.position, query.segment, key.position, key.segment)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _ScoreMod(ScoreMod):
     program: _Program

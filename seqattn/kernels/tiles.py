@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool
 
 from seqattn.coordinates import Coordinates, Tile
 from seqattn.masks import Mask, Reach, Truth
+from seqattn.static import pytree
 
 _VECTOR, _BLOCK = 16, 32
 _QUERIES, _KEYS, _LANES = (256, 512), 512, 4
@@ -68,7 +69,7 @@ class Grid:
         return min(self.num_kv_heads, self.lanes)
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Steps:
     """Tiles to visit, in order: the first `count` rows of `at`, each (tile of lanes, tile of queries, block of keys).
@@ -80,7 +81,7 @@ class Steps:
     count: Array | None
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """The tiles in which some pair may attend: `partial` ones evaluate the mask for each pair, `full` ones do not."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqattn.coordinates import Coordinates, Tile
-from seqattn.masks import Causal, Dilated, MaskMod, NotPadding, Prefix, SameSegment, SlidingWindow
+from seqattn.masks import Causal, Dilated, MaskMod, NotPadding, Prefix, SameBlock, SameSegment, SlidingWindow
 from tests import oracle
 from tests.mask_trees import coordinates, mask_trees
 
@@ -73,6 +73,7 @@ CONTIGUOUS = [
     Prefix(5),
     Dilated(1),
     Dilated(5),
+    SameBlock(3),
 ]
 
 
