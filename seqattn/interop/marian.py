@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from seqattn.models.transformer import Sinusoidal, Transformer, TransformerConfig
+from seqattn.models.positions import Sinusoidal
+from seqattn.models.transformer import Transformer, TransformerConfig
 from seqattn.nn.blocks import BlockConfig
 from seqattn.nn.feed_forward import Activation
 

@@ -5,6 +5,8 @@ scores are in memory. The contract is that of `reference`, but whoever keeps the
 keys and values are finite, and `finite` tells which stand for some that were not.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -21,6 +23,7 @@ def attend(
     finite: Bool[Array, "B S"],
     visible: Bool[Array, "B T S"] | None,
     scale: float,
+    modify: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T N V"]:
     """The output, in the query's dtype; a row that sees a key or value which was not finite is NaN.
 
@@ -31,6 +34,7 @@ def attend(
         finite: False where key or value have zeros for what was not finite.
         visible: which pairs may attend; None for all.
         scale: multiplies the scores.
+        modify: what is done to the scores `[B, N, T, S]` of visible pairs after that.
     """
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads, size = key.shape[1], key.shape[3]
@@ -41,7 +45,14 @@ def attend(
     columns = query.reshape(batch, length, num_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     columns = columns.reshape(batch, num_kv_heads, group * length, head_dim)
     scores = _product("bkth,bkhs->bkts", columns, key, high).reshape(batch, num_kv_heads, group, length, size)
-    scores = jnp.where(finite[:, None, None, None], scores * scale, jnp.nan)
+    scores = scores * scale
+    if modify is not None:
+        flat = scores.reshape(batch, num_heads, length, size)
+        # As in the other kernels, a score modification never sees what a hidden pair holds.
+        flat = modify(jnp.where(seen[:, None], flat, jnp.zeros_like(flat)))
+        scores = flat.reshape(scores.shape)
+    known = finite[:, None, None, None] if modify is None else finite[:, None, None, None] | (scores == -jnp.inf)
+    scores = jnp.where(known, scores, jnp.nan)
     weights, _ = softmax(jnp.where(seen[:, None, None], scores, -jnp.inf))
     weights = weights.reshape(batch, num_kv_heads, group * length, size).astype(value.dtype)
     output = _product("bkts,bksv->bktv", weights, value, high)

@@ -1,28 +1,66 @@
 """Models: a frozen config each, and a module that encodes, decodes and steps."""
 
+from seqattn.models.attention_encoder import AttentionEncoder
+from seqattn.models.encoder import Encoder, EncoderConfig, MaskedTokens, TextLabels, TokenLabels
 from seqattn.models.encoder_decoder import EncoderDecoder
-from seqattn.models.seq2seq import Seq2Seq, Seq2SeqConfig, Seq2SeqMemory, Seq2SeqState
-from seqattn.models.transformer import (
+from seqattn.models.language_model import (
+    LanguageModel,
+    LanguageModelConfig,
+    LanguageModelMemory,
+    LanguageModelState,
+)
+from seqattn.models.positions import (
+    BucketBiases,
     Learned,
+    LinearBiases,
+    Positions,
+    RelativeKeys,
     Rotary,
     Sinusoidal,
-    Transformer,
-    TransformerConfig,
-    TransformerMemory,
-    TransformerState,
 )
+from seqattn.models.recurrent_language_model import (
+    RecurrentLanguageModel,
+    RecurrentLanguageModelConfig,
+    RecurrentLanguageModelState,
+)
+from seqattn.models.seq2seq import Seq2Seq, Seq2SeqConfig, Seq2SeqMemory, Seq2SeqState
+from seqattn.models.stack import Attention, Compressed, Full, Local, Stack, Window
+from seqattn.models.transformer import Transformer, TransformerConfig, TransformerMemory, TransformerState
 
 __all__ = [
+    "Attention",
+    "AttentionEncoder",
+    "BucketBiases",
+    "Compressed",
+    "Encoder",
+    "EncoderConfig",
     "EncoderDecoder",
+    "Full",
+    "LanguageModel",
+    "LanguageModelConfig",
+    "LanguageModelMemory",
+    "LanguageModelState",
     "Learned",
+    "LinearBiases",
+    "Local",
+    "MaskedTokens",
+    "Positions",
+    "RecurrentLanguageModel",
+    "RecurrentLanguageModelConfig",
+    "RecurrentLanguageModelState",
+    "RelativeKeys",
     "Rotary",
     "Seq2Seq",
     "Seq2SeqConfig",
     "Seq2SeqMemory",
     "Seq2SeqState",
     "Sinusoidal",
+    "Stack",
+    "TextLabels",
+    "TokenLabels",
     "Transformer",
     "TransformerConfig",
     "TransformerMemory",
     "TransformerState",
+    "Window",
 ]

@@ -1,4 +1,4 @@
-"""The recurrent encoder-decoder, without attention (Sutskever 2014) or with it (Bahdanau 2014; Luong 2015)."""
+"""The recurrent decoder and its encoder, without attention (Sutskever 2014) or with it (Bahdanau 2014; Luong 2015)."""
 
 import dataclasses
 from typing import Any
@@ -12,11 +12,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from seqattn.coordinates import Coordinates
 from seqattn.decoding.state import Shared
 from seqattn.dropout import drop, split
+from seqattn.models.attention_encoder import AttentionEncoder, SelfAttentionEncoder
 from seqattn.nn.embedding import TokenEmbedding
 from seqattn.nn.key_value import KeyValue
+from seqattn.nn.local import Monotonic, Predictive
 from seqattn.nn.recurrent import Carry, Cell, Direction, Recurrent, RecurrentEncoder
 from seqattn.nn.scored_attention import Score, ScoredAttention
 from seqattn.precision import accumulator
+from seqattn.static import pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,34 +33,38 @@ class Seq2SeqConfig:
     hidden_dim: int = 512
     """Size of recurrent states; an encoder that reads both ways gives each direction half."""
     num_layers: int = 1
-    """Recurrent layers of the encoder, and of the decoder."""
+    """Recurrent layers of the decoder, and of a recurrent encoder."""
     cell: Cell = Cell.GRU
     """The recurrence."""
     direction: Direction = Direction.BOTH
-    """Which way the encoder reads."""
+    """Which way a recurrent encoder reads."""
     attention: Score | None = Score.ADDITIVE
-    """How alike a decoder and an encoder state are; None for a fixed context, the encoder's last state alone."""
+    """How alike a decoder and an encoder state are; None for a fixed context, the state to start from alone."""
     input_feeding: bool = True
     """Feed what was attended to into the next step (Luong 2015, section 3.3)."""
     dropout_rate: float = 0.1
     """Of token vectors, of layer inputs and of the vector before the logits."""
+    local: Monotonic | Predictive | None = None
+    """Look around one source position at a time (Luong 2015, section 3.2); None for the whole source."""
+    attention_encoder: AttentionEncoder | None = None
+    """Self attention that reads the source instead of recurrent layers; None for a recurrent encoder."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Seq2SeqMemory:
     """An encoded source.
 
     Attributes:
         key_value: encoder states to attend to, or None without attention.
-        carries: the encoder's last state `[B, H]`, a layer each.
+        carries: the state `[B, H]` that the decoder starts from, a layer each: the last one of a recurrent encoder.
     """
 
     key_value: KeyValue | None
     carries: tuple[Carry, ...]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class Seq2SeqState:
     """The decoder between two steps, of one hypothesis a row or of several (R hypotheses of B rows).
@@ -66,6 +73,7 @@ class Seq2SeqState:
         carries: the decoder's state `[R, H]`, a layer each.
         attentional: what the last step attended to, combined with its state `[R, H]`; None without input feeding.
         weights: where the last step looked in the source, `[R, S]`; None without attention.
+        position: how many tokens each hypothesis has seen, `[R]`.
         memory: encoder states `[B, S, 1, H]` to attend to, which all hypotheses of a row share, or None without
             attention.
     """
@@ -73,16 +81,17 @@ class Seq2SeqState:
     carries: tuple[Carry, ...]
     attentional: Array | None
     weights: Array | None
+    position: Array
     memory: Shared
 
 
 class Seq2Seq(nnx.Module):
-    """Recurrent encoder-decoder over one joint vocabulary.
+    """Encoder and recurrent decoder over one joint vocabulary.
 
-    The decoder starts from the encoder's last state. With attention, the decoder's top state `h` looks for a context
-    `c` among the encoder states, and `tanh(W [c; h])` gives the logits (Luong 2015, equations 5 and 6). One function
-    makes a step; training scans it over known targets. A row holds one text, with padding anywhere; packed texts would
-    see each other.
+    The decoder starts from the encoder's last state, or from the mean of all where the encoder is not recurrent. With
+    attention, the decoder's top state `h` looks for a context `c` among the encoder states, and `tanh(W [c; h])` gives
+    the logits (Luong 2015, equations 5 and 6). One function makes a step; training scans it over known targets. A row
+    holds one text, with padding anywhere; packed texts would see each other.
 
     Args:
         config: sizes and choices.
@@ -90,7 +99,7 @@ class Seq2Seq(nnx.Module):
         rngs: initialises the parameters; not kept.
 
     Raises:
-        ValueError: input feeding without attention, or sizes that do not fit.
+        ValueError: input feeding or a local window without attention, or sizes that do not fit.
 
     >>> config = Seq2SeqConfig(vocab_size=11, embedding_dim=4, hidden_dim=6)
     >>> model = Seq2Seq(config, rngs=nnx.Rngs(0))
@@ -103,35 +112,35 @@ class Seq2Seq(nnx.Module):
     def __init__(self, config: Seq2SeqConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         if config.input_feeding and config.attention is None:
             raise ValueError("input_feeding feeds what was attended to: it needs an attention, got attention=None")
+        if config.local is not None and config.attention is None:
+            raise ValueError(f"local narrows an attention: it needs one, got attention=None and local={config.local}")
         self.config = config
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         hidden, embedded = config.hidden_dim, config.embedding_dim
         self.embedding = TokenEmbedding(config.vocab_size, embedded, **sizes)
-        self.encoder = RecurrentEncoder(
-            embedded,
-            hidden,
-            num_layers=config.num_layers,
-            cell=config.cell,
-            direction=config.direction,
-            dropout_rate=config.dropout_rate,
-            **sizes,
-        )
+        self.encoder = _encoder(config, sizes)
         first = embedded + hidden * config.input_feeding
         self.layers = nnx.List(
             [Recurrent(hidden if i else first, hidden, cell=config.cell, **sizes) for i in range(config.num_layers)]
         )
-        attention = config.attention
-        self.attention = None if attention is None else ScoredAttention(attention, hidden, hidden, **sizes)
-        self.combine = None if attention is None else nnx.Linear(2 * hidden, hidden, **sizes)
+        score, local = config.attention, config.local
+        self.attention = None if score is None else ScoredAttention(score, hidden, hidden, local=local, **sizes)
+        self.combine = None if score is None else nnx.Linear(2 * hidden, hidden, **sizes)
         self.output = nnx.Linear(hidden, config.vocab_size, **sizes)
 
     def encode(
         self, source: Int[Array, "B S"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> Seq2SeqMemory:
         """The memory of source tokens `[B, S]` at their coordinates."""
+        return self.encode_vectors(self._embed(source, source_at), source_at, dropout_key=dropout_key)
+
+    def encode_vectors(
+        self, x: Float[Array, "B S E"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
+    ) -> Seq2SeqMemory:
+        """The memory of a source of vectors `[B, S, E]` in place of tokens: parts of an image, frames of speech."""
         keys = split(dropout_key, 2)
-        embedded = drop(self._embed(source, source_at), self.config.dropout_rate, keys[0])
-        outputs, carries = self.encoder(embedded, source_at, dropout_key=keys[1])
+        x = drop(x, self.config.dropout_rate, keys[0])
+        outputs, carries = self.encoder(x, source_at, dropout_key=keys[1])
         key_value = None if self.attention is None else self.attention.project(outputs, source_at)
         return Seq2SeqMemory(key_value, tuple(carries))
 
@@ -155,7 +164,8 @@ class Seq2Seq(nnx.Module):
         attentional = jnp.zeros_like(hidden) if self.config.input_feeding else None
         seen = memory.key_value
         weights = None if seen is None else jnp.zeros(seen.at.shape, accumulator(seen.key.dtype))
-        return Seq2SeqState(memory.carries, attentional, weights, Shared(seen))
+        position = jnp.zeros(len(hidden), jnp.int32)
+        return Seq2SeqState(memory.carries, attentional, weights, position, Shared(seen))
 
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: Seq2SeqState
@@ -206,12 +216,12 @@ class Seq2Seq(nnx.Module):
             index, vector, present = token
             key = None if keys[1] is None else jax.random.fold_in(keys[1], index)
             features, moved = self._advance(vector, state, key)
-            carries, attentional, weights = jax.tree.map(
-                lambda new, old: jnp.where(present[:, None], new, old),
-                (moved.carries, moved.attentional, moved.weights),
-                (state.carries, state.attentional, state.weights),
+            carries, attentional, weights, position = jax.tree.map(
+                lambda new, old: jnp.where(present if new.ndim == 1 else present[:, None], new, old),
+                (moved.carries, moved.attentional, moved.weights, moved.position),
+                (state.carries, state.attentional, state.weights, state.position),
             )
-            return Seq2SeqState(carries, attentional, weights, state.memory), (features, moved.weights)
+            return Seq2SeqState(carries, attentional, weights, position, state.memory), (features, moved.weights)
 
         steps = (jnp.arange(target.shape[1]), jnp.moveaxis(embedded, 1, 0), real.T)
         state, results = jax.lax.scan(advance, state, steps)
@@ -229,11 +239,13 @@ class Seq2Seq(nnx.Module):
         ):
             carry, x = layer.step(carry, drop(x, self.config.dropout_rate, key) if i else x)
             carries.append(carry)
-        features, weights = self._look(x, state.memory.value)
+        features, weights = self._look(x, state.position, state.memory.value)
         attentional = None if state.attentional is None else features
-        return features, Seq2SeqState(tuple(carries), attentional, weights, state.memory)
+        return features, Seq2SeqState(tuple(carries), attentional, weights, state.position + 1, state.memory)
 
-    def _look(self, query: Float[Array, "R H"], memory: KeyValue | None) -> tuple[Array, Array | None]:
+    def _look(
+        self, query: Float[Array, "R H"], position: Int[Array, "R"], memory: KeyValue | None
+    ) -> tuple[Array, Array | None]:
         """The decoder's top state combined with its context, and the weights; the state itself without attention.
 
         The hypotheses of a row look side by side, as queries of one row.
@@ -242,7 +254,17 @@ class Seq2Seq(nnx.Module):
             return query, None
         rows = memory.at.shape[0]
         queries = query.reshape(rows, len(query) // max(1, rows), query.shape[-1])
-        now = jnp.ones(queries.shape[:2], jnp.int32)
-        context, weights = self.attention(queries, Coordinates(now, now), memory)
+        now = Coordinates(position.reshape(queries.shape[:2]), jnp.ones(queries.shape[:2], jnp.int32))
+        context, weights = self.attention(queries, now, memory)
         combined = self.combine(jnp.concatenate([context.reshape(query.shape), query], axis=-1))
         return jnp.tanh(combined), weights.reshape(len(query), weights.shape[-1])
+
+
+def _encoder(config: Seq2SeqConfig, sizes: dict[str, Any]) -> RecurrentEncoder | SelfAttentionEncoder:
+    """What reads the source: states `[B, S, H]`, and the state that each layer of the decoder starts from."""
+    sizes = sizes | {"input_dim": config.embedding_dim, "hidden_dim": config.hidden_dim}
+    options: dict[str, Any] = {"num_layers": config.num_layers, "cell": config.cell}
+    options |= {"dropout_rate": config.dropout_rate}
+    if config.attention_encoder is not None:
+        return SelfAttentionEncoder(config.attention_encoder, **options, **sizes)
+    return RecurrentEncoder(direction=config.direction, **options, **sizes)

@@ -13,32 +13,13 @@ from seqattn.coordinates import Coordinates
 from seqattn.decoding.state import Shared
 from seqattn.dropout import drop, split
 from seqattn.masks import Causal, SameSegment, SlidingWindow
+from seqattn.models import positions as order
+from seqattn.models.positions import Positions, PositionScores, Sinusoidal
 from seqattn.nn.blocks import BlockConfig, DecoderBlock, EncoderBlock
 from seqattn.nn.cache import Cache, RingCache, StaticCache
 from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
 from seqattn.nn.key_value import KeyColumns, KeyValue
-from seqattn.positions import sinusoidal
-
-
-@dataclasses.dataclass(frozen=True)
-class Sinusoidal:
-    """Sines and cosines of the position, added to token vectors (Vaswani 2017, section 3.5)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Learned:
-    """A trained vector for each position, added to token vectors."""
-
-    max_length: int = 512
-    """Positions 0 to `max_length - 1` exist; any other is an error."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rotary:
-    """Queries and keys of self attention rotated by their position (Su 2021)."""
-
-    base: float = 10_000.0
-    """The longest wavelength is about `2 pi base` positions."""
+from seqattn.static import pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +34,8 @@ class TransformerConfig:
     """Blocks of the decoder."""
     block: BlockConfig = dataclasses.field(default_factory=BlockConfig)
     """Sizes and choices of every block."""
-    positions: Sinusoidal | Learned | Rotary = Sinusoidal()
-    """How the order of tokens enters."""
+    positions: Positions = Sinusoidal()
+    """How the order of tokens enters; None for not at all."""
     share_embeddings: bool = True
     """One table for source tokens, target tokens and logits; else one for the source, one for target and logits."""
     logits_bias: bool = False
@@ -73,7 +54,7 @@ class TransformerConfig:
         return cls(vocab_size, block=BlockConfig(model_dim=1024, hidden_dim=4096, num_heads=16, dropout_rate=0.3))
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class TransformerMemory:
     """An encoded source.
@@ -88,7 +69,7 @@ class TransformerMemory:
     segment: Array
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class TransformerState:
     """The decoder between two steps, of one hypothesis a row or of several (R hypotheses of B rows).
@@ -136,15 +117,13 @@ class Transformer(nnx.Module):
                 f"num_encoder_layers ({config.num_encoder_layers}) must not be negative and num_decoder_layers "
                 f"({config.num_decoder_layers}) at least 1"
             )
-        if isinstance(positions, Sinusoidal) and dim % 2:
-            raise ValueError(f"model_dim ({dim}) must be even for sinusoidal positions")
+        order.check_positions(positions, dim)
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
-        rotary_base = positions.base if isinstance(positions, Rotary) else None
+        rotary_base = order.rotary_base(positions)
         self.embedding = TokenEmbedding(config.vocab_size, dim, **sizes)
         self.source_embedding = None if config.share_embeddings else TokenEmbedding(config.vocab_size, dim, **sizes)
-        max_length = positions.max_length if isinstance(positions, Learned) else None
-        self.source_positions = None if max_length is None else PositionEmbedding(max_length, dim, **sizes)
-        self.target_positions = None if max_length is None else PositionEmbedding(max_length, dim, **sizes)
+        self.source_positions = order.table(positions, dim, **sizes)
+        self.target_positions = order.table(positions, dim, **sizes)
         self.encoder = nnx.List(
             [
                 EncoderBlock(config.block, mask=SameSegment(), rotary_base=rotary_base, **sizes)
@@ -160,6 +139,10 @@ class Transformer(nnx.Module):
                 for _ in range(config.num_decoder_layers)
             ]
         )
+        heads: dict[str, Any] = {"num_heads": config.block.num_heads, "head_dim": config.block.head_dim}
+        layers = (config.num_encoder_layers, config.num_decoder_layers)
+        self.encoder_scores = PositionScores(positions, layers[0], **heads, bidirectional=True, **sizes)
+        self.decoder_scores = PositionScores(positions, layers[1], **heads, bidirectional=False, **sizes)
         # With the norm first the sum that leaves the last block was never normalised (Xiong 2020).
         final = config.block.norm_first
         self.encoder_norm = config.block.norm(**sizes) if final else None
@@ -170,13 +153,24 @@ class Transformer(nnx.Module):
         self, source: Int[Array, "B S"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> TransformerMemory:
         """The memory of source tokens `[B, S]` at their coordinates."""
-        keys = split(dropout_key, 1 + len(self.encoder))
         embedding = self.embedding if self.source_embedding is None else self.source_embedding
-        x = self._embed(embedding, self.source_positions, source, source_at, keys[0])
-        for block, key in zip(self.encoder, keys[1:], strict=True):
-            x = block(x, source_at, dropout_key=key)
+        x = order.embed(embedding, self.source_positions, self.config.positions, source, source_at)
+        return self.encode_vectors(x, source_at, dropout_key=dropout_key)
+
+    def encode_vectors(
+        self, x: Float[Array, "B S D"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
+    ) -> TransformerMemory:
+        """The memory of a source of vectors `[B, S, D]` in place of tokens: parts of an image, frames of speech.
+
+        Positions that are added to vectors are in them already.
+        """
+        keys = split(dropout_key, 1 + len(self.encoder))
+        real = jnp.broadcast_to(source_at.segment, x.shape[:-1]) != 0
+        x = drop(jnp.where(real[..., None], x, jnp.zeros_like(x)), self.config.block.dropout_rate, keys[0])
+        for layer, (block, key) in enumerate(zip(self.encoder, keys[1:], strict=True)):
+            x = block(x, source_at, score_mod=self.encoder_scores.of(layer), dropout_key=key)
         x = x if self.encoder_norm is None else self.encoder_norm(x)
-        rows = jax.tree.map(lambda field: jnp.broadcast_to(field, source.shape), source_at)
+        rows = jax.tree.map(lambda field: jnp.broadcast_to(field, x.shape[:-1]), source_at)
         memories = tuple(block.remember(x, source_at) for block in self.decoder)
         return TransformerMemory(memories, rows.next().segment[:, 0])
 
@@ -191,8 +185,9 @@ class Transformer(nnx.Module):
         """Logits `[B, T, V]` of the token after each of `target` `[B, T]`."""
         keys = split(dropout_key, 1 + len(self.decoder))
         x = self._embed(self.embedding, self.target_positions, target, target_at, keys[0])
-        for block, key_value, key in zip(self.decoder, memory.key_values, keys[1:], strict=True):
-            x = block(x, target_at, block.project(x, target_at), key_value, dropout_key=key)
+        for layer, (block, key_value, key) in enumerate(zip(self.decoder, memory.key_values, keys[1:], strict=True)):
+            kv, score_mod = block.project(x, target_at), self.decoder_scores.of(layer)
+            x = block(x, target_at, kv, key_value, score_mod=score_mod, dropout_key=key)
         return self._logits(x)
 
     def start(self, memory: TransformerMemory, max_length: int) -> TransformerState:
@@ -257,9 +252,10 @@ class Transformer(nnx.Module):
         """Logits after tokens that are appended to the caches."""
         x = self._embed(self.embedding, self.target_positions, tokens, at, None)
         caches = []
-        for block, cache, memory in zip(self.decoder, state.caches, state.memory.value[0], strict=True):
+        layers = zip(self.decoder, state.caches, state.memory.value[0], strict=True)
+        for layer, (block, cache, memory) in enumerate(layers):
             cache, seen = cache.append(block.project(x, at))
-            x = block(x, at, seen, memory)
+            x = block(x, at, seen, memory, score_mod=self.decoder_scores.of(layer))
             caches.append(cache)
         return self._logits(x), tuple(caches)
 
@@ -269,29 +265,21 @@ class Transformer(nnx.Module):
         """Where each target token looks in the source: every head of every decoder block, `[B, layers * N, T, S]`."""
         x = self._embed(self.embedding, self.target_positions, target, target_at, None)
         weights = []
-        for block, key_value in zip(self.decoder, memory.key_values, strict=True):
-            kv = block.project(x, target_at)
-            weights.append(block.weights(x, target_at, kv, key_value))
-            x = block(x, target_at, kv, key_value)
+        for layer, (block, key_value) in enumerate(zip(self.decoder, memory.key_values, strict=True)):
+            kv, score_mod = block.project(x, target_at), self.decoder_scores.of(layer)
+            weights.append(block.weights(x, target_at, kv, key_value, score_mod=score_mod))
+            x = block(x, target_at, kv, key_value, score_mod=score_mod)
         return jnp.concatenate(weights, axis=1)
 
     def _embed(
         self,
         embedding: TokenEmbedding,
-        positions: PositionEmbedding | None,
+        learned: PositionEmbedding | None,
         tokens: Array,
         at: Coordinates,
         dropout_key: PRNGKeyArray | None,
     ) -> Array:
-        """Token vectors with their positions; what padding holds is not looked up."""
-        at = jax.tree.map(lambda field: jnp.broadcast_to(field, tokens.shape), at)
-        real = at.segment != 0
-        x = embedding(jnp.where(real, tokens, jnp.zeros_like(tokens)))
-        position = jnp.where(real, at.position, jnp.zeros_like(at.position))
-        if positions is not None:
-            x = x + positions(position)
-        elif isinstance(self.config.positions, Sinusoidal):
-            x = x + sinusoidal(position, x.shape[-1]).astype(x.dtype)
+        x = order.embed(embedding, learned, self.config.positions, tokens, at)
         return drop(x, self.config.block.dropout_rate, dropout_key)
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

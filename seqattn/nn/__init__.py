@@ -3,9 +3,12 @@
 from seqattn.nn.attention import MultiHeadAttention
 from seqattn.nn.blocks import BlockConfig, DecoderBlock, EncoderBlock, Residual
 from seqattn.nn.cache import Cache, PagedCache, RingCache, StaticCache
+from seqattn.nn.compressed import CompressedCache, MemoryCompressedAttention
 from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
 from seqattn.nn.feed_forward import Activation, FeedForward
 from seqattn.nn.key_value import KeyColumns, KeyValue
+from seqattn.nn.local import Monotonic, Predictive
+from seqattn.nn.mixture import MixtureConfig, MixtureOfExperts, Routing, routings
 from seqattn.nn.recurrent import Cell, Direction, Recurrent, RecurrentEncoder
 from seqattn.nn.scored_attention import Score, ScoredAttention
 
@@ -14,21 +17,29 @@ __all__ = [
     "BlockConfig",
     "Cache",
     "Cell",
+    "CompressedCache",
     "DecoderBlock",
     "Direction",
     "EncoderBlock",
     "FeedForward",
     "KeyColumns",
     "KeyValue",
+    "MemoryCompressedAttention",
+    "MixtureConfig",
+    "MixtureOfExperts",
+    "Monotonic",
     "MultiHeadAttention",
     "PagedCache",
     "PositionEmbedding",
+    "Predictive",
     "Recurrent",
     "RecurrentEncoder",
     "Residual",
     "RingCache",
+    "Routing",
     "Score",
     "ScoredAttention",
     "StaticCache",
     "TokenEmbedding",
+    "routings",
 ]

@@ -1,5 +1,7 @@
 """Multi-head attention as parameters around `attend`: project once, attend as often as needed."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,8 +14,10 @@ from seqattn.dropout import Dropout, check_rate
 from seqattn.kernels import columns
 from seqattn.kernels.call import check_heads
 from seqattn.masks import Mask
+from seqattn.nn.cache import Cache
 from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.positions import angular_frequencies, rotate
+from seqattn.score_mod import ScoreMod, for_kernel
 
 _FEW = 64
 """So many queries compute all their scores at once; more read a cache in tiles."""
@@ -98,49 +102,61 @@ class MultiHeadAttention(nnx.Module):
         value = self._split(self.value(x), self.num_kv_heads)
         return KeyValue(key, value, jax.tree.map(lambda field: jnp.broadcast_to(field, x.shape[:-1]), at))
 
+    def extend(self, cache: Cache, x: Float[Array, "B T D"], at: Coordinates) -> tuple[Cache, KeyColumns]:
+        """The cache with the tokens `x` `[B, T, D]`, and what they attend to."""
+        return cache.append(self.project(x, at))
+
     def __call__(
         self,
         x: Float[Array, "*batch T D"],
         at: Coordinates,
         kv: KeyValue | KeyColumns,
         *,
+        score_mod: ScoreMod | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch T D"]:
         """What the tokens `x` `[*batch, T, D]` find in `kv`; `[*batch, T, D]`. Without a dropout key nothing drops.
 
-        Few tokens read the columns of a cache as they lie.
+        Few tokens read the columns of a cache as they lie. A `score_mod` modifies the scores, as in `seqattn.attend`.
         """
         query = self._heads(self.query(x), self.num_heads, self.query_norm, at)
         few = x.shape[-2] <= _FEW and self.implementation is None and dropout_key is None
         if isinstance(kv, KeyColumns) and (few or kv.visible is not None):
-            output = self._attend_columns(query, at, kv)
+            output = self._attend_columns(query, at, kv, score_mod)
         else:
             kv = kv.rows() if isinstance(kv, KeyColumns) else kv
             output = attend(
                 query,
                 kv.key,
                 kv.value,
-                **self._visible(at, kv),
+                **self._visible(at, kv, score_mod),
                 dropout=None if dropout_key is None else Dropout(self.dropout_rate, dropout_key),
                 implementation=self.implementation,
             )
         return self.output(output.reshape(*x.shape[:-1], self.num_heads * self.head_dim))
 
-    def weights(self, x: Float[Array, "*batch T D"], at: Coordinates, kv: KeyValue) -> Float[Array, "*batch N T S"]:
+    def weights(
+        self, x: Float[Array, "*batch T D"], at: Coordinates, kv: KeyValue, *, score_mod: ScoreMod | None = None
+    ) -> Float[Array, "*batch N T S"]:
         """The attention weights of the same call, for looking at; `[*batch, N, T, S]`."""
         query = self._heads(self.query(x), self.num_heads, self.query_norm, at)
-        return attention_weights(query, kv.key, **self._visible(at, kv))
+        return attention_weights(query, kv.key, **self._visible(at, kv, score_mod))
 
-    def _attend_columns(self, query: Float[Array, "B T N H"], at: Coordinates, kv: KeyColumns) -> Array:
+    def _attend_columns(
+        self, query: Float[Array, "B T N H"], at: Coordinates, kv: KeyColumns, score_mod: ScoreMod | None
+    ) -> Array:
         visible = kv.visible
         if self.mask is not None:
             allowed = self.mask.dense(at, kv.at)
             visible = allowed if visible is None else visible & allowed
         scale = self.head_dim**-0.5
-        return columns.attend(query, kv.key, kv.value, finite=kv.finite, visible=visible, scale=scale)
+        modify = None if score_mod is None else _modifier(score_mod, query, scale, at, kv.at)
+        return columns.attend(query, kv.key, kv.value, finite=kv.finite, visible=visible, scale=scale, modify=modify)
 
-    def _visible(self, at: Coordinates, kv: KeyValue) -> dict:
-        return {} if self.mask is None else {"mask": self.mask, "q_at": at, "kv_at": kv.at}
+    def _visible(self, at: Coordinates, kv: KeyValue, score_mod: ScoreMod | None) -> dict:
+        if self.mask is None and score_mod is None:
+            return {}
+        return {"mask": self.mask, "score_mod": score_mod, "q_at": at, "kv_at": kv.at}
 
     def _split(self, x: Array, num_heads: int) -> Array:
         return x.reshape(*x.shape[:-1], num_heads, self.head_dim)
@@ -149,3 +165,13 @@ class MultiHeadAttention(nnx.Module):
         heads = self._split(x, num_heads)
         heads = heads if norm is None else norm(heads)
         return heads if self.rotary_base is None else rotate(heads, jnp.asarray(at.position), base=self.rotary_base)
+
+
+def _modifier(
+    score_mod: ScoreMod, query: Float[Array, "B T N H"], scale: float, q_at: Coordinates, kv_at: Coordinates
+) -> Callable[[Array], Array]:
+    """The score modification as a function of all scores `[B, N, T, S]`."""
+    q_at, kv_at = (jax.tree.map(jnp.atleast_2d, at) for at in (q_at, kv_at))
+    mod, rows = for_kernel(score_mod, query, scale, q_at, kv_at)
+    heads = jnp.arange(query.shape[2], dtype=jnp.int32)
+    return lambda scores: mod.over(scores, q_at, kv_at, heads, rows)

@@ -10,7 +10,6 @@ the end raises; inside `jit`, where that cannot be, `overflowed` is set and the 
 
 import abc
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from jaxtyping import Array, Bool, Int
 
 from seqattn.decoding.state import Branching
 from seqattn.nn.key_value import KeyColumns, KeyValue
+from seqattn.static import pytree
 
 
 class Cache(Branching):
@@ -39,7 +39,7 @@ class Cache(Branching):
         """The cache with `new` `[B, T, K, H]`, and what the queries of these tokens attend to."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class StaticCache(Cache):
     """Room for a number of tokens a row, filled from the first slot on.
@@ -100,7 +100,7 @@ class StaticCache(Cache):
         return self
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class RingCache(Cache):
     """The latest tokens of each row: all that a sliding window ever looks at, whatever the length of the text.
@@ -172,7 +172,7 @@ class RingCache(Cache):
             last = jnp.max(jnp.where(kept, position, -1), axis=-1, keepdims=True, initial=-1)
             kept = kept & (position > last - self.window)
         slot = jnp.where(kept, first + position % self.window, self.columns.size)
-        columns = self.columns.over_slots(_scatter(slot), fresh)
+        columns = self.columns.scatter(slot, fresh)
         cache = dataclasses.replace(self, columns=columns)
         if several:
             own = jnp.repeat(jnp.eye(self.beam_size, dtype=bool), self.window, axis=1)
@@ -182,22 +182,15 @@ class RingCache(Cache):
     def branch(self, beam_size: int) -> "RingCache":
         """A cache of `beam_size` hypotheses a row, all as this one."""
         _check_beams(self.beam_size, 1)
-        columns = self.columns.over_slots(lambda x, axis: jnp.concatenate([x] * beam_size, axis=axis))
-        return RingCache(columns, self.overflowed, beam_size)
+        return RingCache(self.columns.repeat(beam_size), self.overflowed, beam_size)
 
     def select(self, parent: Int[Array, "B beams"]) -> "RingCache":
         """Hypothesis j of a row goes on from hypothesis `parent[:, j]`: a copy of its window."""
         _check_beams(parent.shape[1], self.beam_size)
-
-        def take(x: Array, axis: int) -> Array:
-            windows = x.reshape(*x.shape[:axis], self.beam_size, self.window, *x.shape[axis + 1 :])
-            index = jnp.expand_dims(parent, [i for i in range(windows.ndim) if i not in (0, axis)])
-            return jnp.take_along_axis(windows, index, axis=axis).reshape(x.shape)
-
-        return dataclasses.replace(self, columns=self.columns.over_slots(take))
+        return dataclasses.replace(self, columns=self.columns.select(parent))
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class PagedCache(Cache):
     """One pool of pages a row, which its hypotheses share, and a table that says whose pages are whose.
@@ -290,14 +283,3 @@ def _check_beams(given: int, beam_size: int) -> None:
 def _lost(columns: KeyColumns, overflowed: Bool[Array, "B"]) -> KeyColumns:
     """Nothing of a row that has lost tokens is finite, so that the loss shows in all that it looks at."""
     return dataclasses.replace(columns, finite=columns.finite & ~overflowed[:, None])
-
-
-def _scatter(slot: Int[Array, "B T"]) -> Callable[..., Array]:
-    """Writes token t of row b to slot `slot[b, t]`; those behind the end are dropped."""
-    row = jnp.arange(slot.shape[0])[:, None]
-
-    def write(old: Array, fresh: Array, axis: int) -> Array:
-        between = (slice(None),) * (axis - 1)
-        return old.at[(row, *between, slot)].set(jnp.moveaxis(fresh, axis, 1), mode="drop")
-
-    return write

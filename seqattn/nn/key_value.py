@@ -11,9 +11,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from seqattn.coordinates import Coordinates
+from seqattn.static import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class KeyValue:
     """What queries attend to.
@@ -29,7 +30,7 @@ class KeyValue:
     at: Coordinates
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class KeyColumns:
     """What the queries of a step attend to, laid out so that a step neither copies nor checks what it reads.
@@ -113,6 +114,31 @@ class KeyColumns:
         """These with `new` behind them."""
         self.check_like(new)
         return self.over_slots(lambda old, fresh, axis: jnp.concatenate([old, fresh], axis=axis), new)
+
+    def scatter(self, slot: Int[Array, "B T"], new: "KeyColumns") -> "KeyColumns":
+        """These with token t of row b in slot `slot[b, t]`; one behind the end is dropped."""
+        row = jnp.arange(slot.shape[0])[:, None]
+
+        def put(old: Array, fresh: Array, axis: int) -> Array:
+            between = (slice(None),) * (axis - 1)
+            return old.at[(row, *between, slot)].set(jnp.moveaxis(fresh, axis, 1), mode="drop")
+
+        return self.over_slots(put, new)
+
+    def repeat(self, beam_size: int) -> "KeyColumns":
+        """These for each of `beam_size` hypotheses, one behind the other."""
+        return self.over_slots(lambda x, axis: jnp.concatenate([x] * beam_size, axis=axis))
+
+    def select(self, parent: Int[Array, "B beams"]) -> "KeyColumns":
+        """Of hypotheses that lie one behind the other, those of `parent[:, j]` for each j: a copy."""
+        beams = parent.shape[1]
+
+        def take(x: Array, axis: int) -> Array:
+            apart = x.reshape(*x.shape[:axis], beams, x.shape[axis] // beams, *x.shape[axis + 1 :])
+            index = jnp.expand_dims(parent, [i for i in range(apart.ndim) if i not in (0, axis)])
+            return jnp.take_along_axis(apart, index, axis=axis).reshape(x.shape)
+
+        return self.over_slots(take)
 
     def over_slots(self, function: Callable[..., Array], *others: "KeyColumns") -> "KeyColumns":
         """`function(x, *others, axis)` of each array, with the axis of its slots; `visible` is left out."""

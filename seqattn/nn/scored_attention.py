@@ -1,4 +1,4 @@
-"""The attention of recurrent decoders: one head, over any score of `seqattn.scores`."""
+"""The attention of recurrent decoders: one head, over any score of `seqattn.scores`, global or local."""
 
 import enum
 
@@ -13,6 +13,7 @@ from seqattn.attention import attend_scores
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Mask, NotPadding
 from seqattn.nn.key_value import KeyValue
+from seqattn.nn.local import LocalWindow, Monotonic, Predictive
 
 
 class Score(enum.Enum):
@@ -35,8 +36,11 @@ class ScoredAttention(nnx.Module):
         score: which score.
         query_dim: Q, the size of decoder states.
         key_dim: D, the size of encoder states.
-        hidden_dim: F, the hidden layer of the concat and additive scores; `key_dim` where not given.
+        hidden_dim: F, the hidden layer of the concat and additive scores and of `Predictive`; `key_dim` where not
+            given.
         mask: which encoder states may be attended to.
+        local: look around one source position only (Luong 2015, section 3.2), and at all that the mask allows where
+            not given. The position of a query is then the step of the decoder.
         param_dtype: dtype of the parameters.
         rngs: initialises the parameters (Xavier uniform); not kept.
 
@@ -58,6 +62,7 @@ class ScoredAttention(nnx.Module):
         *,
         hidden_dim: int | None = None,
         mask: Mask | None = None,
+        local: Monotonic | Predictive | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -66,9 +71,12 @@ class ScoredAttention(nnx.Module):
         # NotPadding asks nothing of positions, which in source and target are not comparable.
         self.score, self.mask = score, NotPadding() if mask is None else mask
 
+        hidden_dim = key_dim if hidden_dim is None else hidden_dim
         self.query_weight, self.key_weight, self.projection = _draw(
-            score, (query_dim, key_dim, key_dim if hidden_dim is None else hidden_dim), param_dtype, rngs
+            score, (query_dim, key_dim, hidden_dim), param_dtype, rngs
         )
+        sizes = (query_dim, hidden_dim)
+        self.window = None if local is None else LocalWindow(local, *sizes, param_dtype=param_dtype, rngs=rngs)
 
     def project(self, encoded: Float[Array, "*batch S D"], at: Coordinates) -> KeyValue:
         """The memory of encoder states `[*batch, S, D]`: their values, and what scores need of them as keys."""
@@ -81,18 +89,29 @@ class ScoredAttention(nnx.Module):
     def __call__(
         self, query: Float[Array, "*batch T Q"], at: Coordinates, memory: KeyValue
     ) -> tuple[Float[Array, "*batch T D"], Float[Array, "*batch T S"]]:
-        """Contexts `[*batch, T, D]` and weights `[*batch, T, S]` of decoder states `[*batch, T, Q]`."""
+        """Contexts `[*batch, T, D]` and weights `[*batch, T, S]` of decoder states `[*batch, T, Q]`.
+
+        The weights of a query sum to 1, to less with `Predictive`, and to 0 where it sees nothing.
+        """
         # As in `project`: a masked score is 0 in the backward pass, but 0 times NaN is not.
         real = jnp.broadcast_to(at.segment, query.shape[:-1])[..., None] != 0
         query = jnp.where(real, query, jnp.zeros_like(query))
-        if self.query_weight is not None:
-            query = query @ self.query_weight[...].T
-        over_pairs = jax.vmap(jax.vmap(self._pair, in_axes=(None, 0)), in_axes=(0, None))
-        scored = jnp.vectorize(over_pairs, signature="(t,q),(s,q)->(t,s)")(query, memory.key[..., 0, :])
+        scored, share = self._scored(query, memory), None
+        if self.window is not None:
+            seen, share = self.window(query, at, memory.at)
+            scored = jnp.where(seen, scored, jnp.full_like(scored, -jnp.inf))
         context, weights = attend_scores(
             scored[..., None, :, :], memory.value, mask=self.mask, q_at=at, kv_at=memory.at
         )
-        return context[..., 0, :], weights[..., 0, :, :]
+        context, weights = context[..., 0, :], weights[..., 0, :, :]
+        return (context, weights) if share is None else _narrowed(weights * share, memory.value[..., 0, :])
+
+    def _scored(self, query: Float[Array, "*batch T Q"], memory: KeyValue) -> Float[Array, "*batch T S"]:
+        """The score of every query with every key."""
+        if self.query_weight is not None:
+            query = query @ self.query_weight[...].T
+        over_pairs = jax.vmap(jax.vmap(self._pair, in_axes=(None, 0)), in_axes=(0, None))
+        return jnp.vectorize(over_pairs, signature="(t,q),(s,q)->(t,s)")(query, memory.key[..., 0, :])
 
     def _pair(self, query: Float[Array, "F"], key: Float[Array, "F"]) -> Float[Array, ""]:
         """The score of one query and one key, each already through its matrix."""
@@ -100,6 +119,14 @@ class ScoredAttention(nnx.Module):
             return scores.perceptron(query, key, self.projection[...])
         scaled = self.score in (Score.SCALED_DOT, Score.SCALED_GENERAL)
         return scores.scaled_dot(query, key) if scaled else scores.dot(query, key)
+
+
+def _narrowed(
+    weights: Float[Array, "*batch T S"], value: Float[Array, "*batch S D"]
+) -> tuple[Float[Array, "*batch T D"], Float[Array, "*batch T S"]]:
+    """The values weighted anew, and the weights, which are NaN already where a visible value is not finite."""
+    finite = jnp.where(jnp.isfinite(value), value, jnp.zeros_like(value)).astype(weights.dtype)
+    return jnp.matmul(weights, finite, precision=jax.lax.Precision.HIGHEST).astype(value.dtype), weights
 
 
 def _draw(

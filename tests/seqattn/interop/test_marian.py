@@ -20,7 +20,8 @@ from benchmarks.translators import marian_mt
 from seqattn.coordinates import Coordinates
 from seqattn.decoding import AverageLength, Stopping, beam_search, generate
 from seqattn.interop import from_marian, marian_config, to_marian
-from seqattn.models.transformer import Sinusoidal, Transformer, TransformerConfig
+from seqattn.models.positions import Sinusoidal
+from seqattn.models.transformer import Transformer, TransformerConfig
 from seqattn.nn.blocks import BlockConfig
 from tests.parameters import drawn
 

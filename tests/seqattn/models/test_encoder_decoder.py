@@ -12,8 +12,28 @@ from flax import nnx
 from seqattn.coordinates import Coordinates
 from seqattn.decoding import beam_search, generate
 from seqattn.decoding.state import branch, select
-from seqattn.models import EncoderDecoder, Learned, Rotary, Seq2Seq, Seq2SeqConfig, Transformer, TransformerConfig
-from seqattn.nn import Activation, BlockConfig, Cell, Direction, Score
+from seqattn.models import (
+    AttentionEncoder,
+    BucketBiases,
+    Compressed,
+    EncoderDecoder,
+    Full,
+    LanguageModel,
+    LanguageModelConfig,
+    Learned,
+    LinearBiases,
+    Local,
+    RecurrentLanguageModel,
+    RecurrentLanguageModelConfig,
+    RelativeKeys,
+    Rotary,
+    Seq2Seq,
+    Seq2SeqConfig,
+    Transformer,
+    TransformerConfig,
+    Window,
+)
+from seqattn.nn import Activation, BlockConfig, Cell, Direction, Monotonic, Predictive, Score
 from tests.parameters import drawn
 
 V, B, S, T = 13, 4, 7, 5
@@ -22,6 +42,7 @@ RICH = dataclasses.replace(
     BLOCK, num_heads=6, num_kv_heads=3, activation=Activation.GELU, gated=True, norm_first=True, qk_norm=True
 )
 TRANSFORMER = TransformerConfig(V, num_encoder_layers=1, num_decoder_layers=1, block=BLOCK)
+LANGUAGE = LanguageModelConfig(V, num_layers=2, block=BLOCK)
 SEQ2SEQ = Seq2SeqConfig(V, embedding_dim=5, hidden_dim=6, dropout_rate=0.5)
 CONFIGS = {
     "transformer": TRANSFORMER,
@@ -30,6 +51,16 @@ CONFIGS = {
         TRANSFORMER, positions=Rotary(50.0), block=RICH, num_decoder_layers=2
     ),
     "transformer_window": dataclasses.replace(TRANSFORMER, decoder_window=2, num_decoder_layers=2),
+    "transformer_alibi_window": dataclasses.replace(TRANSFORMER, positions=LinearBiases(), decoder_window=3),
+    "transformer_buckets": dataclasses.replace(TRANSFORMER, positions=BucketBiases(8, 6)),
+    "transformer_relative": dataclasses.replace(TRANSFORMER, positions=RelativeKeys(3), num_decoder_layers=2),
+    "language_learned_norm_first": dataclasses.replace(LANGUAGE, positions=Learned(23), block=RICH),
+    "language_local_compressed_rotary": dataclasses.replace(
+        LANGUAGE, positions=Rotary(50.0), pattern=(Local(5), Compressed(2), Window(4)), num_layers=3
+    ),
+    "language_music": dataclasses.replace(
+        LANGUAGE, positions=RelativeKeys(4, by_head=True), pattern=(Full(), Window(3))
+    ),
     "seq2seq_gru_both_additive_feeding": SEQ2SEQ,
     "seq2seq_lstm_backward_no_attention": dataclasses.replace(
         SEQ2SEQ, cell=Cell.LSTM, direction=Direction.BACKWARD, num_layers=2, attention=None, input_feeding=False
@@ -41,9 +72,37 @@ CONFIGS = {
         SEQ2SEQ, cell=Cell.SIMPLE, direction=Direction.FORWARD, attention=Score.SCALED_DOT
     ),
 }
+CONFIGS |= {
+    "seq2seq_local_monotonic": dataclasses.replace(SEQ2SEQ, local=Monotonic(1)),
+    "seq2seq_local_predictive_attention_encoder": dataclasses.replace(
+        SEQ2SEQ,
+        cell=Cell.LSTM,
+        num_layers=2,
+        local=Predictive(2),
+        input_feeding=False,
+        attention_encoder=AttentionEncoder(1, 2, 5),
+    ),
+    "recurrent_language_tied": RecurrentLanguageModelConfig(
+        V, embedding_dim=6, hidden_dim=6, num_layers=2, tie_embeddings=True, dropout_rate=0.5
+    ),
+    "recurrent_language_lstm": RecurrentLanguageModelConfig(
+        V, embedding_dim=5, hidden_dim=6, cell=Cell.LSTM, dropout_rate=0.5
+    ),
+}
+MODELS = {
+    LanguageModelConfig: LanguageModel,
+    RecurrentLanguageModelConfig: RecurrentLanguageModel,
+    Seq2SeqConfig: Seq2Seq,
+    TransformerConfig: Transformer,
+}
 every_model = pytest.mark.parametrize("name", CONFIGS)
-ONE_OF_EACH = ["transformer_learned_own_tables", "seq2seq_gru_both_additive_feeding"]
+ONE_OF_EACH = [
+    "transformer_learned_own_tables",
+    "language_local_compressed_rotary",
+    "seq2seq_gru_both_additive_feeding",
+]
 one_of_each = pytest.mark.parametrize("name", ONE_OF_EACH)
+with_an_encoder = pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if not name.startswith("language")])
 
 SOURCE, TARGET = (np.random.default_rng(0).integers(0, V, (B, n)).astype(np.int32) for n in (S, T))
 SOURCE_AT, TARGET_AT = Coordinates.from_lengths([7, 4, 0, 2], S), Coordinates.from_lengths([5, 3, 4, 1], T)
@@ -53,7 +112,7 @@ BATCH = (jnp.asarray(SOURCE), SOURCE_AT, jnp.asarray(TARGET), TARGET_AT)
 
 def _build(name: str) -> EncoderDecoder:
     config = CONFIGS[name]
-    return (Transformer if isinstance(config, TransformerConfig) else Seq2Seq)(config, rngs=nnx.Rngs(0))
+    return MODELS[type(config)](config, rngs=nnx.Rngs(0))
 
 
 @functools.cache
@@ -273,9 +332,9 @@ def _slopes(name: str):
     return jax.jit(jax.jacobian(numbers))(_model(name))
 
 
-@one_of_each
+@with_an_encoder
 def test_causality_by_gradients(name):
-    """By the vector of each target token or target position, which enters nothing else."""
+    """By the vector of each target token or position, which enters nothing else; of language models: test_stack.py."""
     slopes = _slopes(name)
     vectors = slopes.target_positions if isinstance(slopes, Transformer) else slopes.embedding
     seen = np.abs(vectors.table[...]).max(axis=-1)[:, :T]
@@ -331,7 +390,7 @@ def test_no_two_dropouts_share_a_key(name):
         jax.eval_shape(call, _model(name), jax.random.key(0))
 
 
-@one_of_each
+@with_an_encoder
 def test_dropout_is_decided_by_the_keys(name):
     @jax.jit
     def call(model, encode_key, decode_key):

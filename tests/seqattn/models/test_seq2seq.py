@@ -10,12 +10,16 @@ import pytest
 from flax import nnx
 
 from seqattn.coordinates import Coordinates
+from seqattn.decoding.state import branch, select
 from seqattn.models import Seq2Seq, Seq2SeqConfig
+from seqattn.models.attention_encoder import AttentionEncoder
 from seqattn.nn import Cell, Direction, Score
+from seqattn.nn.local import Monotonic, Predictive
 from tests.parameters import drawn
 
 V, B, S, T, E, H = 13, 3, 7, 5, 3, 4
 CONFIG = Seq2SeqConfig(V, embedding_dim=E, hidden_dim=H, dropout_rate=0.5)
+READER = AttentionEncoder(num_layers=1, num_heads=2, hidden_dim=5)
 PLAIN = dataclasses.replace(CONFIG, attention=None, input_feeding=False)
 SOURCE, TARGET = (np.random.default_rng(0).integers(0, V, (B, n)).astype(np.int32) for n in (S, T))
 SOURCE_AT, TARGET_AT = Coordinates.from_lengths([7, 4, 0], S), Coordinates.from_lengths([5, 3, 4], T)
@@ -40,7 +44,7 @@ def _by_hand(model: Seq2Seq, memory) -> tuple[np.ndarray, np.ndarray]:
     cells = [jax.jit(lambda carry, x, layer=layer: layer.cell(carry, x)) for layer in model.layers]
     table, (combine, output) = np.asarray(model.embedding.table[...]), map(_linear, (model.combine, model.output))
     now = Coordinates(*[jnp.ones((B, 1), jnp.int32)] * 2)
-    look = jax.jit(lambda x: model.attention(x[:, None], now, memory.key_value))
+    look = jax.jit(lambda x, t: model.attention(x[:, None], dataclasses.replace(now, position=t), memory.key_value))
     for t in range(T):
         x = E**0.5 * table[TARGET[:, t]]
         x = jnp.asarray(np.concatenate([x, fed], axis=-1) if model.config.input_feeding else x, jnp.float32)
@@ -48,7 +52,7 @@ def _by_hand(model: Seq2Seq, memory) -> tuple[np.ndarray, np.ndarray]:
             carries[index], x = cell(carries[index], x)
         features = np.asarray(x)
         if model.attention is not None:
-            context, seen = look(x)
+            context, seen = look(x, jnp.full((B, 1), t))
             features = np.tanh(combine(np.concatenate([context[:, 0], features], axis=-1)))
             weights[:, t] = seen[:, 0]
         fed, logits[:, t] = features, output(features)
@@ -65,8 +69,10 @@ def _linear(layer: nnx.Linear | None):
         CONFIG,
         dataclasses.replace(CONFIG, input_feeding=False, num_layers=2, cell=Cell.LSTM, attention=Score.SCALED_GENERAL),
         dataclasses.replace(PLAIN, cell=Cell.SIMPLE, direction=Direction.BACKWARD),
+        dataclasses.replace(CONFIG, local=Monotonic(1), input_feeding=False),
+        dataclasses.replace(CONFIG, local=Predictive(2), attention_encoder=READER, cell=Cell.LSTM, num_layers=2),
     ],
-    ids=["gru_additive_feeding", "lstm_two_layers", "simple_no_attention"],
+    ids=["gru_additive_feeding", "lstm_two_layers", "simple_no_attention", "monotonic", "predictive_attention_encoder"],
 )
 def test_the_decoder_is_its_steps_written_out(config):
     model = _model(config)
@@ -78,7 +84,8 @@ def test_the_decoder_is_its_steps_written_out(config):
         return
     assert alignment.shape == (B, 1, T, S)
     np.testing.assert_allclose(np.asarray(alignment)[:, 0][REAL], weights[REAL], atol=1e-6)
-    np.testing.assert_allclose(np.asarray(alignment).sum(axis=-1)[:2, 0], 1, atol=1e-6)
+    if config.local is None:
+        np.testing.assert_allclose(np.asarray(alignment).sum(axis=-1)[:2, 0], 1, atol=1e-6)
     assert not np.any(alignment[2])  # an empty source
     assert not np.any(alignment[1, ..., 4:])
 
@@ -101,7 +108,47 @@ def test_without_attention_the_last_state_is_all_there_is():
     assert [leaf.shape for leaf in jax.tree.leaves(memory)] == [(B, H)] * 4
     state = model.start(memory, 99)
     assert state.attentional is None
-    assert [leaf.shape for leaf in jax.tree.leaves(state)] == [(B, H)] * 4
+    assert state.weights is None
+    assert [leaf.shape for leaf in jax.tree.leaves(state)] == [(B, H)] * 4 + [(B,)]
+
+
+def test_monotonic_attention_follows_the_steps_of_each_hypothesis():
+    """Where a step looks says how many tokens its row has seen: in ragged pieces, after branching and choosing."""
+    model, lengths = _model(dataclasses.replace(CONFIG, local=Monotonic(0))), jnp.array([3, 0, 2])
+    source_at = Coordinates.from_present(jnp.array([[True] * S, [False, True, True] + [True] * 4, [True] * S]))
+
+    @jax.jit
+    def weights(model):
+        state = model.start(model.encode(jnp.asarray(SOURCE), source_at), T)
+        _, state = model.prefill(jnp.asarray(TARGET), lengths, state)
+        state = select(branch(state, 2), jnp.array([[1, 0], [1, 1], [0, 1]]))
+        return [(state := model.step(jnp.zeros(2 * B, jnp.int32), state)[1]).weights for _ in range(2)]
+
+    for steps, found in enumerate(weights(model)):
+        np.testing.assert_array_equal(np.argmax(found, axis=1)[::2], np.array([3, 1, 2]) + steps)
+        np.testing.assert_array_equal(np.sort(found, axis=1), np.eye(S)[[S - 1] * 2 * B])
+        np.testing.assert_array_equal(found[::2], found[1::2])
+
+
+def test_a_monotonic_window_as_wide_as_all_is_global():
+    at = jnp.asarray(SOURCE), SOURCE_AT, jnp.asarray(TARGET), TARGET_AT
+    _, expected, _ = _call(_model(), *at)
+    _, logits, _ = _call(_model(dataclasses.replace(CONFIG, local=Monotonic(S))), *at)
+    np.testing.assert_array_equal(np.asarray(logits)[REAL], np.asarray(expected)[REAL])
+
+
+def test_every_parameter_of_a_local_decoder_is_trained():
+    model = _model(dataclasses.replace(CONFIG, local=Predictive(3)))
+
+    @jax.jit
+    @jax.grad
+    def gradient(model):
+        memory = model.encode(jnp.asarray(SOURCE), SOURCE_AT)
+        return (model.decode(jnp.asarray(TARGET), TARGET_AT, memory)[0] ** 2).sum()
+
+    window = gradient(model).attention.window
+    assert np.all(np.asarray(window.projection[...]) != 0)
+    assert np.all(np.asarray(window.weight[...]) != 0)
 
 
 def test_every_dropout_acts():
@@ -146,6 +193,10 @@ def test_param_dtype_reaches_every_parameter():
     ("changes", "message"),
     [
         ({"attention": None}, "input_feeding feeds what was attended to: it needs an attention, got attention=None"),
+        (
+            {"attention": None, "input_feeding": False, "local": Monotonic(3)},
+            r"local narrows an attention: it needs one, got attention=None and local=Monotonic\(radius=3\)",
+        ),
         ({"hidden_dim": 5}, r"hidden_dim \(5\) must be even to be shared by two directions"),
         ({"num_layers": 0}, r"num_layers \(0\) must be at least 1"),
         ({"vocab_size": 0}, r"vocab_size \(0\)"),

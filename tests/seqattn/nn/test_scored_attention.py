@@ -12,6 +12,7 @@ from seqattn import scores
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, NotPadding
 from seqattn.nn import Score, ScoredAttention
+from seqattn.nn.local import Monotonic, Predictive
 from tests.parameters import drawn
 
 B, T, S, Q, D, F = 3, 2, 7, 5, 4, 11
@@ -86,9 +87,14 @@ def test_values_and_gradients_are_those_of_the_score_functions(score):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-@each_score
-def test_nan_in_padding_leaves_no_trace_forward_or_backward(score):
-    attention, query, encoded = _attention(score), _query(score), jnp.asarray(ENCODED)
+LOCAL = [Monotonic(1), Predictive(2)]
+
+
+@pytest.mark.parametrize(
+    ("score", "local"), [*((score, None) for score in Score), *((Score.ADDITIVE, local) for local in LOCAL)]
+)
+def test_nan_in_padding_leaves_no_trace_forward_or_backward(score, local):
+    attention, query, encoded = _attention(score, local=local), _query(score), jnp.asarray(ENCODED)
     expected = jax.tree.leaves(_with_gradients(_ours, attention, query, encoded))
     for filling in (np.nan, np.inf, 1e6):
         spoilt = [
@@ -120,6 +126,90 @@ def test_any_mask():
     np.testing.assert_array_equal(np.asarray(weights[0]) > 0, np.tri(T, S, dtype=bool))
 
 
+def _by_numpy(attention, query: np.ndarray, encoded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Local attention with the general score, float64: Luong 2015, equations 7 to 10, one query after the other."""
+    context, weights = np.zeros((B, T, D)), np.zeros((B, T, S))
+    window, radius = attention.window, attention.window.radius
+    matrix, *predictor = (
+        None if x is None else np.asarray(x[...], np.float64)
+        for x in (attention.key_weight, window.weight, window.projection)
+    )
+    for row in range(B):
+        size = int((np.asarray(ENCODED_AT.segment[row]) != 0).sum())
+        for t in range(int((np.asarray(AT.segment[row]) != 0).sum())):
+            h, center = query[row, t], float(t)
+            if predictor[0] is not None:
+                center = size / (1 + np.exp(-predictor[1] @ np.tanh(predictor[0] @ h)))
+            inside = [s for s in range(size) if abs(s - center) <= radius]
+            if not inside:
+                continue
+            exponentials = np.exp([h @ matrix @ encoded[row, s] for s in inside])
+            weights[row, t, inside] = exponentials / exponentials.sum()
+            if predictor[0] is not None:
+                weights[row, t, inside] *= np.exp([-((s - center) ** 2) / (2 * (radius / 2) ** 2) for s in inside])
+            context[row, t] = weights[row, t] @ encoded[row]
+    return context, weights
+
+
+@pytest.mark.parametrize("local", [*LOCAL, Monotonic(0), Predictive(1)], ids=str)
+def test_local_attention_is_a_loop_over_queries(local):
+    attention = _attention(Score.GENERAL, local=local)
+    found = _attend(attention, jnp.asarray(QUERY), AT, jnp.asarray(ENCODED), ENCODED_AT)
+    expected = _by_numpy(attention, QUERY.astype(np.float64), ENCODED.astype(np.float64))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    totals = expected[1].sum(axis=-1)
+    assert totals[0].min() > 0
+    assert (totals[0].max() < 0.999) == isinstance(local, Predictive)
+    assert not np.any(found[0][2])  # an empty source
+
+
+def test_gradients_reach_the_predicted_position():
+    """Against central differences of the loop, in float64."""
+    direction = np.cos(np.arange(B * T * D)).reshape(B, T, D)
+    with jax.enable_x64(True):
+        attention = jax.tree.map(lambda x: x.astype(jnp.float64), _attention(Score.GENERAL, local=Predictive(2)))
+        query, encoded = jnp.asarray(QUERY, jnp.float64), jnp.asarray(ENCODED, jnp.float64)
+
+        @jax.jit
+        @jax.grad
+        def gradient(attention):
+            return (_attend(attention, query, AT, encoded, ENCODED_AT)[0] * direction).sum()
+
+        found = gradient(attention)
+        for name in ("weight", "projection"):
+            values = np.asarray(getattr(attention.window, name)[...])
+            slopes = np.zeros_like(values)
+            for index in np.ndindex(values.shape):
+                for sign in (1, -1):
+                    moved = values.copy()
+                    moved[index] += sign * 1e-6
+                    getattr(attention.window, name)[...] = jnp.asarray(moved)
+                    slopes[index] += sign * (_by_numpy(attention, QUERY, ENCODED)[0] * direction).sum() / 2e-6
+            getattr(attention.window, name)[...] = jnp.asarray(values)
+            assert np.all(slopes != 0)
+            np.testing.assert_allclose(getattr(found.window, name)[...], slopes, atol=1e-7)
+
+
+@pytest.mark.parametrize("score", [Score.ADDITIVE, Score.SCALED_GENERAL])
+def test_a_window_as_wide_as_the_source_is_global(score):
+    given = jnp.asarray(QUERY), AT, jnp.asarray(ENCODED), ENCODED_AT
+    expected = _attend(_attention(score), *given)
+    for ours, theirs in zip(_attend(_attention(score, local=Monotonic(S)), *given), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    narrow = _attend(_attention(score, local=Monotonic(1)), *given)
+    assert np.abs(narrow[1] - expected[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("local", LOCAL, ids=str)
+def test_a_query_far_behind_the_source_sees_nothing(local):
+    attention = _attention(Score.GENERAL, local=local)
+    far = Coordinates(AT.position + 99, AT.segment)
+    context, weights = _attend(attention, jnp.asarray(QUERY), far, jnp.asarray(ENCODED), ENCODED_AT)
+    for found in (context, weights):
+        assert np.any(found) == isinstance(local, Predictive)  # whose center is inside the source
+
+
 def test_any_number_of_leading_dims_and_coordinates_of_one_row():
     attention = _attention(Score.CONCAT)
     expected = _attend(attention, jnp.asarray(QUERY), AT, jnp.asarray(ENCODED), ENCODED_AT)
@@ -139,12 +229,14 @@ def test_eager_is_jitted():
         np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.parametrize("local", [None, Predictive(2)], ids=["global", "local"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_small_floats_are_summed_in_float32(dtype):
-    attention = jax.tree.map(lambda x: x.astype(dtype), _attention(Score.SCALED_GENERAL))
+def test_small_floats_are_summed_in_float32(dtype, local):
+    attention = jax.tree.map(lambda x: x.astype(dtype), _attention(Score.SCALED_GENERAL, local=local))
     context, weights = _attend(attention, jnp.asarray(QUERY, dtype), AT, jnp.asarray(ENCODED, dtype), ENCODED_AT)
     assert (context.dtype, weights.dtype) == (dtype, jnp.float32)
-    np.testing.assert_allclose(np.asarray(weights).sum(axis=-1), [[1, 1], [1, 0], [0, 0]], atol=1e-6)
+    if local is None:
+        np.testing.assert_allclose(np.asarray(weights).sum(axis=-1), [[1, 1], [1, 0], [0, 0]], atol=1e-6)
 
 
 def test_parameters():
@@ -154,6 +246,8 @@ def test_parameters():
 
     assert shapes(Score.DOT, D) == shapes(Score.SCALED_DOT, D) == []
     assert shapes(Score.GENERAL) == shapes(Score.SCALED_GENERAL) == [(Q, D)]
+    assert shapes(Score.DOT, D, local=Monotonic()) == []
+    assert sorted(shapes(Score.DOT, D, local=Predictive(), hidden_dim=F)) == [(F,), (F, D)]
     for score in (Score.CONCAT, Score.ADDITIVE):
         assert sorted(shapes(score, hidden_dim=F)) == sorted([(F, Q), (F, D), (F,)])
         assert sorted(shapes(score)) == sorted([(D, Q), (D, D), (D,)])

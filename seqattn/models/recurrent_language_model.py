@@ -1,0 +1,213 @@
+"""The recurrent language model (Mikolov 2010), which continues a text or starts one."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from seqattn.coordinates import Coordinates
+from seqattn.dropout import check_rate, drop, split
+from seqattn.nn.embedding import TokenEmbedding
+from seqattn.nn.recurrent import Carry, Cell, Recurrent
+from seqattn.static import pytree
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentLanguageModelConfig:
+    """Sizes and choices of a recurrent language model."""
+
+    vocab_size: int
+    """Tokens of the vocabulary."""
+    embedding_dim: int = 256
+    """Size of token vectors."""
+    hidden_dim: int = 512
+    """Size of recurrent states."""
+    num_layers: int = 1
+    """Recurrent layers."""
+    cell: Cell = Cell.GRU
+    """The recurrence."""
+    tie_embeddings: bool = False
+    """Token vectors also give the logits (Press 2017); embedding_dim and hidden_dim are equal then."""
+    dropout_rate: float = 0.1
+    """Of token vectors, of layer inputs and of the vector before the logits, never of a state (Zaremba 2014)."""
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class RecurrentLanguageModelState:
+    """What has been read so far: the memory of a context, and the state between two steps, are the same.
+
+    Attributes:
+        carries: the state `[R, H]`, a layer each, of R rows or hypotheses.
+        segment: the segment `[R]` of the text that goes on; 1 where nothing was read.
+    """
+
+    carries: tuple[Carry, ...]
+    segment: Array
+
+
+class RecurrentLanguageModel(nnx.Module):
+    """Recurrent language model: the probability of each token given all earlier ones of its text.
+
+    It follows the protocol `EncoderDecoder` with the source as the context: `decode` goes on where `encode` stopped,
+    as if both were one text. A source of length 0 is no context: `decode` alone is then the plain language model.
+    Padding may be anywhere and is stepped over. Where a new segment begins, a new text does: packed texts do not see
+    each other, and a target goes on with the last text of its row's source if it has the same segment number.
+
+    To continue a text, read all but its last token, and feed that one first:
+    `generate(model.step, model.start(model.encode(text[:, :-1], at), 50), text[:, -1], max_length=50, ...)`. For
+    texts of several lengths, `prefill` an empty context.
+
+    Args:
+        config: sizes and choices.
+        param_dtype: dtype of the parameters.
+        rngs: initialises the parameters; not kept.
+
+    Raises:
+        ValueError: tied embeddings of another size than the states, fewer than one layer, or a rate that is no
+            probability.
+
+    >>> config = RecurrentLanguageModelConfig(vocab_size=11, embedding_dim=4, hidden_dim=6)
+    >>> model = RecurrentLanguageModel(config, rngs=nnx.Rngs(0))
+    >>> context, rest = jnp.array([[5, 8, 9, 0]]), jnp.array([[7, 6]])
+    >>> memory = model.encode(context, Coordinates.from_lengths([3], 4))
+    >>> logits = model.decode(rest, Coordinates.range(2), memory)
+    >>> logits.shape
+    (1, 2, 11)
+
+    The same in one piece, after an empty context:
+
+    >>> nothing = model.encode(jnp.zeros((1, 0), int), Coordinates.range(0))
+    >>> whole = model.decode(jnp.array([[5, 8, 9, 7, 6]]), Coordinates.range(5), nothing)
+    >>> print(jnp.allclose(whole[:, 3:], logits, atol=1e-6))
+    True
+    """
+
+    def __init__(
+        self, config: RecurrentLanguageModelConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ) -> None:
+        embedded, hidden = config.embedding_dim, config.hidden_dim
+        check_rate(config.dropout_rate)
+        if config.num_layers < 1:
+            raise ValueError(f"num_layers ({config.num_layers}) must be at least 1")
+        if config.tie_embeddings and embedded != hidden:
+            raise ValueError(f"tie_embeddings needs embedding_dim ({embedded}) equal to hidden_dim ({hidden})")
+        self.config = config
+        sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        self.embedding = TokenEmbedding(config.vocab_size, embedded, **sizes)
+        self.layers = nnx.List(
+            [Recurrent(hidden if i else embedded, hidden, cell=config.cell, **sizes) for i in range(config.num_layers)]
+        )
+        self.output = None if config.tie_embeddings else nnx.Linear(hidden, config.vocab_size, **sizes)
+
+    def encode(
+        self, source: Int[Array, "B S"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
+    ) -> RecurrentLanguageModelState:
+        """What the context `[B, S]` at its coordinates leaves behind."""
+        nothing = RecurrentLanguageModelState(self._start(len(source)), jnp.ones(len(source), jnp.int32))
+        return self._unroll(source, source_at, nothing, dropout_key)[1]
+
+    def decode(
+        self,
+        target: Int[Array, "B T"],
+        target_at: Coordinates,
+        memory: RecurrentLanguageModelState,
+        *,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits `[B, T, V]` of the token after each of `target` `[B, T]`, which go on from the context."""
+        keys = split(dropout_key, 2)
+        features, _ = self._unroll(target, target_at, memory, keys[0])
+        return self._logits(drop(features, self.config.dropout_rate, keys[1]))
+
+    def start(self, memory: RecurrentLanguageModelState, max_length: int) -> RecurrentLanguageModelState:
+        """The state before the first step; `max_length` sets no limit here, since the state does not grow."""
+        del max_length
+        return memory
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: RecurrentLanguageModelState
+    ) -> tuple[Float[Array, "B T V"], RecurrentLanguageModelState]:
+        """Many tokens at once: the logits after each of `tokens` `[B, T]`, and the state after the last.
+
+        Row i has `lengths[i]` tokens and then padding, which is stepped over. A text may come in pieces of any size.
+
+        Raises:
+            ValueError: the state has several hypotheses a row.
+        """
+        if len(state.segment) != len(tokens):
+            raise ValueError(
+                f"prefill before branching: {len(tokens)} rows of tokens, {len(state.segment)} hypotheses in the state"
+            )
+        at = Coordinates.from_lengths(lengths, tokens.shape[1])
+        at = Coordinates(at.position, at.segment * state.segment[:, None])
+        features, state = self._unroll(tokens, at, state, None)
+        return self._logits(features), state
+
+    def step(
+        self, tokens: Int[Array, "R"], state: RecurrentLanguageModelState
+    ) -> tuple[Float[Array, "R V"], RecurrentLanguageModelState]:
+        """Logits `[R, V]` of the token after `tokens` `[R]`, and the next state."""
+        features, carries = self._advance(self.embedding(tokens), state.carries, None)
+        return self._logits(features), RecurrentLanguageModelState(carries, state.segment)
+
+    def alignment(
+        self, target: Int[Array, "B T"], target_at: Coordinates, memory: RecurrentLanguageModelState
+    ) -> Float[Array, "B 0 T 0"]:
+        """Nothing, `[B, 0, T, 0]`: no attention looks anywhere."""
+        del target_at, memory
+        return jnp.zeros((len(target), 0, target.shape[1], 0))
+
+    def _start(self, rows: int) -> tuple[Carry, ...]:
+        return tuple(layer.start((rows,)) for layer in self.layers)
+
+    def _unroll(
+        self,
+        tokens: Array,
+        at: Coordinates,
+        state: RecurrentLanguageModelState,
+        dropout_key: PRNGKeyArray | None,
+    ) -> tuple[Array, RecurrentLanguageModelState]:
+        """The top state `[B, T, H]` after every token, and the last state; at padding the state is held."""
+        keys = split(dropout_key, 2)
+        segment = jnp.broadcast_to(at.segment, tokens.shape)
+        # What padding holds is not looked up.
+        embedded = self.embedding(jnp.where(segment != 0, tokens, jnp.zeros_like(tokens)))
+        embedded, initial = drop(embedded, self.config.dropout_rate, keys[0]), self._start(len(tokens))
+
+        def advance(
+            state: RecurrentLanguageModelState, token: tuple[Array, Array, Array]
+        ) -> tuple[RecurrentLanguageModelState, Array]:
+            index, vector, now = token
+            key = None if keys[1] is None else jax.random.fold_in(keys[1], index)
+            real = now != 0
+            before = _select(real & (now != state.segment), initial, state.carries)
+            features, after = self._advance(vector, before, key)
+            last = jnp.where(real, now, state.segment)
+            return RecurrentLanguageModelState(_select(real, after, state.carries), last), features
+
+        steps = (jnp.arange(tokens.shape[1]), jnp.moveaxis(embedded, 1, 0), segment.T)
+        state, features = jax.lax.scan(advance, state, steps)
+        return jnp.moveaxis(features, 0, 1), state
+
+    def _advance(
+        self, x: Float[Array, "R E"], carries: tuple[Carry, ...], dropout_key: PRNGKeyArray | None
+    ) -> tuple[Float[Array, "R H"], tuple[Carry, ...]]:
+        """One step: the top state `[R, H]` and the next state of every layer."""
+        moved = []
+        keys = split(dropout_key, len(self.layers))
+        for i, (layer, carry, key) in enumerate(zip(self.layers, carries, keys, strict=True)):
+            carry, x = layer.step(carry, drop(x, self.config.dropout_rate, key) if i else x)
+            moved.append(carry)
+        return x, tuple(moved)
+
+    def _logits(self, features: Float[Array, "*batch H"]) -> Float[Array, "*batch V"]:
+        return self.embedding.logits(features) if self.output is None else self.output(features)
+
+
+def _select(where: Array, new: tuple[Carry, ...], old: tuple[Carry, ...]) -> tuple[Carry, ...]:
+    return jax.tree.map(lambda a, b: jnp.where(where[:, None], a, b), new, old)

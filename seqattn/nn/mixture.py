@@ -1,0 +1,297 @@
+"""A mixture of experts: many feed-forward networks, of which each token uses a few."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from seqattn.decoding.largest import largest
+from seqattn.dropout import split
+from seqattn.nn.feed_forward import Activation, FeedForward
+from seqattn.precision import accumulator
+from seqattn.static import pytree
+
+Output = TypeVar("Output")
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """How tokens are shared among experts; the capacity is that of Fedus 2021 (section 2.2), for `top_k` experts.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    num_experts: int = 8
+    """E, the feed-forward networks to choose from."""
+    top_k: int = 2
+    """How many of them each token uses."""
+    capacity_factor: float | None = 1.25
+    """An expert takes at most ceil(capacity_factor * top_k * tokens / num_experts) tokens, the factor to two decimals;
+    None for any number of them."""
+    noise: bool = True
+    """Add trainable noise to the gates where a call has a dropout key (Shazeer 2017, equation 4)."""
+    balance_weight: float = 0.01
+    """Of the balance loss in a routing's loss."""
+    z_weight: float = 0.001
+    """Of the z loss in a routing's loss."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"top_k ({self.top_k}) must be from 1 to num_experts ({self.num_experts})")
+        if self.capacity_factor is not None and not 0.01 <= self.capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor ({self.capacity_factor}) must be None or at least 0.01 and finite")
+        for name in ("balance_weight", "z_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0 and finite")
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """The part of all tokens that one expert takes at most, as a numerator and a denominator."""
+        if self.capacity_factor is None:
+            return 1, 1
+        # In hundredths a factor is what its digits say: the float next to 1.1 is larger, which a ceiling would show.
+        part, whole = round(100 * self.capacity_factor) * self.top_k, 100 * self.num_experts
+        divisor = math.gcd(part, whole)
+        return (part // divisor, whole // divisor) if part < whole else (1, 1)
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """How one call of a layer shared its tokens.
+
+    Attributes:
+        loss: `balance_weight * balance_loss + z_weight * z_loss`, to be added to a mean over tokens.
+        balance_loss: E times the sum over experts of their share of the choices times their mean probability, which
+            is 1 where all are used alike (Fedus 2021, equation 4).
+        z_loss: mean over tokens of the squared log-sum-exp of the gate's logits (Zoph 2022, equation 5).
+        load: how many tokens chose each expert, `[E]`, those that it had no room for included.
+        dropped: how many of these choices found no room.
+        tokens: how many tokens there were, without padding.
+    """
+
+    loss: Array
+    balance_loss: Array
+    z_loss: Array
+    load: Array
+    dropped: Array
+    tokens: Array
+
+
+class Routed(nnx.Intermediate):
+    """The kind of variable as which a layer sows its `Routing`: see `routings`."""
+
+
+class MixtureOfExperts(nnx.Module):
+    """Sparsely gated mixture of feed-forward networks (Shazeer 2017; Liu 2018, section 4.2).
+
+    A linear gate gives each token a logit for each expert. The token goes through the `top_k` experts of the largest
+    logits, of equal ones the first, and the output is their sum, weighted by a softmax over these logits alone. With
+    `top_k` 1 that weight is 1, so the gate learns from the routing's loss only.
+
+    An expert that more tokens choose than its capacity takes the earlier ones, in the order of `x` with its leading
+    dims joined; to the others it adds nothing. So with a capacity the tokens of one call are not independent.
+
+    Args:
+        model_dim: D, the size of input and output.
+        hidden_dim: F, the size of each expert's hidden layer.
+        config: how many experts, and who may use them.
+        activation: the nonlinearity of the experts.
+        gated: multiply the experts' hidden layer by an activated gate.
+        dropout_rate: of the experts' hidden layer, where a call has a dropout key.
+        param_dtype: dtype of the parameters; the gate computes in float32 at least.
+        rngs: initialises the parameters; not kept. The experts `[E, ...]` as `FeedForward`, the gate small as in
+            Fedus 2021 (section 2.4), its noise at zero weights.
+
+    Raises:
+        ValueError: a size is below 1, or the rate is not a probability.
+
+    >>> layer = MixtureOfExperts(4, 8, config=MixtureConfig(num_experts=3), rngs=nnx.Rngs(0))
+    >>> jax.jit(layer)(jnp.ones((2, 5, 4))).shape, layer.experts.hidden.kernel.shape
+    ((2, 5, 4), (3, 4, 8))
+    >>> routing = jax.jit(layer.route)(jnp.ones((2, 5, 4)))
+    >>> print(routing.load.sum(), routing.dropped)  # ten equal tokens, of which two experts take ceil(8.3) each
+    20 2
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        hidden_dim: int,
+        *,
+        config: MixtureConfig,
+        activation: Activation = Activation.RELU,
+        gated: bool = False,
+        dropout_rate: float = 0.0,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.config = config
+        options: dict[str, Any] = {"activation": activation, "gated": gated, "dropout_rate": dropout_rate}
+        linear: dict[str, Any] = {"use_bias": False, "param_dtype": param_dtype, "rngs": rngs}
+        small, zeros = nnx.initializers.variance_scaling(0.1, "fan_in", "truncated_normal"), nnx.initializers.zeros
+
+        def expert(key: PRNGKeyArray) -> FeedForward:
+            return FeedForward(model_dim, hidden_dim, **options, param_dtype=param_dtype, rngs=nnx.Rngs(key))
+
+        self.experts = jax.vmap(expert)(jax.random.split(rngs.params(), config.num_experts))
+        self.gate = nnx.Linear(model_dim, config.num_experts, kernel_init=small, **linear)
+        self.noise = nnx.Linear(model_dim, config.num_experts, kernel_init=zeros, **linear) if config.noise else None
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch D"],
+        *,
+        real: Bool[Array, "*batch"] | None = None,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch D"]:
+        """`[*batch, D]` to `[*batch, D]`. Without a dropout key nothing drops and the gate has no noise.
+
+        Args:
+            x: the tokens.
+            real: which of them are not padding, `[*batch]`; all of them by default. Padding uses no expert, takes no
+                room and counts in no loss; it may hold anything, and gives zeros.
+            dropout_key: for the noise and for dropout inside the experts.
+        """
+        noise_key, hidden_key = split(dropout_key, 2)
+        tokens, choice = self._choose(x, real, noise_key)
+        if hasattr(self, "__captures__"):  # inside `nnx.capture`; anywhere else flax would store it in the module
+            self.sow(Routed, "routing", choice.routing(self.config))
+        count, size = len(tokens), self.config.num_experts * choice.capacity
+        if not count:
+            return x
+        slot = choice.slots()
+        # A slot that nobody takes reads beyond the tokens, which gives zeros.
+        owner = jnp.arange(slot.size, dtype=jnp.int32) // self.config.top_k
+        token = jnp.full(size, count, jnp.int32).at[slot].set(owner, mode="drop", unique_indices=True)
+        taken = tokens.at[token].get(mode="fill", fill_value=0)
+        taken = taken.reshape(self.config.num_experts, choice.capacity, x.shape[-1])
+        output = self._apply_experts(taken, hidden_key).reshape(size, x.shape[-1])
+        parts = output.at[slot].get(mode="fill", fill_value=0, unique_indices=True)
+        parts = parts.reshape(*choice.weight.shape, x.shape[-1]).astype(choice.weight.dtype)
+        return (parts * choice.weight[..., None]).sum(axis=1).astype(output.dtype).reshape(x.shape)
+
+    def route(
+        self,
+        x: Float[Array, "*batch D"],
+        *,
+        real: Bool[Array, "*batch"] | None = None,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Routing:
+        """How a call with these arguments shares its tokens."""
+        _, choice = self._choose(x, real, split(dropout_key, 2)[0])
+        return choice.routing(self.config)
+
+    def _choose(self, x: Array, real: Array | None, key: PRNGKeyArray | None) -> tuple[Array, "_Choice"]:
+        """The tokens `[T, D]`, padding as zeros, and their experts."""
+        tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        real = jnp.ones(len(tokens), bool) if real is None else real.reshape(len(tokens))
+        tokens = jnp.where(real[:, None], tokens, jnp.zeros_like(tokens))
+        logits = self._logits(tokens, key)
+        # Only the places: where `largest` makes every zero the same zero, it has no gradient.
+        _, expert = largest(jax.lax.stop_gradient(logits), self.config.top_k)
+        weight = jax.nn.softmax(jnp.take_along_axis(logits, expert, axis=-1), axis=-1)
+        # Room by the number of real tokens, so that padding changes nothing; capacity, the array's size, by all.
+        room, capacity = (_part_of(count, *self.config.share) for count in (real.sum(dtype=jnp.int32), len(tokens)))
+        return tokens, _Choice(logits, expert, weight, real, room, capacity)
+
+    def _logits(self, tokens: Float[Array, "T D"], key: PRNGKeyArray | None) -> Float[Array, "T E"]:
+        exact = accumulator(tokens.dtype)
+        tokens = tokens.astype(exact)
+        logits = tokens @ self.gate.kernel[...].astype(exact)
+        if self.noise is None or key is None:
+            return logits
+        deviation = jax.nn.softplus(tokens @ self.noise.kernel[...].astype(exact))
+        return logits + deviation * jax.random.normal(key, logits.shape, exact)
+
+    def _apply_experts(self, taken: Float[Array, "E C D"], key: PRNGKeyArray | None) -> Float[Array, "E C D"]:
+        keys = None if key is None else jax.random.split(key, self.config.num_experts)
+        return jax.vmap(lambda expert, x, key: expert(x, dropout_key=key))(self.experts, taken, keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """The experts of each token, best first, and their weights; none of them is computed yet."""
+
+    logits: Float[Array, "T E"]
+    expert: Int[Array, "T K"]
+    weight: Float[Array, "T K"]
+    real: Bool[Array, " T"]
+    room: Int[Array, ""]
+    """How many tokens an expert takes."""
+    capacity: int
+    """The bound on it that is known without the data."""
+
+    def load(self) -> Int[Array, " E"]:
+        """How many tokens chose each expert."""
+        experts = jnp.arange(self.logits.shape[-1], dtype=jnp.int32)
+        chose = (self.expert[..., None] == experts[None, None]) & self.real[:, None, None]
+        return chose.sum(axis=(0, 1), dtype=jnp.int32)
+
+    def slots(self) -> Int[Array, " choices"]:
+        """Where each choice lies in the experts' input `[E * capacity]`, all different; beyond its end without room."""
+        (num_tokens, top_k), num_experts = self.expert.shape, self.logits.shape[-1]
+        index = jnp.arange(num_tokens * top_k, dtype=jnp.int32)
+        real = jnp.repeat(self.real, top_k)
+        expert = jnp.where(real, self.expert.reshape(-1), num_experts)  # padding comes last
+        # A stable sort counts each choice inside its expert, without a [T, E, capacity] matrix of ones and zeros.
+        in_order, order = jax.lax.sort((expert, index), num_keys=1, is_stable=True)
+        load = self.load()
+        start = jnp.cumulative_sum(load, dtype=jnp.int32) - load
+        rank = index - start.at[in_order].get(mode="fill", fill_value=0)
+        rank = jnp.zeros_like(index).at[order].set(rank, unique_indices=True)
+        kept = real & (rank < self.room)
+        return jnp.where(kept, expert * self.capacity + rank, num_experts * self.capacity + index)
+
+    def routing(self, config: MixtureConfig) -> Routing:
+        """What is to be told of it."""
+        load, tokens, dtype = self.load(), self.real.sum(dtype=jnp.int32), self.logits.dtype
+        count = jnp.maximum(tokens, 1).astype(dtype)
+        probability = jnp.where(self.real[:, None], jax.nn.softmax(self.logits, axis=-1), 0).sum(axis=0) / count
+        balance = config.num_experts * (load.astype(dtype) / (count * config.top_k) * probability).sum()
+        z = jnp.where(self.real, jax.nn.logsumexp(self.logits, axis=-1) ** 2, 0).sum() / count
+        loss = config.balance_weight * balance + config.z_weight * z
+        return Routing(loss, balance, z, load, (load - jnp.minimum(load, self.room)).sum(dtype=jnp.int32), tokens)
+
+
+def _part_of(count: Any, part: int, whole: int) -> Any:
+    """The ceiling of `part * count / whole`, with products that stay inside int32."""
+    return part * (count // whole) - (-part * (count % whole)) // whole
+
+
+def routings(call: Callable[..., Output], model: nnx.Module, *args: Any, **kwargs: Any) -> tuple[Output, list[Routing]]:
+    """`call(model, *args, **kwargs)`, and the routing of each call of a mixture layer of the model inside it.
+
+    They are in the order of the layers' paths in the model. `call` gets a copy of the model, so what it changes there
+    is gone. This may stand inside `jax.jit`, `jax.grad`, `jax.vmap` and `jax.pmap`, but routings do not leave such a
+    transformation inside `call`: a layer that goes through `jax.jit` or `jax.checkpoint` as an argument keeps them to
+    itself. `nnx.remat` brings them back, in the tree mode of NNX.
+
+    Raises:
+        ValueError: the model has mixture layers and no routing came back.
+
+    >>> layer = MixtureOfExperts(4, 8, config=MixtureConfig(num_experts=3), rngs=nnx.Rngs(0))
+    >>> twice = lambda layer, x: layer(layer(x))
+    >>> output, found = jax.jit(routings, static_argnums=0)(twice, layer, jnp.ones((5, 4)))
+    >>> len(found), found[0].load.shape
+    (2, (3,))
+    """
+    # flax marks each module that it captures from, refuses to where a transformation closes over the model, and after
+    # an error leaves the marks: later calls would store their tracers in it. A copy has none of this.
+    copy = jax.tree.map(lambda leaf: leaf, model)
+    output, sown = nnx.capture(call, Routed)(copy, *args, **kwargs)
+    found = jax.tree.leaves(sown, is_leaf=lambda node: isinstance(node, Routing))
+    layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, MixtureOfExperts)]
+    if layers and not found:
+        raise ValueError(
+            f"none of the {len(layers)} mixture layers gave its routing: either none was called, or all were copies, "
+            "as inside jax.jit(call)(model) or jax.checkpoint(call)(model)"
+        )
+    return output, found
