@@ -1,5 +1,6 @@
 """Checkpoints of a run: parameters, optimizer, step, resolved config and tokenizer, by Orbax."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
-        self.folder = folder.absolute()
+        self.folder, self._keep = folder.absolute(), keep
+        self._open()
+
+    def _open(self) -> None:
         context = ocp.Context()
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
-        policy = ocp.training.preservation_policies.LatestN(keep)
+        policy = ocp.training.preservation_policies.LatestN(self._keep)
         self._checkpointer = ocp.training.Checkpointer(self.folder, context=context, preservation_policy=policy)
 
     @property
@@ -43,6 +47,14 @@ class Checkpoints:
     def texts(self) -> dict[str, str]:
         """The texts of the latest step."""
         return self._checkpointer.checkpointables_metadata(self.latest).custom_metadata
+
+    def forget_after(self, step: int) -> None:
+        """Removes all later steps."""
+        self.close()
+        for path in self.folder.iterdir():
+            if path.name.isdecimal() and int(path.name) > step:
+                shutil.rmtree(path)
+        self._open()
 
     def restore(self, like: TrainState) -> TrainState:
         """The latest state; `like` gives its structure.

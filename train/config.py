@@ -7,29 +7,89 @@ from typing import Annotated, Any
 
 import tyro
 
-from seqattn.models import Learned, Rotary, Seq2SeqConfig, Sinusoidal, TransformerConfig
-from seqattn.nn import Activation, BlockConfig, Cell, Direction, Score
+from seqattn.models import (
+    AttentionEncoder,
+    BucketBiases,
+    Compressed,
+    EncoderConfig,
+    Full,
+    LanguageModelConfig,
+    Learned,
+    LinearBiases,
+    Local,
+    MaskedTokens,
+    RecurrentLanguageModelConfig,
+    RelativeKeys,
+    Rotary,
+    Seq2SeqConfig,
+    Sinusoidal,
+    TextLabels,
+    TokenLabels,
+    TransformerConfig,
+    Window,
+)
+from seqattn.nn import Activation, BlockConfig, Cell, Direction, MixtureConfig, Monotonic, Predictive, Score
 from train.batches import Batches
-from train.optimizer import Adam, AdamW, Constant, Cosine, InverseSquareRoot, InverseTime, Noam, Optimizer
-from train.tasks import Addition, Dates, HubTranslation, ParallelFiles, Reverse
+from train.initializers import Kaiming, Normal, Uniform, Xavier
+from train.optimizer import (
+    SGD,
+    AdaGrad,
+    Adam,
+    AdamW,
+    Constant,
+    Cosine,
+    InverseSquareRoot,
+    InverseTime,
+    Momentum,
+    Muon,
+    Noam,
+    Optimizer,
+)
+from train.tasks import (
+    Addition,
+    CodeTopics,
+    Dates,
+    Docstrings,
+    HubTranslation,
+    ParallelFiles,
+    PythonCode,
+    PythonTags,
+    Reverse,
+)
 from train.tokenizer import ByteLevelBPE, Characters
 
 FROM_TOKENIZER = 0
 """As the `vocab_size` of a model: take the size of the tokenizer's vocabulary."""
 
+FROM_DATA = 0
+"""As the `num_labels` of a model: as many as the training split has."""
+
 
 Model = (
     Annotated[TransformerConfig, tyro.conf.subcommand("transformer", default=TransformerConfig(FROM_TOKENIZER))]
     | Annotated[Seq2SeqConfig, tyro.conf.subcommand("seq2seq", default=Seq2SeqConfig(FROM_TOKENIZER))]
+    | Annotated[
+        LanguageModelConfig, tyro.conf.subcommand("language-model", default=LanguageModelConfig(FROM_TOKENIZER))
+    ]
+    | Annotated[
+        RecurrentLanguageModelConfig,
+        tyro.conf.subcommand("recurrent-language-model", default=RecurrentLanguageModelConfig(FROM_TOKENIZER)),
+    ]
+    | Annotated[
+        EncoderConfig,
+        tyro.conf.subcommand("encoder", default=EncoderConfig(FROM_TOKENIZER, head=TokenLabels(FROM_DATA))),
+    ]
 )
-"""Any model that can be trained; `model:seq2seq` and `model:transformer` on the command line."""
+"""Any model that can be trained; `model:seq2seq` and so on on the command line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """Everything that decides a run."""
 
-    task: Dates | Addition | Reverse | ParallelFiles | HubTranslation
+    task: (
+        Dates | Addition | Reverse | ParallelFiles | HubTranslation | PythonCode | PythonTags | CodeTopics | Docstrings
+    )
     """Where examples come from."""
     model: Model
     """Which model; a vocab_size of 0 is taken from the tokenizer."""
@@ -51,6 +111,16 @@ class Experiment:
     """Updates between two rows of metrics."""
     keep_checkpoints: int = 2
     """Latest checkpoints that stay."""
+    patience: int | None = None
+    """Stop once so many evaluations in a row have not lowered the validation loss, and go back to the best one."""
+    initializer: Uniform | Normal | Xavier | Kaiming | None = None
+    """Draw every matrix anew by this; None for what each layer has of its own."""
+    word_vectors: Path | None = None
+    """A text file of word2vec or GloVe: the tokens that it has begin with its vectors."""
+    start_from: Path | None = None
+    """A run whose tokenizer is taken over, and every parameter that has the same path and shape here."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of paths, such as `embedding/*`: parameters that training leaves as they are."""
     label_smoothing: float = 0.0
     """Epsilon of Szegedy 2016, of the training loss alone."""
     bleu: bool = False
@@ -65,6 +135,11 @@ class Experiment:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed ({self.seed}) must be in [0, 2**32)")
+        if self.patience is not None and not 1 <= self.patience < self.keep_checkpoints:
+            raise ValueError(
+                f"patience ({self.patience}) must be at least 1 and below keep_checkpoints ({self.keep_checkpoints}): "
+                "the best checkpoint must still be there"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing ({self.label_smoothing}) must be in [0, 1)")
 
@@ -72,9 +147,13 @@ class Experiment:
 _TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        *(Activation, Adam, AdamW, Addition, Batches, BlockConfig, ByteLevelBPE, Cell, Characters, Constant, Cosine),
-        *(Dates, Direction, Experiment, HubTranslation, InverseSquareRoot, InverseTime, Learned, Noam, Optimizer),
-        *(ParallelFiles, Path, Reverse, Rotary, Score, Seq2SeqConfig, Sinusoidal, TransformerConfig),
+        *(Activation, AdaGrad, Adam, AdamW, Addition, AttentionEncoder, Batches, BlockConfig, BucketBiases),
+        *(ByteLevelBPE, Cell, Characters, CodeTopics, Compressed, Constant, Cosine, Dates, Direction, Docstrings),
+        *(EncoderConfig, Experiment, Full, HubTranslation, InverseSquareRoot, InverseTime, Kaiming),
+        *(LanguageModelConfig, Learned, LinearBiases, Local, MaskedTokens, MixtureConfig, Momentum, Monotonic, Muon),
+        *(Noam, Normal, Optimizer, ParallelFiles, Path, Predictive, PythonCode, PythonTags),
+        *(RecurrentLanguageModelConfig, RelativeKeys, Reverse, Rotary, SGD, Score, Seq2SeqConfig, Sinusoidal),
+        *(TextLabels, TokenLabels, TransformerConfig, Uniform, Window, Xavier),
     )
 }
 

@@ -5,20 +5,25 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from datasets import Dataset
 from flax import nnx
 
-from train import plot, run
-from train.batches import Batch, examples, iterate, stream
+from train import objectives, run
+from train.batches import Batch, iterate, stream
 from train.checkpoint import Checkpoints
 from train.config import Experiment
-from train.evaluate import Scores, evaluate
-from train.log import MetricsFile, Progress, replace
+from train.drawing import learning_curves
+from train.freezing import freeze
+from train.fresh import fresh
+from train.log import MetricsFile, Progress, read_metrics, replace
+from train.objectives import Objective, Scores
 from train.parallel import data_parallel
 from train.signals import Interrupts
 from train.step import TrainState, make_update, start
@@ -34,7 +39,8 @@ class Session:
 
     Attributes:
         experiment: the resolved experiment.
-        tokenizer: trained, or that of the run that is resumed.
+        objective: what it is about, with its tokenizer and labels.
+        optimizer: how gradients become updates.
         splits: examples by split.
         texts: what checkpoints hold beside numbers: config, tokenizer, digest of the data.
         graph: the model's structure.
@@ -43,7 +49,8 @@ class Session:
     """
 
     experiment: Experiment
-    tokenizer: Tokenizer
+    objective: Objective
+    optimizer: optax.GradientTransformation
     splits: dict[str, Dataset]
     texts: dict[str, str]
     graph: nnx.GraphDef
@@ -84,18 +91,18 @@ def prepare(experiment: Experiment) -> Session:
     _check_folder(folder)
     splits = experiment.task.load()
     saved = _saved(folder)
-    if saved is None:
-        tokenizer = Tokenizer.train(experiment.tokenizer, [*splits["train"]["source"], *splits["train"]["target"]])
-    else:
-        tokenizer = Tokenizer.from_json(saved["tokenizer"])
-    experiment = run.resolve(experiment, tokenizer)
+    objective = _objective(experiment, splits["train"], saved)
+    tokenizer, labels = objective.tokenizer, objective.labels
+    experiment = run.resolve(experiment, tokenizer, labels)
     texts = {"config": run.to_text(experiment), "tokenizer": tokenizer.to_json(), "data": run.fingerprint(splits)}
+    texts["labels"] = json.dumps(labels, ensure_ascii=False)
     if saved is not None:
         run.check_same(folder, saved["config"], experiment)
         if saved["data"] != texts["data"]:
             raise ValueError(f"the examples are not those that {folder} was trained on; give another folder with --run")
-    graph, state = start(run.build(experiment.model, seed=experiment.seed), experiment.optimizer.make(experiment.steps))
-    session = Session(experiment, tokenizer, splits, texts, graph, state, None)
+    optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
+    graph, state = start(fresh(experiment, tokenizer), optimizer)
+    session = Session(experiment, objective, optimizer, splits, texts, graph, state, None)
     _check_lengths(session)
     folder.mkdir(parents=True, exist_ok=True)
     replace(folder / "tokenizer.json", texts["tokenizer"].encode())
@@ -104,6 +111,19 @@ def prepare(experiment: Experiment) -> Session:
     if saved is not None:
         session.state = session.checkpoints.restore(state)
     return session
+
+
+def _objective(experiment: Experiment, split: Dataset, saved: dict[str, str] | None) -> Objective:
+    """What the experiment is about, with tokenizer and labels of the saved run, or of the split of a new one."""
+    if saved is not None:
+        labels = tuple(json.loads(saved.get("labels", "[]")))
+        return objectives.make(experiment, Tokenizer.from_json(saved["tokenizer"]), labels)
+    kind = objectives.kind(experiment)
+    if experiment.start_from is not None:
+        tokenizer = run.load(experiment.start_from).tokenizer
+    else:
+        tokenizer = Tokenizer.train(experiment.tokenizer, kind.texts(split))
+    return objectives.make(experiment, tokenizer, kind.find_labels(split))
 
 
 def _saved(folder: Path) -> dict[str, str] | None:
@@ -130,7 +150,7 @@ def _check_lengths(session: Session) -> None:
     if limit is None:
         return
     for name, split in session.splits.items():
-        lengths = [max(len(source), len(target) - 1) for source, target in examples(split, session.tokenizer)]
+        lengths = [max(len(source), len(target) - 1) for source, target in session.objective.examples(split)]
         most = max(length for length in lengths if name != "train" or length <= longest_kept)
         if most > limit:
             raise ValueError(
@@ -140,13 +160,11 @@ def _check_lengths(session: Session) -> None:
 
 def _train(session: Session, interrupts: Interrupts) -> None:
     experiment, first = session.experiment, int(session.state.step)
-    if first == experiment.steps:
+    if first == experiment.steps or _is_exhausted(session, print):
         return
-    optimizer = experiment.optimizer.make(experiment.steps)
-    update = data_parallel(
-        make_update(session.graph, optimizer, seed=experiment.seed, label_smoothing=experiment.label_smoothing)
-    )
-    rows = examples(session.splits["train"], session.tokenizer)
+    options: dict[str, Any] = {"seed": experiment.seed, "label_smoothing": experiment.label_smoothing}
+    update = data_parallel(make_update(session.graph, session.optimizer, session.objective.loss, **options))
+    rows = session.objective.examples(session.splits["train"])
     order = stream(experiment.batches, rows, seed=experiment.seed, multiple=jax.local_device_count())
     with (
         Progress(experiment.steps, initial_step=first) as progress,
@@ -156,7 +174,7 @@ def _train(session: Session, interrupts: Interrupts) -> None:
         _greet(session, progress, len(rows))
         for file in (metrics, samples):
             file.truncate_after(first)
-        meter = _Meter(experiment, metrics, progress)
+        meter = _Meter(session, metrics, progress)
         batches = itertools.islice(iterate(order, start=first), experiment.steps - first)
         for step, batch in enumerate(batches, first + 1):
             session.state, result = update(session.state, batch)
@@ -169,15 +187,33 @@ def _train(session: Session, interrupts: Interrupts) -> None:
             if due and not stopped:
                 _validate(session, step, metrics, samples, progress)
                 meter.restart()
+                if _is_exhausted(session, progress.print):
+                    return
             if interrupts.received is not None:
                 return
+
+
+def _is_exhausted(session: Session, say: Callable[[str], None]) -> bool:
+    """Whether patience is at its end; then the best checkpoint is the latest, and its state that of the session."""
+    patience, file = session.experiment.patience, session.experiment.run / "metrics.jsonl"
+    if patience is None or session.checkpoints is None or not file.exists():
+        return False
+    checks = [row for row in read_metrics(file) if row["kind"] == "validation"]
+    best = min(checks, key=lambda row: row["loss"], default=None)
+    if best is None or len(checks) - 1 - checks.index(best) < patience:
+        return False
+    session.checkpoints.forget_after(best["step"])
+    session.state = session.checkpoints.restore(session.state)
+    say(f"stopped early: the validation loss is lowest after {best['step']} updates, {best['loss']:.4f}")
+    return True
 
 
 def _greet(session: Session, progress: Progress, count: int) -> None:
     leaves = jax.tree.leaves(session.state.params)
     progress.print(
         f"{session.experiment.run}: {sum(leaf.size for leaf in leaves):,} parameters, {count:,} training examples, "
-        f"{session.tokenizer.vocab_size:,} tokens, {jax.local_device_count()} x {jax.devices()[0].device_kind}"
+        f"{session.objective.tokenizer.vocab_size:,} tokens, "
+        f"{jax.local_device_count()} x {jax.devices()[0].device_kind}"
     )
     if int(session.state.step):
         progress.print(f"resuming after {int(session.state.step)} updates")
@@ -186,8 +222,9 @@ def _greet(session: Session, progress: Progress, count: int) -> None:
 class _Meter:
     """Rows of training metrics; numbers leave the devices only when a row is due, so that steps do not wait."""
 
-    def __init__(self, experiment: Experiment, metrics: MetricsFile, progress: Progress) -> None:
-        self._experiment, self._metrics, self._progress = experiment, metrics, progress
+    def __init__(self, session: Session, metrics: MetricsFile, progress: Progress) -> None:
+        experiment = self._experiment = session.experiment
+        self._count, self._metrics, self._progress = session.objective.count, metrics, progress
         self._schedule = experiment.optimizer.schedule.schedule(experiment.steps)
         self.restart()
 
@@ -196,13 +233,14 @@ class _Meter:
         self._tokens, self._since = 0, time.monotonic()
 
     def add(self, step: int, batch: Batch, result: dict[str, jax.Array]) -> None:
-        self._tokens += int(batch["source_length"].sum() + (batch["target_length"] - 1).sum())
+        self._tokens += self._count(batch)
         if step % self._experiment.log_every and step != self._experiment.steps:
             return
         _check_finite(step, result)
         loss, norm = float(result["loss"]), float(result["gradient_norm"])
         rate = self._tokens / max(time.monotonic() - self._since, 1e-9)
         row = {"loss": loss, "gradient_norm": norm, "tokens_per_second": rate}
+        row |= {name: float(result[name]) for name in ("dropped",) if name in result}
         self._metrics.write({"step": step, "kind": "train", "learning_rate": float(self._schedule(step - 1)), **row})
         self._progress.update(step, loss=loss, tokens_per_second=rate)
         self.restart()
@@ -222,29 +260,31 @@ def _validate(session: Session, step: int, metrics: MetricsFile, samples: Metric
     experiment = session.experiment
     split = session.splits["validation"]
     split = split.select(range(min(len(split), experiment.evaluate_examples)))
-    scores = evaluate(session.model, session.tokenizer, split, bleu=experiment.bleu)
-    metrics.write({"step": step, "kind": "validation", **scores.numbers()})
+    scores = session.objective.evaluate(session.model, split)
+    metrics.write({"step": step, "kind": "validation", **scores.numbers})
     progress.print(f"step {step}  validation  " + _described(scores))
-    for index in np.random.default_rng(step).permutation(len(split))[:_SAMPLES]:
+    for index in np.random.default_rng(step).permutation(len(scores.outputs))[:_SAMPLES]:
         row = split[int(index)]
         samples.write({"step": step, **row, "output": scores.outputs[index]})
         progress.print(f"  {row['source']}\n    reference {row['target']}\n    output    {scores.outputs[index]}")
 
 
 def _described(scores: Scores) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in scores.numbers().items())
+    return "  ".join(f"{name} {value:.4f}" for name, value in scores.numbers.items())
 
 
 def _finish(session: Session) -> None:
     """Scores on the test split, pictures, and where everything is."""
-    experiment, folder = session.experiment, session.experiment.run
-    scores = evaluate(session.model, session.tokenizer, session.splits["test"], bleu=experiment.bleu)
-    results = {"split": "test", "examples": len(session.splits["test"]), "steps": experiment.steps, **scores.numbers()}
+    folder, test = session.experiment.run, session.splits["test"]
+    scores = session.objective.evaluate(session.model, test)
+    results = {"split": "test", "examples": len(test), "steps": int(session.state.step), **scores.numbers}
     if scores.signature is not None:
         results["sacrebleu"] = scores.signature
     (folder / "results.json").write_text(json.dumps(results, indent=2), "utf-8")
-    trained = run.Run(folder, experiment, session.tokenizer, experiment.steps, session.model)
-    plot.draw(trained, plot.examples_to_draw(session.splits["test"]))
+    learning_curves(read_metrics(folder / "metrics.jsonl"), folder / "curves")
+    session.objective.draw(session.model, test, folder / "attention")
     print(f"test  {_described(scores)}")
-    print(f"test exact match {scores.exact_match:.2%} on {results['examples']} examples that were never trained on")
+    if "exact_match" in scores.numbers:
+        share = scores.numbers["exact_match"]
+        print(f"test exact match {share:.2%} on {len(test)} examples that were never trained on")
     print(f"{folder}: " + ", ".join(sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())))

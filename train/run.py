@@ -5,16 +5,39 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from datasets import Dataset
 from flax import nnx
 
-from seqattn.models import EncoderDecoder, Seq2Seq, Seq2SeqConfig, Transformer, TransformerConfig
+from seqattn.models import (
+    Encoder,
+    EncoderConfig,
+    LanguageModel,
+    LanguageModelConfig,
+    RecurrentLanguageModel,
+    RecurrentLanguageModelConfig,
+    Seq2Seq,
+    Seq2SeqConfig,
+    TextLabels,
+    TokenLabels,
+    Transformer,
+    TransformerConfig,
+)
 from train.checkpoint import Checkpoints
-from train.config import FROM_TOKENIZER, Experiment, decode, differences, encode
+from train.config import FROM_DATA, FROM_TOKENIZER, Experiment, Model, decode, differences, encode
+from train.freezing import freeze
 from train.step import TrainState, start
 from train.tokenizer import Tokenizer
+
+_MODELS: dict[type, type] = {
+    EncoderConfig: Encoder,
+    LanguageModelConfig: LanguageModel,
+    RecurrentLanguageModelConfig: RecurrentLanguageModel,
+    Seq2SeqConfig: Seq2Seq,
+    TransformerConfig: Transformer,
+}
 
 _FREE = ("run", "evaluate_every", "evaluate_examples", "log_every", "keep_checkpoints", "bleu")
 """Fields in which a resumed run may differ: they change what is shown and kept, not the parameters."""
@@ -28,6 +51,7 @@ class Run:
         folder: the run folder.
         experiment: its resolved config.
         tokenizer: its tokenizer.
+        labels: the labels of a model that gives labels, in the order of their ids.
         step: updates that the parameters have seen.
         model: the model with these parameters.
     """
@@ -35,29 +59,35 @@ class Run:
     folder: Path
     experiment: Experiment
     tokenizer: Tokenizer
+    labels: tuple[str, ...]
     step: int
-    model: EncoderDecoder
+    model: Any
 
 
-def build(config: TransformerConfig | Seq2SeqConfig, *, seed: int) -> nnx.Module:
+def build(config: Model, *, seed: int) -> nnx.Module:
     """The model of a config, with parameters drawn from the seed."""
-    rngs = nnx.Rngs(params=seed)
-    return Seq2Seq(config, rngs=rngs) if isinstance(config, Seq2SeqConfig) else Transformer(config, rngs=rngs)
+    return _MODELS[type(config)](config, rngs=nnx.Rngs(params=seed))
 
 
-def resolve(experiment: Experiment, tokenizer: Tokenizer) -> Experiment:
-    """The experiment with the size of the vocabulary filled in.
+def resolve(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...]) -> Experiment:
+    """The experiment with the size of the vocabulary and the number of labels filled in.
 
     Raises:
-        ValueError: the model's table is smaller than the vocabulary.
+        ValueError: the model's table is smaller than the vocabulary, or it gives fewer labels than there are.
     """
-    size = experiment.model.vocab_size
-    if size == FROM_TOKENIZER:
-        model = dataclasses.replace(experiment.model, vocab_size=tokenizer.vocab_size)
-        return dataclasses.replace(experiment, model=model)
-    if size < tokenizer.vocab_size:
-        raise ValueError(f"vocab_size of the model ({size}) is below that of the tokenizer ({tokenizer.vocab_size})")
-    return experiment
+    model = experiment.model
+    if model.vocab_size == FROM_TOKENIZER:
+        model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise ValueError(
+            f"vocab_size of the model ({model.vocab_size}) is below that of the tokenizer ({tokenizer.vocab_size})"
+        )
+    if isinstance(model, EncoderConfig) and isinstance(head := model.head, TokenLabels | TextLabels):
+        head = dataclasses.replace(head, num_labels=len(labels)) if head.num_labels == FROM_DATA else head
+        if head.num_labels < len(labels):
+            raise ValueError(f"num_labels of the model ({head.num_labels}) is below the {len(labels)} labels")
+        model = dataclasses.replace(model, head=head)
+    return dataclasses.replace(experiment, model=model)
 
 
 def fingerprint(splits: Mapping[str, Dataset]) -> str:
@@ -100,8 +130,11 @@ def load(folder: Path) -> Run:
         )
     texts = checkpoints.texts()
     experiment: Experiment = decode(json.loads(texts["config"]))
-    graph, fresh = start(build(experiment.model, seed=0), experiment.optimizer.make(experiment.steps))
+    optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
+    graph, fresh = start(build(experiment.model, seed=0), optimizer)
     state: TrainState = checkpoints.restore(fresh)
     checkpoints.close()
     model = nnx.merge(graph, state.params)
-    return Run(folder, experiment, Tokenizer.from_json(texts["tokenizer"]), int(jnp.asarray(state.step)), model)
+    labels = tuple(json.loads(texts.get("labels", "[]")))
+    tokenizer = Tokenizer.from_json(texts["tokenizer"])
+    return Run(folder, experiment, tokenizer, labels, int(jnp.asarray(state.step)), model)

@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from seqattn import Coordinates, cross_entropy
-from seqattn.models import EncoderDecoder
+from seqattn.nn import MixtureOfExperts, Routing, routings
+from seqattn.static import pytree
 
 Metrics = dict[str, jax.Array]
-"""Scalars: `loss` (mean over labels, nats), `tokens` (labels that counted), `gradient_norm` (before clipping)."""
+"""Scalars: `loss` (mean over labels, nats), `tokens` (labels that counted), `gradient_norm` (before clipping).
+
+With mixtures of experts also `dropped`, the share of choices for which an expert had no room.
+"""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Everything that an update changes.
@@ -36,33 +39,25 @@ Update = Callable[..., tuple[TrainState, Metrics]]
 """`update(state, batch, axis_name=None) -> (state, metrics)`."""
 
 
+Loss = Callable[..., tuple[jax.Array, jax.Array]]
+"""`loss(model, batch, label_smoothing=, dropout_key=) -> (sum, count)`, see `train.objectives`."""
+
+
 def start(model: nnx.Module, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
     """The structure of a model, and the state before the first update."""
     graph, params = nnx.split(model, nnx.Param)
     return graph, TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def loss(
-    model: EncoderDecoder,
-    batch: dict[str, jax.Array],
-    *,
-    label_smoothing: float = 0.0,
-    dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Sum of the losses of all labels of a batch (see `train.batches.Batch`), in nats, and their number."""
-    encode_key, decode_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    inputs, labels = batch["target"][:, :-1], batch["target"][:, 1:]
-    source_at = Coordinates.from_lengths(batch["source_length"], batch["source"].shape[1])
-    target_at = Coordinates.from_lengths(batch["target_length"] - 1, inputs.shape[1])
-    memory = model.encode(batch["source"], source_at, dropout_key=encode_key)
-    logits = model.decode(inputs, target_at, memory, dropout_key=decode_key)
-    return cross_entropy(logits, labels, weights=target_at.segment != 0, label_smoothing=label_smoothing)
-
-
 def make_update(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, *, seed: int, label_smoothing: float = 0.0
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    loss: Loss,
+    *,
+    seed: int,
+    label_smoothing: float = 0.0,
 ) -> Update:
-    """The update of a model of this structure.
+    """The update of a model of this structure by the gradient of the mean loss.
 
     The dropout of a step is a function of the seed and the step, so that a resumed run drops the same. Over an axis
     of devices losses and labels are summed before they are divided: every label weighs the same, wherever it is.
@@ -74,18 +69,31 @@ def make_update(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         key = key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
-        def total_loss(params: Any) -> tuple[jax.Array, jax.Array]:
-            return loss(nnx.merge(graph, params), batch, label_smoothing=label_smoothing, dropout_key=key)
+        def total_loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, list[Routing]]]:
+            model = nnx.merge(graph, params)
+            options: dict[str, Any] = {"label_smoothing": label_smoothing, "dropout_key": key}
+            if any(isinstance(module, MixtureOfExperts) for _, module in nnx.iter_modules(model)):
+                (total, count), found = routings(loss, model, batch, **options)
+            else:
+                (total, count), found = loss(model, batch, **options), []
+            # The loss of a routing is a mean over tokens, and is divided by the number of labels below.
+            return total + count * sum(routing.loss for routing in found), (total, count, found)
 
-        sums = jax.value_and_grad(total_loss, has_aux=True)(state.params)
+        (_, (total, count, found)), gradients = jax.value_and_grad(total_loss, has_aux=True)(state.params)
+        sums = {"total": total, "count": count}
+        if found:
+            sums["dropped"] = sum(routing.dropped for routing in found)
+            sums["choices"] = sum(routing.load.sum() for routing in found)
         # pmap differentiates each device's own sum, so the gradients are added here; inside shard_map with its default
         # check_vma=True the same line would count them once for each device.
-        (total, count), gradients = sums if axis_name is None else jax.lax.psum(sums, axis_name)
-        labels = jnp.maximum(count, 1)
+        sums, gradients = (sums, gradients) if axis_name is None else jax.lax.psum((sums, gradients), axis_name)
+        labels = jnp.maximum(sums["count"], 1)
         gradients = jax.tree.map(lambda gradient: gradient / labels, gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": total / labels, "tokens": count, "gradient_norm": optax.tree.norm(gradients)}
+        metrics = {"loss": sums["total"] / labels, "tokens": sums["count"], "gradient_norm": optax.tree.norm(gradients)}
+        if found:
+            metrics["dropped"] = sums["dropped"] / jnp.maximum(sums["choices"], 1)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return update

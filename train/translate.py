@@ -230,12 +230,12 @@ def _print(outputs: list[Output]) -> None:
 
 def _draw(trained: Run, texts: Sequence[str], outputs: Sequence[str], file: Path) -> None:
     """Says on standard error where the maps are, or that there is none: of an empty text, or where the model failed."""
-    from train.plot import draw_attention  # matplotlib is slow to import
+    from train.objectives.pictures import draw_attention  # matplotlib is slow to import
 
     stem = file.with_suffix("") if file.suffix in (".png", ".svg") else file
     for number, (text, output) in enumerate(zip(texts, outputs, strict=True), 1):
         path_stem = stem if len(texts) == 1 else stem.with_name(f"{stem.name}-{number}")
-        paths = draw_attention(trained, text, output, path_stem)
+        paths = draw_attention(trained.model, trained.tokenizer, text, output, path_stem)
         drawn = " ".join(map(str, paths)) or "nothing to draw"
         print(f"{text!r}: {drawn}", file=sys.stderr)
 

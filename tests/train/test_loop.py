@@ -12,6 +12,7 @@ import pytest
 from seqattn.models import Learned
 from train import loop, run
 from train.log import read_metrics
+from train.objectives import SequenceToSequence
 from train.optimizer import Constant
 
 
@@ -115,7 +116,7 @@ def test_a_folder_killed_before_its_first_checkpoint_begins_anew(content, tiny, 
     session = loop.prepare(dataclasses.replace(tiny, run=tmp_path))
     assert int(session.state.step) == 0
     assert (tmp_path / "config.json").read_text("utf-8") == session.texts["config"]
-    assert (tmp_path / "tokenizer.json").read_text("utf-8") == session.tokenizer.to_json()
+    assert (tmp_path / "tokenizer.json").read_text("utf-8") == session.objective.tokenizer.to_json()
 
 
 def test_the_seed_decides_parameters_and_order(tiny, tmp_path):
@@ -150,11 +151,11 @@ def test_validation_takes_so_many_examples(tiny, tmp_path, monkeypatch):
     session = loop.prepare(dataclasses.replace(tiny, run=tmp_path / "new"))
     taken = []
 
-    def evaluate(model, tokenizer, split, **_):
+    def evaluate(model, split, **_):
         taken.append(len(split))
-        return loop.Scores(1.0, 0.5, None, None, None, ["output"] * len(split))
+        return loop.Scores({"loss": 1.0, "exact_match": 0.5}, ["output"] * len(split))
 
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(session.objective, "evaluate", evaluate)
     with loop.MetricsFile(tmp_path / "metrics") as metrics, loop.MetricsFile(tmp_path / "samples") as samples:
         loop._validate(session, 5, metrics, samples, loop.Progress(12))
     assert taken == [tiny.evaluate_examples]
@@ -180,7 +181,7 @@ def test_an_evaluation_that_fails_loses_no_update(tiny, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(loop, "evaluate", fail)
+    monkeypatch.setattr(SequenceToSequence, "evaluate", fail)
     with pytest.raises(MemoryError):
         loop.train(dataclasses.replace(tiny, run=tmp_path / "new"))
     assert run.load(tmp_path / "new").step == tiny.evaluate_every
@@ -208,8 +209,8 @@ def test_c16_a_table_smaller_than_the_vocabulary_is_refused(tiny, tmp_path):
 def test_e13_one_compilation_for_each_bucket(tiny, tmp_path, caplog):
     tiny = dataclasses.replace(tiny, batches=dataclasses.replace(tiny.batches, buckets=2))
     session = loop.prepare(dataclasses.replace(tiny, run=tmp_path / "new"))
-    update = loop.data_parallel(loop.make_update(session.graph, tiny.optimizer.make(tiny.steps), seed=0))
-    rows = loop.examples(session.splits["train"], session.tokenizer)
+    update = loop.data_parallel(loop.make_update(session.graph, session.optimizer, session.objective.loss, seed=0))
+    rows = session.objective.examples(session.splits["train"])
     order = loop.stream(tiny.batches, rows, seed=0, multiple=jax.local_device_count())
     with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
         for batch in itertools.islice(loop.iterate(order, start=0), 9):

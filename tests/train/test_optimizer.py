@@ -1,4 +1,4 @@
-"""Schedules against their formulas, and what decays and is clipped."""
+"""Schedules against their formulas, algorithms against NumPy, and what decays and is clipped."""
 
 import math
 
@@ -8,7 +8,23 @@ import numpy as np
 import optax
 import pytest
 
-from train.optimizer import Adam, AdamW, Constant, Cosine, InverseSquareRoot, InverseTime, Noam, Optimizer
+from train.checkpoint import Checkpoints
+from train.freezing import freeze
+from train.optimizer import (
+    SGD,
+    AdaGrad,
+    Adam,
+    AdamW,
+    Constant,
+    Cosine,
+    InverseSquareRoot,
+    InverseTime,
+    Momentum,
+    Muon,
+    Noam,
+    Optimizer,
+)
+from train.step import TrainState
 
 STEPS = 50
 
@@ -50,25 +66,187 @@ def test_constant_after_its_warm_up():
 
 
 def updated(optimizer, gradient):
-    params = {"matrix": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    params = {"matrix": jnp.ones((2, 2)), "bias": jnp.ones(2), "experts": {"bias": jnp.ones((2, 2))}}
     transformation = optimizer.make(STEPS)
     gradients = jax.tree.map(lambda param: jnp.full_like(param, gradient), params)
     updates, _ = transformation.update(gradients, transformation.init(params), params)
     return optax.apply_updates(params, updates)
 
 
-def test_weight_decay_spares_biases_and_norms():
-    decayed = updated(Optimizer(AdamW(weight_decay=0.5), Constant(rate=0.1)), 0.0)
+@pytest.mark.parametrize(
+    "algorithm", [AdamW(weight_decay=0.5), Muon(weight_decay=0.5)], ids=lambda algorithm: type(algorithm).__name__
+)
+def test_weight_decay_spares_biases_and_norms(algorithm):
+    decayed = updated(Optimizer(algorithm, Constant(rate=0.1)), 0.0)
     np.testing.assert_allclose(decayed["matrix"], 0.95)
     np.testing.assert_allclose(decayed["bias"], 1.0)
+    np.testing.assert_allclose(decayed["experts"]["bias"], 1.0)
 
 
-def test_adam_does_not_decay():
-    np.testing.assert_allclose(updated(Optimizer(Adam(), Constant(rate=0.1)), 0.0)["matrix"], 1.0)
+@pytest.mark.parametrize(
+    "algorithm",
+    [SGD(), Momentum(), AdaGrad(initial=0.0), Adam()],
+    ids=lambda algorithm: type(algorithm).__name__,
+)
+def test_others_do_not_decay(algorithm):
+    for leaf in jax.tree.leaves(updated(Optimizer(algorithm, Constant(rate=0.1)), 0.0)):
+        np.testing.assert_array_equal(leaf, 1.0)
 
 
 def test_gradients_are_clipped_by_their_common_norm():
     # With a huge epsilon Adam moves by gradient * rate / epsilon: the clipped gradient can be read off.
     adam = Adam(beta1=0.0, beta2=0.0, epsilon=1e6)
     moved = 1.0 - updated(Optimizer(adam, Constant(rate=1e6), clip_norm=0.3), 7.0)["matrix"]
-    np.testing.assert_allclose(moved, 0.3 / math.sqrt(6), rtol=1e-2)
+    np.testing.assert_allclose(moved, 0.3 / math.sqrt(10), rtol=1e-2)
+
+
+RATE = 0.125
+RANDOM = np.random.default_rng(0)
+START = {"kernel": RANDOM.normal(size=(5, 3)), "table": RANDOM.normal(size=(7, 2)), "bias": RANDOM.normal(size=3)}
+GRADIENTS = [{name: RANDOM.normal(size=value.shape) for name, value in START.items()} for _ in range(3)]
+
+
+def trained(algorithm, start=START, gradients=GRADIENTS):
+    """Where three updates lead, in float64."""
+    with jax.enable_x64(True):
+        optimizer = Optimizer(algorithm, Constant(rate=RATE), clip_norm=None).make(STEPS)
+        params = jax.tree.map(jnp.asarray, start)
+        state, step = optimizer.init(params), jax.jit(optimizer.update)
+        for gradient in gradients:
+            updates, state = step(jax.tree.map(jnp.asarray, gradient), state, params)
+            params = optax.apply_updates(params, updates)
+        return jax.device_get(params)
+
+
+def assert_trained(algorithm, step):
+    """`step(name, value, gradient, state) -> value`, where the state is a dict that starts empty, is the oracle."""
+    result = trained(algorithm)
+    for name, value in START.items():
+        state = {}
+        for gradient in GRADIENTS:
+            value = step(name, value, gradient[name], state)
+        np.testing.assert_allclose(result[name], value, rtol=1e-6, err_msg=name)
+
+
+def test_sgd_is_the_gradient():
+    assert_trained(SGD(), lambda name, value, gradient, state: value - RATE * gradient)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_sums_gradients(nesterov):
+    def step(name, value, gradient, state):
+        state["sum"] = 0.75 * state.get("sum", 0.0) + gradient
+        return value - RATE * (gradient + 0.75 * state["sum"] if nesterov else state["sum"])
+
+    assert_trained(Momentum(momentum=0.75, nesterov=nesterov), step)
+
+
+@pytest.mark.parametrize("initial", [0.0, 0.3])
+def test_adagrad_divides_by_the_root_of_the_sum_of_squares(initial):
+    def step(name, value, gradient, state):
+        state["squares"] = state.get("squares", initial) + gradient**2
+        return value - RATE * gradient / np.sqrt(state["squares"] + 1e-3)
+
+    assert_trained(AdaGrad(initial=initial, epsilon=1e-3), step)
+
+
+def adamw(value, gradient, state, weight_decay):
+    state["count"] = count = state.get("count", 0) + 1
+    state["mean"] = 0.9 * state.get("mean", 0.0) + 0.1 * gradient
+    state["square"] = 0.98 * state.get("square", 0.0) + 0.02 * gradient**2
+    scaled = state["mean"] / (1 - 0.9**count) / (np.sqrt(state["square"] / (1 - 0.98**count)) + 1e-9)
+    return value - RATE * (scaled + weight_decay * value)
+
+
+def orthogonalized(matrix):
+    """Newton and Schulz' iteration with Jordan's coefficients."""
+    x = matrix / (np.linalg.norm(matrix) + 1e-8)
+    for _ in range(5):
+        a = x.T @ x
+        x = 3.4445 * x + x @ (-4.7750 * a + 2.0315 * a @ a)
+    return x
+
+
+def test_adamw_decays_matrices():
+    assert_trained(
+        AdamW(weight_decay=0.25),
+        lambda name, value, gradient, state: adamw(value, gradient, state, 0.0 if name == "bias" else 0.25),
+    )
+
+
+def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw():
+    def step(name, value, gradient, state):
+        if name != "kernel":
+            return adamw(value, gradient, state, 0.25 if name == "table" else 0.0)
+        state["count"] = count = state.get("count", 0) + 1
+        state["mean"] = 0.95 * state.get("mean", 0.0) + 0.05 * gradient
+        ahead = 0.95 * state["mean"] / (1 - 0.95 ** (count + 1)) + 0.05 * gradient / (1 - 0.95**count)
+        return value - RATE * (0.2 * math.sqrt(5) * orthogonalized(ahead) + 0.25 * value)
+
+    assert_trained(Muon(weight_decay=0.25), step)
+
+
+def test_muon_takes_each_expert_of_a_stack_alone():
+    stack, slopes = RANDOM.normal(size=(2, 5, 3)), RANDOM.normal(size=(3, 2, 5, 3))
+    together = trained(Muon(), {"experts": stack}, [{"experts": slope} for slope in slopes])["experts"]
+    for index in range(2):
+        alone = trained(Muon(), {"experts": stack[index]}, [{"experts": slope[index]} for slope in slopes])["experts"]
+        np.testing.assert_allclose(together[index], alone, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [SGD(), Momentum(nesterov=True), AdaGrad(), Adam(), AdamW(), Muon()],
+    ids=lambda algorithm: type(algorithm).__name__,
+)
+def test_a_quadratic_falls(algorithm):
+    goal = jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), START)
+    optimizer = Optimizer(algorithm, Constant(rate=0.1)).make(STEPS)
+
+    def loss(params):
+        return optax.tree.norm(optax.tree.sub(params, goal), squared=True)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = jax.tree.map(jnp.zeros_like, goal)
+    state, before = optimizer.init(params), loss(params)
+    for _ in range(STEPS):
+        params, state = step(params, state)
+    assert loss(params) < 0.5 * before
+
+
+@pytest.mark.parametrize("algorithm", [Muon(), AdaGrad(), Momentum()], ids=lambda algorithm: type(algorithm).__name__)
+def test_a_restored_run_goes_on_bitwise(algorithm, tmp_path):
+    optimizer = freeze(Optimizer(algorithm, Constant()).make(STEPS), ["encoder/*"])
+
+    def fresh():
+        layers = {name: jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), START) for name in ("0", "1")}
+        params = {"encoder": layers["0"], "decoder": layers["1"]}
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    @jax.jit
+    def update(state):
+        updates, opt_state = optimizer.update(jax.tree.map(jnp.sin, state.params), state.opt_state, state.params)
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+
+    saved = update(update(fresh()))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(saved, {})
+    restored = checkpoints.restore(fresh())
+    assert jax.tree.structure(restored) == jax.tree.structure(saved)
+    jax.tree.map(np.testing.assert_array_equal, (restored, update(restored)), (saved, update(saved)))
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("algorithm", [Momentum, Muon])
+def test_momentum_that_never_fades_is_refused(algorithm):
+    with pytest.raises(ValueError, match=r"momentum \(1.0\) must be in \[0, 1\)"):
+        algorithm(momentum=1.0)
+
+
+def test_a_negative_sum_of_squares_is_refused():
+    with pytest.raises(ValueError, match=r"initial \(-0.5\) must be at least 0"):
+        AdaGrad(initial=-0.5)

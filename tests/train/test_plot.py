@@ -5,7 +5,8 @@ from flax import nnx
 
 from seqattn.models import Learned, Transformer, TransformerConfig
 from seqattn.nn import BlockConfig
-from train import experiments, plot, run
+from train import plot, run
+from train.objectives import pictures
 from train.plot import Arguments
 from train.tokenizer import Characters, Tokenizer
 
@@ -15,7 +16,7 @@ def test_the_command_draws_curves_and_a_map_for_each_text(finished, tmp_path, ca
     folder = tmp_path / "copy"
     folder.mkdir()
     (folder / "metrics.jsonl").write_bytes((finished / "metrics.jsonl").read_bytes())
-    copy = run.Run(folder, trained.experiment, trained.tokenizer, trained.step, trained.model)
+    copy = run.Run(folder, trained.experiment, trained.tokenizer, (), trained.step, trained.model)
     paths = plot.draw(copy, ["abc", "de"])
     names = {path.relative_to(folder).as_posix() for path in paths}
     assert {"curves.png", "curves.svg", "attention/1.png", "attention/2.svg", "attention/1-heads.png"} <= names
@@ -24,9 +25,9 @@ def test_the_command_draws_curves_and_a_map_for_each_text(finished, tmp_path, ca
 
 def test_what_is_drawn_are_the_models_weights_over_real_tokens(finished, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plot, "attention_map", lambda *arguments, title: drawn.append((*arguments, title)) or ())
+    monkeypatch.setattr(pictures, "attention_map", lambda *arguments, title: drawn.append((*arguments, title)) or ())
     trained = run.load(finished)
-    plot.draw_attention(trained, "abc", "cba", tmp_path / "map")
+    pictures.draw_attention(trained.model, trained.tokenizer, "abc", "cba", tmp_path / "map")
     (mean, source, target, _, title), (heads, *_) = drawn
     assert source == ["a", "b", "c", "[END]"]
     assert target == ["c", "b", "a", "[END]"]
@@ -45,7 +46,6 @@ def test_an_output_that_fills_the_learned_positions_is_drawn(tmp_path):
     words = Tokenizer.train(Characters(), ["abcd"])
     block = BlockConfig(model_dim=6, hidden_dim=7, num_heads=2)
     model = Transformer(TransformerConfig(words.vocab_size, 1, 1, block, Learned(max_length=4)), rngs=nnx.Rngs(0))
-    trained = run.Run(tmp_path, experiments.DATES, words, 0, model)
-    assert plot.draw_attention(trained, "abc", "abcd", tmp_path / "map")
-    assert not plot.draw_attention(trained, "abc", "[FAILED]", tmp_path / "none")
-    assert not plot.draw_attention(trained, "", "abc", tmp_path / "none")
+    assert pictures.draw_attention(model, words, "abc", "abcd", tmp_path / "map")
+    assert not pictures.draw_attention(model, words, "abc", "[FAILED]", tmp_path / "none")
+    assert not pictures.draw_attention(model, words, "", "abc", tmp_path / "none")

@@ -11,12 +11,13 @@ from flax import nnx
 from seqattn.models import Transformer, TransformerConfig
 from seqattn.nn import BlockConfig
 from train.batches import collate
+from train.objectives import SequenceToSequence
 from train.parallel import data_parallel
-from train.step import loss, make_update, start
+from train.step import make_update, start
 
 BLOCK = BlockConfig(model_dim=6, hidden_dim=7, num_heads=2, dropout_rate=0.0)
 CONFIG = TransformerConfig(vocab_size=13, num_encoder_layers=1, num_decoder_layers=1, block=BLOCK)
-SGD = optax.sgd(1.0)
+SGD, LOSS = optax.sgd(1.0), SequenceToSequence.loss
 
 
 def rows(count):
@@ -41,7 +42,7 @@ def closest(first, second):
 def test_e5_several_devices_update_as_one_does(count):
     batch = collate(rows(8), (8, 6, 8))
     graph, state = fresh()
-    update = make_update(graph, SGD, seed=0)
+    update = make_update(graph, SGD, LOSS, seed=0)
     one, metrics = jax.jit(update)(state, batch)
     several, parallel = data_parallel(update, jax.local_devices()[:count])(state, batch)
     assert closest(one.params, several.params) < 1e-6
@@ -52,12 +53,12 @@ def test_e5_several_devices_update_as_one_does(count):
 def test_e6_a_batch_that_does_not_divide_is_refused():
     graph, state = fresh()
     with pytest.raises(ValueError, match=r"3 rows .* must be a multiple of the 2 devices"):
-        data_parallel(make_update(graph, SGD, seed=0), jax.local_devices()[:2])(state, collate(rows(3)))
+        data_parallel(make_update(graph, SGD, LOSS, seed=0), jax.local_devices()[:2])(state, collate(rows(3)))
 
 
 def test_empty_rows_change_nothing():
     graph, state = fresh()
-    update = jax.jit(make_update(graph, SGD, seed=0))
+    update = jax.jit(make_update(graph, SGD, LOSS, seed=0))
     alone, metrics = update(state, collate(rows(3), (3, 6, 8)))
     filled, same = update(state, collate(rows(3), (5, 7, 9)))
     assert closest(alone.params, filled.params) < 1e-6
@@ -66,7 +67,7 @@ def test_empty_rows_change_nothing():
 
 def test_b4_a_batch_of_empty_rows_alone_leaves_the_parameters():
     graph, state = fresh()
-    after, metrics = jax.jit(make_update(graph, SGD, seed=0))(state, collate([], (2, 3, 4)))
+    after, metrics = jax.jit(make_update(graph, SGD, LOSS, seed=0))(state, collate([], (2, 3, 4)))
     assert closest(state.params, after.params) == 0
     assert metrics["loss"] == 0
     assert metrics["tokens"] == 0
@@ -75,10 +76,10 @@ def test_b4_a_batch_of_empty_rows_alone_leaves_the_parameters():
 def test_the_update_is_the_gradient_of_the_mean_loss():
     batch = jax.tree.map(jax.numpy.asarray, collate(rows(3)))
     graph, state = fresh()
-    after, metrics = jax.jit(make_update(graph, SGD, seed=0, label_smoothing=0.1))(state, batch)
+    after, metrics = jax.jit(make_update(graph, SGD, LOSS, seed=0, label_smoothing=0.1))(state, batch)
 
     def mean(params):
-        total, count = loss(nnx.merge(graph, params), batch, label_smoothing=0.1)
+        total, count = LOSS(nnx.merge(graph, params), batch, label_smoothing=0.1)
         return total / count
 
     value, gradients = jax.jit(jax.value_and_grad(mean))(state.params)
@@ -91,10 +92,10 @@ def test_the_update_is_the_gradient_of_the_mean_loss():
 def test_e7_dropout_follows_seed_and_step():
     batch = collate(rows(3))
     graph, state = fresh(dropout_rate=0.5)
-    update = jax.jit(make_update(graph, SGD, seed=0))
+    update = jax.jit(make_update(graph, SGD, LOSS, seed=0))
     later = dataclasses.replace(state, step=state.step + 1)
     losses = [float(update(s, batch)[1]["loss"]) for s in (state, state, later)]
-    other = float(jax.jit(make_update(graph, SGD, seed=1))(state, batch)[1]["loss"])
+    other = float(jax.jit(make_update(graph, SGD, LOSS, seed=1))(state, batch)[1]["loss"])
     assert losses[0] == losses[1]
     assert len({losses[0], losses[2], other}) == 3
 
@@ -104,7 +105,7 @@ def test_devices_drop_differently():
     half = collate(rows(3))
     both = {name: np.concatenate([array, array]) for name, array in half.items()}
     graph, state = fresh(dropout_rate=0.5)
-    update = make_update(graph, SGD, seed=0)
+    update = make_update(graph, SGD, LOSS, seed=0)
     _, metrics = data_parallel(update, jax.local_devices()[:2])(state, both)
     graph, state = fresh(dropout_rate=0.5)
     _, first = data_parallel(update, jax.local_devices()[:1])(state, half)

@@ -11,7 +11,8 @@ import tyro
 
 from seqattn.decoding import GNMT, AverageLength, Greedy, NoPenalty, Sample, Stopping, Temperature, TopK
 from seqattn.models import Seq2SeqConfig
-from train import plot, run, translate
+from train import run, translate
+from train.objectives import pictures
 from train.translate import Arguments
 from train.translator import Beam, Output, Translator
 
@@ -157,7 +158,7 @@ def test_plot_draws_the_texts(finished, tmp_path, capsys):
 
 def test_one_text_is_drawn_under_the_name_itself(finished, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plot, "draw_attention", lambda trained, *arguments: drawn.append(arguments) or [])
+    monkeypatch.setattr(pictures, "draw_attention", lambda model, words, *arguments: drawn.append(arguments) or [])
     for name, stem in (("map.png", "map"), ("v1.2", "v1.2")):
         translate._draw(run.load(finished), ["ab"], ["ba"], tmp_path / name)
         assert drawn.pop() == ("ab", "ba", tmp_path / stem)

@@ -1,7 +1,11 @@
 """Where examples come from: every task loads a training, a validation and a test split of source and target texts."""
 
 from train.tasks.addition import Addition as Addition
+from train.tasks.code_topics import CodeTopics as CodeTopics
 from train.tasks.dates import Dates as Dates
+from train.tasks.docstrings import Docstrings as Docstrings
+from train.tasks.python_code import PythonCode as PythonCode
+from train.tasks.python_tags import PythonTags as PythonTags
 from train.tasks.reverse import Reverse as Reverse
 from train.tasks.task import Task as Task
 from train.tasks.translation import HubTranslation as HubTranslation

@@ -1,0 +1,171 @@
+"""Initial weights drawn anew, for any model: matrices by one rule, norms and biases as the model made them."""
+
+import dataclasses
+import hashlib
+import math
+from typing import Literal, Protocol, TypeVar, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from train.parameters import matrices, paths
+
+Distribution = Literal["normal", "uniform"]
+"""The shape of a distribution; its variance comes from elsewhere."""
+Fan = Literal["fan_in", "fan_out"]
+"""What one output of a matrix is summed from, or what one input goes into."""
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+class Initializer(Protocol):
+    """A frozen dataclass of settings that can draw a matrix."""
+
+    def draw(self, random: np.random.Generator, shape: tuple[int, ...], stack: int) -> np.ndarray:
+        """An array `[*stack, *window, in, out]` whose first `stack` axes count arrays of their own."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Uniform in [-scale, scale), whatever the size of the matrix (Sutskever 2014 has 0.08)."""
+
+    scale: float = 0.08
+    """Largest weight."""
+
+    def __post_init__(self) -> None:
+        _check_positive("scale", self.scale)
+
+    def draw(self, random: np.random.Generator, shape: tuple[int, ...], stack: int) -> np.ndarray:
+        """An array of this shape."""
+        del stack
+        return random.uniform(-self.scale, self.scale, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Normal:
+    """Normal with mean 0, whatever the size of the matrix (Devlin 2019 and Radford 2019 have 0.02)."""
+
+    stddev: float = 0.02
+    """Standard deviation."""
+
+    def __post_init__(self) -> None:
+        _check_positive("stddev", self.stddev)
+
+    def draw(self, random: np.random.Generator, shape: tuple[int, ...], stack: int) -> np.ndarray:
+        """An array of this shape."""
+        del stack
+        return random.normal(0, self.stddev, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Xavier:
+    """Variance `2 gain**2 / (fan_in + fan_out)`: for the forward and the backward pass alike (Glorot 2010, eq. 12)."""
+
+    distribution: Distribution = "uniform"
+    """Of the weights: normal, or uniform."""
+    gain: float = 1.0
+    """Multiplies every weight."""
+
+    def __post_init__(self) -> None:
+        _check_one_of("distribution", self.distribution, Distribution)
+        _check_positive("gain", self.gain)
+
+    def draw(self, random: np.random.Generator, shape: tuple[int, ...], stack: int) -> np.ndarray:
+        """An array of this shape."""
+        fan_in, fan_out = _fans(shape, stack)
+        return _draw(random, self.distribution, 2 * self.gain**2 / (fan_in + fan_out), shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kaiming:
+    """Variance `gain**2 / fan`: what a ReLU takes away is given back (He 2015, equations 10 and 14)."""
+
+    distribution: Distribution = "normal"
+    """Of the weights: normal, or uniform."""
+    mode: Fan = "fan_in"
+    """Which pass keeps its variance: fan_in the forward one, fan_out the backward one."""
+    gain: float = math.sqrt(2)
+    """Multiplies every weight; the root of 2 is that of a ReLU."""
+
+    def __post_init__(self) -> None:
+        _check_one_of("distribution", self.distribution, Distribution)
+        _check_one_of("mode", self.mode, Fan)
+        _check_positive("gain", self.gain)
+
+    def draw(self, random: np.random.Generator, shape: tuple[int, ...], stack: int) -> np.ndarray:
+        """An array of this shape."""
+        fan_in, fan_out = _fans(shape, stack)
+        fan = fan_in if self.mode == "fan_in" else fan_out
+        return _draw(random, self.distribution, self.gain**2 / fan, shape)
+
+
+def redraw(model: Model, initializer: Initializer, *, seed: int) -> Model:
+    """A copy of a model with every matrix drawn anew; norms, biases and other vectors stay.
+
+    What is drawn is a function of seed, path and shape alone: a layer more changes no other layer. A matrix is
+    `[in, out]`, as jax.nn.initializers has it. The kernel of a flax convolution is `[*window, in, out]`, and its fans
+    count the window; of any other array of more axes, as of the weights of experts `[E, D, F]`, each `[D, F]` is one.
+
+    Args:
+        model: an `nnx.Module`, since only the modules say which kernels are convolutions; it is not changed.
+        initializer: how a matrix is drawn; it keeps its dtype.
+        seed: any integer.
+
+    >>> layer = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+    >>> redraw(layer, Uniform(0.08), seed=0).kernel.shape
+    (3, 5)
+    """
+    windows = _windows(model)
+    graph, params, *others = nnx.split(model, nnx.Param, ...)
+
+    def anew(value: Array, name: str, is_matrix: bool) -> Array:
+        if not is_matrix:
+            return value
+        stack = value.ndim - 2 - windows.get(name, 0)
+        return jnp.asarray(initializer.draw(_generator(seed, name), value.shape, stack), value.dtype)
+
+    drawn = jax.tree.map(anew, params, paths(params), matrices(params))
+    return nnx.merge(graph, drawn, *others)
+
+
+def _windows(model: nnx.Module) -> dict[str, int]:
+    """How many axes the window of each convolution has, by the path of its kernel."""
+    return {
+        "/".join([*map(str, path), "kernel"]): len(module.kernel_size)
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.Conv | nnx.ConvTranspose)
+    }
+
+
+def _generator(seed: int, path: str) -> np.random.Generator:
+    # By a digest, since Python's own hash of a text is another one in every process.
+    digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=16).digest()
+    return np.random.default_rng(int.from_bytes(digest, "big"))
+
+
+def _fans(shape: tuple[int, ...], stack: int) -> tuple[int, int]:
+    """Of `[*stack, *window, in, out]`, as jax.nn.initializers has them."""
+    window = math.prod(shape[stack:-2])
+    return window * shape[-2], window * shape[-1]
+
+
+def _draw(
+    random: np.random.Generator, distribution: Distribution, variance: float, shape: tuple[int, ...]
+) -> np.ndarray:
+    if distribution == "normal":
+        return random.normal(0, math.sqrt(variance), shape)
+    bound = math.sqrt(3 * variance)
+    return random.uniform(-bound, bound, shape)
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} ({value}) must be positive")
+
+
+def _check_one_of(name: str, value: str, choices: object) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"{name} ({value}) must be one of {', '.join(get_args(choices))}")

@@ -1,0 +1,11 @@
+"""What a run is about: one file for each objective, chosen by the task and the model of the experiment."""
+
+from train.objectives.choice import kind as kind
+from train.objectives.choice import make as make
+from train.objectives.continuation import Continuation as Continuation
+from train.objectives.labels import Classification as Classification
+from train.objectives.labels import Tagging as Tagging
+from train.objectives.masking import Masking as Masking
+from train.objectives.objective import Objective as Objective
+from train.objectives.objective import Scores as Scores
+from train.objectives.sequences import SequenceToSequence as SequenceToSequence

@@ -1,0 +1,129 @@
+"""Labels: one for each token, or one for each text."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from datasets import Dataset
+from flax import nnx
+
+from seqattn import Coordinates, cross_entropy
+from seqattn.models import Encoder
+from train.batches import Batch, Example, once
+from train.objectives.objective import Arrays, Objective, Scores, Sums
+from train.objectives.pictures import draw_heads
+
+
+class Tagging(Objective):
+    """A label for each token: the target text has a character for each token of the source."""
+
+    @staticmethod
+    def texts(split: Dataset) -> list[str]:
+        """The sources."""
+        return list(split["source"])
+
+    @staticmethod
+    def find_labels(split: Dataset) -> tuple[str, ...]:
+        """Every character of the targets."""
+        return tuple(sorted(set("".join(split["target"]))))
+
+    def examples(self, split: Dataset) -> list[Example]:
+        """Ids of the source, and the label of each.
+
+        Raises:
+            ValueError: a text has another number of tokens than labels, or a label that the training split lacks.
+        """
+        number = {label: index for index, label in enumerate(self.labels)}
+        rows = []
+        for ids, labels in zip(self.tokenizer.encode_batch(list(split["source"])), split["target"], strict=True):
+            if len(ids) != len(labels):
+                raise ValueError(
+                    f"{len(labels)} labels for {len(ids)} tokens: a tokenizer of characters gives one token each"
+                )
+            if unknown := sorted(set(labels) - number.keys()):
+                raise ValueError(f"the labels {unknown} are not in the training split")
+            rows.append((ids, [number[label] for label in labels]))
+        return rows
+
+    @staticmethod
+    def loss(
+        model: Encoder, batch: Arrays, *, label_smoothing: float = 0.0, dropout_key: jax.Array | None = None
+    ) -> Sums:
+        """The cross entropy of every token's label."""
+        at = _at(batch)
+        logits = model(batch["source"], at, dropout_key=dropout_key)
+        labels = batch["target"][:, : logits.shape[1]]
+        return cross_entropy(logits, labels, weights=at.segment != 0, label_smoothing=label_smoothing)
+
+    def evaluate(self, model: Encoder, split: Dataset, *, batch_size: int = 64) -> Scores:
+        """`loss` and `accuracy`, the share of tokens with the right label; outputs are labels, a character each."""
+        rows = self.examples(split)
+        best = best_labels(model, rows, batch_size)
+        pairs = [(np.array(labels), found[: len(labels)]) for (_, labels), found in zip(rows, best, strict=True)]
+        right = sum(int((labels == found).sum()) for labels, found in pairs)
+        total = sum(len(labels) for labels, _ in pairs)
+        outputs = ["".join(self.labels[label] for label in found) for _, found in pairs]
+        numbers = {"loss": self.mean_loss(model, split, batch_size=batch_size), "accuracy": right / max(1, total)}
+        return Scores(numbers, outputs)
+
+    def draw(self, model: Encoder, split: Dataset, folder: Path) -> list[Path]:
+        """Where each token of the first few texts looks, in every head."""
+        return draw_heads(model, self.tokenizer, split["source"], folder)
+
+    def count(self, batch: Batch) -> int:
+        """The tokens of the sources."""
+        return int(batch["source_length"].sum())
+
+
+class Classification(Tagging):
+    """A label for each text: the target text is the label."""
+
+    @staticmethod
+    def find_labels(split: Dataset) -> tuple[str, ...]:
+        """Every target."""
+        return tuple(sorted(set(split["target"])))
+
+    def examples(self, split: Dataset) -> list[Example]:
+        """Ids of the source, and the label.
+
+        Raises:
+            ValueError: a label that the training split lacks.
+        """
+        number = {label: index for index, label in enumerate(self.labels)}
+        if unknown := sorted(set(split["target"]) - number.keys()):
+            raise ValueError(f"the labels {unknown} are not in the training split")
+        sources = self.tokenizer.encode_batch(list(split["source"]))
+        return [(ids, [number[label]]) for ids, label in zip(sources, split["target"], strict=True)]
+
+    @staticmethod
+    def loss(
+        model: Encoder, batch: Arrays, *, label_smoothing: float = 0.0, dropout_key: jax.Array | None = None
+    ) -> Sums:
+        """The cross entropy of every text's label."""
+        logits = model(batch["source"], _at(batch), dropout_key=dropout_key)
+        weights = batch["source_length"] > 0
+        return cross_entropy(logits, batch["target"][:, 0], weights=weights, label_smoothing=label_smoothing)
+
+    def evaluate(self, model: Encoder, split: Dataset, *, batch_size: int = 64) -> Scores:
+        """`loss` and `accuracy`, the share of texts with the right label; outputs are labels."""
+        best = [int(found) for found in best_labels(model, self.examples(split), batch_size)]
+        outputs = [self.labels[label] for label in best]
+        right = sum(output == label for output, label in zip(outputs, split["target"], strict=True))
+        numbers = {"loss": self.mean_loss(model, split, batch_size=batch_size), "accuracy": right / len(outputs)}
+        return Scores(numbers, outputs)
+
+
+def best_labels(model: Encoder, rows: list[Example], batch_size: int) -> list[np.ndarray]:
+    """The most probable label of each token, or of each text, of every example."""
+    graph, params = nnx.split(model)
+    find = jax.jit(lambda params, batch: jnp.argmax(nnx.merge(graph, params)(batch["source"], _at(batch)), axis=-1))
+    found: dict[int, np.ndarray] = {}
+    for chosen, batch in once(rows, size=batch_size):
+        best = np.asarray(find(params, batch))
+        found.update({index: best[row] for row, index in enumerate(chosen)})
+    return [found[index] for index in range(len(rows))]
+
+
+def _at(batch: Arrays) -> Coordinates:
+    return Coordinates.from_lengths(batch["source_length"], batch["source"].shape[1])

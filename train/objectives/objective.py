@@ -1,0 +1,90 @@
+"""What a model is trained for: how texts become examples, what the loss is, and how good the model is on a split."""
+
+import abc
+import dataclasses
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+from datasets import Dataset
+from flax import nnx
+
+from train.batches import Batch, Example, once
+from train.tokenizer import Tokenizer
+
+Arrays = dict[str, jax.Array]
+"""A batch (see `train.batches.Batch`) on a device."""
+
+Sums = tuple[jax.Array, jax.Array]
+"""The losses of all labels of a batch in nats, summed, and how many labels there are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How good a model is on a split.
+
+    Attributes:
+        numbers: the figures by name; `loss` is the mean cross entropy of a label in nats, without label smoothing.
+        outputs: what the model says of the first examples of the split, of as many as there are outputs.
+        signature: what sacrebleu says of how BLEU was computed.
+    """
+
+    numbers: dict[str, float]
+    outputs: list[str]
+    signature: str | None = None
+
+
+class Objective(abc.ABC):
+    """What a run is about. A split has the text columns "source" and "target"; what they mean is said here.
+
+    Args:
+        tokenizer: of the texts that are read and written.
+        labels: the labels of a model that gives labels, in the order of their ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, labels: tuple[str, ...] = ()) -> None:
+        self.tokenizer, self.labels = tokenizer, labels
+
+    @staticmethod
+    def texts(split: Dataset) -> list[str]:
+        """The texts of a training split that the tokenizer is to know."""
+        return [*split["source"], *split["target"]]
+
+    @staticmethod
+    def find_labels(split: Dataset) -> tuple[str, ...]:
+        """The labels that a training split has; none where a model writes text."""
+        return ()
+
+    @abc.abstractmethod
+    def examples(self, split: Dataset) -> list[Example]:
+        """The examples of a split as ids."""
+
+    @staticmethod
+    @abc.abstractmethod
+    def loss(model: Any, batch: Arrays, *, label_smoothing: float = 0.0, dropout_key: jax.Array | None = None) -> Sums:
+        """The losses of a batch; without a dropout key nothing drops."""
+
+    @abc.abstractmethod
+    def evaluate(self, model: Any, split: Dataset, *, batch_size: int = 64) -> Scores:
+        """How good the model is on a split."""
+
+    @abc.abstractmethod
+    def draw(self, model: Any, split: Dataset, folder: Path) -> list[Path]:
+        """Pictures of what the model does with the first few examples of a split, into a folder."""
+
+    def count(self, batch: Batch) -> int:
+        """The tokens of a batch, without padding: of source and target."""
+        return int(batch["source_length"].sum() + (batch["target_length"] - 1).sum())
+
+    def mean_loss(self, model: Any, split: Dataset, *, batch_size: int = 64) -> float:
+        """Mean cross entropy of a label in nats, without dropout and label smoothing."""
+        graph, params = nnx.split(model)
+        compiled = _compiled(graph, type(self))
+        sums = [compiled(params, batch) for _, batch in once(self.examples(split), size=batch_size)]
+        return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
+
+
+@cache
+def _compiled(graph: nnx.GraphDef, objective: type[Objective]) -> Any:
+    return jax.jit(lambda params, batch: objective.loss(nnx.merge(graph, params), batch))

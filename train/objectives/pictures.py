@@ -1,0 +1,81 @@
+"""Pictures of what models look at: one file for the mean over heads, and one for every head."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from seqattn import Coordinates
+from seqattn.models import Encoder, EncoderDecoder
+from train.batches import collate
+from train.drawing import attention_map
+from train.tokenizer import Tokenizer
+from train.translator import FAILED, Translator, longest
+
+_DRAWN, _LETTERS = 2, 40
+
+
+def draw_heads(model: Encoder, tokenizer: Tokenizer, texts: Sequence[str], folder: Path) -> list[Path]:
+    """Where each token of the first few texts looks, in every head of every layer."""
+    paths: list[Path] = []
+    for number, text in enumerate(texts[:_DRAWN], 1):
+        shown = text.strip()[:_LETTERS]
+        ids = tokenizer.encode(shown)
+        if not ids:
+            continue
+        heads = model.attention(jnp.asarray([ids], jnp.int32), Coordinates.from_lengths([len(ids)], len(ids)))[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        names = tokenizer.tokens(ids)
+        paths += attention_map(np.asarray(heads), names, names, folder / f"{number}-heads", title=shown)
+    return paths
+
+
+def draw_texts(model: EncoderDecoder, tokenizer: Tokenizer, texts: Sequence[str], folder: Path) -> list[Path]:
+    """Where the model looks while it writes the output for each text."""
+    paths: list[Path] = []
+    outputs = Translator(model, tokenizer)(texts)
+    for number, (text, output) in enumerate(zip(texts, outputs, strict=True), 1):
+        paths += draw_attention(model, tokenizer, text, output, folder / str(number))
+    return paths
+
+
+def draw_attention(
+    model: EncoderDecoder, tokenizer: Tokenizer, source: str, output: str, path_stem: Path
+) -> list[Path]:
+    """Where each token of `output` looks in `source`: the mean over heads, and every head.
+
+    Nothing is drawn without attention, of an empty source, or of an output that failed.
+    """
+    limit = longest(model)
+    ids = [*tokenizer.encode(source), tokenizer.end_id]
+    # An output that filled all learned positions has none left for its end token.
+    target = [tokenizer.start_id, *tokenizer.encode(output), tokenizer.end_id][: None if limit is None else limit + 1]
+    if output == FAILED or len(ids) == 1:
+        return []
+    return _draw(model, tokenizer, ids, target, path_stem, f"{source} → {output}")
+
+
+def draw_reading(model: EncoderDecoder, tokenizer: Tokenizer, before: str, after: str, path_stem: Path) -> list[Path]:
+    """Where a language model looks in the text `before` while it reads what comes `after`."""
+    ids, target = [tokenizer.start_id, *tokenizer.encode(before)], [*tokenizer.encode(after), tokenizer.end_id]
+    return _draw(model, tokenizer, ids, target, path_stem, f"{before} → {after}") if len(target) > 1 else []
+
+
+def _draw(
+    model: EncoderDecoder, tokenizer: Tokenizer, ids: list[int], target: list[int], path_stem: Path, title: str
+) -> list[Path]:
+    batch = collate([(ids, target)])
+    memory = model.encode(jnp.asarray(batch["source"]), Coordinates.from_lengths([len(ids)], len(ids)))
+    inputs = jnp.asarray(batch["target"][:, :-1])
+    weights = model.alignment(inputs, Coordinates.from_lengths([inputs.shape[1]], inputs.shape[1]), memory)
+    heads = np.asarray(weights[0])
+    if not len(heads):
+        return []
+    path_stem.parent.mkdir(parents=True, exist_ok=True)
+    labels = (tokenizer.tokens(ids), tokenizer.tokens(target[1:]))
+    paths = [*attention_map(heads.mean(axis=0), *labels, path_stem, title=title)]
+    if len(heads) > 1:
+        each = path_stem.with_name(f"{path_stem.name}-heads")
+        paths += attention_map(heads, *labels, each, title=f"every head: {title}")
+    return paths

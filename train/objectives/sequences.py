@@ -1,0 +1,75 @@
+"""Source to target, by anything that encodes and decodes: translation, and all that can be told as one."""
+
+import math
+from pathlib import Path
+
+import jax
+import sacrebleu
+from datasets import Dataset
+
+from seqattn import Coordinates, cross_entropy
+from seqattn.models import EncoderDecoder
+from train.batches import Example, examples
+from train.objectives.objective import Arrays, Objective, Scores, Sums
+from train.objectives.pictures import draw_texts
+from train.rouge import rouge_l
+from train.tokenizer import Tokenizer
+from train.translator import Translator
+
+_DRAWN = 3
+
+
+class SequenceToSequence(Objective):
+    """The target text, token by token, given the source text.
+
+    Args:
+        tokenizer: of both.
+        bleu: also measure BLEU and chrF.
+        rouge: also measure ROUGE-L and perplexity.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, bleu: bool = False, rouge: bool = False) -> None:
+        super().__init__(tokenizer)
+        self._bleu, self._rouge = bleu, rouge
+
+    def examples(self, split: Dataset) -> list[Example]:
+        """Source ids with the end token, target ids between start and end token."""
+        return examples(split, self.tokenizer)
+
+    @staticmethod
+    def loss(
+        model: EncoderDecoder, batch: Arrays, *, label_smoothing: float = 0.0, dropout_key: jax.Array | None = None
+    ) -> Sums:
+        """The cross entropy of every target token under teacher forcing."""
+        encode_key, decode_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        inputs, labels = batch["target"][:, :-1], batch["target"][:, 1:]
+        source_at = Coordinates.from_lengths(batch["source_length"], batch["source"].shape[1])
+        target_at = Coordinates.from_lengths(batch["target_length"] - 1, inputs.shape[1])
+        memory = model.encode(batch["source"], source_at, dropout_key=encode_key)
+        logits = model.decode(inputs, target_at, memory, dropout_key=decode_key)
+        return cross_entropy(logits, labels, weights=target_at.segment != 0, label_smoothing=label_smoothing)
+
+    def evaluate(self, model: EncoderDecoder, split: Dataset, *, batch_size: int = 64) -> Scores:
+        """Loss under teacher forcing, and greedy outputs: `exact_match` from 0 to 1; `bleu`, `chrf` from 0 to 100.
+
+        With ROUGE also `perplexity`, and `rouge_l` from 0 to 100.
+        """
+        references = list(split["target"])
+        outputs = Translator(model, self.tokenizer, batch_size=batch_size)(list(split["source"]))
+        matches = sum(output == reference for output, reference in zip(outputs, references, strict=True))
+        loss = self.mean_loss(model, split, batch_size=batch_size)
+        numbers, signature = {"loss": loss, "exact_match": matches / len(references)}, None
+        if self._bleu:
+            metric = sacrebleu.metrics.BLEU()
+            numbers["bleu"] = metric.corpus_score(outputs, [references]).score
+            numbers["chrf"] = sacrebleu.corpus_chrf(outputs, [references]).score
+            signature = str(metric.get_signature())
+        if self._rouge:
+            numbers["perplexity"] = math.exp(loss)
+            numbers["rouge_l"] = 100 * sum(map(rouge_l, outputs, references)) / len(references)
+        return Scores(numbers, outputs, signature)
+
+    def draw(self, model: EncoderDecoder, split: Dataset, folder: Path) -> list[Path]:
+        """Where the model looks while it writes the output for each of the first few sources."""
+        texts = list(split["source"][:_DRAWN])
+        return draw_texts(model, self.tokenizer, texts, folder)

@@ -1,0 +1,61 @@
+"""Functions of the standard library to what their docstrings say."""
+
+import ast
+import inspect
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from datasets import Dataset
+
+from train.tasks.standard_library import Example, SourceFile, SourceTask, split_lines
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Docstrings(SourceTask):
+    """Python functions without their docstring, to the first line of it.
+
+    No body is in two examples, under whatever name, and no file in two splits.
+    """
+
+    max_source: int = 1_000
+    """characters of a function; longer ones are left out, of every split"""
+
+    def load(self) -> dict[str, Dataset]:
+        """The splits; FileNotFoundError or ValueError where there is no folder, or too few functions in it."""
+        return self.cut(self._examples)
+
+    def _examples(self, file: SourceFile) -> Iterator[Example]:
+        return (example for example in functions(file.text) if len(example.source) <= self.max_source)
+
+
+def functions(text: str) -> Iterator[Example]:
+    r'''The functions of a file of Python source that have a docstring and something beside it; none if it is none.
+
+    The source starts at "def", with no indentation; the key is the body.
+
+    >>> text = 'class A:\n    def one(self):\n        """The\n        number."""\n        return 1\n'
+    >>> next(functions(text))
+    Example(source='def one(self):\n    return 1', target='The', key='return 1')
+    '''
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of escapes that the file's strings get wrong
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return
+    rows = list(split_lines(text))
+    for node in ast.walk(tree):
+        if isinstance(node, Function) and (docstring := ast.get_docstring(node, clean=False)) and len(node.body) > 1:
+            summary = inspect.cleandoc(docstring).strip().partition("\n")[0].strip()
+            document, first = node.body[0], node.body[1]
+            # A line that holds more than the docstring could not be taken out whole.
+            alone = (
+                rows[document.lineno - 1][: document.col_offset].isspace() and (document.end_lineno or 0) < first.lineno
+            )
+            if summary and alone:
+                body = rows[document.end_lineno : node.end_lineno]
+                source = textwrap.dedent("".join([*rows[node.lineno - 1 : document.lineno - 1], *body])).rstrip()
+                yield Example(source, summary, key=textwrap.dedent("".join(body)).strip())
