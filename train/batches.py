@@ -11,11 +11,16 @@ import numpy as np
 
 from train.tokenizer import Tokenizer
 
-Example = tuple[list[int], list[int]]
-"""Source ids with the end token, and target ids between start and end token."""
+Example = tuple[list[int] | np.ndarray, list[int]]
+"""Source ids with the end token, and target ids between start and end token.
+
+A source may also be an image, `[height, width]` or `[height, width, channels]`: its rows of pixels count as tokens.
+"""
 
 Batch = dict[str, np.ndarray]
 """`source [B, S]` and `target [B, T + 1]` int32, padded on the right, `source_length [B]` and `target_length [B]`.
+
+Images keep their dtype, `source [B, height, width]`, and `source_length` is their height.
 
 A row that only fills the batch has source length 0 and target length 1: no label counts.
 """
@@ -52,8 +57,9 @@ def collate(rows: Sequence[Example], shape: tuple[int, int, int] | None = None, 
     if shape is None:
         shape = (len(rows), max(len(source) for source, _ in rows), max(len(target) for _, target in rows))
     count, source_length, target_length = shape
+    inner, dtype = _like(rows)
     batch = {
-        "source": np.full((count, source_length), pad_id, np.int32),
+        "source": np.full((count, source_length, *inner), pad_id, dtype),
         "target": np.full((count, target_length), pad_id, np.int32),
         "source_length": np.zeros(count, np.int32),
         "target_length": np.ones(count, np.int32),
@@ -113,6 +119,12 @@ def once(rows: Sequence[Example], *, size: int) -> Iterator[tuple[list[int], Bat
     for first in range(0, len(order), size):
         chosen = order[first : first + size]
         yield chosen, collate([rows[index] for index in chosen], (size, source, target))
+
+
+def _like(rows: Sequence[Example]) -> tuple[tuple[int, ...], Any]:
+    """The shape of what stands at each place of a source, and its dtype: ids, or rows of pixels."""
+    source = rows[0][0] if rows else []
+    return (source.shape[1:], source.dtype) if isinstance(source, np.ndarray) else ((), np.int32)
 
 
 def _buckets(rows: Sequence[Example], count: int) -> list[list[Example]]:

@@ -1,6 +1,7 @@
 """Checkpoints of a run: parameters, optimizer, step, resolved config and tokenizer, by Orbax."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,13 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
-        self.folder, self._keep = folder.absolute(), keep
+        self.folder, self._policy = folder.absolute(), _LatestAndOne(keep)
         self._open()
 
     def _open(self) -> None:
         context = ocp.Context()
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
-        policy = ocp.training.preservation_policies.LatestN(self._keep)
-        self._checkpointer = ocp.training.Checkpointer(self.folder, context=context, preservation_policy=policy)
+        self._checkpointer = ocp.training.Checkpointer(self.folder, context=context, preservation_policy=self._policy)
 
     @property
     def latest(self) -> int | None:
@@ -48,8 +48,18 @@ class Checkpoints:
         """The texts of the latest step."""
         return self._checkpointer.checkpointables_metadata(self.latest).custom_metadata
 
+    def protect(self, step: int) -> None:
+        """From now on this step stays too, however many come after it; one that was protected before no longer."""
+        self._policy.protected = step
+
     def forget_after(self, step: int) -> None:
-        """Removes all later steps."""
+        """Removes all later steps.
+
+        Raises:
+            ValueError: the step is not there, so nothing might be left.
+        """
+        if not (self.folder / str(step)).is_dir():
+            raise ValueError(f"{self.folder} holds no step {step}, so the later ones stay")
         self.close()
         for path in self.folder.iterdir():
             if path.name.isdecimal() and int(path.name) > step:
@@ -72,6 +82,19 @@ class Checkpoints:
     def close(self) -> None:
         """Releases the folder."""
         self._checkpointer.close()
+
+
+class _LatestAndOne:
+    """Which steps stay: the latest few, and the protected one."""
+
+    def __init__(self, keep: int) -> None:
+        self._keep, self.protected = keep, -1
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For each step, in their order."""
+        del context
+        first = len(checkpoints) - self._keep
+        return [index >= first or each.step == self.protected for index, each in enumerate(checkpoints)]
 
 
 def _named(state: TrainState) -> dict[str, Any]:

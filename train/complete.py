@@ -61,9 +61,14 @@ class Completer:
             read[row, : len(text) - 1] = text[:-1]
         lengths = np.array([len(text) - 1 for text in ids], np.int32)
         last = np.array([text[-1] for text in ids], np.int32)
-        room = self._length if self._limit is None else min(self._length, self._limit - int(lengths.max()))
-        if room < 1:
-            raise ValueError(f"a text of {lengths.max() + 1} tokens fills the model's {self._limit} learned positions")
+        room = self._length
+        if self._limit is not None:
+            if lengths.max() >= self._limit:
+                raise ValueError(
+                    f"a text of {lengths.max() + 1} tokens fills the model's {self._limit} learned positions"
+                )
+            # A longer text has less room: it ends where it has no position left, since its logits are NaN there.
+            room = min(room, self._limit - int(lengths.min()))
         found = self._find(self._params, read, lengths, last, self._sampling, jax.random.key(self._seed), room=room)
         tokens, length = map(np.asarray, found)
         return [self.tokenizer.decode(row[:count].tolist()) for row, count in zip(tokens, length, strict=True)]

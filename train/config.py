@@ -10,7 +10,9 @@ import tyro
 from seqattn.models import (
     AttentionEncoder,
     BucketBiases,
+    CaptionerConfig,
     Compressed,
+    Convolutional,
     EncoderConfig,
     Full,
     LanguageModelConfig,
@@ -18,6 +20,7 @@ from seqattn.models import (
     LinearBiases,
     Local,
     MaskedTokens,
+    Patches,
     RecurrentLanguageModelConfig,
     RelativeKeys,
     Rotary,
@@ -54,6 +57,7 @@ from train.tasks import (
     ParallelFiles,
     PythonCode,
     PythonTags,
+    RenderedText,
     Reverse,
 )
 from train.tokenizer import ByteLevelBPE, Characters
@@ -75,6 +79,7 @@ Model = (
         RecurrentLanguageModelConfig,
         tyro.conf.subcommand("recurrent-language-model", default=RecurrentLanguageModelConfig(FROM_TOKENIZER)),
     ]
+    | Annotated[CaptionerConfig, tyro.conf.subcommand("captioner", default=CaptionerConfig(FROM_TOKENIZER))]
     | Annotated[
         EncoderConfig,
         tyro.conf.subcommand("encoder", default=EncoderConfig(FROM_TOKENIZER, head=TokenLabels(FROM_DATA))),
@@ -88,7 +93,16 @@ class Experiment:
     """Everything that decides a run."""
 
     task: (
-        Dates | Addition | Reverse | ParallelFiles | HubTranslation | PythonCode | PythonTags | CodeTopics | Docstrings
+        Dates
+        | Addition
+        | Reverse
+        | ParallelFiles
+        | HubTranslation
+        | PythonCode
+        | PythonTags
+        | CodeTopics
+        | Docstrings
+        | RenderedText
     )
     """Where examples come from."""
     model: Model
@@ -148,11 +162,34 @@ _TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         *(Activation, AdaGrad, Adam, AdamW, Addition, AttentionEncoder, Batches, BlockConfig, BucketBiases),
-        *(ByteLevelBPE, Cell, Characters, CodeTopics, Compressed, Constant, Cosine, Dates, Direction, Docstrings),
+        *(
+            ByteLevelBPE,
+            CaptionerConfig,
+            Cell,
+            Characters,
+            Convolutional,
+            CodeTopics,
+            Compressed,
+            Constant,
+            Cosine,
+            Dates,
+            Direction,
+            Docstrings,
+        ),
         *(EncoderConfig, Experiment, Full, HubTranslation, InverseSquareRoot, InverseTime, Kaiming),
         *(LanguageModelConfig, Learned, LinearBiases, Local, MaskedTokens, MixtureConfig, Momentum, Monotonic, Muon),
-        *(Noam, Normal, Optimizer, ParallelFiles, Path, Predictive, PythonCode, PythonTags),
-        *(RecurrentLanguageModelConfig, RelativeKeys, Reverse, Rotary, SGD, Score, Seq2SeqConfig, Sinusoidal),
+        *(Noam, Normal, Optimizer, ParallelFiles, Patches, Path, Predictive, PythonCode, PythonTags),
+        *(
+            RecurrentLanguageModelConfig,
+            RelativeKeys,
+            RenderedText,
+            Reverse,
+            Rotary,
+            SGD,
+            Score,
+            Seq2SeqConfig,
+            Sinusoidal,
+        ),
         *(TextLabels, TokenLabels, TransformerConfig, Uniform, Window, Xavier),
     )
 }

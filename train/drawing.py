@@ -23,6 +23,7 @@ Numbers = NDArray[np.float64]
 
 # Okabe and Ito's colours, which colour-blind people tell apart.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#555555"
+_COLORS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", _GREY)
 
 _FONT = "DejaVu Sans"  # comes with matplotlib
 _STYLE: dict[Any, Any] = {
@@ -65,6 +66,44 @@ def learning_curves(metrics: Iterable[Mapping[str, Any]], path_stem: str | os.Pa
             draw(ax, rows)
             ax.grid(True)
         axes[-1].set_xlabel("step")
+        return _save(figure, path_stem)
+
+
+def line_chart(
+    lines: Mapping[str, Mapping[int, float]],
+    path_stem: str | os.PathLike[str],
+    *,
+    x: str,
+    y: str,
+    limits: tuple[float, float] | None = None,
+) -> tuple[Path, Path]:
+    """Draws a line for each name.
+
+    Args:
+        lines: from names to heights by place, at most eight.
+        path_stem: the picture's path without a suffix.
+        x: what the places are.
+        y: what the heights are.
+        limits: lowest and highest height; what the lines need where not given.
+
+    Returns:
+        The paths of the PNG and of the SVG.
+
+    Raises:
+        ValueError: there is no line, or too many.
+    """
+    if not 1 <= len(lines) <= len(_COLORS):
+        raise ValueError(f"a chart takes 1 to {len(_COLORS)} lines, got {len(lines)}")
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7, 3.5), layout="constrained")
+        ax = figure.subplots()
+        for (name, heights), color in zip(lines.items(), _COLORS, strict=False):
+            ax.plot(list(heights), list(heights.values()), "o-", color=color, markersize=3, label=name)
+        ax.set_xlabel(x)
+        ax.set_ylabel(y)
+        ax.set_ylim(limits)
+        ax.grid(True)
+        ax.legend()
         return _save(figure, path_stem)
 
 
@@ -119,7 +158,12 @@ def _draw_losses(ax: Axes, rows: Rows) -> None:
     ax.legend()
 
 
-_SCORES = {"exact_match": ("exact match (%)", 100, _BLUE), "bleu": ("BLEU", 1, _ORANGE)}
+_SCORES = {
+    "exact_match": ("exact match (%)", 100, _BLUE),
+    "accuracy": ("accuracy (%)", 100, _BLUE),
+    "bleu": ("BLEU", 1, _ORANGE),
+    "rouge_l": ("ROUGE-L", 1, _ORANGE),
+}
 
 
 def _draw_scores(ax: Axes, rows: Rows) -> None:

@@ -101,7 +101,9 @@ def prepare(experiment: Experiment) -> Session:
         if saved["data"] != texts["data"]:
             raise ValueError(f"the examples are not those that {folder} was trained on; give another folder with --run")
     optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
-    graph, state = start(fresh(experiment, tokenizer), optimizer)
+    # A run that goes on takes everything from its checkpoint: what it began with need not be there any more.
+    begun = fresh(experiment, tokenizer) if saved is None else run.build(experiment.model, seed=experiment.seed)
+    graph, state = start(begun, optimizer)
     session = Session(experiment, objective, optimizer, splits, texts, graph, state, None)
     _check_lengths(session)
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +202,11 @@ def _is_exhausted(session: Session, say: Callable[[str], None]) -> bool:
         return False
     checks = [row for row in read_metrics(file) if row["kind"] == "validation"]
     best = min(checks, key=lambda row: row["loss"], default=None)
-    if best is None or len(checks) - 1 - checks.index(best) < patience:
+    if best is None:
+        return False
+    # An interrupted run saves more often than it evaluates, which would push the best one out.
+    session.checkpoints.protect(best["step"])
+    if len(checks) - 1 - checks.index(best) < patience:
         return False
     session.checkpoints.forget_after(best["step"])
     session.state = session.checkpoints.restore(session.state)

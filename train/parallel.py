@@ -46,4 +46,4 @@ def _share(name: str, array: np.ndarray, count: int) -> np.ndarray:
     """`[B, ...]` as `[devices, B / devices, ...]`."""
     if len(array) % count:
         raise ValueError(f"the batch's {len(array)} rows ({name}) must be a multiple of the {count} devices")
-    return array.reshape(count, -1, *array.shape[1:])
+    return array.reshape(count, len(array) // count, *array.shape[1:])

@@ -12,6 +12,8 @@ from datasets import Dataset
 from flax import nnx
 
 from seqattn.models import (
+    Captioner,
+    CaptionerConfig,
     Encoder,
     EncoderConfig,
     LanguageModel,
@@ -32,6 +34,7 @@ from train.step import TrainState, start
 from train.tokenizer import Tokenizer
 
 _MODELS: dict[type, type] = {
+    CaptionerConfig: Captioner,
     EncoderConfig: Encoder,
     LanguageModelConfig: LanguageModel,
     RecurrentLanguageModelConfig: RecurrentLanguageModel,
@@ -73,7 +76,7 @@ def resolve(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...
     """The experiment with the size of the vocabulary and the number of labels filled in.
 
     Raises:
-        ValueError: the model's table is smaller than the vocabulary, or it gives fewer labels than there are.
+        ValueError: the model's table is smaller than the vocabulary, or its labels are not as many as there are.
     """
     model = experiment.model
     if model.vocab_size == FROM_TOKENIZER:
@@ -84,8 +87,8 @@ def resolve(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...
         )
     if isinstance(model, EncoderConfig) and isinstance(head := model.head, TokenLabels | TextLabels):
         head = dataclasses.replace(head, num_labels=len(labels)) if head.num_labels == FROM_DATA else head
-        if head.num_labels < len(labels):
-            raise ValueError(f"num_labels of the model ({head.num_labels}) is below the {len(labels)} labels")
+        if head.num_labels != len(labels):
+            raise ValueError(f"num_labels of the model ({head.num_labels}) must be that of the data ({len(labels)})")
         model = dataclasses.replace(model, head=head)
     return dataclasses.replace(experiment, model=model)
 

@@ -1,6 +1,7 @@
 """Models: a frozen config each, and a module that encodes, decodes and steps."""
 
 from seqattn.models.attention_encoder import AttentionEncoder
+from seqattn.models.captioner import Captioner, CaptionerConfig, Convolutional, Patches
 from seqattn.models.encoder import Encoder, EncoderConfig, MaskedTokens, TextLabels, TokenLabels
 from seqattn.models.encoder_decoder import EncoderDecoder
 from seqattn.models.language_model import (
@@ -31,7 +32,10 @@ __all__ = [
     "Attention",
     "AttentionEncoder",
     "BucketBiases",
+    "Captioner",
+    "CaptionerConfig",
     "Compressed",
+    "Convolutional",
     "Encoder",
     "EncoderConfig",
     "EncoderDecoder",
@@ -44,6 +48,7 @@ __all__ = [
     "LinearBiases",
     "Local",
     "MaskedTokens",
+    "Patches",
     "Positions",
     "RecurrentLanguageModel",
     "RecurrentLanguageModelConfig",

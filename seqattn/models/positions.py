@@ -153,12 +153,7 @@ class PositionScores(nnx.Module):
         self.positions, self.bidirectional = positions, bidirectional
         init = nnx.initializers.normal(stddev=0.02)
         if isinstance(positions, BucketBiases):
-            one_side = positions.num_buckets // (2 if bidirectional else 1)
-            if one_side < 2 or positions.max_distance <= one_side // 2:
-                raise ValueError(
-                    f"max_distance ({positions.max_distance}) must exceed the {one_side // 2} distances that have a "
-                    f"bucket of their own, of {positions.num_buckets} buckets"
-                )
+            _check_buckets(positions, 2 if bidirectional else 1)
             self.tables: nnx.Param | None = nnx.Param(jnp.zeros((positions.num_buckets, num_heads), param_dtype))
         elif isinstance(positions, RelativeKeys):
             if positions.max_distance < 1:
@@ -179,3 +174,16 @@ class PositionScores(nnx.Module):
             table, distance = self.tables[...], self.positions.max_distance
             return RelativeBuckets(table, self.bidirectional, distance)
         return RelativePositions(self.tables[layer])
+
+
+def _check_buckets(positions: BucketBiases, sides: int) -> None:
+    """What `RelativeBuckets` refuses at a call."""
+    num_buckets, exact = positions.num_buckets, positions.num_buckets // sides // 2
+    if num_buckets % sides or num_buckets < 2 * sides:
+        rule = "even and at least 4 in an encoder" if sides == 2 else "at least 2"
+        raise ValueError(f"num_buckets ({num_buckets}) must be {rule}")
+    if positions.max_distance <= exact:
+        raise ValueError(
+            f"max_distance ({positions.max_distance}) must exceed the {exact} distances that have a bucket of their "
+            f"own, of {num_buckets} buckets"
+        )

@@ -162,11 +162,10 @@ class Transformer(nnx.Module):
     ) -> TransformerMemory:
         """The memory of a source of vectors `[B, S, D]` in place of tokens: parts of an image, frames of speech.
 
-        Positions that are added to vectors are in them already.
+        Positions that are added to vectors are in them already. What padding holds must be finite.
         """
         keys = split(dropout_key, 1 + len(self.encoder))
-        real = jnp.broadcast_to(source_at.segment, x.shape[:-1]) != 0
-        x = drop(jnp.where(real[..., None], x, jnp.zeros_like(x)), self.config.block.dropout_rate, keys[0])
+        x = drop(x, self.config.block.dropout_rate, keys[0])
         for layer, (block, key) in enumerate(zip(self.encoder, keys[1:], strict=True)):
             x = block(x, source_at, score_mod=self.encoder_scores.of(layer), dropout_key=key)
         x = x if self.encoder_norm is None else self.encoder_norm(x)

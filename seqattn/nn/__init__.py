@@ -4,20 +4,25 @@ from seqattn.nn.attention import MultiHeadAttention
 from seqattn.nn.blocks import BlockConfig, DecoderBlock, EncoderBlock, Residual
 from seqattn.nn.cache import Cache, PagedCache, RingCache, StaticCache
 from seqattn.nn.compressed import CompressedCache, MemoryCompressedAttention
+from seqattn.nn.convolution import ConvolutionalEncoder, PatchEncoder
 from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
 from seqattn.nn.feed_forward import Activation, FeedForward
 from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.nn.local import Monotonic, Predictive
 from seqattn.nn.mixture import MixtureConfig, MixtureOfExperts, Routing, routings
+from seqattn.nn.normalization import BatchNorm, BatchStatistics
 from seqattn.nn.recurrent import Cell, Direction, Recurrent, RecurrentEncoder
 from seqattn.nn.scored_attention import Score, ScoredAttention
 
 __all__ = [
     "Activation",
+    "BatchNorm",
+    "BatchStatistics",
     "BlockConfig",
     "Cache",
     "Cell",
     "CompressedCache",
+    "ConvolutionalEncoder",
     "DecoderBlock",
     "Direction",
     "EncoderBlock",
@@ -30,6 +35,7 @@ __all__ = [
     "Monotonic",
     "MultiHeadAttention",
     "PagedCache",
+    "PatchEncoder",
     "PositionEmbedding",
     "Predictive",
     "Recurrent",

@@ -98,9 +98,8 @@ class MultiHeadAttention(nnx.Module):
 
     def project(self, x: Float[Array, "*batch S D"], at: Coordinates) -> KeyValue:
         """Keys and values `[*batch, S, K, H]` of the tokens `x` `[*batch, S, D]` at their coordinates."""
-        key = self._heads(self.key(x), self.num_kv_heads, self.key_norm, at)
-        value = self._split(self.value(x), self.num_kv_heads)
-        return KeyValue(key, value, jax.tree.map(lambda field: jnp.broadcast_to(field, x.shape[:-1]), at))
+        kv = self._unrotated(x, at)
+        return KeyValue(self._rotated(kv.key, kv.at), kv.value, kv.at)
 
     def extend(self, cache: Cache, x: Float[Array, "B T D"], at: Coordinates) -> tuple[Cache, KeyColumns]:
         """The cache with the tokens `x` `[B, T, D]`, and what they attend to."""
@@ -119,7 +118,7 @@ class MultiHeadAttention(nnx.Module):
 
         Few tokens read the columns of a cache as they lie. A `score_mod` modifies the scores, as in `seqattn.attend`.
         """
-        query = self._heads(self.query(x), self.num_heads, self.query_norm, at)
+        query = self._rotated(self._heads(self.query(x), self.query_norm), at)
         few = x.shape[-2] <= _FEW and self.implementation is None and dropout_key is None
         if isinstance(kv, KeyColumns) and (few or kv.visible is not None):
             output = self._attend_columns(query, at, kv, score_mod)
@@ -139,7 +138,7 @@ class MultiHeadAttention(nnx.Module):
         self, x: Float[Array, "*batch T D"], at: Coordinates, kv: KeyValue, *, score_mod: ScoreMod | None = None
     ) -> Float[Array, "*batch N T S"]:
         """The attention weights of the same call, for looking at; `[*batch, N, T, S]`."""
-        query = self._heads(self.query(x), self.num_heads, self.query_norm, at)
+        query = self._rotated(self._heads(self.query(x), self.query_norm), at)
         return attention_weights(query, kv.key, **self._visible(at, kv, score_mod))
 
     def _attend_columns(
@@ -158,12 +157,15 @@ class MultiHeadAttention(nnx.Module):
             return {}
         return {"mask": self.mask, "score_mod": score_mod, "q_at": at, "kv_at": kv.at}
 
-    def _split(self, x: Array, num_heads: int) -> Array:
-        return x.reshape(*x.shape[:-1], num_heads, self.head_dim)
+    def _unrotated(self, x: Float[Array, "*batch S D"], at: Coordinates) -> KeyValue:
+        key, value = self._heads(self.key(x), self.key_norm), self._heads(self.value(x), None)
+        return KeyValue(key, value, jax.tree.map(lambda field: jnp.broadcast_to(field, x.shape[:-1]), at))
 
-    def _heads(self, x: Array, num_heads: int, norm: nnx.RMSNorm | None, at: Coordinates) -> Array:
-        heads = self._split(x, num_heads)
-        heads = heads if norm is None else norm(heads)
+    def _heads(self, x: Array, norm: nnx.RMSNorm | None) -> Array:
+        heads = x.reshape(*x.shape[:-1], x.shape[-1] // self.head_dim, self.head_dim)
+        return heads if norm is None else norm(heads)
+
+    def _rotated(self, heads: Array, at: Coordinates) -> Array:
         return heads if self.rotary_base is None else rotate(heads, jnp.asarray(at.position), base=self.rotary_base)
 
 

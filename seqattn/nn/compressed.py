@@ -62,7 +62,7 @@ class MemoryCompressedAttention(MultiHeadAttention):
 
     def project(self, x: Float[Array, "*batch S D"], at: Coordinates) -> KeyValue:
         """A key and a value `[*batch, S // stride, K, H]` for each complete block of tokens `x` `[*batch, S, D]`."""
-        kv = super().project(x, at)
+        kv = self._unrotated(x, at)
         batch = x.shape[:-2]
         rows = math.prod(batch)  # not -1, which is unknown where there are no tokens
         flat = jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape(rows, *leaf.shape[len(batch) :]), kv)
@@ -71,22 +71,21 @@ class MemoryCompressedAttention(MultiHeadAttention):
     def compress(self, kv: KeyValue) -> KeyValue:
         """The complete blocks of tokens `[B, S, K, H]` in any order, as keys and values `[B, S // stride, K, H]`.
 
-        Fewer blocks than there is room for leave padding.
+        The tokens' keys are not rotated yet. Fewer blocks than there is room for leave padding.
         """
         tokens, complete = _blocks(kv.at, self.stride)
         ends = jax.tree.map(lambda field: jnp.take_along_axis(field, tokens[..., -1], axis=1), kv.at)
         at = Coordinates(ends.position, jnp.where(complete, ends.segment, jnp.zeros_like(ends.segment)))
-        return KeyValue(
-            _convolve(kv.key, tokens, complete, self.key_filter[...]),
-            _convolve(kv.value, tokens, complete, self.value_filter[...]),
-            at,
-        )
+        key = _convolve(kv.key, tokens, complete, self.key_filter[...])
+        value = _convolve(kv.value, tokens, complete, self.value_filter[...])
+        # Rotated after the convolution: it does not commute with rotations, and scores should know distances alone.
+        return KeyValue(self._rotated(key, at), value, at)
 
     def extend(self, cache: Cache, x: Float[Array, "B T D"], at: Coordinates) -> tuple[Cache, KeyColumns]:
         """The cache with the tokens `x`, and the blocks that are complete with them."""
         if not isinstance(cache, CompressedCache):
             raise TypeError(f"memory-compressed attention needs a CompressedCache, got {type(cache).__name__}")
-        return cache.add(super().project(x, at), self.compress)
+        return cache.add(self._unrotated(x, at), self.compress)
 
 
 @pytree

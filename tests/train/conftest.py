@@ -1,17 +1,21 @@
-"""A tiny experiment, and a run of it that all tests of run folders share."""
+"""Tiny experiments, and runs of them that all tests of run folders share."""
 
 import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from seqattn.models import Rotary, TransformerConfig
+from seqattn.models import EncoderConfig, LanguageModelConfig, MaskedTokens, Rotary, TokenLabels, TransformerConfig
 from seqattn.nn import BlockConfig
-from train import loop
+from train import loop, parallel, run
 from train.batches import Batches
 from train.config import Experiment
 from train.optimizer import Constant, Optimizer
-from train.tasks import Reverse
+from train.tasks import PythonCode, PythonTags, Reverse
 
 BLOCK = BlockConfig(model_dim=12, hidden_dim=17, num_heads=2, norm_first=True, dropout_rate=0.1)
 TINY = Experiment(
@@ -42,3 +46,116 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     assert loop.train(dataclasses.replace(TINY, run=folder)) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def interrupted() -> Callable[[Experiment, int], None]:
+    """Trains until a signal comes after so many steps."""
+
+    def train(experiment: Experiment, steps: int) -> None:
+        handlers: list[loop.Interrupts] = []
+        batches = loop.iterate
+
+        def iterate(order, *, start):
+            for count, batch in enumerate(batches(order, start=start), start + 1):
+                if count == steps:
+                    handlers[-1]._note(15, None)
+                yield batch
+
+        class Noted(loop.Interrupts):
+            def __enter__(self):
+                handlers.append(self)
+                return super().__enter__()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "iterate", iterate)
+            patch.setattr(loop, "Interrupts", Noted)
+            assert loop.train(experiment) == 143
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def compiled_once() -> Callable[[], AbstractContextManager[None]]:
+    """Where one experiment is trained several times, its update is compiled once."""
+
+    @contextmanager
+    def once() -> Iterator[None]:
+        updates: list[Any] = []
+
+        def data_parallel(update: Any) -> Any:
+            updates.append(parallel.data_parallel(update) if not updates else updates[0])
+            return updates[0]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "data_parallel", data_parallel)
+            yield
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of Python source; the last of all letters is in some of them only."""
+    folder = tmp_path_factory.mktemp("library")
+    for number in range(41):
+        (folder / f"m{number}.py").write_text(f"x = {number}\n" + "# z\n" * (number % 2))
+    return folder
+
+
+def untrained(experiment: Experiment) -> Path:
+    """The folder of a run that was saved before its first update."""
+    session = loop.prepare(experiment)
+    session.save()
+    assert session.checkpoints is not None
+    session.checkpoints.close()
+    return experiment.run
+
+
+@pytest.fixture(scope="session")
+def masked(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder of masked tokens; not to be written to."""
+    model = EncoderConfig(0, num_layers=1, block=BLOCK, head=MaskedTokens())
+    folder = tmp_path_factory.mktemp("runs") / "masked"
+    return untrained(dataclasses.replace(TINY, task=PythonCode(library), model=model, run=folder, bleu=False))
+
+
+@pytest.fixture(scope="session")
+def tagging(library: Path, masked: Path) -> Experiment:
+    """A tagger that starts from the encoder of masked tokens, and learns nothing but its head."""
+    return dataclasses.replace(
+        TINY,
+        task=PythonTags(library, train_examples=7),
+        model=EncoderConfig(0, num_layers=1, block=BLOCK, head=TokenLabels(0)),
+        start_from=masked,
+        frozen=("embedding/*", "stack/*"),
+        optimizer=Optimizer(schedule=Constant(rate=0.1)),
+        steps=4,
+        evaluate_every=2,
+        bleu=False,
+        seed=5,
+    )
+
+
+@pytest.fixture(scope="session")
+def tagged(tagging, masked, tmp_path_factory, interrupted, compiled_once) -> Path:
+    """The folder of a run of the tagger, which was interrupted and then had lost what it started from.
+
+    Not to be written to.
+    """
+    runs = tmp_path_factory.mktemp("runs")
+    shutil.copytree(masked, runs / "masked")
+    experiment = dataclasses.replace(tagging, run=runs / "tagged", start_from=runs / "masked")
+    with compiled_once():
+        interrupted(experiment, 3)
+        shutil.rmtree(runs / "masked")
+        assert loop.train(experiment) == 0
+    return experiment.run
+
+
+@pytest.fixture(scope="session")
+def language(library: Path, tmp_path_factory: pytest.TempPathFactory) -> run.Run:
+    """A language model before its first update."""
+    model = LanguageModelConfig(0, num_layers=1, block=BLOCK, positions=Rotary())
+    folder = tmp_path_factory.mktemp("runs") / "language"
+    return run.load(untrained(dataclasses.replace(TINY, task=PythonCode(library), model=model, run=folder, bleu=False)))

@@ -45,6 +45,29 @@ def test_only_the_latest_stay(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
 
 
+def test_a_protected_step_stays_beside_the_latest(tmp_path):
+    checkpoints, state = Checkpoints(tmp_path, keep=2), fresh()
+    for step, protected in ((1, 1), (2, 1), (3, 1), (4, 3), (5, 3), (6, 3)):
+        checkpoints.save(at(state, step), {})
+        checkpoints.protect(protected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "5", "6"]
+
+
+def test_later_steps_are_forgotten_and_may_be_saved_again(tmp_path):
+    checkpoints, states = Checkpoints(tmp_path, keep=5), [fresh(seed=seed) for seed in (0, 1)]
+    for step in (2, 9, 11):
+        checkpoints.save(at(states[0], step), {"step": str(step)})
+    checkpoints.forget_after(9)
+    assert checkpoints.latest == 9
+    assert checkpoints.texts() == {"step": "9"}
+    checkpoints.save(at(states[1], 11), {"step": "again"})
+    assert checkpoints.texts() == {"step": "again"}
+    assert int(checkpoints.restore(states[0]).step) == 11
+    with pytest.raises(ValueError, match="no step 10, so the later ones stay"):
+        checkpoints.forget_after(10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["11", "2", "9"]
+
+
 def test_saving_a_step_again_keeps_it(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(at(fresh(seed=0), 4), {"config": "first"})

@@ -1,12 +1,36 @@
 """A config survives JSON; two of them are compared field by field."""
 
 import dataclasses
+import enum
 import json
+import typing
+from pathlib import Path
 
 import pytest
 
-from train import experiments
+from seqattn.models import (
+    AttentionEncoder,
+    BucketBiases,
+    Compressed,
+    EncoderConfig,
+    Full,
+    LanguageModelConfig,
+    LinearBiases,
+    Local,
+    MaskedTokens,
+    RecurrentLanguageModelConfig,
+    RelativeKeys,
+    Seq2SeqConfig,
+    TextLabels,
+    TokenLabels,
+    Window,
+)
+from seqattn.nn import BlockConfig, Cell, MixtureConfig, Monotonic, Predictive
+from train import config, experiments
 from train.config import decode, differences, encode
+from train.initializers import Kaiming, Normal, Uniform, Xavier
+from train.optimizer import SGD, AdaGrad, InverseTime, Momentum, Muon, Optimizer
+from train.tasks import CodeTopics, Docstrings, PythonCode, PythonTags
 
 ALL = [getattr(experiments, name) for name in experiments.__all__]
 
@@ -14,6 +38,72 @@ ALL = [getattr(experiments, name) for name in experiments.__all__]
 @pytest.mark.parametrize("experiment", ALL, ids=experiments.__all__)
 def test_every_experiment_survives_json(experiment):
     assert decode(json.loads(json.dumps(encode(experiment)))) == experiment
+
+
+PATTERN = (Local(5), Compressed(3), Full(), Window(7))
+VALUES = [
+    LanguageModelConfig(11, pattern=PATTERN, positions=RelativeKeys(3, by_head=True)),
+    LanguageModelConfig(11, block=BlockConfig(mixture=MixtureConfig(num_experts=5, capacity_factor=None))),
+    RecurrentLanguageModelConfig(11, cell=Cell.LSTM, tie_embeddings=True),
+    EncoderConfig(11, head=TokenLabels(3), positions=BucketBiases(8, 20)),
+    EncoderConfig(11, head=TextLabels(3), positions=LinearBiases()),
+    EncoderConfig(11, head=MaskedTokens(), positions=None),
+    Seq2SeqConfig(11, local=Monotonic(3), attention_encoder=AttentionEncoder(num_heads=2, positions=None)),
+    Seq2SeqConfig(11, local=Predictive(5)),
+    Optimizer(Muon(adam=("a/*", "b")), InverseTime(every=7)),
+    *(Optimizer(algorithm) for algorithm in (SGD(), Momentum(nesterov=True), AdaGrad(epsilon=1e-3))),
+    *(Kaiming("uniform", mode="fan_out"), Uniform(0.5), Normal(0.5), Xavier(gain=2.0)),
+    *(PythonCode(characters=9), PythonTags(root=Path("src")), CodeTopics(packages=("a", "b")), Docstrings()),
+    dataclasses.replace(
+        experiments.DATES,
+        patience=1,
+        initializer=Uniform(),
+        word_vectors=Path("glove.txt"),
+        start_from=Path("runs/masked"),
+        frozen=("embedding/*", "stack/*"),
+    ),
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=[f"{type(each).__name__}-{n}" for n, each in enumerate(VALUES)])
+def test_every_kind_of_value_survives_json(value):
+    decoded = decode(json.loads(json.dumps(encode(value))))
+    assert decoded == value
+    assert type(decoded) is type(value)
+
+
+def test_every_type_that_a_config_may_hold_is_known():
+    """What the annotations of all dataclasses reach, from the experiment on."""
+
+    def reach(annotation):
+        for inner in typing.get_args(annotation):
+            reach(inner)
+        if not isinstance(annotation, type) or annotation in found:
+            return
+        if dataclasses.is_dataclass(annotation) or issubclass(annotation, enum.Enum):
+            found.add(annotation)
+        if dataclasses.is_dataclass(annotation):
+            for inner in typing.get_type_hints(annotation).values():
+                reach(inner)
+
+    found = set()
+    reach(config.Experiment)
+    assert {Muon, MixtureConfig, AttentionEncoder, Cell, MaskedTokens} <= found
+    assert {kind.__name__ for kind in found} - config._TYPES.keys() == set()
+    assert all(config._TYPES[kind.__name__] is kind for kind in found)
+
+
+def test_a_run_of_before_the_new_settings_takes_their_defaults():
+    encoded = encode(experiments.ADDITION)
+    for name in ("patience", "initializer", "word_vectors", "start_from", "frozen"):
+        del encoded[name]
+    for name in ("local", "attention_encoder"):
+        del encoded["model"][name]
+    assert decode(encoded) == experiments.ADDITION
+    block = encode(BlockConfig())
+    for name in ("mixture", "use_norm", "norm_gain", "norm_bias", "use_residual"):
+        del block[name]
+    assert decode(block) == BlockConfig()
 
 
 def test_unknown_and_missing_fields_are_named():
@@ -54,3 +144,10 @@ def test_differences_of_other_types_name_the_types():
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"{name} \({value}\)"):
         dataclasses.replace(experiments.DATES, **{name: value})
+
+
+@pytest.mark.parametrize(("patience", "keep"), [(0, 2), (2, 2), (3, 2)])
+def test_a_patience_that_would_lose_the_best_checkpoint_is_refused(patience, keep):
+    with pytest.raises(ValueError, match=rf"patience \({patience}\) must be .* keep_checkpoints \({keep}\)"):
+        dataclasses.replace(experiments.DATES, patience=patience, keep_checkpoints=keep)
+    assert dataclasses.replace(experiments.DATES, patience=1, keep_checkpoints=2).patience == 1

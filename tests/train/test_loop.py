@@ -12,7 +12,7 @@ import pytest
 from seqattn.models import Learned
 from train import loop, run
 from train.log import read_metrics
-from train.objectives import SequenceToSequence
+from train.objectives import SequenceToSequence, Tagging
 from train.optimizer import Constant
 
 
@@ -41,34 +41,10 @@ def test_every_evaluation_writes_triples(finished):
     assert all(row["target"] == row["source"][::-1] and isinstance(row["output"], str) for row in samples)
 
 
-def stop_after(steps, monkeypatch):
-    """Training that a signal interrupts after so many steps."""
-    received = loop.Interrupts._note
-    batches = loop.iterate
-
-    def interrupted(order, *, start):
-        for count, batch in enumerate(batches(order, start=start), start + 1):
-            if count == steps:
-                received(handlers[-1], 15, None)
-            yield batch
-
-    handlers = []
-
-    class Noted(loop.Interrupts):
-        def __enter__(self):
-            handlers.append(self)
-            return super().__enter__()
-
-    monkeypatch.setattr(loop, "iterate", interrupted)
-    monkeypatch.setattr(loop, "Interrupts", Noted)
-
-
-def test_an_interrupted_run_resumes_to_the_same_parameters_bitwise(tiny, finished, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_parameters_bitwise(tiny, finished, tmp_path, interrupted):
     steps = 7  # two after an evaluation, none on a row of metrics
     experiment = dataclasses.replace(tiny, run=tmp_path / "stopped")
-    with monkeypatch.context() as patch:
-        stop_after(steps, patch)
-        assert loop.train(experiment) == 143
+    interrupted(experiment, steps)
     assert run.load(experiment.run).step == steps
     assert loop.train(experiment) == 0
     for before, after in zip(parameters(finished), parameters(experiment.run), strict=True):
@@ -217,3 +193,44 @@ def test_e13_one_compilation_for_each_bucket(tiny, tmp_path, caplog):
             session.state, _ = update(session.state, batch)
     compiled = [record for record in caplog.records if record.getMessage().startswith("Compiling")]
     assert len(compiled) == tiny.batches.buckets
+
+
+@pytest.fixture
+def judged(tagging, tmp_path, monkeypatch):
+    """A run that evaluations judge as was decided beforehand, and the parameters that each of them saw."""
+    losses, seen, evaluate = iter([3.0, 1.0, 1.0, 2.0]), [], Tagging.evaluate
+
+    def judge(objective, model, split, **options):
+        if len(split) != 1:  # the test split
+            return evaluate(objective, model, split, **options)
+        seen.append(jax.tree.map(np.asarray, jax.tree.leaves(model)))
+        return loop.Scores({"loss": next(losses)}, [])
+
+    monkeypatch.setattr(Tagging, "evaluate", judge)
+    monkeypatch.setattr(Tagging, "draw", lambda *_: [])
+    monkeypatch.setattr(loop, "learning_curves", lambda *_: None)
+    settings = {"steps": 100, "evaluate_every": 2, "evaluate_examples": 1, "patience": 2, "keep_checkpoints": 3}
+    return dataclasses.replace(tagging, run=tmp_path / "run", start_from=None, frozen=(), **settings), seen
+
+
+def test_a_run_that_gets_worse_stops_and_goes_back_to_its_best(judged, interrupted, compiled_once, capsys):
+    experiment, seen = judged
+    with compiled_once():
+        interrupted(experiment, 7)  # a checkpoint beside the evaluations: it must not push the best one out
+        assert loop.train(experiment) == 0
+    assert "stopped early: the validation loss is lowest after 4 updates, 1.0000" in capsys.readouterr().out
+    trained = run.load(experiment.run)
+    assert trained.step == 4
+    assert len(seen) == 4
+    for best, kept in zip(seen[1], jax.tree.leaves(trained.model), strict=True):
+        np.testing.assert_array_equal(best, kept)
+    assert not np.array_equal(seen[0][0], seen[1][0])
+    results = json.loads((experiment.run / "results.json").read_text())
+    assert results["steps"] == 4
+    rows = read_metrics(experiment.run / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "validation"] == [2, 4, 6, 8]
+    (experiment.run / "results.json").unlink()
+    assert loop.train(experiment) == 0  # an evaluation more would be one too many
+    assert json.loads((experiment.run / "results.json").read_text()) == results
+    assert read_metrics(experiment.run / "metrics.jsonl") == rows
+    assert run.load(experiment.run).step == 4

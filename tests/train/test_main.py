@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from train import __main__ as commands
+from train import experiments
+
 
 def command(*arguments):
     done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)
@@ -23,6 +26,41 @@ def test_help_lists_the_experiments_with_a_sentence():
     for name in ("dates", "addition", "reverse", "translation"):
         assert name in text
     assert "Human-written dates" in text
+    assert "--list" in text
+
+
+def test_list_prints_each_experiment_and_a_sentence_without_jax():
+    script = (
+        "import sys; from train.__main__ import main; sys.argv = ['', '--list']; print(main(), 'jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    *lines, last = done.stdout.splitlines()
+    assert last == "0 False"
+    assert [line.split()[0] for line in lines] == [name.lower() for name in experiments.__all__]
+    (column,) = {len(line) - len(line.partition(" ")[2].lstrip()) for line in lines}  # aligned
+    for line, name in zip(lines, experiments.__all__, strict=True):
+        documentation = " ".join(sys.modules[f"train.experiments.{name.lower()}"].__doc__.split())
+        assert documentation.startswith(line[column:])
+        assert line[column:].endswith(".")
+
+
+def test_list_is_a_command():
+    code, text = command("train", "--list")
+    assert code == 0
+    assert "Human-written dates" in text
+
+
+@pytest.mark.parametrize(
+    ("docstring", "sentence"),
+    [
+        ("One.", "One."),
+        ("On two\nlines. Second.\n\nThird.", "On two lines."),
+        ("By A. b of 2.5 (e.g. this one). `Code` follows", "By A. b of 2.5 (e.g. this one)."),
+        ("", ""),
+    ],
+)
+def test_the_first_sentence_of_a_docstring(docstring, sentence):
+    assert commands._first_sentence(docstring) == sentence
 
 
 @pytest.mark.parametrize(

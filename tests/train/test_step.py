@@ -8,10 +8,10 @@ import optax
 import pytest
 from flax import nnx
 
-from seqattn.models import Transformer, TransformerConfig
-from seqattn.nn import BlockConfig
+from seqattn.models import Encoder, EncoderConfig, TokenLabels, Transformer, TransformerConfig
+from seqattn.nn import BlockConfig, MixtureConfig, routings
 from train.batches import collate
-from train.objectives import SequenceToSequence
+from train.objectives import SequenceToSequence, Tagging
 from train.parallel import data_parallel
 from train.step import make_update, start
 
@@ -110,3 +110,56 @@ def test_devices_drop_differently():
     graph, state = fresh(dropout_rate=0.5)
     _, first = data_parallel(update, jax.local_devices()[:1])(state, half)
     assert float(metrics["loss"]) != pytest.approx(float(first["loss"]), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def experts():
+    """A tagger with few places at its experts and a routing loss that is felt: graph, state and batch."""
+    mixture = MixtureConfig(num_experts=3, top_k=2, capacity_factor=0.5, noise=False, balance_weight=3.0)
+    block = dataclasses.replace(BLOCK, mixture=mixture)
+    model = Encoder(EncoderConfig(13, num_layers=2, block=block, head=TokenLabels(5)), rngs=nnx.Rngs(0))
+    generator = np.random.default_rng(0)
+    lengths = [5, 3, 1, 4]
+    examples = [(generator.integers(4, 13, n).tolist(), generator.integers(0, 5, n).tolist()) for n in lengths]
+    return *start(model, SGD), collate(examples)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_update_of_a_mixture_adds_the_loss_of_its_routing_on_each_device(experts, devices):
+    graph, state, batch = experts
+    size = len(batch["source"]) // devices
+    parts = [{name: jax.numpy.asarray(leaf[i : i + size]) for name, leaf in batch.items()} for i in range(0, 4, size)]
+
+    @jax.jit
+    def by_hand(params, part):
+        def total(params):
+            (total, count), found = routings(Tagging.loss, nnx.merge(graph, params), part)
+            assert len(found) == 2
+            return total + count * (found[0].loss + found[1].loss), (total, count, found)
+
+        return jax.value_and_grad(total, has_aux=True)(params)
+
+    results = [by_hand(state.params, part) for part in parts]
+    labels = sum(float(count) for (_, (_, count, _)), _ in results)
+    gradients = jax.tree.map(lambda *leaves: sum(leaves) / labels, *[gradient for _, gradient in results])
+    pure = sum(float(total) for (_, (total, _, _)), _ in results) / labels
+    found = [routing for (_, (_, _, found)), _ in results for routing in found]
+    dropped, choices = sum(int(each.dropped) for each in found), sum(int(each.load.sum()) for each in found)
+    expected = jax.tree.map(lambda param, gradient: param - gradient, state.params, gradients)
+
+    update = data_parallel(make_update(graph, SGD, Tagging.loss, seed=0), jax.local_devices()[:devices])
+    after, metrics = update(jax.tree.map(jax.numpy.array, state), batch)
+    assert closest(after.params, expected) < 1e-5
+    assert float(metrics["loss"]) == pytest.approx(pure, rel=1e-5)
+    assert float(metrics["tokens"]) == labels == 13
+    assert 0 < dropped < choices == 2 * 2 * 13
+    assert float(metrics["dropped"]) == pytest.approx(dropped / choices, rel=1e-6)
+    assert float(metrics["gradient_norm"]) == pytest.approx(float(optax.tree.norm(gradients)), rel=1e-5)
+    alone = np.abs(sum(float(each.loss) for each in found))
+    assert alone > 1  # else the test could not tell
+
+
+def test_a_model_without_experts_says_nothing_of_them():
+    graph, state = fresh()
+    _, metrics = jax.eval_shape(make_update(graph, SGD, LOSS, seed=0), state, collate(rows(3)))
+    assert metrics.keys() == {"loss", "tokens", "gradient_norm"}

@@ -8,4 +8,5 @@ from train.objectives.labels import Tagging as Tagging
 from train.objectives.masking import Masking as Masking
 from train.objectives.objective import Objective as Objective
 from train.objectives.objective import Scores as Scores
+from train.objectives.reading import Reading as Reading
 from train.objectives.sequences import SequenceToSequence as SequenceToSequence

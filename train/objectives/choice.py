@@ -1,11 +1,12 @@
 """Which objective an experiment has, by its task and its model."""
 
-from seqattn.models import EncoderConfig, MaskedTokens, TextLabels
+from seqattn.models import CaptionerConfig, EncoderConfig, MaskedTokens, TextLabels
 from train.config import Experiment
 from train.objectives.continuation import Continuation
 from train.objectives.labels import Classification, Tagging
 from train.objectives.masking import Masking
 from train.objectives.objective import Objective
+from train.objectives.reading import Reading
 from train.objectives.sequences import SequenceToSequence
 from train.tasks import Docstrings, PythonCode
 from train.tokenizer import Tokenizer
@@ -13,6 +14,8 @@ from train.tokenizer import Tokenizer
 
 def kind(experiment: Experiment) -> type[Objective]:
     """What an experiment is about."""
+    if isinstance(experiment.model, CaptionerConfig):
+        return Reading
     if isinstance(experiment.model, EncoderConfig):
         if isinstance(experiment.model.head, MaskedTokens):
             return Masking

@@ -1,6 +1,8 @@
 """Labels: one for each token, or one for each text."""
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ class Tagging(Objective):
             ValueError: a text has another number of tokens than labels, or a label that the training split lacks.
         """
         number = {label: index for index, label in enumerate(self.labels)}
-        rows = []
+        rows: list[Example] = []
         for ids, labels in zip(self.tokenizer.encode_batch(list(split["source"])), split["target"], strict=True):
             if len(ids) != len(labels):
                 raise ValueError(
@@ -117,12 +119,18 @@ class Classification(Tagging):
 def best_labels(model: Encoder, rows: list[Example], batch_size: int) -> list[np.ndarray]:
     """The most probable label of each token, or of each text, of every example."""
     graph, params = nnx.split(model)
-    find = jax.jit(lambda params, batch: jnp.argmax(nnx.merge(graph, params)(batch["source"], _at(batch)), axis=-1))
+    find = _compiled(graph)
     found: dict[int, np.ndarray] = {}
     for chosen, batch in once(rows, size=batch_size):
         best = np.asarray(find(params, batch))
         found.update({index: best[row] for row, index in enumerate(chosen)})
     return [found[index] for index in range(len(rows))]
+
+
+@cache
+def _compiled(graph: nnx.GraphDef) -> Any:
+    """One compiled function for every model of a structure: evaluations during training share it."""
+    return jax.jit(lambda params, batch: jnp.argmax(nnx.merge(graph, params)(batch["source"], _at(batch)), axis=-1))
 
 
 def _at(batch: Arrays) -> Coordinates:

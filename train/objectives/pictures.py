@@ -58,7 +58,10 @@ def draw_attention(
 
 def draw_reading(model: EncoderDecoder, tokenizer: Tokenizer, before: str, after: str, path_stem: Path) -> list[Path]:
     """Where a language model looks in the text `before` while it reads what comes `after`."""
+    limit = longest(model)
     ids, target = [tokenizer.start_id, *tokenizer.encode(before)], [*tokenizer.encode(after), tokenizer.end_id]
+    # The two together may take one position more than the text had in training.
+    target = target[: None if limit is None else max(0, limit - len(ids) + 1)]
     return _draw(model, tokenizer, ids, target, path_stem, f"{before} → {after}") if len(target) > 1 else []
 
 

@@ -6,6 +6,7 @@ from train.tasks.dates import Dates as Dates
 from train.tasks.docstrings import Docstrings as Docstrings
 from train.tasks.python_code import PythonCode as PythonCode
 from train.tasks.python_tags import PythonTags as PythonTags
+from train.tasks.rendered_text import RenderedText as RenderedText
 from train.tasks.reverse import Reverse as Reverse
 from train.tasks.task import Task as Task
 from train.tasks.translation import HubTranslation as HubTranslation

@@ -23,13 +23,22 @@ class Docstrings(SourceTask):
 
     max_source: int = 1_000
     """characters of a function; longer ones are left out, of every split"""
+    first: int | None = None
+    """characters of a function that are kept, from its start on; None for all"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.first is not None and self.first < 1:
+            raise ValueError(f"first ({self.first}) must be at least 1, or None for whole functions")
 
     def load(self) -> dict[str, Dataset]:
         """The splits; FileNotFoundError or ValueError where there is no folder, or too few functions in it."""
         return self.cut(self._examples)
 
     def _examples(self, file: SourceFile) -> Iterator[Example]:
-        return (example for example in functions(file.text) if len(example.source) <= self.max_source)
+        for example in functions(file.text):
+            if len(example.source) <= self.max_source:
+                yield example._replace(source=example.source[: self.first])
 
 
 def functions(text: str) -> Iterator[Example]:

@@ -84,3 +84,24 @@ def test_gradients_are_those_of_reference():
     )
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_scores_are_modified_after_the_scale_and_what_becomes_minus_infinity_is_masked():
+    """Also where the key was not finite: it is not seen then."""
+    query, key, value, visible = _case(3, 2)
+    bias = np.random.default_rng(2).normal(size=(B, 2 * K, 3, S)).astype(np.float32)
+    bias[0, :, :, 4] = -np.inf
+    key[0, 4] = np.nan
+    visible[0, :, 4] = True
+
+    @jax.jit
+    def attend(query, key, value, visible, bias):
+        laid, options = _of(key, value), {"visible": visible, "scale": 0.3}
+        modify = lambda scores: scores + bias  # noqa: E731
+        return columns.attend(query, laid.key, laid.value, finite=laid.finite, modify=modify, **options)
+
+    output = attend(*map(jnp.asarray, (query, key, value, visible, bias)))
+    expected = oracle.attention(query, np.nan_to_num(key), value, visible=visible[:, None], bias=bias, scale=0.3).output
+    np.testing.assert_allclose(output, expected, atol=1e-6)
+    seen = attend(*map(jnp.asarray, (query, key, value, visible, np.where(np.isinf(bias), np.float32(0), bias))))
+    assert np.isnan(seen[0]).all()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, MaskMod, NotPadding, Prefix, SameSegment
@@ -322,3 +322,25 @@ def test_an_unknown_implementation_is_refused():
     attention = _attention(implementation="fastest")
     with pytest.raises(ValueError, match="implementation 'fastest' is not one of"):
         attention(jnp.asarray(X), X_AT, attention.project(jnp.asarray(X), X_AT))
+
+
+@pytest.mark.filterwarnings("ignore:Sharding", "ignore:.*deprecated")
+def test_it_is_a_layer_of_a_linen_model():
+    """`init` and `apply` of Linen are the same module with the same parameters."""
+    options = {"num_heads": N, "num_kv_heads": K, "head_dim": H, "mask": CAUSAL}
+
+    class Layer(linen.Module):
+        @linen.compact
+        def __call__(self, x, at):
+            attention = nnx.bridge.to_linen(MultiHeadAttention, D, **options, name="attention")
+            return attention(x, at, attention.project(x, at))
+
+    x = jnp.asarray(X)
+    variables = jax.jit(Layer().init)(jax.random.key(0), x, X_AT)
+    attention = _attention(num_kv_heads=K)
+    assert jax.tree.map(jnp.shape, variables["params"]["attention"]) == jax.tree.map(
+        jnp.shape, nnx.to_pure_dict(nnx.state(attention, nnx.Param))
+    )
+    nnx.update(attention, variables["params"]["attention"])
+    output = jax.jit(Layer().apply)(variables, x, X_AT)
+    np.testing.assert_allclose(output, _self_attend(attention, x, X_AT), atol=1e-6)

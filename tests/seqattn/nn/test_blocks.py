@@ -11,7 +11,7 @@ from flax import nnx
 
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, SameSegment
-from seqattn.nn import Activation, BlockConfig, DecoderBlock, EncoderBlock, Residual, StaticCache
+from seqattn.nn import Activation, BlockConfig, DecoderBlock, EncoderBlock, MixtureConfig, Residual, StaticCache
 from tests.parameters import drawn
 
 B, T, S, D = 2, 5, 3, 12
@@ -62,11 +62,14 @@ def _look(attention, inner):
 _feed = jax.jit(lambda network, inner: network(inner))
 
 
-def _normalised(norm: nnx.LayerNorm, x: np.ndarray) -> np.ndarray:
+def _normalised(norm: nnx.LayerNorm | None, x: np.ndarray) -> np.ndarray:
     x = x.astype(np.float64)
+    if norm is None:
+        return x
     centred = x - x.mean(axis=-1, keepdims=True)
     scaled = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + norm.epsilon)
-    return scaled * np.asarray(norm.scale[...]) + np.asarray(norm.bias[...])
+    scaled = scaled if norm.scale is None else scaled * np.asarray(norm.scale[...])
+    return scaled if norm.bias is None else scaled + np.asarray(norm.bias[...])
 
 
 def _around(residual: Residual, x: np.ndarray, sublayer) -> np.ndarray:
@@ -75,9 +78,10 @@ def _around(residual: Residual, x: np.ndarray, sublayer) -> np.ndarray:
     def apply(inner):
         return np.asarray(sublayer(jnp.asarray(inner, jnp.float32)))
 
+    past = x if residual.use_residual else 0.0
     if residual.norm_first:
-        return x + apply(_normalised(residual.norm, x))
-    return _normalised(residual.norm, x + apply(x))
+        return past + apply(_normalised(residual.norm, x))
+    return _normalised(residual.norm, past + apply(x))
 
 
 @norm_first_and_last
@@ -86,6 +90,39 @@ def test_an_encoder_block_is_its_parts(norm_first):
     expected = _around(block.attention_residual, X, lambda inner: _self_attend(block.attention, inner))
     expected = _around(block.feed_forward_residual, expected, lambda inner: _feed(block.feed_forward, inner))
     np.testing.assert_allclose(_encode(block, jnp.asarray(X), X_AT), expected, atol=1e-4)
+
+
+ABLATIONS = {
+    "no_norm": {"use_norm": False},
+    "no_residual": {"use_residual": False, "norm_first": True},
+    "no_residual_norm_last": {"use_residual": False},
+    "no_gain": {"norm_gain": False},
+    "no_bias": {"norm_bias": False, "norm_first": True},
+    "nothing": {"use_norm": False, "use_residual": False, "norm_first": True},
+}
+
+
+@pytest.mark.parametrize("changes", ABLATIONS.values(), ids=ABLATIONS)
+def test_what_is_left_out_of_a_block_is_not_there(changes):
+    block, whole = _encoder(**changes), _encoder()
+    expected = _around(block.attention_residual, X, lambda inner: _self_attend(block.attention, inner))
+    expected = _around(block.feed_forward_residual, expected, lambda inner: _feed(block.feed_forward, inner))
+    np.testing.assert_allclose(_encode(block, jnp.asarray(X), X_AT), expected, rtol=1e-4, atol=1e-4)
+    # Two norms of a gain and a bias each.
+    missing = 4 if not changes.get("use_norm", True) else 2 * ("norm_gain" in changes or "norm_bias" in changes)
+    assert len(jax.tree.leaves(whole)) - len(jax.tree.leaves(block)) == missing
+    assert (block.attention_residual.norm is None) == ("use_norm" in changes)
+
+
+def test_a_mixture_of_one_expert_is_the_network_itself():
+    mixture = MixtureConfig(1, 1, capacity_factor=None, noise=False)
+    block, plain = (nnx.clone(_encoder(**changes)) for changes in ({"mixture": mixture}, {}))
+    nnx.update(plain.feed_forward, jax.tree.map(lambda x: x[0], nnx.state(block.feed_forward.experts)))
+    for name in ("attention", "attention_residual", "feed_forward_residual"):
+        nnx.update(getattr(plain, name), nnx.state(getattr(block, name)))
+    output, expected = (np.asarray(_encode(each, jnp.asarray(X), X_AT)) for each in (block, plain))
+    real = np.asarray(X_AT.segment) != 0
+    np.testing.assert_allclose(output[real], expected[real], atol=1e-5)
 
 
 @norm_first_and_last

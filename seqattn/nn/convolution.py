@@ -1,0 +1,184 @@
+"""Images as sequences of vectors: by convolutions, or patch by patch."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from seqattn.positions import sinusoidal
+
+_STRIDE = 2
+
+
+def sinusoidal_grid(rows: int, columns: int, dim: int) -> Float[Array, "S dim"]:
+    """Sinusoidal vectors of the places of a grid, row by row; float32 (Parmar 2018, "Image Transformer", section 3).
+
+    The first half of a vector tells the row, the second half the column.
+
+    Raises:
+        ValueError: `dim` is no multiple of 4.
+
+    >>> import numpy as np
+    >>> print(np.asarray(sinusoidal_grid(2, 3, 4)).round(2))
+    [[ 0.    1.    0.    1.  ]
+     [ 0.    1.    0.84  0.54]
+     [ 0.    1.    0.91 -0.42]
+     [ 0.84  0.54  0.    1.  ]
+     [ 0.84  0.54  0.84  0.54]
+     [ 0.84  0.54  0.91 -0.42]]
+    """
+    _check_grid_dim(dim)
+    row, column = jnp.divmod(jnp.arange(rows * columns), max(1, columns))
+    return jnp.concatenate([sinusoidal(row, dim // 2), sinusoidal(column, dim // 2)], axis=-1)
+
+
+class ConvolutionalEncoder(nnx.Module):
+    """A vector for each place of an image, by 3 x 3 convolutions that each halve its height and width.
+
+    Each convolution is followed by a layer norm over all places and channels of an image (Ba 2016; Wu 2018 with one
+    group) and a ReLU; a linear layer and the place in the grid come last. So the encoder takes images of any size, and
+    no image of a batch depends on another. A norm of each place alone would make the noise of blank paper as loud as
+    what is drawn.
+
+    Args:
+        model_dim: D, a multiple of 4.
+        channels: of each convolution.
+        image_channels: of the images: 1 for grey ones.
+        param_dtype: dtype of the parameters.
+        rngs: initialises the parameters; not kept.
+
+    Raises:
+        ValueError: sizes below 1, no convolution, or a model_dim that is no multiple of 4.
+
+    >>> encoder = ConvolutionalEncoder(8, channels=(3, 5), rngs=nnx.Rngs(0))
+    >>> encoder.grid(13, 30), encoder(jnp.ones((2, 13, 30))).shape
+    ((4, 8), (2, 32, 8))
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        *,
+        channels: Sequence[int] = (32, 64, 128),
+        image_channels: int = 1,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        _check_grid_dim(model_dim)
+        if not channels or min(*channels, image_channels) < 1:
+            raise ValueError(
+                f"channels {tuple(channels)} must name at least one convolution, and they and image_channels "
+                f"({image_channels}) must be at least 1"
+            )
+        self.image_channels = image_channels
+        sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        inputs = (image_channels, *channels[:-1])
+        self.convolutions = nnx.List(
+            [
+                nnx.Conv(before, after, kernel_size=(3, 3), strides=_STRIDE, padding="SAME", **sizes)
+                for before, after in zip(inputs, channels, strict=True)
+            ]
+        )
+        self.norms = nnx.List([nnx.LayerNorm(size, reduction_axes=(1, 2, 3), **sizes) for size in channels])
+        self.output = nnx.Linear(channels[-1], model_dim, **sizes)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the places that an image of this size has vectors for."""
+        scale = _STRIDE ** len(self.convolutions)
+        return math.ceil(height / scale), math.ceil(width / scale)
+
+    def __call__(self, images: Float[Array, "B height width *channels"]) -> Float[Array, "B S D"]:
+        """Vectors of S = rows * columns places, row by row; images without an axis of channels are grey.
+
+        Raises:
+            ValueError: the images have other channels than `image_channels`.
+        """
+        x = _with_channels(images, self.image_channels)
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = jax.nn.relu(norm(convolution(x)))
+        return _placed(self.output(x))
+
+
+class PatchEncoder(nnx.Module):
+    """A vector for each patch of an image: its pixels through one linear layer (Dosovitskiy 2020, equation 1).
+
+    Patches do not overlap. The place in the grid is added as sines and cosines, so that images may have any size.
+
+    Args:
+        model_dim: D, a multiple of 4.
+        patch: height and width of a patch in pixels.
+        image_channels: of the images: 1 for grey ones.
+        param_dtype: dtype of the parameters.
+        rngs: initialises the parameters; not kept.
+
+    Raises:
+        ValueError: sizes below 1, or a model_dim that is no multiple of 4.
+
+    >>> encoder = PatchEncoder(8, patch=(4, 5), rngs=nnx.Rngs(0))
+    >>> encoder.grid(12, 30), encoder(jnp.ones((2, 12, 30))).shape
+    ((3, 6), (2, 18, 8))
+    """
+
+    def __init__(
+        self,
+        model_dim: int,
+        *,
+        patch: tuple[int, int] = (8, 8),
+        image_channels: int = 1,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        _check_grid_dim(model_dim)
+        if min(*patch, image_channels) < 1:
+            raise ValueError(f"patch {tuple(patch)} and image_channels ({image_channels}) must be at least 1")
+        self.patch, self.image_channels = tuple(patch), image_channels
+        pixels = math.prod(patch) * image_channels
+        self.output = nnx.Linear(pixels, model_dim, param_dtype=param_dtype, rngs=rngs)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the patches of an image of this size.
+
+        Raises:
+            ValueError: the image is not a whole number of patches.
+        """
+        if height % self.patch[0] or width % self.patch[1]:
+            raise ValueError(f"an image of {height} x {width} pixels must be a whole number of patches {self.patch}")
+        return height // self.patch[0], width // self.patch[1]
+
+    def __call__(self, images: Float[Array, "B height width *channels"]) -> Float[Array, "B S D"]:
+        """Vectors of S = rows * columns patches, row by row; images without an axis of channels are grey.
+
+        Raises:
+            ValueError: the images are not a whole number of patches, or have other channels than `image_channels`.
+        """
+        x = _with_channels(images, self.image_channels)
+        rows, columns = self.grid(*x.shape[1:3])
+        height, width = self.patch
+        x = x.reshape(len(x), rows, height, columns, width * self.image_channels)
+        x = jnp.swapaxes(x, 2, 3)
+        return _placed(self.output(x.reshape(len(x), rows, columns, height * width * self.image_channels)))
+
+
+def _check_grid_dim(dim: int) -> None:
+    if dim < 4 or dim % 4:
+        raise ValueError(f"model_dim ({dim}) must be a multiple of 4: row and column take sines and cosines each")
+
+
+def _with_channels(images: Array, channels: int) -> Float[Array, "B height width C"]:
+    x = images[..., None] if images.ndim == 3 else images
+    if x.ndim != 4 or x.shape[-1] != channels:
+        grey = " or [B, height, width]" if channels == 1 else ""
+        raise ValueError(f"images {images.shape} must be [B, height, width, {channels}]{grey}")
+    return x
+
+
+def _placed(x: Float[Array, "B rows columns D"]) -> Float[Array, "B S D"]:
+    """The vectors in a row, each with its place in the grid."""
+    batch, rows, columns, dim = x.shape
+    places = sinusoidal_grid(rows, columns, dim).astype(x.dtype)
+    return x.reshape(batch, rows * columns, dim) + places[None]

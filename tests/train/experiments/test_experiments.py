@@ -1,0 +1,64 @@
+"""Every experiment learns: a few updates on one small batch of its own task, by its own model and optimizer."""
+
+import dataclasses
+import itertools
+import sysconfig
+from pathlib import Path
+
+import jax
+import pytest
+
+from train import experiments, loop
+from train.batches import stream
+from train.optimizer import Constant
+from train.parallel import data_parallel
+from train.step import make_update
+from train.tasks import CodeTopics, ParallelFiles
+from train.tasks.standard_library import SourceTask
+from train.tasks.task import DrawnTask
+from train.tokenizer import ByteLevelBPE
+
+FEW = {"train_examples": 48, "validation_examples": 4, "test_examples": 4}
+EMAIL = Path(sysconfig.get_path("stdlib")) / "email"
+
+
+def _task(task, folder: Path):
+    """The task with few and short examples."""
+    if isinstance(task, ParallelFiles):
+        (folder / "source").write_text("a b c\nb c\n" * 20)
+        (folder / "target").write_text("c b a\nc b\n" * 20)
+        names = ("source", "validation_source", "test_source"), ("target", "validation_target", "test_target")
+        paths = {name: folder / side for side, group in zip(("source", "target"), names, strict=True) for name in group}
+        return dataclasses.replace(task, **paths)
+    if isinstance(task, CodeTopics):
+        return dataclasses.replace(task, packages=("asyncio", "email"), lines=4, **FEW)
+    if isinstance(task, SourceTask):
+        return dataclasses.replace(task, root=EMAIL, **FEW)
+    assert isinstance(task, DrawnTask)
+    return dataclasses.replace(task, **FEW)
+
+
+@pytest.mark.parametrize("name", experiments.__all__)
+def test_the_loss_falls(name, tmp_path):
+    experiment = getattr(experiments, name)
+    tokenizer = experiment.tokenizer
+    experiment = dataclasses.replace(
+        experiment,
+        task=_task(experiment.task, tmp_path),
+        run=tmp_path / "run",
+        tokenizer=ByteLevelBPE(300) if isinstance(tokenizer, ByteLevelBPE) else tokenizer,
+        batches=dataclasses.replace(
+            experiment.batches, tokens=1500, max_length=min(300, experiment.batches.max_length)
+        ),
+        optimizer=dataclasses.replace(experiment.optimizer, schedule=Constant(1e-3)),
+    )
+    session = loop.prepare(experiment)
+    rows = session.objective.examples(session.splits["train"])
+    batch = next(itertools.islice(stream(experiment.batches, rows, seed=0), 1))
+    settings = {"seed": 0, "label_smoothing": experiment.label_smoothing}
+    make = make_update(session.graph, session.optimizer, session.objective.loss, **settings)
+    update, state, losses = data_parallel(make, jax.local_devices()[:1]), session.state, []
+    for _ in range(6):
+        state, metrics = update(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.97 * losses[0]

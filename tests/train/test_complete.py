@@ -1,0 +1,120 @@
+"""Continuations: the same as by one step after the other, each text for itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from seqattn import Coordinates
+from seqattn.decoding import Sample, Temperature
+from seqattn.models import (
+    LanguageModel,
+    LanguageModelConfig,
+    Learned,
+    RecurrentLanguageModel,
+    RecurrentLanguageModelConfig,
+    Rotary,
+)
+from seqattn.nn import BlockConfig
+from train import complete
+from train.complete import Arguments, Completer
+from train.tokenizer import Characters, Tokenizer
+
+LETTERS = Tokenizer.train(Characters(), ["abcdefg"])
+BLOCK = BlockConfig(model_dim=8, hidden_dim=7, num_heads=2)
+TEXTS = ["abc", "", "fedcbagfedcbagfedcbaa", "g"]
+LENGTH, MOST = 11, 37
+
+
+def sharp(model):
+    """One whose outputs differ."""
+    nnx.update(model, jax.tree.map(lambda leaf: 2 * leaf, nnx.state(model)))
+    return model
+
+
+def transformer(positions):
+    config = LanguageModelConfig(LETTERS.vocab_size, num_layers=2, block=BLOCK, positions=positions)
+    return sharp(LanguageModel(config, rngs=nnx.Rngs(3)))
+
+
+@pytest.fixture(scope="module")
+def models():
+    config = RecurrentLanguageModelConfig(LETTERS.vocab_size, embedding_dim=5, hidden_dim=6)
+    recurrent = RecurrentLanguageModel(config, rngs=nnx.Rngs(0))
+    return {"transformer": transformer(Rotary()), "recurrent": sharp(recurrent)}
+
+
+def by_steps(model, text, length):
+    """Ids, from the start token on: the text is fed token by token, then what is most probable."""
+    step = jax.jit(type(model).step)
+    nothing = jnp.zeros((1, 0), jnp.int32)
+    state = model.start(model.encode(nothing, Coordinates(nothing, nothing)), MOST)
+    given, said = [LETTERS.start_id, *LETTERS.encode(text)], []
+    while len(said) < length and LETTERS.end_id not in said:
+        logits, state = step(model, jnp.array([given[0]]), state)
+        given = given[1:]
+        if not given:
+            given = [int(jnp.argmax(logits[0]))]
+            said += given
+    return said
+
+
+@pytest.mark.parametrize("name", ["transformer", "recurrent"])
+def test_texts_go_on_as_by_steps_and_as_by_the_whole_whatever_is_beside_them(models, name):
+    model = models[name]
+    found = Completer(model, LETTERS, length=LENGTH)(TEXTS)
+    said = [by_steps(model, text, LENGTH) for text in TEXTS]
+    assert found == [LETTERS.decode(ids) for ids in said]
+    assert len(set(found)) > 2
+    nothing = jnp.zeros((1, 0), jnp.int32)
+
+    @jax.jit
+    def whole(tokens, length):
+        memory = model.encode(nothing, Coordinates(nothing, nothing))
+        return jnp.argmax(model.decode(tokens, Coordinates.from_lengths(length, MOST), memory), axis=-1)
+
+    for text, ids in zip(TEXTS, said, strict=True):
+        given = [LETTERS.start_id, *LETTERS.encode(text)]
+        row = np.zeros((1, MOST), np.int32)
+        row[0, : len(given) + len(ids)] = [*given, *ids]
+        best = whole(row, np.array([len(given) + len(ids)]))[0]
+        assert best[len(given) - 1 :][: len(ids)].tolist() == ids
+
+
+def test_learned_positions_limit_each_text_for_itself():
+    model = transformer(Learned(9))
+    # "[END]" is never the most probable token, so that only the limit ends a text.
+    model.embedding.table[...] = model.embedding.table[...].at[LETTERS.end_id].set(0.0)
+    texts = ["abc", "abcdefga", ""]
+    found = Completer(model, LETTERS, length=LENGTH)(texts)
+    rooms = [6, 1, 9]
+    assert found == [LETTERS.decode(by_steps(model, text, room)) for text, room in zip(texts, rooms, strict=True)]
+    assert Completer(model, LETTERS, length=2)(texts)[0] == LETTERS.decode(by_steps(model, "abc", 2))
+    with pytest.raises(ValueError, match="a text of 10 tokens fills the model's 9 learned positions"):
+        Completer(model, LETTERS)(["a", "abcdefgab"])
+
+
+def test_samples_depend_on_seed_and_index(models):
+    def sample(texts, seed):
+        search = Sample((Temperature(2.0),))
+        return Completer(models["recurrent"], LETTERS, length=LENGTH, sampling=search, seed=seed)(texts)
+
+    first = sample(["abc", "abc", "g"], 5)
+    assert first == sample(["abc", "abc", "g"], 5)
+    assert first != sample(["abc", "abc", "g"], 6)
+    assert first[0] != first[1]
+    assert sample(["g", "abc", "g"], 5)[1:] == first[1:]
+
+
+def test_no_texts_and_no_room(models):
+    assert Completer(models["recurrent"], LETTERS)([]) == []
+    with pytest.raises(ValueError, match=r"length \(0\) must be at least 1"):
+        Completer(models["recurrent"], LETTERS, length=0)
+
+
+def test_the_command_prints_each_text_with_its_continuation(language, capsys):
+    texts = ("x = 1", "# ")
+    complete.main(Arguments(language.folder, texts, length=7, temperature=0))
+    greedy = Completer(language.model, language.tokenizer, length=7)(texts)
+    assert capsys.readouterr().out == "".join(text + rest + "\n" for text, rest in zip(texts, greedy, strict=True))

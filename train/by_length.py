@@ -1,0 +1,51 @@
+"""Exact match against the length of the source: `python -m train.by_length RUN [RUN ...] --plot FILE`."""
+
+import dataclasses
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from train import environment, run
+from train.drawing import line_chart
+from train.translator import Translator
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """How often runs of one task write their reference, by the length of the source, in one picture."""
+
+    run: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of the runs, which share their test split."""
+    plot: Path
+    """Where to draw, as PNG and SVG."""
+
+
+def by_length(folder: Path) -> dict[int, float]:
+    """The share of the test split's examples that are written exactly, for each number of characters of the source."""
+    trained = run.load(folder)
+    split = trained.experiment.task.load()["test"]
+    outputs = Translator(trained.model, trained.tokenizer)(list(split["source"]))
+    right: dict[int, list[bool]] = defaultdict(list)
+    for source, target, output in zip(split["source"], split["target"], outputs, strict=True):
+        right[len(source)].append(output == target)
+    return {length: float(np.mean(right[length])) for length in sorted(right)}
+
+
+def main(arguments: Arguments) -> None:
+    """Prints a row for each length, and where the picture is."""
+    stem = arguments.plot.with_suffix("") if arguments.plot.suffix in (".png", ".svg") else arguments.plot
+    lines = {folder.name: by_length(folder) for folder in arguments.run}
+    if len(lines) < len(arguments.run):
+        raise ValueError("the folders of two runs have the same name")
+    print("length", *lines, sep="\t")
+    for length in sorted({length for line in lines.values() for length in line}):
+        print(length, *(f"{line.get(length, float('nan')):.3f}" for line in lines.values()), sep="\t")
+    percent = {name: {x: 100 * y for x, y in line.items()} for name, line in lines.items()}
+    paths = line_chart(percent, stem, x="characters of the source", y="exact match (%)", limits=(0, 102))
+    print(*paths)
+
+
+if __name__ == "__main__":
+    environment.command(lambda: main(tyro.cli(Arguments, prog="python -m train.by_length")))

@@ -1,0 +1,19 @@
+"""The first line of a docstring by a decoder of local and memory-compressed attention in turn: L-M-L-M-L.
+
+Reads the Python standard library of this machine, split by file (Liu 2018, table 3: T-DMCA without experts).
+
+Command: `python -m train docstrings_compressed`.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from seqattn.models import Compressed, Local
+from train.experiments import docstrings_stream as stream
+
+MODEL = dataclasses.replace(stream.MODEL, pattern=(Local(256), Compressed(3)))
+DOCSTRINGS_COMPRESSED = dataclasses.replace(
+    stream.DOCSTRINGS_STREAM,
+    model=MODEL,
+    run=Path("runs/docstrings_compressed"),
+)

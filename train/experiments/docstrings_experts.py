@@ -1,0 +1,20 @@
+"""The first line of a docstring by local and memory-compressed attention with a mixture of experts in each block.
+
+Reads the Python standard library of this machine, split by file (Liu 2018, table 3: T-DMCA with a mixture).
+
+Command: `python -m train docstrings_experts`.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from seqattn.nn import MixtureConfig
+from train.experiments.docstrings_compressed import DOCSTRINGS_COMPRESSED, MODEL
+
+_BLOCK = dataclasses.replace(MODEL.block, mixture=MixtureConfig(num_experts=8, top_k=2))
+
+DOCSTRINGS_EXPERTS = dataclasses.replace(
+    DOCSTRINGS_COMPRESSED,
+    model=dataclasses.replace(MODEL, block=_BLOCK),
+    run=Path("runs/docstrings_experts"),
+)

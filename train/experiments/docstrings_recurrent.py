@@ -1,0 +1,27 @@
+"""The first line of a function's docstring from its body, by Bahdanau's recurrent encoder-decoder, first 500 tokens.
+
+Reads the Python standard library of this machine, split by file (Liu 2018, table 3: seq2seq-attention, L = 500).
+
+Command: `python -m train docstrings_recurrent`.
+"""
+
+from pathlib import Path
+
+from seqattn.models import Seq2SeqConfig
+from seqattn.nn import Cell
+from train.batches import Batches
+from train.config import FROM_TOKENIZER, Experiment
+from train.optimizer import Cosine, Optimizer
+from train.tasks import Docstrings
+from train.tokenizer import ByteLevelBPE
+
+DOCSTRINGS_RECURRENT = Experiment(
+    task=Docstrings(max_source=12_000, first=1_500),
+    model=Seq2SeqConfig(FROM_TOKENIZER, embedding_dim=128, hidden_dim=192, cell=Cell.GRU, dropout_rate=0.2),
+    run=Path("runs/docstrings_recurrent"),
+    tokenizer=ByteLevelBPE(vocab_size=2000),
+    batches=Batches(tokens=8192, max_length=600, buckets=4),
+    optimizer=Optimizer(schedule=Cosine(peak=2e-3, warmup_steps=50)),
+    steps=500,
+    evaluate_every=250,
+)

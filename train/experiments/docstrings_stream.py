@@ -1,0 +1,24 @@
+"""The first line of a function's docstring behind its body in one stream, by a decoder alone, up to 4,000 tokens.
+
+Reads the Python standard library of this machine, split by file (Liu 2018, table 3: Transformer-D, L = 4000).
+
+Command: `python -m train docstrings_stream`.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from seqattn.models import LanguageModelConfig, Sinusoidal
+from train.batches import Batches
+from train.config import FROM_TOKENIZER
+from train.experiments.docstrings_transformer import BLOCK, DOCSTRINGS_TRANSFORMER
+from train.tasks import Docstrings
+
+MODEL = LanguageModelConfig(FROM_TOKENIZER, num_layers=5, block=BLOCK, positions=Sinusoidal())
+DOCSTRINGS_STREAM = dataclasses.replace(
+    DOCSTRINGS_TRANSFORMER,
+    task=Docstrings(max_source=12_000),
+    model=MODEL,
+    batches=Batches(tokens=8192, max_length=4000, buckets=6),
+    run=Path("runs/docstrings_stream"),
+)

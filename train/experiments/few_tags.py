@@ -1,0 +1,26 @@
+"""The kind of each character of Python source from a hundred labelled examples, tuned from `masked` or from scratch.
+
+Commands: `python -m train masked` first, then
+`python -m train few_tags --start-from runs/masked --run runs/few_tags_tuned`, with all but the head frozen
+`--frozen "embedding/*" "stack/*" --run runs/few_tags_frozen`, and from scratch `python -m train few_tags`.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from train.batches import Batches
+from train.experiments.tags import TAGS
+from train.optimizer import Cosine, Optimizer
+from train.tasks import PythonTags
+
+FEW_TAGS = dataclasses.replace(
+    TAGS,
+    task=PythonTags(train_examples=100),
+    run=Path("runs/few_tags"),
+    batches=Batches(tokens=4096, max_length=160, buckets=1),
+    optimizer=Optimizer(schedule=Cosine(peak=1e-3, warmup_steps=20)),
+    steps=200,
+    evaluate_every=40,
+    patience=2,
+    keep_checkpoints=3,
+)

@@ -1,0 +1,32 @@
+"""Strings to their reverse by self attention and a recurrent decoder: the model between Luong's and the Transformer.
+
+Commands: `python -m train in_between`, and without positions, where the encoder sees a set of letters,
+`python -m train in_between --model.attention-encoder.positions None --run runs/in_between_set`.
+"""
+
+from pathlib import Path
+
+from seqattn.models import AttentionEncoder, Seq2SeqConfig
+from seqattn.nn import Cell, Score
+from train.batches import Batches
+from train.config import FROM_TOKENIZER, Experiment
+from train.optimizer import Cosine, Optimizer
+from train.tasks import Reverse
+
+IN_BETWEEN = Experiment(
+    task=Reverse(min_length=1, max_length=16),
+    model=Seq2SeqConfig(
+        FROM_TOKENIZER,
+        embedding_dim=64,
+        hidden_dim=96,
+        cell=Cell.GRU,
+        attention=Score.GENERAL,
+        dropout_rate=0.0,
+        attention_encoder=AttentionEncoder(num_layers=1, num_heads=4, hidden_dim=192),
+    ),
+    run=Path("runs/in_between"),
+    batches=Batches(tokens=4096, max_length=32, buckets=2),
+    optimizer=Optimizer(schedule=Cosine(peak=3e-3, warmup_steps=100)),
+    steps=1000,
+    evaluate_every=250,
+)

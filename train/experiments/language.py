@@ -1,0 +1,31 @@
+"""Python source, character by character, by a decoder-only Transformer.
+
+Reads the Python standard library of this machine, split by file, in pieces of 128 characters.
+
+Command: `python -m train language`; with other positions `--model.positions:rotary` and so on, see below.
+Goes on with a text: `python -m train.complete runs/language "def __init__(self"`.
+"""
+
+from pathlib import Path
+
+from seqattn.models import LanguageModelConfig, Rotary
+from seqattn.nn import BlockConfig
+from train.batches import Batches
+from train.config import FROM_TOKENIZER, Experiment
+from train.optimizer import Cosine, Optimizer
+from train.tasks import PythonCode
+
+LANGUAGE = Experiment(
+    task=PythonCode(characters=128),
+    model=LanguageModelConfig(
+        FROM_TOKENIZER,
+        num_layers=3,
+        block=BlockConfig(model_dim=128, hidden_dim=512, num_heads=4, norm_first=True, dropout_rate=0.0),
+        positions=Rotary(),
+    ),
+    run=Path("runs/language"),
+    batches=Batches(tokens=8192, max_length=129, buckets=1),
+    optimizer=Optimizer(schedule=Cosine(peak=3e-3, warmup_steps=50)),
+    steps=600,
+    evaluate_every=200,
+)

@@ -1,0 +1,26 @@
+"""Hidden characters of Python source from those around them, by the encoder that is then tuned for tags.
+
+Reads the Python standard library of this machine, split by file.
+
+Command: `python -m train masked`, before `python -m train few_tags`.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from seqattn.models import MaskedTokens
+from train.batches import Batches
+from train.config import Experiment
+from train.experiments.tags import MODEL
+from train.optimizer import Cosine, Optimizer
+from train.tasks import PythonCode
+
+MASKED = Experiment(
+    task=PythonCode(characters=160),
+    model=dataclasses.replace(MODEL, head=MaskedTokens()),
+    run=Path("runs/masked"),
+    batches=Batches(tokens=8192, max_length=160, buckets=1),
+    optimizer=Optimizer(schedule=Cosine(peak=3e-3, warmup_steps=50)),
+    steps=1500,
+    evaluate_every=500,
+)

@@ -1,0 +1,40 @@
+"""Pictures of strings read by convolutions and a recurrent decoder that attends to their places (Xu 2015).
+
+Command: `python -m train reading`; by a Transformer's decoder with
+`python -m train reading model:captioner model.decoder:transformer-config`, over patches with
+`python -m train reading model:captioner model.image:patches`.
+Time and result: not measured yet.
+"""
+
+from pathlib import Path
+
+from seqattn.models import AttentionEncoder, CaptionerConfig, Convolutional, Seq2SeqConfig
+from seqattn.nn import Cell, Score
+from train.batches import Batches
+from train.config import FROM_TOKENIZER, Experiment
+from train.optimizer import Cosine, Optimizer
+from train.tasks import RenderedText
+
+READING = Experiment(
+    task=RenderedText(max_length=6),
+    model=CaptionerConfig(
+        vocab_size=FROM_TOKENIZER,
+        image=Convolutional(channels=(16, 32, 64)),
+        decoder=Seq2SeqConfig(
+            vocab_size=FROM_TOKENIZER,
+            embedding_dim=64,
+            hidden_dim=128,
+            cell=Cell.GRU,
+            attention=Score.SCALED_GENERAL,
+            dropout_rate=0.0,
+            attention_encoder=AttentionEncoder(num_layers=0, positions=None),
+        ),
+    ),
+    run=Path("runs/reading"),
+    # 32 pictures, each of 32 rows of pixels and at most 8 characters, start and end included.
+    batches=Batches(tokens=1280, max_length=64, buckets=1),
+    optimizer=Optimizer(schedule=Cosine(peak=2e-3, warmup_steps=100)),
+    steps=4000,
+    evaluate_every=500,
+    log_every=20,
+)

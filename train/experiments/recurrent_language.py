@@ -1,0 +1,28 @@
+"""Python source, character by character, by a recurrent language model.
+
+Reads the Python standard library of this machine, split by file, in pieces of 128 characters.
+
+Command: `python -m train recurrent_language`; for the other cells `--model.cell gru` or `--model.cell simple`.
+Goes on with a text: `python -m train.complete runs/recurrent_language "def __init__(self"`.
+"""
+
+from pathlib import Path
+
+from seqattn.models import RecurrentLanguageModelConfig
+from seqattn.nn import Cell
+from train.batches import Batches
+from train.config import FROM_TOKENIZER, Experiment
+from train.optimizer import Cosine, Optimizer
+from train.tasks import PythonCode
+
+RECURRENT_LANGUAGE = Experiment(
+    task=PythonCode(characters=128),
+    model=RecurrentLanguageModelConfig(
+        FROM_TOKENIZER, embedding_dim=64, hidden_dim=256, cell=Cell.LSTM, dropout_rate=0.0
+    ),
+    run=Path("runs/recurrent_language"),
+    batches=Batches(tokens=8192, max_length=129, buckets=1),
+    optimizer=Optimizer(schedule=Cosine(peak=4e-3, warmup_steps=50)),
+    steps=800,
+    evaluate_every=200,
+)

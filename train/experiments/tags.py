@@ -1,0 +1,32 @@
+"""The kind of each character of Python source (keyword, name, string, ...), by a Transformer encoder.
+
+Reads the Python standard library of this machine, split by file.
+
+Command: `python -m train tags`.
+"""
+
+from pathlib import Path
+
+from seqattn.models import EncoderConfig, Rotary, TokenLabels
+from seqattn.nn import BlockConfig
+from train.batches import Batches
+from train.config import FROM_DATA, FROM_TOKENIZER, Experiment
+from train.optimizer import Cosine, Optimizer
+from train.tasks import PythonTags
+
+MODEL = EncoderConfig(
+    FROM_TOKENIZER,
+    num_layers=3,
+    block=BlockConfig(model_dim=96, hidden_dim=384, num_heads=4, norm_first=True, dropout_rate=0.0),
+    positions=Rotary(),
+    head=TokenLabels(FROM_DATA),
+)
+TAGS = Experiment(
+    task=PythonTags(),
+    model=MODEL,
+    run=Path("runs/tags"),
+    batches=Batches(tokens=16384, max_length=160, buckets=2),
+    optimizer=Optimizer(schedule=Cosine(peak=3e-3, warmup_steps=50)),
+    steps=600,
+    evaluate_every=200,
+)

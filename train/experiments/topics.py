@@ -1,0 +1,35 @@
+"""Which package ten lines of Python are from, by a Transformer encoder and the mean of its vectors.
+
+Reads six packages of the Python standard library of this machine, split by file.
+
+Command: `python -m train topics`.
+"""
+
+from pathlib import Path
+
+from seqattn.models import EncoderConfig, Sinusoidal, TextLabels
+from seqattn.nn import BlockConfig
+from train.batches import Batches
+from train.config import FROM_DATA, FROM_TOKENIZER, Experiment
+from train.optimizer import Cosine, Optimizer
+from train.tasks import CodeTopics
+from train.tokenizer import ByteLevelBPE
+
+TOPICS = Experiment(
+    task=CodeTopics(),
+    model=EncoderConfig(
+        FROM_TOKENIZER,
+        num_layers=2,
+        block=BlockConfig(model_dim=64, hidden_dim=256, num_heads=4, norm_first=True, dropout_rate=0.2),
+        positions=Sinusoidal(),
+        head=TextLabels(FROM_DATA),
+    ),
+    run=Path("runs/topics"),
+    tokenizer=ByteLevelBPE(vocab_size=1000),
+    batches=Batches(tokens=8192, max_length=512, buckets=3),
+    optimizer=Optimizer(schedule=Cosine(peak=2e-3, warmup_steps=50)),
+    steps=600,
+    evaluate_every=100,
+    patience=2,
+    keep_checkpoints=3,
+)

@@ -1,0 +1,151 @@
+"""Text from images: what is written in a picture, character by character."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from datasets import Dataset
+from flax import nnx
+
+from seqattn import Coordinates, cross_entropy
+from seqattn.decoding import generate
+from seqattn.models import Captioner
+from train.batches import Batch, Example, collate, once
+from train.objectives.objective import Arrays, Objective, Scores, Sums
+from train.overlay import attention_over_image
+from train.tasks.rendered_text import render
+from train.tokenizer import Tokenizer
+from train.translator import FAILED, longest
+
+_DRAWN = 4
+
+
+class Reading(Objective):
+    """The text of the "target" column, given the picture whose recipe stands in the "source" column."""
+
+    @staticmethod
+    def texts(split: Dataset) -> list[str]:
+        """The targets."""
+        return list(split["target"])
+
+    def examples(self, split: Dataset) -> list[Example]:
+        """Pictures, and target ids between start and end token."""
+        start, end = self.tokenizer.start_id, self.tokenizer.end_id
+        targets = self.tokenizer.encode_batch(list(split["target"]))
+        return [(render(recipe), [start, *ids, end]) for recipe, ids in zip(split["source"], targets, strict=True)]
+
+    @staticmethod
+    def loss(
+        model: Captioner, batch: Arrays, *, label_smoothing: float = 0.0, dropout_key: jax.Array | None = None
+    ) -> Sums:
+        """The cross entropy of every target token under teacher forcing."""
+        encode_key, decode_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        inputs, labels = batch["target"][:, :-1], batch["target"][:, 1:]
+        target_at = Coordinates.from_lengths(batch["target_length"] - 1, inputs.shape[1])
+        memory = _encode(model, batch["source"], batch["source_length"], dropout_key=encode_key)
+        logits = model.decode(inputs, target_at, memory, dropout_key=decode_key)
+        return cross_entropy(logits, labels, weights=target_at.segment != 0, label_smoothing=label_smoothing)
+
+    def evaluate(self, model: Captioner, split: Dataset, *, batch_size: int = 64) -> Scores:
+        """Loss under teacher forcing, and greedy outputs: `exact_match` from 0 to 1, and `cer`, best at 0."""
+        references = list(split["target"])
+        outputs = self._read(model, self.examples(split), batch_size)
+        matches = sum(output == reference for output, reference in zip(outputs, references, strict=True))
+        numbers = {
+            "loss": self.mean_loss(model, split, batch_size=batch_size),
+            "exact_match": matches / len(references),
+            "cer": character_error_rate(outputs, references),
+        }
+        return Scores(numbers, outputs)
+
+    def draw(self, model: Captioner, split: Dataset, folder: Path) -> list[Path]:
+        """Where in the picture the model looks for each character that it reads, for each of the first few pictures."""
+        rows = self.examples(split.select(range(min(_DRAWN, len(split)))))
+        paths: list[Path] = []
+        for number, ((image, _), output) in enumerate(zip(rows, self._read(model, rows, _DRAWN), strict=True), 1):
+            if output != FAILED:
+                paths += _draw(model, self.tokenizer, np.asarray(image), output, folder / str(number))
+        return paths
+
+    def count(self, batch: Batch) -> int:
+        """The tokens of the targets."""
+        return int((batch["target_length"] - 1).sum())
+
+    def _read(self, model: Captioner, rows: Sequence[Example], batch_size: int) -> list[str]:
+        """The greedy output for each example's picture, in order."""
+        tokenizer = self.tokenizer
+        graph, params = nnx.split(model)
+        read = _compiled(graph, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
+        # No letter is narrower than two pixels.
+        room = np.asarray(rows[0][0]).shape[1] // 2 + 1
+        limit = longest(model.decoder)
+        room = room if limit is None else min(room, limit)
+        outputs: dict[int, str] = {}
+        for chosen, batch in once(rows, size=batch_size):
+            found = read(params, batch["source"], batch["source_length"], max_length=room)
+            for index, tokens, length, failed in zip(chosen, *map(np.asarray, found), strict=False):
+                outputs[index] = FAILED if failed else tokenizer.decode(tokens[:length].tolist())
+        return [outputs[index] for index in range(len(rows))]
+
+
+def character_error_rate(outputs: Sequence[str], references: Sequence[str]) -> float:
+    """Characters to insert, delete or replace in the outputs, for each character of the references.
+
+    >>> character_error_rate(["kitten", "abc"], ["sitting", "abc"])
+    0.3
+    """
+    edits = sum(_edits(output, reference) for output, reference in zip(outputs, references, strict=True))
+    return edits / max(1, sum(map(len, references)))
+
+
+def _edits(first: str, second: str) -> int:
+    """The edit distance of two texts (Levenshtein 1966)."""
+    row = list(range(len(second) + 1))
+    for count, letter in enumerate(first, 1):
+        diagonal, row[0] = row[0], count
+        for column, other in enumerate(second, 1):
+            diagonal, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, diagonal + (letter != other))
+    return row[-1]
+
+
+def _encode(model: Captioner, source: jax.Array | np.ndarray, length: jax.Array | np.ndarray, **options: Any) -> Any:
+    """The memory of pictures `[B, height, width]` of bytes; a picture of length 0 only fills the batch."""
+    rows, columns = model.grid(*source.shape[1:3])
+    places = jnp.where(length > 0, rows * columns, 0)
+    # As loud as any other, however pale it is; what lies outside is as bright as the mean.
+    images = jax.nn.standardize(jnp.asarray(source, jnp.float32), axis=(1, 2), epsilon=1.0)
+    return model.encode(images, Coordinates.from_lengths(places, rows * columns), **options)
+
+
+@cache
+def _compiled(graph: nnx.GraphDef, start_id: int, end_id: int, pad_id: int) -> Any:
+    """One compiled function for every model of a structure: tokens `[B, L]`, length and whether it failed, `[B]`."""
+
+    def read(params: nnx.State, source: jax.Array, length: jax.Array, *, max_length: int) -> tuple[jax.Array, ...]:
+        model = nnx.merge(graph, params)
+        state = model.start(_encode(model, source, length), max_length)
+        first = jnp.full(len(source), start_id, jnp.int32)
+        found = generate(model.step, state, first, max_length=max_length, end_token=end_id, pad_token=pad_id)
+        return found.tokens, found.length, found.failed
+
+    return jax.jit(read, static_argnames="max_length")
+
+
+def _draw(model: Captioner, tokenizer: Tokenizer, image: np.ndarray, output: str, path_stem: Path) -> list[Path]:
+    """The mean over heads; nothing without attention."""
+    target = [tokenizer.start_id, *tokenizer.encode(output), tokenizer.end_id]
+    limit = longest(model.decoder)
+    batch = collate([(image, target[: None if limit is None else limit + 1])])
+    inputs = jnp.asarray(batch["target"][:, :-1])
+    at = Coordinates.from_lengths([inputs.shape[1]], inputs.shape[1])
+    heads = model.alignment(inputs, at, _encode(model, batch["source"], batch["source_length"]))[0]
+    if not len(heads):
+        return []
+    weights = np.asarray(heads, np.float64).mean(axis=0).reshape(-1, *model.grid(*image.shape[:2]))
+    path_stem.parent.mkdir(parents=True, exist_ok=True)
+    labels = tokenizer.tokens(target[1 : len(weights) + 1])
+    return [*attention_over_image(image, weights, labels, path_stem, title=f"read: {output}")]

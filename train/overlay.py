@@ -1,0 +1,71 @@
+"""Attention drawn over the image that it looks at, as PNG and as SVG (Xu 2015, figure 3)."""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "text.parse_math": False,
+    "svg.hashsalt": "seqattn",  # the same picture gives the same file
+}
+_COLUMNS, _WIDTH, _TITLE = 4, 2.2, 0.25  # panels side by side, and inches
+
+
+def attention_over_image(
+    image: ArrayLike,
+    weights: ArrayLike,
+    target_tokens: Sequence[str],
+    path_stem: str | os.PathLike[str],
+    *,
+    title: str = "",
+) -> tuple[Path, Path]:
+    """Draws the image, and once more for each target token with a red veil where the attention lies.
+
+    The veil is the denser the larger the weight; the largest of a token has the same red in every panel.
+
+    Args:
+        image: grey `[height, width]`, dark where small, or colour `[height, width, 3]` as matplotlib takes it.
+        weights: `[T, rows, columns]` of places that together cover the image.
+        target_tokens: T texts.
+        path_stem: the pictures' path without a suffix.
+        title: stands above the picture.
+
+    Returns:
+        The paths of the PNG and of the SVG.
+
+    Raises:
+        ValueError: the weights are not of T tokens, or are empty.
+    """
+    pixels, places = np.asarray(image), np.asarray(weights, np.float64)
+    if places.ndim != 3 or len(places) != len(target_tokens) or not places.size:
+        raise ValueError(f"weights {places.shape} must be [T, rows, columns] with T = {len(target_tokens)}, none 0")
+    height, width = pixels.shape[:2]
+    rows = math.ceil((len(places) + 1) / _COLUMNS)
+    panel = _WIDTH * height / width + _TITLE
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_COLUMNS * _WIDTH, rows * panel + 2 * _TITLE), layout="constrained")
+        axes = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
+        for ax in axes:
+            ax.set_axis_off()
+        extent = (0, width, height, 0)
+        for ax in axes[: len(places) + 1]:
+            ax.imshow(pixels, cmap="gray", vmin=0, vmax=255, extent=extent)
+        for ax, token, map_ in zip(axes[1:], target_tokens, places, strict=False):
+            veil = np.zeros((*map_.shape, 4))
+            veil[..., 0], veil[..., 3] = 1, 0.7 * map_ / max(float(map_.max()), 1e-12)
+            ax.imshow(veil, extent=extent, interpolation="nearest")
+            ax.set_title(token, pad=2)
+        figure.suptitle(title)
+        png, svg = Path(f"{os.fspath(path_stem)}.png"), Path(f"{os.fspath(path_stem)}.svg")
+        figure.savefig(png, dpi=160)
+        figure.savefig(svg, metadata={"Date": None})
+    return png, svg
