@@ -62,6 +62,20 @@ from train.tasks import (
 )
 from train.tokenizer import ByteLevelBPE, Characters
 
+Task = (
+    Dates
+    | Addition
+    | Reverse
+    | ParallelFiles
+    | HubTranslation
+    | PythonCode
+    | PythonTags
+    | CodeTopics
+    | Docstrings
+    | RenderedText
+)
+"""Any task that can be trained on."""
+
 FROM_TOKENIZER = 0
 """As the `vocab_size` of a model: take the size of the tokenizer's vocabulary."""
 
@@ -162,35 +176,13 @@ _TYPES: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         *(Activation, AdaGrad, Adam, AdamW, Addition, AttentionEncoder, Batches, BlockConfig, BucketBiases),
-        *(
-            ByteLevelBPE,
-            CaptionerConfig,
-            Cell,
-            Characters,
-            Convolutional,
-            CodeTopics,
-            Compressed,
-            Constant,
-            Cosine,
-            Dates,
-            Direction,
-            Docstrings,
-        ),
-        *(EncoderConfig, Experiment, Full, HubTranslation, InverseSquareRoot, InverseTime, Kaiming),
-        *(LanguageModelConfig, Learned, LinearBiases, Local, MaskedTokens, MixtureConfig, Momentum, Monotonic, Muon),
-        *(Noam, Normal, Optimizer, ParallelFiles, Patches, Path, Predictive, PythonCode, PythonTags),
-        *(
-            RecurrentLanguageModelConfig,
-            RelativeKeys,
-            RenderedText,
-            Reverse,
-            Rotary,
-            SGD,
-            Score,
-            Seq2SeqConfig,
-            Sinusoidal,
-        ),
-        *(TextLabels, TokenLabels, TransformerConfig, Uniform, Window, Xavier),
+        *(ByteLevelBPE, CaptionerConfig, Cell, Characters, CodeTopics, Compressed, Constant, Convolutional),
+        *(Cosine, Dates, Direction, Docstrings, EncoderConfig, Experiment, Full, HubTranslation),
+        *(InverseSquareRoot, InverseTime, Kaiming, LanguageModelConfig, Learned, LinearBiases, Local),
+        *(MaskedTokens, MixtureConfig, Momentum, Monotonic, Muon, Noam, Normal, Optimizer, ParallelFiles),
+        *(Patches, Path, Predictive, PythonCode, PythonTags, RecurrentLanguageModelConfig, RelativeKeys),
+        *(RenderedText, Reverse, Rotary, Score, Seq2SeqConfig, SGD, Sinusoidal, TextLabels, TokenLabels),
+        *(TransformerConfig, Uniform, Window, Xavier),
     )
 }
 
