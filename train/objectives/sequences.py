@@ -16,7 +16,7 @@ from train.rouge import rouge_l
 from train.tokenizer import Tokenizer
 from train.translator import Translator
 
-_DRAWN = 3
+_DRAWN, _LINE = 3, 64
 
 
 class SequenceToSequence(Objective):
@@ -25,7 +25,7 @@ class SequenceToSequence(Objective):
     Args:
         tokenizer: of both.
         bleu: also measure BLEU and chrF.
-        rouge: also measure ROUGE-L and perplexity.
+        rouge: also measure ROUGE-L and perplexity; outputs are then one line, of at most 64 tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, bleu: bool = False, rouge: bool = False) -> None:
@@ -55,7 +55,8 @@ class SequenceToSequence(Objective):
         With ROUGE also `perplexity`, and `rouge_l` from 0 to 100.
         """
         references = list(split["target"])
-        outputs = Translator(model, self.tokenizer, batch_size=batch_size)(list(split["source"]))
+        longest = _LINE if self._rouge else None
+        outputs = Translator(model, self.tokenizer, batch_size=batch_size, max_length=longest)(list(split["source"]))
         matches = sum(output == reference for output, reference in zip(outputs, references, strict=True))
         loss = self.mean_loss(model, split, batch_size=batch_size)
         numbers, signature = {"loss": loss, "exact_match": matches / len(references)}, None

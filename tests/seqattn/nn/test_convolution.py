@@ -138,7 +138,6 @@ def test_modules_hold_parameters_alone():
             r"must be \[B, height, width, 1\] or \[B, height, width\]",
         ),
     ],
-    ids=str,
 )
 def test_what_does_not_fit_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
