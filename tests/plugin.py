@@ -6,6 +6,9 @@
 - Shapes in signatures are checked (`--jaxtyping-packages` in pyproject.toml), warnings are errors, and the examples
   that hypothesis draws are the same in every run.
 
+- What computes (kernels, attention, layers, decoding) is compiled as for users. Tests of models and of the training
+  program, whose time is compiling, skip XLA's most expensive passes, but for `make test-all`.
+
 64-bit floats are off, as for users; an oracle switches them on: `with jax.enable_x64(True)`.
 """
 
@@ -19,6 +22,7 @@ import pytest
 from train import environment
 
 ROOT = Path(__file__).parents[1]
+_QUICK = "not slow and not gpu"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,8 +37,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    quick = item.config.option.markexpr == _QUICK and not _is_computation(item.path)
+    jax.config.update("jax_disable_most_optimizations", quick)
     with jax.numpy_dtype_promotion("strict" if _is_library(item.path) else "standard"):
         return (yield)
+
+
+def _is_computation(path: Path) -> bool:
+    """Whether a file is about functions that compute, rather than about models and programs made of them."""
+    library = ROOT / "tests" / "seqattn"
+    return path.is_relative_to(library) and not path.is_relative_to(library / "models")
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Forgets the programs of a file once it is done: each holds memory and maps pages, of which a process has few."""
+    if nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
 
 
 def _is_library(path: Path) -> bool:

@@ -41,7 +41,13 @@ def parse(arguments: Sequence[str] | None = None) -> "Experiment":
 
     defaults = {name.lower(): getattr(experiments, name) for name in experiments.__all__}
     kinds = tyro.extras.subcommand_type_from_defaults(defaults, sentences())
-    flags = (tyro.conf.ConsolidateSubcommandArgs, tyro.conf.CascadeSubcommandArgs, tyro.conf.EnumChoicesFromValues)
+    flags = (
+        tyro.conf.ConsolidateSubcommandArgs,
+        tyro.conf.CascadeSubcommandArgs,
+        tyro.conf.EnumChoicesFromValues,
+        # A nested `--no-...` is refused where the subcommand of its default is not written out.
+        tyro.conf.FlagConversionOff,
+    )
     about = "Trains, or resumes, one of the experiments; --list names them, a line each."
     return tyro.cli(kinds, prog="python -m train", description=about, config=flags, args=arguments)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from train import environment, run
+from train import environment, objectives, run
 from train.drawing import line_chart
 from train.translator import Translator
 
@@ -25,6 +25,7 @@ class Arguments:
 def by_length(folder: Path) -> dict[int, float]:
     """The share of the test split's examples that are written exactly, for each number of characters of the source."""
     trained = run.load(folder)
+    objectives.check_serves(trained, "by_length", objectives.SequenceToSequence)
     split = trained.experiment.task.load()["test"]
     outputs = Translator(trained.model, trained.tokenizer)(list(split["source"]))
     right: dict[int, list[bool]] = defaultdict(list)

@@ -63,7 +63,9 @@ class Checkpoints:
         self.close()
         for path in self.folder.iterdir():
             if path.name.isdecimal() and int(path.name) > step:
-                shutil.rmtree(path)
+                # Moved away first: a step that is half removed must not count as one.
+                removed = path.rename(self.folder.with_name(f".removed-{path.name}"))
+                shutil.rmtree(removed)
         self._open()
 
     def restore(self, like: TrainState) -> TrainState:

@@ -106,18 +106,7 @@ Model = (
 class Experiment:
     """Everything that decides a run."""
 
-    task: (
-        Dates
-        | Addition
-        | Reverse
-        | ParallelFiles
-        | HubTranslation
-        | PythonCode
-        | PythonTags
-        | CodeTopics
-        | Docstrings
-        | RenderedText
-    )
+    task: Task
     """Where examples come from."""
     model: Model
     """Which model; a vocab_size of 0 is taken from the tokenizer."""
@@ -170,6 +159,12 @@ class Experiment:
             )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing ({self.label_smoothing}) must be in [0, 1)")
+        for name in ("initializer", "word_vectors"):
+            if self.start_from is not None and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} ({getattr(self, name)}) and start_from ({self.start_from}) exclude each other: the "
+                    "parameters of the run to start from would win wherever they fit"
+                )
 
 
 _TYPES: dict[str, type] = {

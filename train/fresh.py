@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 
+from seqattn.models import Captioner, Transformer
 from train import run
 from train.config import Experiment
 from train.initializers import redraw
@@ -32,8 +33,11 @@ def fresh(experiment: Experiment, tokenizer: Tokenizer) -> nnx.Module:
 def _put_vectors(model: Any, file: Path, tokenizer: Tokenizer) -> None:
     # A token of byte-level BPE that begins a word is shown with the space before it.
     tokens = [token.removeprefix("␣") or token for token in tokenizer.tokens(list(range(tokenizer.vocab_size)))]
-    table, found = load_table(file, tokens, model.embedding.table.shape[1])
-    put_vectors(model.embedding, table, found)
+    words = model.decoder if isinstance(model, Captioner) else model
+    table, found = load_table(file, tokens, words.embedding.table.shape[1])
+    put_vectors(words.embedding, table, found)
+    if isinstance(words, Transformer) and words.source_embedding is not None:
+        put_vectors(words.source_embedding, table, found)
     log.warning("%s: vectors of %d of %d tokens", file, found.sum(), len(tokens))
 
 

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import optax
 from datasets import Dataset
 from flax import nnx
 
+from seqattn.models import LanguageModelConfig, Learned, Seq2SeqConfig
 from train import objectives, run
 from train.batches import Batch, iterate, stream
 from train.checkpoint import Checkpoints
@@ -148,21 +149,33 @@ def _check_folder(folder: Path) -> None:
 
 def _check_lengths(session: Session) -> None:
     """Raises ValueError where a text has more tokens than the model has learned positions."""
-    limit, longest_kept = longest(session.model), session.experiment.batches.max_length
+    config, longest_kept = session.experiment.model, session.experiment.batches.max_length
+    encoder = config.attention_encoder if isinstance(config, Seq2SeqConfig) else None
+    limit, flag = longest(session.model), "--model.positions.max-length"
+    if encoder is not None and isinstance(encoder.positions, Learned):
+        limit, flag = encoder.positions.max_length, "--model.attention-encoder.positions.max-length"
     if limit is None:
         return
+
+    def places(source: Sized, target: Sized) -> int:
+        if encoder is not None:
+            return len(source)
+        # A language model reads both as one text.
+        one_stream = isinstance(config, LanguageModelConfig)
+        return len(source) + len(target) - 1 if one_stream else max(len(source), len(target) - 1)
+
     for name, split in session.splits.items():
-        lengths = [max(len(source), len(target) - 1) for source, target in session.objective.examples(split)]
-        most = max(length for length in lengths if name != "train" or length <= longest_kept)
+        rows = session.objective.examples(split)
+        kept = [row for row in rows if name != "train" or max(map(len, row)) <= longest_kept]
+        most = max((places(*row) for row in kept), default=0)
         if most > limit:
-            raise ValueError(
-                f"the {name} split has a text of {most} tokens: --model.positions.max-length ({limit}) must be as many"
-            )
+            raise ValueError(f"the {name} split has a text of {most} tokens: {flag} ({limit}) must be as many")
 
 
 def _train(session: Session, interrupts: Interrupts) -> None:
     experiment, first = session.experiment, int(session.state.step)
-    if first == experiment.steps or _is_exhausted(session, print):
+    missed = _missed_validation(session, first)
+    if (first == experiment.steps and not missed) or _is_exhausted(session, print):
         return
     options: dict[str, Any] = {"seed": experiment.seed, "label_smoothing": experiment.label_smoothing}
     update = data_parallel(make_update(session.graph, session.optimizer, session.objective.loss, **options))
@@ -176,6 +189,10 @@ def _train(session: Session, interrupts: Interrupts) -> None:
         _greet(session, progress, len(rows))
         for file in (metrics, samples):
             file.truncate_after(first)
+        if missed:
+            _validate(session, first, metrics, samples, progress)
+            if _is_exhausted(session, progress.print):
+                return
         meter = _Meter(session, metrics, progress)
         batches = itertools.islice(iterate(order, start=first), experiment.steps - first)
         for step, batch in enumerate(batches, first + 1):
@@ -195,13 +212,21 @@ def _train(session: Session, interrupts: Interrupts) -> None:
                 return
 
 
+def _missed_validation(session: Session, step: int) -> bool:
+    """Whether a run was stopped between the checkpoint of a step and its evaluation."""
+    file = session.experiment.run / "metrics.jsonl"
+    if not step or step % session.experiment.evaluate_every or not file.exists():
+        return False
+    return not any(row["kind"] == "validation" and row["step"] == step for row in read_metrics(file))
+
+
 def _is_exhausted(session: Session, say: Callable[[str], None]) -> bool:
     """Whether patience is at its end; then the best checkpoint is the latest, and its state that of the session."""
     patience, file = session.experiment.patience, session.experiment.run / "metrics.jsonl"
     if patience is None or session.checkpoints is None or not file.exists():
         return False
     checks = [row for row in read_metrics(file) if row["kind"] == "validation"]
-    best = min(checks, key=lambda row: row["loss"], default=None)
+    best = min((row for row in checks if math.isfinite(row["loss"])), key=lambda row: row["loss"], default=None)
     if best is None:
         return False
     # An interrupted run saves more often than it evaluates, which would push the best one out.

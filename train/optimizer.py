@@ -206,7 +206,7 @@ class Muon:
     """That of an update of a matrix, times the learning rate; 0.2 is about that of Adam."""
     weight_decay: float = 0.01
     """Share of each weight of a matrix taken away in an update, times the learning rate."""
-    adam: tuple[str, ...] = ("*table*", "output/kernel", "head/output/kernel")
+    adam: tuple[str, ...] = ("*table*", "output/kernel", "head/output/kernel", "decoder/output/kernel")
     """Matrices that are left to AdamW, by globs of their paths: tables of vectors, and layers that give logits."""
     beta1: float = 0.9
     """AdamW's decay of the mean of gradients."""

@@ -111,7 +111,9 @@ def to_text(experiment: Experiment) -> str:
 def check_same(folder: Path, saved: str, experiment: Experiment) -> None:
     """Raises ValueError where a saved config differs from the experiment in what decides the parameters."""
     wrong = differences(json.loads(saved), encode(experiment))
-    wrong = [line for line in wrong if line.partition(":")[0] not in _FREE]
+    # With patience it is the evaluations that decide where training stops.
+    free = _FREE if experiment.patience is None else ("run", "log_every", "bleu")
+    wrong = [line for line in wrong if line.partition(":")[0] not in free]
     if wrong:
         raise ValueError(
             f"{folder} holds a run with another configuration (there and here):\n  "

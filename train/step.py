@@ -15,6 +15,7 @@ from seqattn.static import pytree
 Metrics = dict[str, jax.Array]
 """Scalars: `loss` (mean over labels, nats), `tokens` (labels that counted), `gradient_norm` (before clipping).
 
+The norm is of the gradients of all parameters, also of those that are frozen, which the optimizer's clip does not see.
 With mixtures of experts also `dropped`, the share of choices for which an expert had no room.
 """
 

@@ -39,8 +39,9 @@ from seqattn.decoding import (
     TopP,
 )
 from seqattn.models import Seq2SeqConfig
-from train import environment, run
+from train import environment, objectives, run
 from train.log import Progress
+from train.objectives import pictures
 from train.run import Run
 from train.tokenizer import Tokenizer
 from train.translator import Beam, Output, Search, Translator
@@ -193,6 +194,7 @@ def main(arguments: Arguments) -> int:
     _check(arguments)
     search, processors = search_of(arguments), processors_of(arguments)
     trained = run.load(arguments.run)
+    objectives.check_serves(trained, "translate", objectives.SequenceToSequence)
     config = trained.experiment.model
     if arguments.plot is not None and isinstance(config, Seq2SeqConfig) and config.attention is None:
         raise ValueError(f"--plot: the model of {arguments.run} has no attention (its attention is None): no map")
@@ -230,12 +232,10 @@ def _print(outputs: list[Output]) -> None:
 
 def _draw(trained: Run, texts: Sequence[str], outputs: Sequence[str], file: Path) -> None:
     """Says on standard error where the maps are, or that there is none: of an empty text, or where the model failed."""
-    from train.objectives.pictures import draw_attention  # matplotlib is slow to import
-
     stem = file.with_suffix("") if file.suffix in (".png", ".svg") else file
     for number, (text, output) in enumerate(zip(texts, outputs, strict=True), 1):
         path_stem = stem if len(texts) == 1 else stem.with_name(f"{stem.name}-{number}")
-        paths = draw_attention(trained.model, trained.tokenizer, text, output, path_stem)
+        paths = pictures.draw_attention(trained.model, trained.tokenizer, text, output, path_stem)
         drawn = " ".join(map(str, paths)) or "nothing to draw"
         print(f"{text!r}: {drawn}", file=sys.stderr)
 

@@ -13,10 +13,10 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import split
 from seqattn.masks import SameSegment
 from seqattn.models import positions as order
+from seqattn.models.pooling import mean_over_tokens
 from seqattn.models.positions import Learned, Sinusoidal
 from seqattn.nn.blocks import BlockConfig, EncoderBlock
 from seqattn.nn.recurrent import Carry, Cell
-from seqattn.precision import accumulator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +101,6 @@ class SelfAttentionEncoder(nnx.Module):
         x = order.add(x, position, self.order, self.positions)
         for block, key in zip(self.blocks, split(dropout_key, len(self.blocks)), strict=True):
             x = block(x, at, dropout_key=key)
-        mean = _mean(x, real)
+        mean = mean_over_tokens(x, real)
         starts = [start(mean) for start in self.starts]
         return x, [tuple(jnp.split(start, 2, axis=-1)) if self.is_lstm else start for start in starts]
-
-
-def _mean(x: Float[Array, "*batch S H"], real: Array) -> Float[Array, "*batch H"]:
-    """The mean over real tokens; zeros where there are none."""
-    high = accumulator(x.dtype)
-    total = jnp.sum(jnp.where(real[..., None], x, jnp.zeros_like(x)), axis=-2, dtype=high)
-    count = jnp.maximum(jnp.sum(real, axis=-1, keepdims=True), 1).astype(high)
-    return (total / count).astype(x.dtype)

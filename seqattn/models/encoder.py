@@ -12,11 +12,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import drop, split
 from seqattn.models import positions as order
+from seqattn.models.pooling import mean_over_tokens
 from seqattn.models.positions import Positions, Sinusoidal
 from seqattn.models.stack import Attention, Full, Stack
 from seqattn.nn.blocks import BlockConfig
 from seqattn.nn.embedding import TokenEmbedding
-from seqattn.precision import accumulator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ class TextHead(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], at: Coordinates, embedding: TokenEmbedding) -> Float[Array, "B C"]:
         """Logits of the label of each row."""
-        return self.output(jnp.tanh(self.hidden(_mean(x, jnp.broadcast_to(at.segment, x.shape[:-1]) != 0))))
+        return self.output(jnp.tanh(self.hidden(mean_over_tokens(x, jnp.broadcast_to(at.segment, x.shape[:-1]) != 0))))
 
 
 class MaskedHead(nnx.Module):
@@ -163,10 +163,3 @@ def _num_labels(head: Head) -> int:
     if labels < 1:
         raise ValueError(f"num_labels ({labels}) must be at least 1")
     return labels
-
-
-def _mean(x: Float[Array, "B T D"], real: Array) -> Float[Array, "B D"]:
-    """The mean over real tokens; zeros where there are none."""
-    high = accumulator(x.dtype)
-    total = jnp.sum(jnp.where(real[..., None], x, jnp.zeros_like(x)), axis=1, dtype=high)
-    return (total / jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1).astype(high)).astype(x.dtype)

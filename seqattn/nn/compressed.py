@@ -56,9 +56,9 @@ class MemoryCompressedAttention(MultiHeadAttention):
             raise ValueError(f"stride ({stride}) must be at least 1")
         super().__init__(model_dim, num_heads, param_dtype=param_dtype, rngs=rngs, **options)
         self.stride = stride
-        mean = jnp.broadcast_to(jnp.eye(self.head_dim) / stride, (stride, self.num_kv_heads, *[self.head_dim] * 2))
-        self.key_filter = nnx.Param(mean.astype(param_dtype))
-        self.value_filter = nnx.Param(mean.astype(param_dtype))
+        # Two arrays: one under two parameters could not be donated.
+        self.key_filter = nnx.Param(_mean_of_block(stride, self.num_kv_heads, self.head_dim, param_dtype))
+        self.value_filter = nnx.Param(_mean_of_block(stride, self.num_kv_heads, self.head_dim, param_dtype))
 
     def project(self, x: Float[Array, "*batch S D"], at: Coordinates) -> KeyValue:
         """A key and a value `[*batch, S // stride, K, H]` for each complete block of tokens `x` `[*batch, S, D]`."""
@@ -169,6 +169,10 @@ class CompressedCache(Cache):
     def select(self, parent: Int[Array, "B beams"]) -> "CompressedCache":
         """Hypothesis j of a row goes on from hypothesis `parent[:, j]`: a copy of its blocks."""
         return CompressedCache(self.recent.select(parent), self.columns.select(parent), self.overflowed)
+
+
+def _mean_of_block(stride: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike) -> Float[Array, "stride K H H"]:
+    return jnp.tile((jnp.eye(head_dim) / stride).astype(dtype), (stride, num_kv_heads, 1, 1))
 
 
 def _blocks(at: Coordinates, stride: int) -> tuple[Int[Array, "B blocks stride"], Bool[Array, "B blocks"]]:

@@ -19,6 +19,9 @@ from seqattn.static import pytree
 
 Output = TypeVar("Output")
 
+_MOST_TOGETHER = 4096
+"""Of so many tokens at most `[E, tokens, D]` and `[E, tokens, F]` are made at once in evaluation."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig:
@@ -33,8 +36,8 @@ class MixtureConfig:
     top_k: int = 2
     """How many of them each token uses."""
     capacity_factor: float | None = 1.25
-    """An expert takes at most ceil(capacity_factor * top_k * tokens / num_experts) tokens, the factor to two decimals;
-    None for any number of them."""
+    """Where a call has a dropout key, an expert takes at most ceil(capacity_factor * top_k * tokens / num_experts)
+    tokens, the factor to two decimals; None for any number of them, as in every call without a key."""
     noise: bool = True
     """Add trainable noise to the gates where a call has a dropout key (Shazeer 2017, equation 4)."""
     balance_weight: float = 0.01
@@ -73,7 +76,7 @@ class Routing:
             is 1 where all are used alike (Fedus 2021, equation 4).
         z_loss: mean over tokens of the squared log-sum-exp of the gate's logits (Zoph 2022, equation 5).
         load: how many tokens chose each expert, `[E]`, those that it had no room for included.
-        dropped: how many of these choices found no room.
+        dropped: how many of these choices found no room; none in a call without a dropout key.
         tokens: how many tokens there were, without padding.
     """
 
@@ -96,8 +99,14 @@ class MixtureOfExperts(nnx.Module):
     logits, of equal ones the first, and the output is their sum, weighted by a softmax over these logits alone. With
     `top_k` 1 that weight is 1, so the gate learns from the routing's loss only.
 
-    An expert that more tokens choose than its capacity takes the earlier ones, in the order of `x` with its leading
-    dims joined; to the others it adds nothing. So with a capacity the tokens of one call are not independent.
+    In a call with a dropout key, that is in training, an expert that more tokens choose than its capacity takes the
+    earlier ones, in the order of `x` with its leading dims joined; to the others it adds nothing. Its room is a share
+    of all tokens of the call, later ones and those of other texts included, so the texts of a batch are then not
+    independent, and no text is strictly causal. Without a key there is no capacity, and no token depends on another.
+
+    Where there is no capacity every expert computes every token: without a key and with more than 4096 tokens one
+    expert after the other, so that memory is that of one, else all at once. One after the other, experts that are
+    split over devices are gathered, each in its turn.
 
     Args:
         model_dim: D, the size of input and output.
@@ -113,10 +122,10 @@ class MixtureOfExperts(nnx.Module):
     Raises:
         ValueError: a size is below 1, or the rate is not a probability.
 
-    >>> layer = MixtureOfExperts(4, 8, config=MixtureConfig(num_experts=3), rngs=nnx.Rngs(0))
+    >>> layer = MixtureOfExperts(4, 8, config=MixtureConfig(num_experts=3, noise=False), rngs=nnx.Rngs(0))
     >>> jax.jit(layer)(jnp.ones((2, 5, 4))).shape, layer.experts.hidden.kernel.shape
     ((2, 5, 4), (3, 4, 8))
-    >>> routing = jax.jit(layer.route)(jnp.ones((2, 5, 4)))
+    >>> routing = jax.jit(layer.route)(jnp.ones((2, 5, 4)), dropout_key=jax.random.key(0))
     >>> print(routing.load.sum(), routing.dropped)  # ten equal tokens, of which two experts take ceil(8.3) each
     20 2
     """
@@ -152,31 +161,23 @@ class MixtureOfExperts(nnx.Module):
         real: Bool[Array, "*batch"] | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch D"]:
-        """`[*batch, D]` to `[*batch, D]`. Without a dropout key nothing drops and the gate has no noise.
+        """`[*batch, D]` to `[*batch, D]`. Without a dropout key nothing drops, no token either, and no noise is added.
 
         Args:
             x: the tokens.
             real: which of them are not padding, `[*batch]`; all of them by default. Padding uses no expert, takes no
                 room and counts in no loss; it may hold anything, and gives zeros.
-            dropout_key: for the noise and for dropout inside the experts.
+            dropout_key: for the noise and for dropout inside the experts; with it the capacity holds.
         """
         noise_key, hidden_key = split(dropout_key, 2)
         tokens, choice = self._choose(x, real, noise_key)
         if hasattr(self, "__captures__"):  # inside `nnx.capture`; anywhere else flax would store it in the module
             self.sow(Routed, "routing", choice.routing(self.config))
-        count, size = len(tokens), self.config.num_experts * choice.capacity
-        if not count:
+        if not len(tokens):
             return x
-        slot = choice.slots()
-        # A slot that nobody takes reads beyond the tokens, which gives zeros.
-        owner = jnp.arange(slot.size, dtype=jnp.int32) // self.config.top_k
-        token = jnp.full(size, count, jnp.int32).at[slot].set(owner, mode="drop", unique_indices=True)
-        taken = tokens.at[token].get(mode="fill", fill_value=0)
-        taken = taken.reshape(self.config.num_experts, choice.capacity, x.shape[-1])
-        output = self._apply_experts(taken, hidden_key).reshape(size, x.shape[-1])
-        parts = output.at[slot].get(mode="fill", fill_value=0, unique_indices=True)
-        parts = parts.reshape(*choice.weight.shape, x.shape[-1]).astype(choice.weight.dtype)
-        return (parts * choice.weight[..., None]).sum(axis=1).astype(output.dtype).reshape(x.shape)
+        # A capacity of all tokens is room for all real ones too, however few they are.
+        mixed = self._within_capacity if choice.capacity < len(tokens) else self._without_limit
+        return mixed(tokens, choice, hidden_key).reshape(x.shape)
 
     def route(
         self,
@@ -199,7 +200,8 @@ class MixtureOfExperts(nnx.Module):
         _, expert = largest(jax.lax.stop_gradient(logits), self.config.top_k)
         weight = jax.nn.softmax(jnp.take_along_axis(logits, expert, axis=-1), axis=-1)
         # Room by the number of real tokens, so that padding changes nothing; capacity, the array's size, by all.
-        room, capacity = (_part_of(count, *self.config.share) for count in (real.sum(dtype=jnp.int32), len(tokens)))
+        share = (1, 1) if key is None else self.config.share
+        room, capacity = (_part_of(count, *share) for count in (real.sum(dtype=jnp.int32), len(tokens)))
         return tokens, _Choice(logits, expert, weight, real, room, capacity)
 
     def _logits(self, tokens: Float[Array, "T D"], key: PRNGKeyArray | None) -> Float[Array, "T E"]:
@@ -211,9 +213,47 @@ class MixtureOfExperts(nnx.Module):
         deviation = jax.nn.softplus(tokens @ self.noise.kernel[...].astype(exact))
         return logits + deviation * jax.random.normal(key, logits.shape, exact)
 
-    def _apply_experts(self, taken: Float[Array, "E C D"], key: PRNGKeyArray | None) -> Float[Array, "E C D"]:
-        keys = None if key is None else jax.random.split(key, self.config.num_experts)
-        return jax.vmap(lambda expert, x, key: expert(x, dropout_key=key))(self.experts, taken, keys)
+    def _within_capacity(
+        self, tokens: Float[Array, "T D"], choice: "_Choice", key: PRNGKeyArray | None
+    ) -> Float[Array, "T D"]:
+        """Each expert on the tokens that it has room for."""
+        size, slot = self.config.num_experts * choice.capacity, choice.slots()
+        # A slot that nobody takes reads beyond the tokens, which gives zeros.
+        owner = jnp.arange(slot.size, dtype=jnp.int32) // self.config.top_k
+        token = jnp.full(size, len(tokens), jnp.int32).at[slot].set(owner, mode="drop", unique_indices=True)
+        taken = tokens.at[token].get(mode="fill", fill_value=0)
+        taken = taken.reshape(self.config.num_experts, choice.capacity, tokens.shape[-1])
+        output = jax.vmap(_apply)(self.experts, taken, self._keys(key)).reshape(size, tokens.shape[-1])
+        parts = output.at[slot].get(mode="fill", fill_value=0, unique_indices=True)
+        parts = parts.reshape(*choice.weight.shape, tokens.shape[-1]).astype(choice.weight.dtype)
+        return (parts * choice.weight[..., None]).sum(axis=1).astype(output.dtype)
+
+    def _without_limit(
+        self, tokens: Float[Array, "T D"], choice: "_Choice", key: PRNGKeyArray | None
+    ) -> Float[Array, "T D"]:
+        """Each expert on all tokens, of which those count that chose it."""
+
+        def part(expert: FeedForward, key: PRNGKeyArray | None, chosen: Array, weight: Array) -> Array:
+            output = _apply(expert, tokens, key)
+            return jnp.where(chosen[:, None], output.astype(weight.dtype) * weight[:, None], 0)
+
+        uses = choice.uses()
+        weight = jnp.where(uses, choice.weight[..., None], 0).sum(axis=1)
+        given = self.experts, self._keys(key), uses.any(axis=1).T, weight.T
+        if key is None and len(tokens) > _MOST_TOGETHER:
+            total = jnp.zeros(tokens.shape, weight.dtype)
+            total, _ = jax.lax.scan(lambda total, given: (total + part(*given), None), total, given)
+        else:
+            total = jax.vmap(part)(*given).sum(axis=0)
+        return total.astype(jnp.result_type(tokens, self.experts.output.kernel[...]))
+
+    def _keys(self, key: PRNGKeyArray | None) -> Array | None:
+        """One for each expert."""
+        return None if key is None else jax.random.split(key, self.config.num_experts)
+
+
+def _apply(expert: FeedForward, x: Float[Array, "T D"], key: PRNGKeyArray | None) -> Float[Array, "T D"]:
+    return expert(x, dropout_key=key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,11 +269,14 @@ class _Choice:
     capacity: int
     """The bound on it that is known without the data."""
 
+    def uses(self) -> Bool[Array, "T K E"]:
+        """Which expert each choice is, none of padding."""
+        experts = jnp.arange(self.logits.shape[-1], dtype=jnp.int32)
+        return (self.expert[..., None] == experts[None, None]) & self.real[:, None, None]
+
     def load(self) -> Int[Array, " E"]:
         """How many tokens chose each expert."""
-        experts = jnp.arange(self.logits.shape[-1], dtype=jnp.int32)
-        chose = (self.expert[..., None] == experts[None, None]) & self.real[:, None, None]
-        return chose.sum(axis=(0, 1), dtype=jnp.int32)
+        return self.uses().sum(axis=(0, 1), dtype=jnp.int32)
 
     def slots(self) -> Int[Array, " choices"]:
         """Where each choice lies in the experts' input `[E * capacity]`, all different; beyond its end without room."""

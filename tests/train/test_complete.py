@@ -18,7 +18,8 @@ from seqattn.models import (
 )
 from seqattn.nn import BlockConfig
 from train import complete
-from train.complete import Arguments, Completer
+from train.complete import Arguments
+from train.completer import Completer
 from train.tokenizer import Characters, Tokenizer
 
 LETTERS = Tokenizer.train(Characters(), ["abcdefg"])

@@ -59,9 +59,9 @@ VALUES = [
         patience=1,
         initializer=Uniform(),
         word_vectors=Path("glove.txt"),
-        start_from=Path("runs/masked"),
         frozen=("embedding/*", "stack/*"),
     ),
+    dataclasses.replace(experiments.DATES, start_from=Path("runs/masked")),
 ]
 
 
@@ -151,3 +151,9 @@ def test_a_patience_that_would_lose_the_best_checkpoint_is_refused(patience, kee
     with pytest.raises(ValueError, match=rf"patience \({patience}\) must be .* keep_checkpoints \({keep}\)"):
         dataclasses.replace(experiments.DATES, patience=patience, keep_checkpoints=keep)
     assert dataclasses.replace(experiments.DATES, patience=1, keep_checkpoints=2).patience == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("word_vectors", Path("glove.txt")), ("initializer", Uniform())])
+def test_parameters_from_two_places_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name} .* and start_from \(runs/masked\) exclude each other"):
+        dataclasses.replace(experiments.DATES, start_from=Path("runs/masked"), **{name: value})

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from seqattn.models import CaptionerConfig, Patches, Seq2SeqConfig, TransformerConfig
+from seqattn.nn import BlockConfig
 from train import loop, run
 from train.fresh import fresh
 from train.initializers import Uniform, redraw
@@ -135,3 +137,24 @@ def test_vectors_stay_when_the_rest_is_drawn_anew(plain, tmp_path):
     (index,) = tokenizer.encode("a")
     np.testing.assert_allclose(table[index], 2 / math.sqrt(dim), rtol=1e-6)
     assert np.abs(np.delete(table, index, axis=0)).max() <= 0.01
+
+
+WRITER = TransformerConfig(0, 0, 1, BlockConfig(model_dim=8, hidden_dim=5, num_heads=2))
+
+
+@pytest.mark.parametrize("decoder", [WRITER, Seq2SeqConfig(0, embedding_dim=8, hidden_dim=6)])
+def test_word_vectors_reach_what_reads_pictures(decoder, plain, tmp_path):
+    experiment, tokenizer = plain
+    model = CaptionerConfig(tokenizer.vocab_size, Patches((3, 2)), decoder)
+    (tmp_path / "vectors.txt").write_text("c" + " 1.5" * 8)
+    begun = fresh(dataclasses.replace(experiment, model=model, word_vectors=tmp_path / "vectors.txt"), tokenizer)
+    np.testing.assert_allclose(begun.decoder.embedding(jnp.array(tokenizer.encode("c"))), 1.5, rtol=1e-6)
+
+
+def test_word_vectors_reach_the_table_of_the_source(plain, tmp_path):
+    experiment, tokenizer = plain
+    model = dataclasses.replace(experiment.model, share_embeddings=False)
+    (tmp_path / "vectors.txt").write_text("c" + " 1.5" * model.block.model_dim)
+    begun = fresh(dataclasses.replace(experiment, model=model, word_vectors=tmp_path / "vectors.txt"), tokenizer)
+    for table in (begun.embedding, begun.source_embedding):
+        np.testing.assert_allclose(table(jnp.array(tokenizer.encode("c"))), 1.5, rtol=1e-6)

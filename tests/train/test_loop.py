@@ -41,8 +41,8 @@ def test_every_evaluation_writes_triples(finished):
     assert all(row["target"] == row["source"][::-1] and isinstance(row["output"], str) for row in samples)
 
 
-def test_an_interrupted_run_resumes_to_the_same_parameters_bitwise(tiny, finished, tmp_path, interrupted):
-    steps = 7  # two after an evaluation, none on a row of metrics
+@pytest.mark.parametrize("steps", [7, 10], ids=["between_evaluations", "before_an_evaluation"])
+def test_an_interrupted_run_resumes_to_the_same_parameters_bitwise(steps, tiny, finished, tmp_path, interrupted):
     experiment = dataclasses.replace(tiny, run=tmp_path / "stopped")
     interrupted(experiment, steps)
     assert run.load(experiment.run).step == steps
@@ -198,7 +198,7 @@ def test_e13_one_compilation_for_each_bucket(tiny, tmp_path, caplog):
 @pytest.fixture
 def judged(tagging, tmp_path, monkeypatch):
     """A run that evaluations judge as was decided beforehand, and the parameters that each of them saw."""
-    losses, seen, evaluate = iter([3.0, 1.0, 1.0, 2.0]), [], Tagging.evaluate
+    losses, seen, evaluate = iter([np.nan, 1.0, 1.0, 2.0]), [], Tagging.evaluate
 
     def judge(objective, model, split, **options):
         if len(split) != 1:  # the test split

@@ -7,7 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from seqattn.models import (
+    Captioner,
+    CaptionerConfig,
+    Encoder,
+    EncoderConfig,
+    Patches,
+    RecurrentLanguageModel,
+    RecurrentLanguageModelConfig,
+    Seq2Seq,
+    Seq2SeqConfig,
+    TextLabels,
+    TokenLabels,
+    Transformer,
+    TransformerConfig,
+)
+from seqattn.nn import BlockConfig
 from train.checkpoint import Checkpoints
 from train.freezing import freeze
 from train.optimizer import (
@@ -24,6 +41,7 @@ from train.optimizer import (
     Noam,
     Optimizer,
 )
+from train.parameters import matrices, paths
 from train.step import TrainState
 
 STEPS = 50
@@ -250,3 +268,34 @@ def test_momentum_that_never_fades_is_refused(algorithm):
 def test_a_negative_sum_of_squares_is_refused():
     with pytest.raises(ValueError, match=r"initial \(-0.5\) must be at least 0"):
         AdaGrad(initial=-0.5)
+
+
+BLOCK = BlockConfig(model_dim=6, hidden_dim=5, num_heads=2)
+RECURRENT = Seq2SeqConfig(11, embedding_dim=4, hidden_dim=6)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "adam"),
+    [
+        (Seq2Seq, RECURRENT, {"embedding/table", "output/kernel"}),
+        (RecurrentLanguageModel, RecurrentLanguageModelConfig(11, 4, 6), {"embedding/table", "output/kernel"}),
+        (Encoder, EncoderConfig(11, 1, BLOCK, head=TokenLabels(3)), {"embedding/table", "head/output/kernel"}),
+        (Encoder, EncoderConfig(11, 1, BLOCK, head=TextLabels(3)), {"embedding/table", "head/output/kernel"}),
+        (
+            Captioner,
+            CaptionerConfig(11, Patches((3, 2)), RECURRENT),
+            {"decoder/embedding/table", "decoder/output/kernel"},
+        ),
+        (
+            Transformer,
+            TransformerConfig(11, 1, 1, BLOCK, share_embeddings=False),
+            {"embedding/table", "source_embedding/table"},
+        ),
+    ],
+    ids=["Seq2Seq", "RecurrentLanguageModel", "TokenLabels", "TextLabels", "Captioner", "Transformer"],
+)
+def test_muon_leaves_tables_and_logits_to_adamw(model, config, adam):
+    params = nnx.eval_shape(lambda: nnx.state(model(config, rngs=nnx.Rngs(0)), nnx.Param))
+    labels = dict(zip(jax.tree.leaves(paths(params)), jax.tree.leaves(Muon()._labels(params)), strict=True))
+    is_matrix = dict(zip(labels, jax.tree.leaves(matrices(params)), strict=True))
+    assert {path for path, label in labels.items() if label == "adam" and is_matrix[path]} == adam

@@ -3,6 +3,7 @@
 Reads the Python standard library of this machine, split by file (Liu 2018, table 3: seq2seq-attention, L = 500).
 
 Command: `python -m train docstrings_recurrent`.
+Time and result: not measured yet.
 """
 
 from pathlib import Path

@@ -2,8 +2,11 @@
 
 Reads the Python standard library of this machine, split by file, in pieces of 128 characters.
 
-Command: `python -m train language`; with other positions `--model.positions:rotary` and so on, see below.
+Commands: `python -m train language`, and with other positions
+`python -m train language model.positions:relative-keys --run runs/language_relative_keys`, where `relative-keys` may
+also be `sinusoidal`, `learned`, `linear-biases`, `bucket-biases` or `none`.
 Goes on with a text: `python -m train.complete runs/language "def __init__(self"`.
+Time and result: not measured yet.
 """
 
 from pathlib import Path

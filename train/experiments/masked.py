@@ -3,6 +3,7 @@
 Reads the Python standard library of this machine, split by file.
 
 Command: `python -m train masked`, before `python -m train few_tags`.
+Time and result: not measured yet.
 """
 
 import dataclasses

@@ -1,8 +1,11 @@
 """Pictures of strings read by convolutions and a recurrent decoder that attends to their places (Xu 2015).
 
-Command: `python -m train reading`; by a Transformer's decoder with
-`python -m train reading model:captioner model.decoder:transformer-config`, over patches with
-`python -m train reading model:captioner model.image:patches`.
+Commands: `python -m train reading`, over patches
+`python -m train reading model.image:patches --run runs/reading_patches`, and by a Transformer's decoder, whose table
+of tokens takes its size from `vocab_size` of the captioner,
+`python -m train reading model.decoder:transformer-config --model.decoder.vocab-size 0
+--model.decoder.num-encoder-layers 0 --model.decoder.num-decoder-layers 2 --model.decoder.block.model-dim 64
+--model.decoder.block.hidden-dim 256 --model.decoder.block.num-heads 4 --run runs/reading_transformer`.
 Time and result: not measured yet.
 """
 

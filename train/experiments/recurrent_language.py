@@ -2,8 +2,10 @@
 
 Reads the Python standard library of this machine, split by file, in pieces of 128 characters.
 
-Command: `python -m train recurrent_language`; for the other cells `--model.cell gru` or `--model.cell simple`.
+Commands: `python -m train recurrent_language`, and with another cell
+`python -m train recurrent_language --model.cell gru --run runs/recurrent_language_gru`, or likewise `simple`.
 Goes on with a text: `python -m train.complete runs/recurrent_language "def __init__(self"`.
+Time and result: not measured yet.
 """
 
 from pathlib import Path

@@ -1,5 +1,6 @@
 """What a run is about: one file for each objective, chosen by the task and the model of the experiment."""
 
+from train.objectives.choice import check_serves as check_serves
 from train.objectives.choice import kind as kind
 from train.objectives.choice import make as make
 from train.objectives.continuation import Continuation as Continuation

@@ -8,8 +8,8 @@ from datasets import Dataset
 
 from seqattn.models import EncoderDecoder
 from train.batches import Example
-from train.complete import Completer
-from train.objectives.objective import Arrays, Objective, Scores, Sums
+from train.completer import Completer
+from train.objectives.objective import Arrays, Objective, Scores, Sums, perplexity
 from train.objectives.pictures import draw_reading
 from train.objectives.sequences import SequenceToSequence
 
@@ -45,7 +45,7 @@ class Continuation(Objective):
         tokens = sum(len(target) - 1 for _, target in self.examples(split))
         bits = loss * tokens / math.log(2) / max(1, sum(map(len, split["target"])))
         outputs = Completer(model, self.tokenizer)([_half(text) for text in split["target"][:_SAID]])
-        numbers = {"loss": loss, "perplexity": math.exp(loss), "bits_per_character": bits}
+        numbers = {"loss": loss, "perplexity": perplexity(loss), "bits_per_character": bits}
         return Scores(numbers, outputs)
 
     def draw(self, model: EncoderDecoder, split: Dataset, folder: Path) -> list[Path]:

@@ -1,6 +1,5 @@
 """Masked language modelling: tokens that were hidden, from those on both sides (Devlin 2019, section 3.1)."""
 
-import math
 from pathlib import Path
 
 import jax
@@ -10,12 +9,11 @@ from datasets import Dataset
 from seqattn import Coordinates, cross_entropy
 from seqattn.models import Encoder
 from train.batches import Batch, Example
-from train.objectives.objective import Arrays, Objective, Scores, Sums
+from train.objectives.objective import Arrays, Objective, Scores, Sums, perplexity
 from train.objectives.pictures import draw_heads
 from train.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 _CHOSEN, _HIDDEN, _REPLACED = 0.15, 0.8, 0.1
-_SAID = 16
 
 
 class Masking(Objective):
@@ -50,7 +48,7 @@ class Masking(Objective):
     def evaluate(self, model: Encoder, split: Dataset, *, batch_size: int = 64) -> Scores:
         """`loss` and `perplexity` of a hidden token."""
         loss = self.mean_loss(model, split, batch_size=batch_size)
-        return Scores({"loss": loss, "perplexity": math.exp(loss)}, [])
+        return Scores({"loss": loss, "perplexity": perplexity(loss)}, [])
 
     def draw(self, model: Encoder, split: Dataset, folder: Path) -> list[Path]:
         """Where each token of the first few texts looks, in every head."""

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,18 @@ class Objective(abc.ABC):
         compiled = _compiled(graph, type(self))
         sums = [compiled(params, batch) for _, batch in once(self.examples(split), size=batch_size)]
         return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
+
+
+def perplexity(loss: float) -> float:
+    """How many equally probable labels are as hard to tell: the exponential of a loss in nats, or infinity.
+
+    >>> perplexity(0.0), perplexity(1e4)
+    (1.0, inf)
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError:  # of a model that diverged, whose run goes on
+        return math.inf
 
 
 @cache

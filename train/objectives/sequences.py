@@ -1,6 +1,5 @@
 """Source to target, by anything that encodes and decodes: translation, and all that can be told as one."""
 
-import math
 from pathlib import Path
 
 import jax
@@ -10,7 +9,7 @@ from datasets import Dataset
 from seqattn import Coordinates, cross_entropy
 from seqattn.models import EncoderDecoder
 from train.batches import Example, examples
-from train.objectives.objective import Arrays, Objective, Scores, Sums
+from train.objectives.objective import Arrays, Objective, Scores, Sums, perplexity
 from train.objectives.pictures import draw_texts
 from train.rouge import rouge_l
 from train.tokenizer import Tokenizer
@@ -66,7 +65,7 @@ class SequenceToSequence(Objective):
             numbers["chrf"] = sacrebleu.corpus_chrf(outputs, [references]).score
             signature = str(metric.get_signature())
         if self._rouge:
-            numbers["perplexity"] = math.exp(loss)
+            numbers["perplexity"] = perplexity(loss)
             numbers["rouge_l"] = 100 * sum(map(rouge_l, outputs, references)) / len(references)
         return Scores(numbers, outputs, signature)
 

@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,7 +43,8 @@ class Docstrings(SourceTask):
 def functions(text: str) -> Iterator[Example]:
     r'''The functions of a file of Python source that have a docstring and something beside it; none if it is none.
 
-    The source starts at "def", with no indentation; the key is the body.
+    The source starts at "def"; the indentation of that line is cut from every other line that has it, which a line of
+    a string may not. The key is the body, without the indentation of its first statement likewise.
 
     >>> text = 'class A:\n    def one(self):\n        """The\n        number."""\n        return 1\n'
     >>> next(functions(text))
@@ -66,5 +66,11 @@ def functions(text: str) -> Iterator[Example]:
             )
             if summary and alone:
                 body = rows[document.end_lineno : node.end_lineno]
-                source = textwrap.dedent("".join([*rows[node.lineno - 1 : document.lineno - 1], *body])).rstrip()
-                yield Example(source, summary, key=textwrap.dedent("".join(body)).strip())
+                source = _outdented([*rows[node.lineno - 1 : document.lineno - 1], *body], rows, node).rstrip()
+                yield Example(source, summary, key=_outdented(body, rows, first).strip())
+
+
+def _outdented(lines: list[str], rows: list[str], statement: ast.stmt) -> str:
+    """Some lines of a file, without the indentation of one of its statements where they have it."""
+    indentation = rows[statement.lineno - 1][: statement.col_offset]
+    return "".join(line.removeprefix(indentation) for line in lines)

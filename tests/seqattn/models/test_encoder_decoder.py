@@ -96,6 +96,15 @@ MODELS = {
     TransformerConfig: Transformer,
 }
 every_model = pytest.mark.parametrize("name", CONFIGS)
+# The relations that a model keeps by its parts, and not by their combination, in full by `make test-all`.
+_SELDOM = {
+    *("transformer_window", "transformer_alibi_window", "transformer_buckets", "language_music"),
+    *("seq2seq_lstm_both_general", "seq2seq_simple_forward_dot_feeding", "seq2seq_local_monotonic"),
+    *("recurrent_language_tied", "transformer_learned_own_tables", "seq2seq_lstm_backward_no_attention"),
+}
+most_models = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in _SELDOM else ()) for name in CONFIGS]
+)
 ONE_OF_EACH = [
     "transformer_learned_own_tables",
     "language_local_compressed_rotary",
@@ -157,7 +166,7 @@ def _prefilled(model, source, source_at, pieces):
     return found, model.step(jnp.full(len(source), 7), state)[0]
 
 
-@every_model
+@most_models
 def test_a_target_comes_in_ragged_pieces_of_any_size(name):
     """Row by row what `decode` gives, though the pieces leave padding of their own between the tokens of a row."""
     lengths = [np.array([2, 1, 4, 0]), np.array([1, 2, 0, 1]), np.array([2, 0, 0, 0])]
@@ -197,7 +206,7 @@ def _hypotheses(model, source, source_at, tokens, parents):
     return jax.lax.scan(step, state, (tokens, parents))[1]
 
 
-@every_model
+@most_models
 def test_hypotheses_of_a_row_part_and_take_each_others_place(name):
     """As in a beam search, against each history decoded as a whole."""
     tokens = np.random.default_rng(5).integers(0, V, (T, B, BEAMS)).astype(np.int32)
@@ -229,7 +238,7 @@ def test_a_state_says_how_many_hypotheses_it_has(name):
             misuse(lambda state: model.step(jnp.zeros(B, jnp.int32), state))
 
 
-@every_model
+@most_models
 def test_a15_a_beam_of_no_rows(name):
     def search(model):
         at = Coordinates(jnp.zeros((0, 3), jnp.int32), jnp.ones((0, 3), jnp.int32))
@@ -239,7 +248,7 @@ def test_a15_a_beam_of_no_rows(name):
     assert jax.eval_shape(search, _model(name)).shape == (0, 1, 4)
 
 
-@every_model
+@most_models
 def test_what_padding_holds_changes_nothing(name):
     random = np.random.default_rng(1)
     spoilt = [
@@ -251,7 +260,7 @@ def test_what_padding_holds_changes_nothing(name):
     np.testing.assert_array_equal(logits[REAL], _expected(name)[REAL])
 
 
-@every_model
+@most_models
 def test_a24_where_padding_is_changes_nothing(name):
     """Sources and targets moved to the right, or with padding between their tokens."""
     source_order, target_order = np.tile(np.arange(S), (B, 1)), np.tile(np.arange(T), (B, 1))
@@ -287,7 +296,7 @@ def test_no_token_sees_a_later_one_or_another_row(name):
     assert np.all(np.abs(logits[0, 2:] - expected[0, 2:]).max(axis=-1) > 1e-6)
 
 
-@every_model
+@most_models
 def test_every_token_sees_the_whole_source(name):
     for place in (0, 3):
         source = SOURCE.copy()
@@ -297,7 +306,7 @@ def test_every_token_sees_the_whole_source(name):
         np.testing.assert_array_equal(different[REAL], (REAL & (np.arange(B) == 1)[:, None])[REAL])
 
 
-@every_model
+@most_models
 def test_an_empty_source_gives_finite_logits_that_depend_on_the_target_alone(name):
     assert np.all(np.isfinite(_expected(name)))
     source = jnp.asarray((SOURCE + 1) % V)
@@ -348,7 +357,7 @@ def test_every_parameter_is_trained(name):
         assert np.all(np.isfinite(gradient)), jax.tree_util.keystr(path)
 
 
-@every_model
+@most_models
 def test_every_leaf_of_memory_and_state_has_the_batch_first(name):
     def both(model):
         memory = model.encode(BATCH[0], SOURCE_AT)
@@ -357,7 +366,7 @@ def test_every_leaf_of_memory_and_state_has_the_batch_first(name):
     assert {leaf.shape[0] for leaf in jax.eval_shape(both, _model(name)) if leaf.ndim} == {B}
 
 
-@every_model
+@most_models
 def test_a_model_is_its_parameters(name):
     """No random state and nothing else that a plain `jax.jit` would lose or a checkpoint would not hold."""
     model = nnx.eval_shape(lambda: _build(name))
@@ -379,7 +388,7 @@ def test_both_modes_of_nnx(name, graph_mode):
         )
 
 
-@every_model
+@most_models
 def test_no_two_dropouts_share_a_key(name):
     def call(model, key):
         keys = jax.random.split(key)

@@ -145,6 +145,28 @@ def test_the_order_of_the_experts_changes_nothing():
     assert np.abs(_pairs(other) - expected)[real].max() > 1e-2
 
 
+def test_a_tight_capacity_does_not_reach_decoding():
+    """Steps are full decoding, and no token depends on later ones or on other rows."""
+    model = _model(None, (Local(4),), mixture=MixtureConfig(3, 2, capacity_factor=0.1))
+    expected, later = _pairs(model), TARGET.copy()
+
+    def step(state, tokens):
+        logits, state = model.step(tokens, state)
+        return state, logits
+
+    @jax.jit
+    def stepped(source, target):
+        return jax.lax.scan(step, model.start(model.encode(source, AT[0]), T), target.T)[1]
+
+    steps = stepped(SOURCE, TARGET)
+    real = np.asarray(AT[1].segment) != 0
+    np.testing.assert_allclose(np.asarray(steps).swapaxes(0, 1)[real], expected[real], atol=1e-5)
+    later[0, 3:], later[1] = (later[0, 3:] + 1) % V, (later[1] + 1) % V
+    found = np.asarray(_decode(model, jnp.asarray(SOURCE), AT[0], jnp.asarray(later), AT[1]))
+    for row, kept in ((0, 3), (2, 3)):
+        np.testing.assert_allclose(found[row, :kept], expected[row, :kept], atol=1e-6)
+
+
 def test_alignment_is_what_targets_see_of_their_source():
     model = _model()
     memory = model.encode(jnp.asarray(SOURCE), AT[0])

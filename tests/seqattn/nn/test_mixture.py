@@ -16,13 +16,14 @@ from tests.parameters import drawn
 B, T, D, F, E, K = 2, 11, 3, 7, 5, 2
 X = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
 REAL = np.random.default_rng(1).random((B, T)) < 0.6
-FREE = MixtureConfig(E, K, capacity_factor=None)
+ALL = np.ones((B, T), bool)
 TIGHT = MixtureConfig(E, K, capacity_factor=0.6)  # ceil(0.24 * 22) = 6 of 44 choices for each expert
+QUIET = MixtureConfig(E, K, capacity_factor=0.6, noise=False)
 KEY = jax.random.key(3)
 
 
 @functools.cache
-def _layer(config: MixtureConfig = FREE, **options) -> MixtureOfExperts:
+def _layer(config: MixtureConfig = TIGHT, **options) -> MixtureOfExperts:
     return drawn(lambda: MixtureOfExperts(D, F, config=config, **options, rngs=nnx.Rngs(0)))
 
 
@@ -31,23 +32,15 @@ def _run(layer, x, real=None, key=None):
     return layer(x, real=real, dropout_key=key), layer.route(x, real=real, dropout_key=key)
 
 
-def _call(*args):
-    return _run(*args)[0]
-
-
-def _route(*args):
-    return _run(*args)[1]
-
-
 class _Numpy:
-    """Tokens in order, each through its experts while these have room."""
+    """Tokens in order, each through its experts, in training while these have room."""
 
-    def __init__(self, layer, x, real=None, noise=None):
+    def __init__(self, layer, x, real=None, noise=None, training=False):
         exact = lambda param: np.asarray(param[...]).astype(np.float64)  # noqa: E731
-        config, x = layer.config, np.asarray(x).astype(np.float64).reshape(-1, D)
+        config, shape, x = layer.config, x.shape, np.asarray(x).astype(np.float64).reshape(-1, D)
         real = np.ones(len(x), bool) if real is None else np.asarray(real).reshape(-1)
         kernels = jax.tree.map(exact, nnx.to_pure_dict(nnx.state(layer.experts)), is_leaf=lambda x: hasattr(x, "shape"))
-        factor = config.num_experts / config.top_k if config.capacity_factor is None else config.capacity_factor
+        factor = config.capacity_factor if training else config.num_experts / config.top_k
         room = math.ceil(round(factor * config.top_k * real.sum() / config.num_experts, 9))
         self.output, self.load, taken = np.zeros_like(x), np.zeros(config.num_experts, int), np.zeros(E, int)
         self.dropped, probabilities, squares = [], [], []
@@ -68,6 +61,7 @@ class _Numpy:
         if probabilities:
             self.z_loss, shares = np.mean(squares), self.load / (config.top_k * real.sum())
             self.balance_loss = config.num_experts * (shares * np.mean(probabilities, axis=0)).sum()
+        self.output = self.output.reshape(shape)
 
     def _expert(self, layer, kernels, e, x):
         linear = lambda name, x: x @ kernels[name]["kernel"][e] + kernels[name]["bias"][e]  # noqa: E731
@@ -83,109 +77,97 @@ def _softmax(x):
     return weights / weights.sum()
 
 
-def _assert_close(tree, expected):
-    for ours, theirs in zip(jax.tree.leaves(tree), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
-
-
-def _expected(*args, **options):
-    return _Numpy(*args, **options).output.reshape(B, T, D)
-
-
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_without_a_capacity_it_is_a_loop_over_tokens_and_experts(top_k):
-    layer = _layer(MixtureConfig(E, top_k, None))
-    np.testing.assert_allclose(_call(layer, jnp.asarray(X)), _expected(layer, X), atol=2e-5)
-    assert _route(layer, jnp.asarray(X)).dropped == 0
-
-
-@pytest.mark.parametrize("factor", [0.6, 9.0])
-def test_with_a_capacity_the_earlier_tokens_win(factor):
-    layer = _layer(MixtureConfig(E, K, factor), gated=True, activation=Activation.SILU)
-    expected, routing = _Numpy(layer, X), _route(layer, jnp.asarray(X))
-    np.testing.assert_allclose(_call(layer, jnp.asarray(X)), expected.output.reshape(X.shape), atol=2e-5)
+def _check(layer, found, expected, rtol=1e-5):
+    output, routing = found
+    np.testing.assert_allclose(output, expected.output, rtol=rtol, atol=2 * rtol)
+    loss = layer.config.balance_weight * expected.balance_loss + layer.config.z_weight * expected.z_loss
+    for name, value in (("balance_loss", expected.balance_loss), ("z_loss", expected.z_loss), ("loss", loss)):
+        np.testing.assert_allclose(getattr(routing, name), value, rtol=rtol, err_msg=name)
     np.testing.assert_array_equal(routing.load, expected.load)
     assert routing.dropped == len(expected.dropped)
+
+
+def test_without_a_key_it_is_a_loop_over_tokens_and_experts():
+    layer = _layer()
+    _check(layer, _run(layer, X, REAL), _Numpy(layer, X, REAL))
+
+
+@pytest.mark.parametrize(("top_k", "factor"), [(1, 0.6), (3, 9.0)])
+def test_in_training_the_earlier_tokens_win(top_k, factor):
+    layer = _layer(MixtureConfig(E, top_k, factor, noise=False), gated=True, activation=Activation.SILU)
+    expected = _Numpy(layer, X, training=True)
+    _check(layer, _run(layer, X, ALL, KEY), expected)
     assert bool(expected.dropped) == (factor < 2)
 
 
-@pytest.mark.parametrize(
-    ("factor", "tokens", "room"),
-    [(1.1, 100, 44), (1.1, 101, 45), (1.25, 11, 6), (0.01, 1, 1), (2.5, 7, 7), (4.0, 7, 7)],
-)
-def test_the_room_of_an_expert(factor, tokens, room):
-    # 1.1 * 2 * 100 / 5 is 44, and in floating point a little more.
-    layer = _layer(MixtureConfig(E, K, factor))
+def test_without_a_key_no_token_depends_on_another():
+    layer, others = _layer(), X.copy()
+    alone = _run(layer, X[1])[0]
+    others[0], others[1, 4:] = 7.0, -7.0
+    np.testing.assert_allclose(_run(layer, X, ALL)[0][1], alone, atol=1e-6)
+    np.testing.assert_allclose(_run(layer, others, ALL)[0][1, :4], alone[:4], atol=1e-6)
+
+
+def test_without_a_key_many_tokens_go_through_one_expert_after_the_other():
+    layer, many = _layer(), np.resize(X, (4097, D))
+    output, found = jax.jit(lambda layer, x: routings(lambda layer, x: layer(x), layer, x))(layer, many)
+    expected, _ = _run(layer, X, ALL)
+    np.testing.assert_allclose(output, np.resize(expected, (4097, D)), atol=1e-6)
+    assert (found[0].tokens, found[0].dropped) == (4097, 0)
+    together = lambda x: f"[{E},{len(x)},{D}]" in str(jax.make_jaxpr(layer)(x))  # noqa: E731
+    assert together(many[1:])
+    assert not together(many)
+
+
+def test_the_room_of_an_expert():
     equal = jnp.zeros((128, D)).at[:, 0].set(1.0)  # all choose the same two
-    routing = jax.jit(lambda layer, x, real: layer.route(x, real=real))(layer, equal, jnp.arange(128) < tokens)
-    assert (int(routing.dropped), int(routing.tokens)) == (2 * (tokens - room), tokens)
+    # 1.1 * 2 * 100 / 5 is 44, and in floating point a little more.
+    rooms = ((1.1, 100, 44), (1.1, 101, 45), (1.25, 11, 6), (0.01, 1, 1), (2.5, 7, 7), (4.0, 7, 7), (None, 7, 7))
+
+    def dropped(factor, tokens):
+        layer = _layer(MixtureConfig(E, K, factor, noise=False))
+        routing = layer.route(equal, real=jnp.arange(128) < tokens, dropout_key=KEY)
+        return routing.dropped, routing.tokens
+
+    found = jax.jit(lambda: [dropped(factor, tokens) for factor, tokens, _ in rooms])()
+    assert found == [(2 * (tokens - room), tokens) for _, tokens, room in rooms]
 
 
 def test_one_expert_is_the_feed_forward_network():
     layer = _layer(MixtureConfig(1, 1, None), gated=True)
     network = drawn(lambda: FeedForward(D, F, gated=True, rngs=nnx.Rngs(0)))
     nnx.update(network, jax.tree.map(lambda x: x[0], nnx.state(layer.experts)))
-    x = jnp.asarray(X)
-    np.testing.assert_allclose(_call(layer, x), jax.jit(lambda network, x: network(x))(network, x), atol=1e-6)
+    output, expected = jax.jit(lambda x, *modules: [module(x) for module in modules])(X, layer, network)
+    np.testing.assert_allclose(output, expected, atol=1e-6)
 
 
-def test_the_order_of_the_experts_changes_nothing():
-    layer, order = _layer(TIGHT), np.random.default_rng(2).permutation(E)
+@pytest.mark.parametrize("key", [None, KEY], ids=["evaluation", "training"])
+def test_the_order_of_the_experts_changes_nothing(key):
+    layer, order = _layer(QUIET if key is not None else TIGHT), np.random.default_rng(2).permutation(E)
     other = nnx.clone(layer)
     nnx.update(other.experts, jax.tree.map(lambda x: x[order], nnx.state(layer.experts)))
     other.gate.kernel[...] = layer.gate.kernel[...][:, order]
-    (output, routing), (expected, as_before) = _run(other, jnp.asarray(X)), _run(layer, jnp.asarray(X))
+    (output, routing), (expected, as_before) = _run(other, X, ALL, key), _run(layer, X, ALL, key)
     np.testing.assert_allclose(output, expected, atol=1e-6)
     np.testing.assert_array_equal(routing.load, as_before.load[order])
     np.testing.assert_allclose(routing.loss, as_before.loss, rtol=1e-5)
 
 
-def test_padding_of_nan_changes_nothing():
-    layer, x, real = _layer(TIGHT), jnp.where(REAL[..., None], X, np.nan), jnp.asarray(REAL)
-    gradients, (output, routing) = _gradients(layer, x, real)
-    np.testing.assert_allclose(output, _expected(layer, X, REAL), atol=2e-5)
-    np.testing.assert_array_equal(np.asarray(output)[~REAL], 0)
-    np.testing.assert_array_equal(np.asarray(gradients[1])[~REAL], 0)
-    assert routing.tokens == REAL.sum() < B * T
-    assert routing.dropped > 0
-    alone = _gradients(layer, jnp.asarray(X[REAL]))
-    _assert_close(((gradients[0], gradients[1][REAL]), (output[REAL], routing)), alone)
-
-
 def test_of_equal_logits_the_lower_expert():
-    layer = nnx.clone(_layer())
+    layer, x = nnx.clone(_layer()), np.abs(X)
     layer.gate.kernel[...] = jnp.zeros((D, E)).at[:, 3].set(1.0)
-    x = jnp.asarray(np.abs(X))
-    np.testing.assert_array_equal(_route(layer, x).load, [B * T, 0, 0, B * T, 0])
-    np.testing.assert_allclose(_call(layer, x), _expected(layer, x), atol=2e-5)
-
-
-@pytest.mark.parametrize(("shape", "real"), [((0, T, D), None), ((B, T, D), jnp.zeros((B, T), bool))])
-def test_no_tokens(shape, real):
-    gradients, (output, routing) = _gradients(_layer(TIGHT), jnp.ones(shape), real)
-    assert output.shape == shape
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves((gradients, output, routing)))
-
-
-def test_the_losses_and_the_noise_of_the_gate():
-    layer, noise_key = _layer(), jax.random.split(KEY)[0]
-    noise = np.asarray(jax.random.normal(noise_key, (B * T, E))).astype(np.float64)
-    for key, drawn_noise in ((None, None), (KEY, noise)):
-        expected = _Numpy(layer, X, REAL, drawn_noise)
-        output, routing = _run(layer, jnp.asarray(X), jnp.asarray(REAL), key)
-        np.testing.assert_allclose(routing.balance_loss, expected.balance_loss, rtol=1e-5)
-        np.testing.assert_allclose(routing.z_loss, expected.z_loss, rtol=1e-5)
-        np.testing.assert_allclose(routing.loss, 0.01 * expected.balance_loss + 0.001 * expected.z_loss, rtol=1e-5)
-        np.testing.assert_array_equal(routing.load, expected.load)
-        np.testing.assert_allclose(output, expected.output.reshape(X.shape), atol=2e-5)
+    output, routing = _run(layer, x, ALL)
+    np.testing.assert_array_equal(routing.load, [B * T, 0, 0, B * T, 0])
+    np.testing.assert_allclose(output, _Numpy(layer, x).output, atol=2e-5)
 
 
 def test_equal_use_has_the_least_balance_loss():
-    layer = nnx.clone(_layer(MixtureConfig(E, 1, None)))
+    layer, x = nnx.clone(_layer(MixtureConfig(E, 1, None))), jnp.ones((128, D))
+    loss = jax.jit(lambda layer, x: layer.route(x).balance_loss)
     layer.gate.kernel[...] = jnp.zeros((D, E))
-    np.testing.assert_allclose(_route(layer, jnp.asarray(X)).balance_loss, 1, rtol=1e-6)
+    np.testing.assert_allclose(loss(layer, x), 1, rtol=1e-6)
     layer.gate.kernel[...] = jnp.zeros((D, E)).at[0, 2].set(50.0)
-    np.testing.assert_allclose(_route(layer, jnp.asarray(np.abs(X) + 1)).balance_loss, E, rtol=1e-6)
+    np.testing.assert_allclose(loss(layer, x), E, rtol=1e-6)
 
 
 def _total(layer, x, real=None, key=None):
@@ -193,66 +175,70 @@ def _total(layer, x, real=None, key=None):
     return (output.astype(routing.loss.dtype) ** 2).sum() + routing.loss, (output, routing)
 
 
-_gradients = jax.jit(jax.grad(_total, argnums=(0, 1), has_aux=True))
+_update = jax.jit(jax.value_and_grad(_total, argnums=(0, 1), has_aux=True))
 
 
-def test_gradients_are_those_of_finite_differences():
+def test_training_with_noise_behind_padding_of_nan_to_the_last_digits():
+    """Values are the oracle's, gradients those of finite differences; of nothing but padding all are zero."""
     with jax.enable_x64(True):
-        layer = _layer(TIGHT, gated=True, activation=Activation.SILU, param_dtype=jnp.float64)
-        given, random = (layer, jnp.asarray(X, jnp.float64)), np.random.default_rng(5)
-        gradients, _ = _gradients(*given, None, KEY)
-        total = jax.jit(lambda *given: _total(*given, None, KEY)[0])
+        layer = _layer(gated=True, activation=Activation.SILU, param_dtype=jnp.float64)
+        given = (layer, jnp.where(REAL[..., None], X.astype(np.float64), np.nan))
+        (_, found), gradients = _update(*given, REAL, KEY)
+        noise = jax.random.normal(jax.random.split(KEY)[0], (B * T, E), jnp.float64)
+        expected, random = _Numpy(layer, X, REAL, np.asarray(noise), training=True), np.random.default_rng(5)
+        assert expected.dropped
+        assert int(found[1].tokens) == REAL.sum() < B * T
+        _check(layer, found, expected, rtol=1e-12)
+        np.testing.assert_array_equal(np.asarray(found[0])[~REAL], 0)
+        np.testing.assert_array_equal(np.asarray(gradients[1])[~REAL], 0)
         for path, gradient in jax.tree.leaves_with_path(gradients):
             direction = random.normal(size=gradient.shape)
             shifted = lambda step, path=path, direction=direction: jax.tree.map_with_path(  # noqa: E731
                 lambda at, x: x + step * direction if at == path else x, given
             )
-            slope = (total(*shifted(1e-6)) - total(*shifted(-1e-6))) / 2e-6
+            ends = [_update(*shifted(step), REAL, KEY)[0][0] for step in (1e-6, -1e-6)]
+            slope = (ends[0] - ends[1]) / 2e-6
             np.testing.assert_allclose((direction * gradient).sum(), slope, rtol=1e-5, err_msg=str(path))
             assert abs(slope) > 1e-4, path
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(_update(*given, ~ALL, KEY)))
 
 
-def test_in_float64_to_the_last_digits():
-    with jax.enable_x64(True):
-        layer = _layer(TIGHT, param_dtype=jnp.float64)
-        output, routing = _run(layer, jnp.asarray(X, jnp.float64), jnp.asarray(REAL))
-    expected = _Numpy(layer, X, REAL)
-    np.testing.assert_allclose(output, expected.output.reshape(X.shape), rtol=1e-12, atol=1e-13)
-    np.testing.assert_allclose(routing.balance_loss, expected.balance_loss, rtol=1e-12)
-    assert routing.dropped == len(expected.dropped)
+def test_no_tokens():
+    output, routing = _run(_layer(), np.ones((0, T, D), np.float32))
+    assert output.shape == (0, T, D)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(routing))
 
 
 def test_in_bfloat16():
-    layer, x = _layer(TIGHT, param_dtype=jnp.bfloat16), jnp.asarray(X, jnp.bfloat16)
-    gradients, (output, _) = _gradients(layer, x)
-    assert output.dtype == jnp.bfloat16
-    expected = _expected(layer, x)
+    layer, x = _layer(QUIET, param_dtype=jnp.bfloat16), jnp.asarray(X, jnp.bfloat16)
+    (_, (output, _)), gradients = _update(layer, x, None, KEY)
+    assert output.dtype == jax.eval_shape(layer, x).dtype == jnp.bfloat16
+    expected = _Numpy(layer, x, training=True).output
     np.testing.assert_allclose(output.astype(jnp.float32), expected, atol=0.02 * np.abs(expected).max())
     assert {gradient.dtype for gradient in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.bfloat16)}
     assert all(np.isfinite(gradient.astype(jnp.float32)).all() for gradient in jax.tree.leaves(gradients))
 
 
 def test_vmap_is_each_alone_and_a_token_may_be_alone():
-    layer, x = _layer(TIGHT), jnp.asarray(X)
-    output = jax.jit(jax.vmap(lambda layer, x: layer(x), in_axes=(None, 0)))(layer, x)
+    layer = _layer(QUIET)
+    output = jax.jit(jax.vmap(lambda x: layer(x, dropout_key=KEY)))(X)
     for row in range(B):
-        np.testing.assert_allclose(output[row], _Numpy(layer, X[row]).output, atol=2e-5)
-    np.testing.assert_allclose(_call(layer, x[0, 0]), _Numpy(layer, X[0, 0]).output[0], atol=2e-5)
+        np.testing.assert_allclose(output[row], _Numpy(layer, X[row], training=True).output, atol=2e-5)
+    np.testing.assert_allclose(_run(layer, X[0, 0])[0], _Numpy(layer, X[0, 0]).output, atol=2e-5)
 
 
 def test_dropout_is_inside_the_experts_and_decided_by_the_key():
-    layer, x = _layer(MixtureConfig(E, K, None, noise=False), dropout_rate=0.9), jnp.asarray(X)
-    keys = jax.random.split(KEY)
-    first, again, other = (np.asarray(_call(layer, x, None, key)) for key in (keys[0], keys[0], keys[1]))
+    layer, keys = _layer(MixtureConfig(E, K, None, noise=False), dropout_rate=0.9), jax.random.split(KEY)
+    first, again, other = (np.asarray(_run(layer, X, ALL, key)[0]) for key in (keys[0], keys[0], keys[1]))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-2
     assert layer.noise is None
     with jax.debug_key_reuse(True):
-        jax.eval_shape(lambda key: layer(x, dropout_key=key), KEY)
+        jax.eval_shape(lambda key: layer(jnp.asarray(X), dropout_key=key), KEY)
 
 
 def test_parameters():
-    layer = nnx.eval_shape(lambda: MixtureOfExperts(D, F, config=FREE, gated=True, rngs=nnx.Rngs(0)))
+    layer = nnx.eval_shape(lambda: MixtureOfExperts(D, F, config=TIGHT, gated=True, rngs=nnx.Rngs(0)))
     shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
     both, gate = {"kernel": (E, D, F), "bias": (E, F)}, {"kernel": (D, E)}
     experts = {"hidden": both, "gate": both, "output": {"kernel": (E, F, D), "bias": (E, D)}}
@@ -306,12 +292,10 @@ def _deep():
     """A model, `[B, T, D]`, and the loads `[B, 3, E]` and losses of its calls on each row of `X`, layer by layer."""
     model = drawn(_Deep)
     loads, losses = [], []
-    for row in jnp.asarray(X):
-        first = _route(model.layers[0], row)
-        row = row + _call(model.layers[0], row)
-        second = _route(model.layers[1], row)
-        row = row + _call(model.layers[1], row)
-        found = [first, _route(model.layers[0], row), second]
+    for row in X:
+        output, first = _run(model.layers[0], row)
+        output, second = _run(model.layers[1], row := row + np.asarray(output))
+        found = [first, _run(model.layers[0], row + np.asarray(output))[1], second]
         loads.append([np.asarray(routing.load) for routing in found])
         losses.append(sum(float(routing.loss) for routing in found))
     return model, np.array(loads), np.array(losses)

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from seqattn.models import CaptionerConfig
 from train import experiments, loop
 from train.batches import stream
 from train.optimizer import Constant
@@ -38,6 +39,14 @@ def _task(task, folder: Path):
     return dataclasses.replace(task, **FEW)
 
 
+def _model(model):
+    """The model with few layers: two show every kind of them."""
+    if isinstance(model, CaptionerConfig):
+        return dataclasses.replace(model, decoder=_model(model.decoder))
+    layers = [field.name for field in dataclasses.fields(model) if field.name.startswith("num_")]
+    return dataclasses.replace(model, **{name: min(2, getattr(model, name)) for name in layers})
+
+
 @pytest.mark.parametrize("name", experiments.__all__)
 def test_the_loss_falls(name, tmp_path):
     experiment = getattr(experiments, name)
@@ -45,6 +54,7 @@ def test_the_loss_falls(name, tmp_path):
     experiment = dataclasses.replace(
         experiment,
         task=_task(experiment.task, tmp_path),
+        model=_model(experiment.model),
         run=tmp_path / "run",
         tokenizer=ByteLevelBPE(300) if isinstance(tokenizer, ByteLevelBPE) else tokenizer,
         batches=dataclasses.replace(

@@ -1,10 +1,12 @@
-"""Task and model say what an experiment is about."""
+"""Task and model say what an experiment is about, and which commands serve its run."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from seqattn.models import (
+    CaptionerConfig,
     EncoderConfig,
     LanguageModelConfig,
     MaskedTokens,
@@ -13,9 +15,9 @@ from seqattn.models import (
     TextLabels,
     TokenLabels,
 )
-from train import experiments, objectives
-from train.objectives import Classification, Continuation, Masking, SequenceToSequence, Tagging
-from train.tasks import CodeTopics, Docstrings, PythonCode, PythonTags, Reverse
+from train import by_length, complete, experiments, objectives, run, translate
+from train.objectives import Classification, Continuation, Masking, Reading, SequenceToSequence, Tagging
+from train.tasks import CodeTopics, Docstrings, PythonCode, PythonTags, RenderedText, Reverse
 from train.tokenizer import Characters, Tokenizer
 
 
@@ -32,13 +34,58 @@ from train.tokenizer import Characters, Tokenizer
     ],
 )
 def test_task_and_model_decide(task, model, kind, tiny):
-    experiment = dataclasses.replace(tiny, task=task, model=model)
+    experiment = dataclasses.replace(tiny, task=task, model=model, bleu=False)
     assert objectives.kind(experiment) is kind
     tokenizer = Tokenizer.train(Characters(), ["ab"])
     objective = objectives.make(experiment, tokenizer, ("x", "y"))
     assert type(objective) is kind
     assert objective.tokenizer is tokenizer
     assert objective.labels == (() if kind is SequenceToSequence else ("x", "y"))
+
+
+KINDS = {
+    Continuation: (PythonCode(), LanguageModelConfig(11)),
+    Masking: (PythonCode(), EncoderConfig(11, head=MaskedTokens())),
+    Tagging: (PythonTags(), EncoderConfig(11, head=TokenLabels(0))),
+    Classification: (CodeTopics(), EncoderConfig(11, head=TextLabels(0))),
+    Reading: (RenderedText(), CaptionerConfig(11)),
+    SequenceToSequence: (Reverse(), Seq2SeqConfig(11)),
+}
+FOLDER = Path("runs/other")
+COMMANDS = {
+    "translate": (SequenceToSequence, lambda: translate.main(translate.Arguments(FOLDER, ("a",)))),
+    "by_length": (SequenceToSequence, lambda: by_length.by_length(FOLDER)),
+    "complete": (Continuation, lambda: complete.main(complete.Arguments(FOLDER, ("a",)))),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_bleu_of_what_writes_no_text_from_a_text_is_refused(kind, tiny):
+    task, model = KINDS[kind]
+    experiment = dataclasses.replace(tiny, task=task, model=model, bleu=True)
+    tokenizer = Tokenizer.train(Characters(), ["ab"])
+    if kind is SequenceToSequence:
+        assert type(objectives.make(experiment, tokenizer, ())) is kind
+        return
+    with pytest.raises(ValueError, match=rf"bleu \(True\) .* {kind.__name__}: set --bleu False"):
+        objectives.make(experiment, tokenizer, ())
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [(command, kind) for command, (served, _) in COMMANDS.items() for kind in KINDS if kind is not served],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_command_names_the_one_that_serves_a_run(command, kind, tiny, monkeypatch):
+    task, model = KINDS[kind]
+    _, main = COMMANDS[command]
+    experiment = dataclasses.replace(tiny, task=task, model=model)
+    trained = run.Run(FOLDER, experiment, Tokenizer.train(Characters(), ["ab"]), (), 1, None)
+    monkeypatch.setattr(run, "load", lambda folder: trained)
+    other = {Continuation: "complete", SequenceToSequence: "translate"}.get(kind, "evaluate")
+    words = rf"train.{command} serves .* of {FOLDER} is {kind.__name__}, which python -m train.{other} serves"
+    with pytest.raises(ValueError, match=words):
+        main()
 
 
 @pytest.mark.parametrize("name", experiments.__all__)

@@ -13,7 +13,7 @@ from seqattn import Coordinates
 from seqattn.models import LanguageModel, LanguageModelConfig, Learned
 from seqattn.nn import BlockConfig
 from train.batches import collate
-from train.complete import Completer
+from train.completer import Completer
 from train.objectives import Continuation, pictures
 from train.tokenizer import ByteLevelBPE, Characters, Tokenizer
 

@@ -55,6 +55,23 @@ def test_functions_without_their_docstring():
     ]
 
 
+MARGIN = '''
+class A:
+    def one(self):
+        "One."
+        x = """
+at the margin
+        """
+        return x
+'''
+
+
+def test_a_string_at_the_margin_leaves_the_rest_without_indentation():
+    (found,) = functions(MARGIN)
+    assert found.source == 'def one(self):\n    x = """\nat the margin\n    """\n    return x'
+    assert found.key == 'x = """\nat the margin\n"""\nreturn x'
+
+
 @pytest.mark.parametrize("text", ["", "x = 1", "def f(:", "def f():\n    'a'\n    \0"])
 def test_no_function_no_example(text):
     assert list(functions(text)) == []

@@ -1,0 +1,65 @@
+"""Every command of training that the documents show is one that the command line takes."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from seqattn.models import Rotary
+from seqattn.models.positions import Positions
+from train import experiments
+from train.__main__ import parse
+
+README = (Path(__file__).parents[3] / "README.md").read_text("utf-8")
+
+
+def in_docstring(name):
+    text = " ".join(sys.modules[f"train.experiments.{name.lower()}"].__doc__.split())
+    return re.findall(r"`python -m train ([^`]*)`", text)
+
+
+@pytest.mark.parametrize("name", experiments.__all__)
+def test_commands_of_an_experiment_are_taken_and_differ(name):
+    commands = in_docstring(name)
+    own = [command for command in commands if command.split()[0] == name.lower()]
+    assert own
+    parsed = {command: parse(shlex.split(command)) for command in commands}
+    folders = {parsed[command].run for command in own}
+    # Without data of its own, the experiment has no result that another command would write over.
+    assert len(folders) == (1 if name == "TRANSLATION" else len(own))
+
+
+def test_commands_of_the_readme_are_taken():
+    commands = re.findall(r"^\.venv/bin/python -m train (.*)$", README, re.MULTILINE)
+    shown = [words for command in commands if "--help" not in (words := shlex.split(command, comments=True))]
+    assert len(shown) > 1
+    for words in shown:
+        parse(words)
+
+
+def test_flags_of_a_choice_that_is_not_written_are_taken_in_any_order():
+    flags = ["--model.block.use-norm", "False", "--steps", "3"]
+    for words in (["reverse", *flags], ["reverse", *flags[2:], *flags[:2]]):
+        experiment = parse(words)
+        assert not experiment.model.block.use_norm
+        assert experiment.steps == 3
+    flags = ["--model.input-feeding", "False", "--model.attention", "None"]
+    for words in (["addition", *flags], ["addition", *flags[2:], *flags[:2]]):
+        model = parse(words).model
+        assert (model.input_feeding, model.attention) == (False, None)
+
+
+def test_all_positions_that_the_docstring_of_language_names_are_taken():
+    text = sys.modules["train.experiments.language"].__doc__.partition(", where ")[2].partition(".")[0]
+    names = re.findall(r"`([^`]*)`", text)
+    positions = {parse(["language", f"model.positions:{name}"]).model.positions for name in names}
+    assert positions | {Rotary()} == {choice() if choice is not type(None) else None for choice in get_args(Positions)}
+
+
+def test_by_a_transformer_pictures_are_read_without_encoder_layers():
+    (command,) = [command for command in in_docstring("READING") if "transformer-config" in command]
+    decoder = parse(shlex.split(command)).model.decoder
+    assert (decoder.num_encoder_layers, decoder.num_decoder_layers, decoder.block.model_dim) == (0, 2, 64)
