@@ -6,8 +6,8 @@
 - Shapes in signatures are checked (`--jaxtyping-packages` in pyproject.toml), warnings are errors, and the examples
   that hypothesis draws are the same in every run.
 
-- What computes (kernels, attention, layers, decoding) is compiled as for users. Tests of models and of the training
-  program, whose time is compiling, skip XLA's most expensive passes, but for `make test-all`.
+- `make test` skips XLA's most expensive passes, as most of its time is compiling; the tiled kernel alone is compiled as
+  for users there. `make test-all` compiles everything so.
 
 64-bit floats are off, as for users; an oracle switches them on: `with jax.enable_x64(True)`.
 """
@@ -22,7 +22,7 @@ import pytest
 from train import environment
 
 ROOT = Path(__file__).parents[1]
-_QUICK = "not slow and not gpu"
+_QUICK, _TILED = "not slow and not gpu", ROOT / "tests" / "seqattn" / "kernels" / "test_chunked.py"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,16 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    quick = item.config.option.markexpr == _QUICK and not _is_computation(item.path)
+    quick = item.config.option.markexpr == _QUICK and item.path != _TILED
     jax.config.update("jax_disable_most_optimizations", quick)
     with jax.numpy_dtype_promotion("strict" if _is_library(item.path) else "standard"):
         return (yield)
-
-
-def _is_computation(path: Path) -> bool:
-    """Whether a file is about functions that compute, rather than about models and programs made of them."""
-    library = ROOT / "tests" / "seqattn"
-    return path.is_relative_to(library) and not path.is_relative_to(library / "models")
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

@@ -133,7 +133,9 @@ def test_the_update_of_a_mixture_adds_the_loss_of_its_routing_on_each_device(exp
     @jax.jit
     def by_hand(params, part):
         def total(params):
-            (total, count), found = routings(Tagging.loss, nnx.merge(graph, params), part)
+            (total, count), found = routings(
+                Tagging.loss, nnx.merge(graph, params), part, dropout_key=jax.random.key(5)
+            )
             assert len(found) == 2
             return total + count * (found[0].loss + found[1].loss), (total, count, found)
 

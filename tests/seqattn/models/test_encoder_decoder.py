@@ -100,6 +100,8 @@ every_model = pytest.mark.parametrize("name", CONFIGS)
 _SELDOM = {
     *("transformer_window", "transformer_alibi_window", "transformer_buckets", "language_music"),
     *("seq2seq_lstm_both_general", "seq2seq_simple_forward_dot_feeding", "seq2seq_local_monotonic"),
+    *("transformer_relative", "language_learned_norm_first", "recurrent_language_lstm"),
+    *("seq2seq_local_predictive_attention_encoder", "seq2seq_attention_encoder_no_attention"),
     *("recurrent_language_tied", "transformer_learned_own_tables", "seq2seq_lstm_backward_no_attention"),
 }
 most_models = pytest.mark.parametrize(

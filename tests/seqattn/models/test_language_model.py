@@ -60,7 +60,13 @@ def _pairs(model) -> np.ndarray:
     return np.asarray(_decode(model, jnp.asarray(SOURCE), AT[0], jnp.asarray(TARGET), AT[1]))
 
 
-@pytest.mark.parametrize(("positions", "attention"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(
+    ("positions", "attention"),
+    [
+        pytest.param(*kind, id=name, marks=() if index % 3 == 0 else pytest.mark.slow)
+        for index, (name, kind) in enumerate(KINDS.items())
+    ],
+)
 def test_a_pair_is_one_text(positions, attention):
     """The target behind its source, and source and target of each row side by side behind a source of padding."""
     model, (source, target) = _model(positions, (attention,)), np.array(LENGTHS)

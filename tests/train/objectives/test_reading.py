@@ -30,7 +30,7 @@ DECODERS = {
         positions=Learned(4),
     ),
 }
-each_decoder = pytest.mark.parametrize("name", DECODERS)
+each_decoder = pytest.mark.parametrize("name", ["recurrent", pytest.param("transformer", marks=pytest.mark.slow)])
 
 
 @functools.cache
