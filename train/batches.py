@@ -27,6 +27,9 @@ A row that only fills the batch has source length 0 and target length 1: no labe
 
 log = logging.getLogger(__name__)
 
+_SHORT = 64
+"""Sources of fewer tokens are evaluated as if they had so many: one compilation for all of them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
@@ -112,13 +115,16 @@ def iterate(batches: grain.MapDataset, *, start: int) -> Iterator[Batch]:
 def once(rows: Sequence[Example], *, size: int) -> Iterator[tuple[list[int], Batch]]:
     """Every example once, for evaluation: indices of the examples, and batches of `size` rows of similar length.
 
-    All batches have one shape; the last is filled with empty rows.
+    Sources are padded to 64 tokens, 128, 256 and so on, or to the longest of all; targets to the longest of all. A
+    short batch is filled with empty rows.
     """
     order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
     source, target = (max(len(row[side]) for row in rows) for side in (0, 1))
     for first in range(0, len(order), size):
         chosen = order[first : first + size]
-        yield chosen, collate([rows[index] for index in chosen], (size, source, target))
+        longest = len(rows[chosen[-1]][0])
+        padded = min(source, max(_SHORT, 2 ** (longest - 1).bit_length()))
+        yield chosen, collate([rows[index] for index in chosen], (size, padded, target))
 
 
 def _like(rows: Sequence[Example]) -> tuple[tuple[int, ...], Any]:

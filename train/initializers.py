@@ -7,8 +7,8 @@ from typing import Literal, Protocol, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from jax.nn.initializers import normal, variance_scaling
 from jaxtyping import Array
 
 from train.parameters import matrices, paths
@@ -23,8 +23,8 @@ Model = TypeVar("Model", bound=nnx.Module)
 class Initializer(Protocol):
     """A frozen dataclass of settings that can draw a matrix."""
 
-    def draw(self, random: np.random.Generator, shape: tuple[int, ...], stack: int) -> np.ndarray:
-        """An array `[*stack, *window, in, out]` whose first `stack` axes count arrays of their own."""
+    def draw(self, key: Array, shape: tuple[int, ...], stack: int) -> Array:
+        """A float32 array `[*stack, *window, in, out]` whose first `stack` axes count arrays of their own."""
         ...
 
 
@@ -38,10 +38,10 @@ class Uniform:
     def __post_init__(self) -> None:
         _check_positive("scale", self.scale)
 
-    def draw(self, random: np.random.Generator, shape: tuple[int, ...], stack: int) -> np.ndarray:
+    def draw(self, key: Array, shape: tuple[int, ...], stack: int) -> Array:
         """An array of this shape."""
         del stack
-        return random.uniform(-self.scale, self.scale, shape)
+        return jax.random.uniform(key, shape, minval=-self.scale, maxval=self.scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Normal:
     def __post_init__(self) -> None:
         _check_positive("stddev", self.stddev)
 
-    def draw(self, random: np.random.Generator, shape: tuple[int, ...], stack: int) -> np.ndarray:
+    def draw(self, key: Array, shape: tuple[int, ...], stack: int) -> Array:
         """An array of this shape."""
         del stack
-        return random.normal(0, self.stddev, shape)
+        return normal(self.stddev)(key, shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +73,9 @@ class Xavier:
         _check_one_of("distribution", self.distribution, Distribution)
         _check_positive("gain", self.gain)
 
-    def draw(self, random: np.random.Generator, shape: tuple[int, ...], stack: int) -> np.ndarray:
+    def draw(self, key: Array, shape: tuple[int, ...], stack: int) -> Array:
         """An array of this shape."""
-        fan_in, fan_out = _fans(shape, stack)
-        return _draw(random, self.distribution, 2 * self.gain**2 / (fan_in + fan_out), shape)
+        return variance_scaling(self.gain**2, "fan_avg", self.distribution, batch_axis=range(stack))(key, shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +94,13 @@ class Kaiming:
         _check_one_of("mode", self.mode, Fan)
         _check_positive("gain", self.gain)
 
-    def draw(self, random: np.random.Generator, shape: tuple[int, ...], stack: int) -> np.ndarray:
+    def draw(self, key: Array, shape: tuple[int, ...], stack: int) -> Array:
         """An array of this shape."""
-        fan_in, fan_out = _fans(shape, stack)
-        fan = fan_in if self.mode == "fan_in" else fan_out
-        return _draw(random, self.distribution, self.gain**2 / fan, shape)
+        return variance_scaling(self.gain**2, self.mode, self.distribution, batch_axis=range(stack))(key, shape)
 
 
 def redraw(model: Model, initializer: Initializer, *, seed: int) -> Model:
-    """A copy of a model with every matrix drawn anew; norms, biases and other vectors stay.
+    """A copy of a model with every matrix drawn anew; norms, biases, other vectors, and what begins as zeros stay.
 
     What is drawn is a function of seed, path and shape alone: a layer more changes no other layer. A matrix is
     `[in, out]`, as jax.nn.initializers has it. The kernel of a flax convolution is `[*window, in, out]`, and its fans
@@ -122,10 +119,11 @@ def redraw(model: Model, initializer: Initializer, *, seed: int) -> Model:
     graph, params, *others = nnx.split(model, nnx.Param, ...)
 
     def anew(value: Array, name: str, is_matrix: bool) -> Array:
-        if not is_matrix:
+        # What a model begins with as zeros does nothing at first, and is meant so: scores of T5, noise of a gate.
+        if not is_matrix or not value.any():
             return value
         stack = value.ndim - 2 - windows.get(name, 0)
-        return jnp.asarray(initializer.draw(_generator(seed, name), value.shape, stack), value.dtype)
+        return initializer.draw(_key(seed, name), value.shape, stack).astype(value.dtype)
 
     drawn = jax.tree.map(anew, params, paths(params), matrices(params))
     return nnx.merge(graph, drawn, *others)
@@ -140,25 +138,10 @@ def _windows(model: nnx.Module) -> dict[str, int]:
     }
 
 
-def _generator(seed: int, path: str) -> np.random.Generator:
+def _key(seed: int, path: str) -> Array:
     # By a digest, since Python's own hash of a text is another one in every process.
-    digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=16).digest()
-    return np.random.default_rng(int.from_bytes(digest, "big"))
-
-
-def _fans(shape: tuple[int, ...], stack: int) -> tuple[int, int]:
-    """Of `[*stack, *window, in, out]`, as jax.nn.initializers has them."""
-    window = math.prod(shape[stack:-2])
-    return window * shape[-2], window * shape[-1]
-
-
-def _draw(
-    random: np.random.Generator, distribution: Distribution, variance: float, shape: tuple[int, ...]
-) -> np.ndarray:
-    if distribution == "normal":
-        return random.normal(0, math.sqrt(variance), shape)
-    bound = math.sqrt(3 * variance)
-    return random.uniform(-bound, bound, shape)
+    digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
+    return jax.random.wrap_key_data(jnp.frombuffer(digest, jnp.uint32), impl="threefry2x32")
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -84,3 +84,12 @@ def test_evaluation_sees_every_example_once_in_one_shape():
     for chosen, batch in batches:
         assert identities(batch)[: len(chosen)] == [10 + index for index in chosen]
         assert batch["source_length"][len(chosen) :].sum() == 0
+
+
+def test_evaluation_pads_short_sources_little_beside_long_ones():
+    lengths = [0, 3, 63, 64, 65, 128, 130, 301]
+    shapes = {}
+    for chosen, batch in once([([7] * length, [1, 2]) for length in lengths], size=1):
+        assert batch["source_length"].tolist() == [lengths[index] for index in chosen]
+        shapes[lengths[chosen[0]]] = batch["source"].shape[1]
+    assert shapes == {0: 64, 3: 64, 63: 64, 64: 64, 65: 128, 128: 128, 130: 256, 301: 301}
