@@ -47,16 +47,24 @@ def compiled(call: Call, case: Case, inputs: Iterable[np.ndarray]) -> Program:
     start = time.perf_counter()
     executable = jax.jit(_with_gradients(call.attend) if case.backward else call.attend).lower(*arguments).compile()
     seconds = time.perf_counter() - start
-    planned = _planned(executable)
-    machine.require(planned - sum(x.nbytes for x in jax.tree.leaves(arguments)), "temporaries and results")
+    count = planned(executable)
+    machine.require(count - sum(x.nbytes for x in jax.tree.leaves(arguments)), "temporaries and results")
     return Program(
         run=lambda: executable(*arguments),
         wait=jax.block_until_ready,
         arrays=lambda result: [np.asarray(x) for x in jax.tree.leaves(result)],
         how=call.how,
         compile_seconds=seconds,
-        planned_bytes=planned or None,
+        planned_bytes=count or None,
     )
+
+
+def planned(executable: Any) -> int:
+    """Bytes of arguments, results and temporaries; 0 where the compiler does not tell."""
+    memory = executable.memory_analysis()
+    if memory is None:
+        return 0
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 
 def product(size: int, dtype: str) -> Program:
@@ -65,14 +73,6 @@ def product(size: int, dtype: str) -> Program:
     a, b = (jax.device_put(rng.standard_normal((size, size), np.float32).astype(dtype)) for _ in range(2))
     executable = jax.jit(jax.numpy.matmul).lower(a, b).compile()
     return Program(lambda: executable(a, b), jax.block_until_ready, lambda result: [np.asarray(result)])
-
-
-def _planned(executable: Any) -> int:
-    """Bytes of arguments, results and temporaries; 0 where the compiler does not tell."""
-    memory = executable.memory_analysis()
-    if memory is None:
-        return 0
-    return memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
 
 
 def _with_gradients(attend: Callable[..., Array]) -> Callable[..., tuple[Array, ...]]:

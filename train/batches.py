@@ -1,7 +1,6 @@
 """From examples to batches of few static shapes, in an order that is a function of the seed and the step alone."""
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,6 +28,8 @@ log = logging.getLogger(__name__)
 
 _SHORT = 64
 """Sources of fewer tokens are evaluated as if they had so many: one compilation for all of them."""
+_EDGES = 256
+"""Lengths at which buckets may begin and end, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,10 @@ class Batches:
     max_length: int = 256
     """Training examples with more tokens on either side are left out, and counted."""
     buckets: int = 4
-    """Groups of examples of similar length, each with one static shape: one compilation a bucket."""
+    """Most groups of examples of similar length, each with one static shape: one compilation a bucket.
+
+    They are those that need least padding.
+    """
 
     def __post_init__(self) -> None:
         for name in ("tokens", "max_length", "buckets"):
@@ -94,7 +98,7 @@ def stream(config: Batches, rows: Sequence[Example], *, seed: int, multiple: int
     if len(short) < len(rows):
         log.warning("left out %d of %d examples: over %d tokens", len(rows) - len(short), len(rows), config.max_length)
     parts, weights = [], []
-    for index, bucket in enumerate(_buckets(short, config.buckets)):
+    for index, bucket in enumerate(group_by_length(short, config.buckets, config.tokens)):
         shape = _shape(bucket, config.tokens, multiple)
 
         def batch(chosen: Sequence[Example], shape: tuple[int, int, int] = shape) -> Batch:
@@ -127,17 +131,43 @@ def once(rows: Sequence[Example], *, size: int) -> Iterator[tuple[list[int], Bat
         yield chosen, collate([rows[index] for index in chosen], (size, padded, target))
 
 
+def group_by_length(rows: Sequence[Example], count: int, tokens: int) -> list[list[Example]]:
+    """Groups of similar length, the shortest examples first, at most `count` of them: those that need least padding.
+
+    Sources and targets of a group are padded to its longest. Each group has as many examples as its batches of `tokens`
+    tokens have rows, so that no batch holds one twice, unless all examples together are too few for that.
+    """
+    ordered = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
+    lengths = np.array([(len(source), len(target)) for source, target in ordered])
+    # A group may begin wherever the length changes, at no more than so many places.
+    edges = np.append(np.flatnonzero(np.diff(lengths.sum(axis=1), prepend=-1)), len(ordered))
+    edges = edges[np.unique(np.linspace(0, len(edges) - 1, _EDGES).round().astype(int))]
+    longest = np.maximum.reduceat(lengths, edges[:-1])
+    # cost[i, j]: padded tokens of one group from edge i to edge j; not a group are those of too few examples.
+    cost = np.full((len(edges), len(edges)), np.inf)
+    for i in range(len(edges) - 1):
+        padded = np.maximum.accumulate(longest[i:]).sum(axis=1)
+        number = edges[i + 1 :] - edges[i]
+        cost[i, i + 1 :] = np.where(number >= tokens // padded, number * padded, np.inf)
+    # best[j]: the least cost of all examples before edge j in so many groups; cuts: where the last of them begins.
+    best, cuts = cost[0], []
+    for _ in range(min(count, len(edges) - 1) - 1):
+        total = best[:, None] + cost
+        total[0] = cost[0]  # in one group, or in as many as before
+        cuts.append(total.argmin(axis=0))
+        best = total.min(axis=0)
+    groups, end = [], len(edges) - 1
+    for cut in reversed(cuts):
+        groups.append(ordered[edges[cut[end]] : edges[end]])
+        end = cut[end]
+    groups.append(ordered[: edges[end]])
+    return [group for group in reversed(groups) if group]
+
+
 def _like(rows: Sequence[Example]) -> tuple[tuple[int, ...], Any]:
     """The shape of what stands at each place of a source, and its dtype: ids, or rows of pixels."""
     source = rows[0][0] if rows else []
     return (source.shape[1:], source.dtype) if isinstance(source, np.ndarray) else ((), np.int32)
-
-
-def _buckets(rows: Sequence[Example], count: int) -> list[list[Example]]:
-    """Groups of equal size by length, the shortest examples first; fewer where there are few examples."""
-    ordered = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
-    edges = np.linspace(0, len(ordered), min(count, len(ordered)) + 1).astype(int)
-    return [ordered[low:high] for low, high in itertools.pairwise(edges)]
 
 
 def _shape(rows: Sequence[Example], tokens: int, multiple: int) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from train.batches import Batches, collate, iterate, once, stream
+from train.batches import Batches, collate, group_by_length, iterate, once, stream
 
 ROWS = [([10 + index] * (1 + index % 7), [1, *[10 + index] * (1 + index % 5), 2]) for index in range(53)]
 CONFIG = Batches(tokens=64, max_length=16, buckets=3)
@@ -53,6 +53,43 @@ def test_shapes_are_as_few_as_buckets_and_within_the_budget():
     for (rows, source), (_, target) in shapes:
         assert rows % 2 == 0
         assert rows * (source + target) <= CONFIG.tokens
+
+
+def padded(groups):
+    """Tokens of all examples, each as long as the longest of its group on either side."""
+    return sum(len(group) * sum(max(len(row[side]) for row in group) for side in (0, 1)) for group in groups)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_groups_need_least_padding_of_all_that_fill_their_batches(count):
+    random, tokens = np.random.default_rng(0), 40
+    lengths = np.stack([random.geometric(0.1, 31), random.integers(1, 5, 31)], axis=1)
+    rows = sorted(
+        ([([index] * s, [index] * t) for index, (s, t) in enumerate(lengths)]), key=lambda row: sum(map(len, row))
+    )
+
+    def fills(group):
+        return len(group) >= tokens // sum(max(len(row[side]) for row in group) for side in (0, 1))
+
+    def size(row):
+        return sum(map(len, row))
+
+    def best(start, left):
+        """The least padding of the rows from here on in so many groups, by trying all."""
+        ends = [end for end in range(start + 1, 32) if end == 31 or size(rows[end - 1]) < size(rows[end])]
+        ends = ends if left > 1 else [31]
+        parts = [(padded([rows[start:end]]), end) for end in ends if fills(rows[start:end])]
+        return min((cost + (best(end, left - 1) if end < 31 else 0) for cost, end in parts), default=np.inf)
+
+    groups = group_by_length([rows[index] for index in random.permutation(31)], count, tokens)
+    assert 1 <= len(groups) <= count
+    assert all(map(fills, groups))
+    assert [size(row) for group in groups for row in group] == [size(row) for row in rows]
+    assert padded(groups) == best(0, count)
+
+
+def test_too_few_examples_to_fill_a_batch_are_one_group():
+    assert [len(group) for group in group_by_length(ROWS[:3], 2, 1000)] == [3]
 
 
 def test_training_batches_hold_no_empty_rows():

@@ -1,0 +1,73 @@
+"""What an update on a long text costs: kinds of attention that are compared before they are timed."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from benchmarks import long_sequences, machine
+from benchmarks.long_sequences import COMPRESSED, KEPT, NAMES, TILED, Arguments, UpdateRow, attempt, compare, main
+from benchmarks.row import CHECKED, REFUSED, TIMED, WRONG
+from seqattn.models import LanguageModelConfig, Sinusoidal
+from seqattn.nn import BlockConfig
+from train import experiments
+
+LENGTH = 331
+SMALL = LanguageModelConfig(
+    0, num_layers=2, block=BlockConfig(model_dim=8, hidden_dim=8, num_heads=2, dropout_rate=0.3), positions=Sinusoidal()
+)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    stream = dataclasses.replace(experiments.DOCSTRINGS_STREAM, model=SMALL)
+    monkeypatch.setattr(experiments, "DOCSTRINGS_STREAM", stream)
+
+
+def test_every_kind_is_compared_planned_and_timed(small, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    assert main(Arguments(lengths=(str(LENGTH),), rounds=1, json=file)) == 0
+    rows = {row["attention"]: row for row in map(json.loads, file.read_text().splitlines())}
+    assert set(rows) == set(NAMES)
+    assert all(
+        row["status"] == TIMED and row["median_seconds"] > 0 and row["length"] == LENGTH for row in rows.values()
+    )
+    assert rows[KEPT]["loss"] == pytest.approx(rows[TILED]["loss"], abs=1e-5)
+    assert abs(rows[COMPRESSED]["loss"] - rows[TILED]["loss"]) > 1e-5
+    # Two heads of so many scores, forward or backward, which the tiles never hold.
+    assert rows[KEPT]["planned_bytes"] - rows[TILED]["planned_bytes"] > 2 * 4 * LENGTH**2
+    assert all(name in capsys.readouterr().out for name in NAMES[:1])
+
+
+def test_full_attention_with_two_losses_is_wrong_and_not_timed():
+    rows = [UpdateRow(KEPT, 5, CHECKED, loss=7.0), UpdateRow(TILED, 5, CHECKED, loss=7.01)]
+    other = UpdateRow(COMPRESSED, 5, CHECKED, loss=9.0)
+    assert [row.status for row in compare([*rows, other])] == [WRONG, WRONG, CHECKED]
+    assert compare([rows[0], other]) == [rows[0], other]
+
+
+def test_an_update_beyond_the_memory_is_planned_and_refused(monkeypatch):
+    monkeypatch.setattr(machine, "free_bytes", lambda: 1000)
+    row, program = attempt(TILED, 11, SMALL)
+    assert program is None
+    assert row.status == REFUSED
+    assert "11 tokens" in row.reason
+    assert "GiB are free" in row.reason
+    assert row.planned_bytes > 1000
+    assert math.isnan(row.loss)
+    assert json.loads(json.dumps(row.record()))["loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (Arguments(lengths=("0",)), r"lengths \(0\) must be numbers of at least 1"),
+        (Arguments(lengths=("1e3",)), r"lengths \(1e3\)"),
+        (Arguments(rounds=-1), r"rounds \(-1\) at least 0"),
+        (Arguments(attentions=("sparse",)), "no attention 'sparse': give full-scores-kept"),
+    ],
+)
+def test_what_does_not_exist_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        long_sequences.plan(arguments)
