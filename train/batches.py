@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _SHORT = 64
 """Sources of fewer tokens are evaluated as if they had so many: one compilation for all of them."""
+_TOKENS = 32_768
 _EDGES = 256
 """Lengths at which buckets may begin and end, at most."""
 
@@ -117,18 +118,30 @@ def iterate(batches: grain.MapDataset, *, start: int) -> Iterator[Batch]:
 
 
 def once(rows: Sequence[Example], *, size: int) -> Iterator[tuple[list[int], Batch]]:
-    """Every example once, for evaluation: indices of the examples, and batches of `size` rows of similar length.
+    """Every example once, for evaluation: indices of the examples, and batches of at most `size` rows.
 
     Sources are padded to 64 tokens, 128, 256 and so on, or to the longest of all; targets to the longest of all. A
-    short batch is filled with empty rows.
+    short batch is filled with empty rows, and one of long sources has fewer: a compilation for each length.
     """
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
-    source, target = (max(len(row[side]) for row in rows) for side in (0, 1))
-    for first in range(0, len(order), size):
-        chosen = order[first : first + size]
-        longest = len(rows[chosen[-1]][0])
-        padded = min(source, max(_SHORT, 2 ** (longest - 1).bit_length()))
-        yield chosen, collate([rows[index] for index in chosen], (size, padded, target))
+    source, target = (max((len(row[side]) for row in rows), default=0) for side in (0, 1))
+    groups: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        padded = min(source, max(_SHORT, 2 ** (len(row[0]) - 1).bit_length()))
+        groups.setdefault(padded, []).append(index)
+    for padded, group in sorted(groups.items()):
+        count = rows_of(padded, size)
+        for first in range(0, len(group), count):
+            chosen = group[first : first + count]
+            yield chosen, collate([rows[index] for index in chosen], (count, padded, target))
+
+
+def rows_of(length: int, most: int) -> int:
+    """How many texts of a length are evaluated or decoded together: so many that they have 32,768 tokens, or `most`.
+
+    >>> [rows_of(length, 64) for length in (16, 512, 1024, 40_000)]
+    [64, 64, 32, 1]
+    """
+    return min(most, max(1, _TOKENS // max(1, length)))
 
 
 def group_by_length(rows: Sequence[Example], count: int, tokens: int) -> list[list[Example]]:

@@ -13,7 +13,7 @@ from seqattn import Coordinates
 from seqattn.decoding import Greedy, Sampling, generate
 from seqattn.models import EncoderDecoder
 from train.tokenizer import Tokenizer
-from train.translator import longest, padded_length
+from train.translator import padded_length
 
 _GREEDY = Greedy()
 
@@ -41,7 +41,7 @@ class Completer:
         if length < 1:
             raise ValueError(f"length ({length}) must be at least 1")
         self.tokenizer, self._length, self._sampling, self._seed = tokenizer, length, sampling, seed
-        self._limit = longest(model)
+        self._limit = model.room(0)
         graph, self._params = nnx.split(model)
         self._find = _compiled(graph, tokenizer.end_id, tokenizer.pad_id)
 

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import optax
 from datasets import Dataset
 from flax import nnx
 
-from seqattn.models import LanguageModelConfig, Learned, Seq2SeqConfig
+from seqattn.models import Learned
 from train import objectives, run
 from train.batches import Batch, iterate, stream
 from train.checkpoint import Checkpoints
@@ -29,7 +29,6 @@ from train.parallel import data_parallel
 from train.signals import Interrupts
 from train.step import TrainState, make_update, start
 from train.tokenizer import Tokenizer
-from train.translator import longest
 
 _SAMPLES = 3
 
@@ -149,27 +148,26 @@ def _check_folder(folder: Path) -> None:
 
 def _check_lengths(session: Session) -> None:
     """Raises ValueError where a text has more tokens than the model has learned positions."""
-    config, longest_kept = session.experiment.model, session.experiment.batches.max_length
-    encoder = config.attention_encoder if isinstance(config, Seq2SeqConfig) else None
-    limit, flag = longest(session.model), "--model.positions.max-length"
-    if encoder is not None and isinstance(encoder.positions, Learned):
-        limit, flag = encoder.positions.max_length, "--model.attention-encoder.positions.max-length"
-    if limit is None:
-        return
-
-    def places(source: Sized, target: Sized) -> int:
-        if encoder is not None:
-            return len(source)
-        # A language model reads both as one text.
-        one_stream = isinstance(config, LanguageModelConfig)
-        return len(source) + len(target) - 1 if one_stream else max(len(source), len(target) - 1)
-
+    experiment, model = session.experiment, session.model
+    limits = ", ".join(f"{flag} ({most})" for flag, most in _learned(experiment.model, "--model"))
     for name, split in session.splits.items():
-        rows = session.objective.examples(split)
-        kept = [row for row in rows if name != "train" or max(map(len, row)) <= longest_kept]
-        most = max((places(*row) for row in kept), default=0)
-        if most > limit:
-            raise ValueError(f"the {name} split has a text of {most} tokens: {flag} ({limit}) must be as many")
+        for source, target in session.objective.examples(split) if limits else ():
+            left_out = name == "train" and max(len(source), len(target)) > experiment.batches.max_length
+            room = model.room(len(source))
+            if not left_out and room is not None and room < max(1, len(target) - 1):
+                raise ValueError(
+                    f"the {name} split has a text of {len(source)} tokens with {max(1, len(target) - 1)} to follow, "
+                    f"which the learned positions do not hold: raise {limits}"
+                )
+
+
+def _learned(config: Any, flag: str) -> Iterator[tuple[str, int]]:
+    """How many learned positions a config asks for, by the flags that say so."""
+    if isinstance(config, Learned):
+        yield f"{flag}.max-length", config.max_length
+    elif dataclasses.is_dataclass(config):
+        for field in dataclasses.fields(config):
+            yield from _learned(getattr(config, field.name), f"{flag}.{field.name.replace('_', '-')}")
 
 
 def _train(session: Session, interrupts: Interrupts) -> None:

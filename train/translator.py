@@ -25,9 +25,9 @@ from seqattn.decoding import (
     generate,
 )
 from seqattn.decoding.generate import Step
-from seqattn.models import EncoderDecoder, Learned
+from seqattn.models import EncoderDecoder
 from seqattn.static import pytree
-from train.batches import Example, collate
+from train.batches import Example, collate, rows_of
 from train.tokenizer import Tokenizer
 
 FAILED = "[FAILED]"
@@ -112,10 +112,11 @@ class Translator:
     ) -> None:
         self.tokenizer, self.batch_size, self.search = tokenizer, batch_size, search
         self._processors, self._max_length, self._seed = tuple(processors), max_length, np.uint32(seed)
-        self._limit = longest(model)
+        self._model_room = model.room
         self._shortest = max((int(each.length) for each in processors if isinstance(each, MinLength)), default=0)
-        if self._limit is not None and self._shortest > self._limit:
-            raise ValueError(f"min_length ({self._shortest}) exceeds the model's learned positions ({self._limit})")
+        most = model.room(0)
+        if most is not None and self._shortest > most:
+            raise ValueError(f"min_length ({self._shortest}) exceeds the model's learned positions ({most})")
         graph, self.params = nnx.split(model)
         self._find = _compiled(graph, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
 
@@ -135,7 +136,8 @@ class Translator:
         """The `n_best` outputs for each text of each chunk, the best first: in order, each as soon as it is known.
 
         Batches are made of texts of one chunk. All have so many rows as the first chunk has texts, at most
-        `batch_size`, and that many once a chunk has more: a compilation for each length, or two.
+        `batch_size`, and that many once a chunk has more: a compilation for each length, or two. Those of long texts
+        have fewer.
 
         Raises:
             ValueError: a text has more tokens than the model has learned positions.
@@ -160,13 +162,14 @@ class Translator:
         yield from ((index, [_EMPTY, *rest]) for index, (ids, _) in enumerate(sources) if len(ids) == 1)
         for chosen, padded in _batches(sources, rows):
             # Rows that only fill the batch repeat a text: they end when it does.
-            filled = [*chosen, *[chosen[-1]] * (rows - len(chosen))]
-            batch = collate([sources[index] for index in filled], (rows, padded, 1))
+            count = rows_of(padded, rows)
+            filled = [*chosen, *[chosen[-1]] * (count - len(chosen))]
+            batch = collate([sources[index] for index in filled], (count, padded, 1))
             indices = ((np.array(filled) + first) % 2**32).astype(np.uint32)
             found = self._find(
                 *(self.params, batch["source"], batch["source_length"], indices, self._seed),
                 *(self.search, self._processors),
-                max_length=self._room(padded),
+                max_length=self._room(padded, max(len(sources[index][0]) for index in chosen)),
             )
             tokens, length, score, failed = map(np.asarray, found)
             for row, index in enumerate(chosen):
@@ -180,16 +183,19 @@ class Translator:
 
     def _check_lengths(self, sources: list[Example], first: int) -> None:
         for number, (ids, _) in enumerate(sources, first + 1):
-            if self._limit is not None and len(ids) > self._limit:
+            room = self._model_room(len(ids))
+            if room is not None and room < max(1, self._shortest):
                 raise ValueError(
-                    f"text {number} is a text of {len(ids)} tokens: the model's learned positions end at {self._limit}"
+                    f"text {number} is a text of {len(ids)} tokens: the model's learned positions leave no room for an "
+                    f"output of {max(1, self._shortest)}"
                 )
 
-    def _room(self, source_length: int) -> int:
+    def _room(self, padded: int, longest: int) -> int:
         """Tokens of an output: generous, since decoding stops when all texts have ended."""
-        generous = max(2 * source_length + _MULTIPLE, self._shortest)
-        room = generous if self._max_length is None else self._max_length
-        return room if self._limit is None else min(room, self._limit)
+        generous = max(2 * padded + _MULTIPLE, self._shortest)
+        wanted = generous if self._max_length is None else self._max_length
+        room = self._model_room(longest)
+        return wanted if room is None else min(wanted, room)
 
 
 def in_order(found: Iterable[tuple[int, Any]], count: int) -> Iterator[Any]:
@@ -206,12 +212,6 @@ def in_order(found: Iterable[tuple[int, Any]], count: int) -> Iterator[Any]:
             yield waiting.pop(due)
             due += 1
     assert due == count, f"{count - due} of {count} values are missing"
-
-
-def longest(model: EncoderDecoder) -> int | None:
-    """The most tokens that a model can place; None without a limit."""
-    positions = getattr(getattr(model, "config", None), "positions", None)
-    return positions.max_length if isinstance(positions, Learned) else None
 
 
 def padded_length(length: int) -> int:
@@ -231,9 +231,9 @@ def _batches(sources: list[Example], rows: int) -> Iterator[tuple[list[int], int
         if len(ids) > 1:
             groups.setdefault(padded_length(len(ids)), []).append(index)
     batches = [
-        (group[start : start + rows], padded)
+        (group[start : start + rows_of(padded, rows)], padded)
         for padded, group in groups.items()
-        for start in range(0, len(group), rows)
+        for start in range(0, len(group), rows_of(padded, rows))
     ]
     return iter(sorted(batches))
 

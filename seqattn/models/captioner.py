@@ -129,6 +129,11 @@ class Captioner(nnx.Module):
         """Logits `[B, T, V]` of the token after each of `target` `[B, T]`."""
         return self.decoder.decode(target, target_at, memory, dropout_key=dropout_key)
 
+    def room(self, source_length: int) -> int | None:
+        """How many target tokens the decoder has places for, whatever the size of the image."""
+        del source_length
+        return self.decoder.room(0)
+
     def start(self, memory: Any, max_length: int) -> State:
         """The state before the first step, with room for `max_length` steps."""
         return self.decoder.start(memory, max_length)

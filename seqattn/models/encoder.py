@@ -101,6 +101,11 @@ class Encoder(nnx.Module):
         x = drop(x, self.config.block.dropout_rate, keys[1])
         return self.head(x, at, self.embedding)
 
+    def room(self, source_length: int) -> int | None:
+        """None where a text of so many tokens can be read, 0 where it is longer than there are learned positions."""
+        limit = order.limit(self.config.positions)
+        return None if limit is None or source_length <= limit else 0
+
     def encode(
         self, tokens: Int[Array, "B T"], at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> Float[Array, "B T D"]:

@@ -23,6 +23,12 @@ class EncoderDecoder(Protocol):
     ) -> Float[Array, "B T V"]:
         """Logits `[B, T, V]` of the token after each target token `[B, T]`: teacher forcing."""
 
+    def room(self, source_length: int) -> int | None:
+        """How many target tokens have a place behind a source of so many: None for any number, below 1 for none.
+
+        Learned positions end; other models go on as long as memory does.
+        """
+
     def start(self, memory: Any, max_length: int) -> State:
         """The state before the first step, with room for `max_length` steps."""
 

@@ -120,6 +120,11 @@ class LanguageModel(nnx.Module):
         x = self.stack(drop(x, self.config.block.dropout_rate, keys[0]), at, dropout_key=keys[1])
         return self.embedding.logits(x[:, memory.tokens.shape[1] :])
 
+    def room(self, source_length: int) -> int | None:
+        """How many target tokens have a place behind a source of so many: the learned positions that it leaves."""
+        limit = order.limit(self.config.positions)
+        return limit if limit is None else limit - source_length
+
     def start(self, memory: LanguageModelMemory, max_length: int) -> LanguageModelState:
         """The state before the first step, the context read, with room for `max_length` tokens more."""
         batch, length = memory.tokens.shape

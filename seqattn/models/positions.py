@@ -84,6 +84,11 @@ def table(
     return PositionEmbedding(positions.max_length, model_dim, param_dtype=param_dtype, rngs=rngs)
 
 
+def limit(positions: Positions) -> int | None:
+    """How many positions there are; None where there is one for every token."""
+    return positions.max_length if isinstance(positions, Learned) else None
+
+
 def embed(
     embedding: TokenEmbedding,
     learned: PositionEmbedding | None,

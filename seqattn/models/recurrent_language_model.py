@@ -124,6 +124,11 @@ class RecurrentLanguageModel(nnx.Module):
         features, _ = self._unroll(target, target_at, memory, keys[0])
         return self._logits(drop(features, self.config.dropout_rate, keys[1]))
 
+    def room(self, source_length: int) -> int | None:
+        """None: any number of target tokens may follow a source of any length."""
+        del source_length
+        return None
+
     def start(self, memory: RecurrentLanguageModelState, max_length: int) -> RecurrentLanguageModelState:
         """The state before the first step; `max_length` sets no limit here, since the state does not grow."""
         del max_length

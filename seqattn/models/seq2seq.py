@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from seqattn.coordinates import Coordinates
 from seqattn.decoding.state import Shared
 from seqattn.dropout import drop, split
+from seqattn.models import positions as order
 from seqattn.models.attention_encoder import AttentionEncoder, SelfAttentionEncoder
 from seqattn.nn.embedding import TokenEmbedding
 from seqattn.nn.key_value import KeyValue
@@ -156,6 +157,12 @@ class Seq2Seq(nnx.Module):
         keys = split(dropout_key, 2)
         features, _, _ = self._unroll(target, target_at, self.start(memory, target.shape[1]), keys[0])
         return self.output(drop(features, self.config.dropout_rate, keys[1]))
+
+    def room(self, source_length: int) -> int | None:
+        """None for any number of target tokens, or 0 where a source of so many has no learned position for each."""
+        encoder = self.config.attention_encoder
+        limit = None if encoder is None else order.limit(encoder.positions)
+        return None if limit is None or source_length <= limit else 0
 
     def start(self, memory: Seq2SeqMemory, max_length: int) -> Seq2SeqState:
         """The state before the first step; `max_length` sets no limit here, since the state does not grow."""

@@ -193,6 +193,11 @@ class Transformer(nnx.Module):
             x = block(x, target_at, kv, key_value, score_mod=score_mod, dropout_key=key)
         return self._logits(x)
 
+    def room(self, source_length: int) -> int | None:
+        """How many target tokens have a place behind a source of so many: all learned positions, if it has one too."""
+        limit = order.limit(self.config.positions)
+        return limit if limit is None or source_length <= limit else 0
+
     def start(self, memory: TransformerMemory, max_length: int) -> TransformerState:
         """The state before the first step, with room for `max_length` tokens; one text a row, not packed ones.
 

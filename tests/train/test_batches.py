@@ -127,6 +127,7 @@ def test_evaluation_pads_short_sources_little_beside_long_ones():
     lengths = [0, 3, 63, 64, 65, 128, 130, 301]
     shapes = {}
     for chosen, batch in once([([7] * length, [1, 2]) for length in lengths], size=1):
+        assert len(chosen) == 1
         assert batch["source_length"].tolist() == [lengths[index] for index in chosen]
         shapes[lengths[chosen[0]]] = batch["source"].shape[1]
     assert shapes == {0: 64, 3: 64, 63: 64, 64: 64, 65: 128, 128: 128, 130: 256, 301: 301}

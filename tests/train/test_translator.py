@@ -8,8 +8,17 @@ import pytest
 from flax import nnx
 
 from seqattn.decoding import Greedy, MinLength, Sample, Temperature
-from seqattn.models import Learned, Seq2Seq, Seq2SeqConfig, Transformer, TransformerConfig
+from seqattn.models import (
+    LanguageModel,
+    LanguageModelConfig,
+    Learned,
+    Seq2Seq,
+    Seq2SeqConfig,
+    Transformer,
+    TransformerConfig,
+)
 from seqattn.nn import BlockConfig
+from tests.parameters import drawn
 from train import translator as module
 from train.tokenizer import Characters, Tokenizer
 from train.translator import Beam, Output, Translator, in_order
@@ -65,8 +74,31 @@ def test_a_text_beyond_learned_positions_is_refused():
     config = TransformerConfig(WORDS.vocab_size, 1, 1, block, Learned(max_length=4))
     limited = Translator(Transformer(config, rngs=nnx.Rngs(0)), WORDS, max_length=9)
     assert len(limited(["abc"])) == 1
-    with pytest.raises(ValueError, match="text 3 is a text of 5 tokens: the model's learned positions end at 4"):
+    with pytest.raises(ValueError, match="text 3 is a text of 5 tokens: the model's learned positions leave no room"):
         list(limited.stream([["", "abc"], ["abcd"]]))
+
+
+def test_source_and_output_of_a_language_model_share_its_learned_positions():
+    config = LanguageModelConfig(WORDS.vocab_size, 1, BlockConfig(model_dim=6, hidden_dim=7, num_heads=2), Learned(8))
+    model = drawn(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
+    never = [MinLength(4, WORDS.end_id)]
+    (three, two) = Translator(model, WORDS, processors=never)(["abc", "ab"])
+    assert len(WORDS.encode(three)) == len(WORDS.encode(two)) == 4  # what "abc" and its end leave
+    with pytest.raises(ValueError, match=r"text 2 is a text of 6 tokens: .* no room for an output of 4"):
+        Translator(model, WORDS, processors=never)(["abc", "abcde"])
+
+
+def test_long_texts_are_decoded_a_few_at_a_time(model, translator, monkeypatch):
+    sizes = []
+
+    def rows_of(length, most):
+        sizes.append(length)
+        return 1 if length > 16 else most
+
+    expected = translator(MIXED)
+    monkeypatch.setattr(module, "rows_of", rows_of)
+    assert Translator(model, WORDS, batch_size=4)(MIXED) == expected
+    assert max(sizes) > 16
 
 
 def test_a_beam_of_one_is_greedy(model):

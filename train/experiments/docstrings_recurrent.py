@@ -23,6 +23,6 @@ DOCSTRINGS_RECURRENT = Experiment(
     tokenizer=ByteLevelBPE(vocab_size=2000),
     batches=Batches(tokens=8192, max_length=600, buckets=4),
     optimizer=Optimizer(schedule=Cosine(peak=2e-3, warmup_steps=50)),
-    steps=500,
-    evaluate_every=250,
+    steps=300,
+    evaluate_every=150,
 )

@@ -22,6 +22,6 @@ MASKED = Experiment(
     run=Path("runs/masked"),
     batches=Batches(tokens=8192, max_length=160, buckets=1),
     optimizer=Optimizer(schedule=Cosine(peak=3e-3, warmup_steps=50)),
-    steps=1500,
-    evaluate_every=500,
+    steps=1000,
+    evaluate_every=250,
 )

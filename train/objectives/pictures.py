@@ -11,7 +11,7 @@ from seqattn.models import Encoder, EncoderDecoder
 from train.batches import collate
 from train.drawing import attention_map
 from train.tokenizer import Tokenizer
-from train.translator import FAILED, Translator, longest
+from train.translator import FAILED, Translator
 
 _DRAWN, _LETTERS = 2, 40
 
@@ -47,10 +47,10 @@ def draw_attention(
 
     Nothing is drawn without attention, of an empty source, or of an output that failed.
     """
-    limit = longest(model)
     ids = [*tokenizer.encode(source), tokenizer.end_id]
+    room = model.room(len(ids))
     # An output that filled all learned positions has none left for its end token.
-    target = [tokenizer.start_id, *tokenizer.encode(output), tokenizer.end_id][: None if limit is None else limit + 1]
+    target = [tokenizer.start_id, *tokenizer.encode(output), tokenizer.end_id][: None if room is None else room + 1]
     if output == FAILED or len(ids) == 1:
         return []
     return _draw(model, tokenizer, ids, target, path_stem, f"{source} → {output}")
@@ -58,10 +58,10 @@ def draw_attention(
 
 def draw_reading(model: EncoderDecoder, tokenizer: Tokenizer, before: str, after: str, path_stem: Path) -> list[Path]:
     """Where a language model looks in the text `before` while it reads what comes `after`."""
-    limit = longest(model)
     ids, target = [tokenizer.start_id, *tokenizer.encode(before)], [*tokenizer.encode(after), tokenizer.end_id]
     # The two together may take one position more than the text had in training.
-    target = target[: None if limit is None else max(0, limit - len(ids) + 1)]
+    room = model.room(len(ids))
+    target = target[: None if room is None else max(0, room + 1)]
     return _draw(model, tokenizer, ids, target, path_stem, f"{before} → {after}") if len(target) > 1 else []
 
 

@@ -19,7 +19,7 @@ from train.objectives.objective import Arrays, Objective, Scores, Sums
 from train.overlay import attention_over_image
 from train.tasks.rendered_text import render
 from train.tokenizer import Tokenizer
-from train.translator import FAILED, longest
+from train.translator import FAILED
 
 _DRAWN = 4
 
@@ -82,7 +82,7 @@ class Reading(Objective):
         read = _compiled(graph, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
         # No letter is narrower than two pixels.
         room = np.asarray(rows[0][0]).shape[1] // 2 + 1
-        limit = longest(model.decoder)
+        limit = model.room(len(rows[0][0]))
         room = room if limit is None else min(room, limit)
         outputs: dict[int, str] = {}
         for chosen, batch in once(rows, size=batch_size):
@@ -138,8 +138,8 @@ def _compiled(graph: nnx.GraphDef, start_id: int, end_id: int, pad_id: int) -> A
 def _draw(model: Captioner, tokenizer: Tokenizer, image: np.ndarray, output: str, path_stem: Path) -> list[Path]:
     """The mean over heads; nothing without attention."""
     target = [tokenizer.start_id, *tokenizer.encode(output), tokenizer.end_id]
-    limit = longest(model.decoder)
-    batch = collate([(image, target[: None if limit is None else limit + 1])])
+    room = model.room(len(image))
+    batch = collate([(image, target[: None if room is None else room + 1])])
     inputs = jnp.asarray(batch["target"][:, :-1])
     at = Coordinates.from_lengths([inputs.shape[1]], inputs.shape[1])
     heads = model.alignment(inputs, at, _encode(model, batch["source"], batch["source_length"]))[0]

@@ -11,16 +11,24 @@ from flax import nnx
 
 from seqattn.coordinates import Coordinates
 from seqattn.models import (
+    AttentionEncoder,
     BucketBiases,
+    Captioner,
+    CaptionerConfig,
     Encoder,
     EncoderConfig,
     LanguageModel,
     LanguageModelConfig,
     Learned,
     LinearBiases,
+    RecurrentLanguageModel,
+    RecurrentLanguageModelConfig,
     RelativeKeys,
     Rotary,
+    Seq2Seq,
+    Seq2SeqConfig,
     Sinusoidal,
+    TokenLabels,
     Transformer,
     TransformerConfig,
 )
@@ -159,3 +167,26 @@ def test_an_odd_number_of_buckets_has_no_two_sides():
     assert build(False).tables.shape == (7, 2)
     with pytest.raises(ValueError, match=r"num_buckets \(7\) must be even and at least 4 in an encoder"):
         build(True)
+
+
+SIZED = {"block": BlockConfig(model_dim=6, hidden_dim=5, num_heads=2), "positions": Learned(5)}
+READER = AttentionEncoder(num_layers=1, num_heads=2, hidden_dim=5, positions=Learned(5))
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "rooms"),
+    [
+        (Transformer, TransformerConfig(7, 1, 1, **SIZED), [5, 5, 0]),
+        (LanguageModel, LanguageModelConfig(7, num_layers=1, **SIZED), [5, 0, -1]),
+        (Encoder, EncoderConfig(7, num_layers=1, head=TokenLabels(2), **SIZED), [None, None, 0]),
+        (Seq2Seq, Seq2SeqConfig(7, embedding_dim=6, hidden_dim=6, attention_encoder=READER), [None, None, 0]),
+        (Seq2Seq, Seq2SeqConfig(7, embedding_dim=6, hidden_dim=6), [None, None, None]),
+        (Captioner, CaptionerConfig(7, decoder=TransformerConfig(0, 0, 1, **SIZED)), [5, 5, 5]),
+        (RecurrentLanguageModel, RecurrentLanguageModelConfig(7), [None, None, None]),
+    ],
+    ids=["transformer", "language", "encoder", "attention_encoder", "recurrent", "captioner", "recurrent_language"],
+)
+def test_learned_positions_leave_so_much_room(model, config, rooms):
+    """Behind sources of 0, of 5 and of 6 tokens."""
+    made = nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0)))
+    assert [made.room(length) for length in (0, 5, 6)] == rooms
