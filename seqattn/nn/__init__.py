@@ -9,9 +9,10 @@ from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
 from seqattn.nn.feed_forward import Activation, FeedForward
 from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.nn.local import Monotonic, Predictive
-from seqattn.nn.mixture import MixtureConfig, MixtureOfExperts, Routing, routings
+from seqattn.nn.mixture import MixtureOfExperts, routings
 from seqattn.nn.normalization import BatchNorm, BatchStatistics
 from seqattn.nn.recurrent import Cell, Direction, Recurrent, RecurrentEncoder
+from seqattn.nn.routing import MixtureConfig, Routing
 from seqattn.nn.scored_attention import Score, ScoredAttention
 
 __all__ = [

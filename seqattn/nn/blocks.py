@@ -17,7 +17,8 @@ from seqattn.nn.cache import Cache
 from seqattn.nn.compressed import MemoryCompressedAttention
 from seqattn.nn.feed_forward import Activation, FeedForward
 from seqattn.nn.key_value import KeyColumns, KeyValue
-from seqattn.nn.mixture import MixtureConfig, MixtureOfExperts
+from seqattn.nn.mixture import MixtureOfExperts
+from seqattn.nn.routing import MixtureConfig
 from seqattn.score_mod import ScoreMod
 
 

@@ -26,8 +26,8 @@ TAGS = Experiment(
     task=PythonTags(),
     model=MODEL,
     run=Path("runs/tags"),
-    batches=Batches(tokens=16384, max_length=160, buckets=2),
+    batches=Batches(tokens=8192, max_length=160, buckets=2),
     optimizer=Optimizer(schedule=Cosine(peak=3e-3, warmup_steps=50)),
-    steps=400,
+    steps=300,
     evaluate_every=100,
 )

@@ -79,11 +79,18 @@ class Objective(abc.ABC):
         return int(batch["source_length"].sum() + (batch["target_length"] - 1).sum())
 
     def mean_loss(self, model: Any, split: Dataset, *, batch_size: int = 64) -> float:
-        """Mean cross entropy of a label in nats, without dropout and label smoothing."""
+        """Mean cross entropy of a label in nats, without dropout and label smoothing.
+
+        Raises:
+            ValueError: there is no label, as where a few short texts have no token that was hidden.
+        """
         graph, params = nnx.split(model)
         compiled = _compiled(graph, type(self))
         sums = [compiled(params, batch) for _, batch in once(self.examples(split), size=batch_size)]
-        return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
+        labels = float(sum(count for _, count in sums))
+        if not labels:
+            raise ValueError(f"the split of {len(split)} examples has no label to judge by: give more examples")
+        return float(sum(total for total, _ in sums)) / labels
 
 
 def perplexity(loss: float) -> float:

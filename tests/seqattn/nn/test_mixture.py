@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from seqattn.nn.feed_forward import Activation, FeedForward
-from seqattn.nn.mixture import MixtureConfig, MixtureOfExperts, Routed, routings
+from seqattn.nn.mixture import MixtureOfExperts, Routed, routings
+from seqattn.nn.routing import MixtureConfig
 from tests.parameters import drawn
 
 B, T, D, F, E, K = 2, 11, 3, 7, 5, 2

@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from seqattn.nn.mixture import MixtureConfig, MixtureOfExperts, routings
+from seqattn.nn.mixture import MixtureOfExperts, routings
+from seqattn.nn.routing import MixtureConfig
 from tests.parameters import drawn
 
 B, T, D, F, E = 4, 11, 5, 13, 8

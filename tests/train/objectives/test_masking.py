@@ -111,3 +111,9 @@ def test_pictures_of_the_first_texts(model, tmp_path):
     paths = Masking(LETTERS).draw(model, SPLIT.select([1, 3]), tmp_path / "attention")
     assert {path.name for path in paths} == {"1-heads.png", "1-heads.svg"}  # the second text is empty
     assert all(path.exists() for path in paths)
+
+
+def test_a_split_of_which_nothing_is_hidden_has_no_loss(model):
+    short = Dataset.from_dict({"source": ["", ""], "target": ["a", ""]})
+    with pytest.raises(ValueError, match="the split of 2 examples has no label to judge by"):
+        Masking(LETTERS).mean_loss(model, short)
