@@ -235,7 +235,8 @@ def _label(token: str, missing: frozenset[str]) -> str:
 
 
 def _drawable(text: str, missing: frozenset[str]) -> str:
-    return "".join(f"U+{ord(letter):04X}" if letter in missing else letter for letter in text)
+    # A line break is written as in the labels, which come from the tokenizer.
+    return "".join(f"U+{ord(letter):04X}" if letter in missing else letter for letter in text.replace("\n", "\\n"))
 
 
 def _fonts(text: str) -> tuple[list[str], frozenset[str]]:

@@ -127,7 +127,7 @@ def only_own_font(monkeypatch):
 @pytest.mark.usefixtures("only_own_font")
 def test_letters_that_no_font_has_are_written_as_code_points(tmp_path):
     _, svg = attention_map(np.ones((1, 4)), ["日", "я", "\n", "😀日"], ["年"], tmp_path / "map", title="日付")
-    assert {"U+65E5", "я", "U+000A", "U+5E74", "U+65E5U+4ED8"} <= set(texts(svg))
+    assert {"U+65E5", "я", "\\n", "U+5E74", "U+65E5U+4ED8"} <= set(texts(svg))
 
 
 def test_any_script_is_drawn_without_a_warning(tmp_path):

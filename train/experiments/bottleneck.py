@@ -1,8 +1,8 @@
 """Strings to their reverse by a recurrent encoder-decoder, with attention or through one vector alone.
 
 Commands: `python -m train bottleneck`, and without attention
-`python -m train bottleneck --model.attention None --model.input-feeding False --run runs/bottleneck_none`;
-the picture: `python -m train.by_length runs/bottleneck_none runs/bottleneck --plot bottleneck.png`.
+`python -m train bottleneck --model.attention None --model.input-feeding False --run runs/no_attention`;
+the picture: `python -m train.by_length runs/no_attention runs/attention --plot bottleneck.png`.
 Time and result: not measured yet.
 """
 
@@ -26,7 +26,7 @@ BOTTLENECK = Experiment(
         attention=Score.ADDITIVE,
         dropout_rate=0.0,
     ),
-    run=Path("runs/bottleneck"),
+    run=Path("runs/attention"),
     batches=Batches(tokens=4096, max_length=32, buckets=2),
     optimizer=Optimizer(schedule=Cosine(peak=4e-3, warmup_steps=100)),
     steps=1500,
