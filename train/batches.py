@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 _SHORT = 64
 """Sources of fewer tokens are evaluated as if they had so many: one compilation for all of them."""
 _TOKENS = 32_768
+_PASSES = 10**9
+"""Over the examples, more than any training makes: of endless ones grain cannot mix batches of one row."""
 _EDGES = 256
 """Lengths at which buckets may begin and end, at most."""
 
@@ -105,7 +107,7 @@ def stream(config: Batches, rows: Sequence[Example], *, seed: int, multiple: int
         def batch(chosen: Sequence[Example], shape: tuple[int, int, int] = shape) -> Batch:
             return collate(chosen, shape)
 
-        order = grain.MapDataset.source(bucket).seed(seed + index).shuffle().repeat()
+        order = grain.MapDataset.source(bucket).seed(seed + index).shuffle().repeat(_PASSES)
         parts.append(order.batch(shape[0], batch_fn=batch))
         weights.append(len(bucket) / shape[0])
     return grain.MapDataset.mix(parts, weights=weights)
@@ -120,16 +122,18 @@ def iterate(batches: grain.MapDataset, *, start: int) -> Iterator[Batch]:
 def once(rows: Sequence[Example], *, size: int) -> Iterator[tuple[list[int], Batch]]:
     """Every example once, for evaluation: indices of the examples, and batches of at most `size` rows.
 
-    Sources are padded to 64 tokens, 128, 256 and so on, or to the longest of all; targets to the longest of all. A
-    short batch is filled with empty rows, and one of long sources has fewer: a compilation for each length.
+    Sources are padded to 64 tokens, 128, 256 and so on, or to the longest of all; targets to the longest of a group of
+    such sources. A short batch is filled with empty rows, and one of long texts has fewer: a compilation for each
+    length.
     """
-    source, target = (max((len(row[side]) for row in rows), default=0) for side in (0, 1))
+    source = max((len(source) for source, _ in rows), default=0)
     groups: dict[int, list[int]] = {}
     for index, row in enumerate(rows):
         padded = min(source, max(_SHORT, 2 ** (len(row[0]) - 1).bit_length()))
         groups.setdefault(padded, []).append(index)
     for padded, group in sorted(groups.items()):
-        count = rows_of(padded, size)
+        target = max(len(rows[index][1]) for index in group)
+        count = rows_of(padded + target, size)
         for first in range(0, len(group), count):
             chosen = group[first : first + count]
             yield chosen, collate([rows[index] for index in chosen], (count, padded, target))
@@ -148,7 +152,7 @@ def group_by_length(rows: Sequence[Example], count: int, tokens: int) -> list[li
     """Groups of similar length, the shortest examples first, at most `count` of them: those that need least padding.
 
     Sources and targets of a group are padded to its longest. Each group has as many examples as its batches of `tokens`
-    tokens have rows, so that no batch holds one twice, unless all examples together are too few for that.
+    tokens have rows, so that no batch holds one twice within a pass, unless all examples together are too few for that.
     """
     ordered = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
     lengths = np.array([(len(source), len(target)) for source, target in ordered])
@@ -159,7 +163,7 @@ def group_by_length(rows: Sequence[Example], count: int, tokens: int) -> list[li
     # cost[i, j]: padded tokens of one group from edge i to edge j; not a group are those of too few examples.
     cost = np.full((len(edges), len(edges)), np.inf)
     for i in range(len(edges) - 1):
-        padded = np.maximum.accumulate(longest[i:]).sum(axis=1)
+        padded = np.maximum(np.maximum.accumulate(longest[i:]).sum(axis=1), 1)  # a text may be empty, on both sides
         number = edges[i + 1 :] - edges[i]
         cost[i, i + 1 :] = np.where(number >= tokens // padded, number * padded, np.inf)
     # best[j]: the least cost of all examples before edge j in so many groups; cuts: where the last of them begins.
@@ -185,7 +189,7 @@ def _like(rows: Sequence[Example]) -> tuple[tuple[int, ...], Any]:
 
 def _shape(rows: Sequence[Example], tokens: int, multiple: int) -> tuple[int, int, int]:
     source, target = (max(len(row[side]) for row in rows) for side in (0, 1))
-    count = tokens // (source + target) // multiple * multiple
+    count = tokens // max(1, source + target) // multiple * multiple
     if count < 1:
         raise ValueError(
             f"batches.tokens ({tokens}) has no room for {multiple} examples of {source} and {target} tokens; "

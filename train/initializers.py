@@ -1,12 +1,11 @@
 """Initial weights drawn anew, for any model: matrices by one rule, norms and biases as the model made them."""
 
 import dataclasses
-import hashlib
 import math
+import zlib
 from typing import Literal, Protocol, TypeVar, get_args
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal, variance_scaling
 from jaxtyping import Array
@@ -24,7 +23,7 @@ class Initializer(Protocol):
     """A frozen dataclass of settings that can draw a matrix."""
 
     def draw(self, key: Array, shape: tuple[int, ...], stack: int) -> Array:
-        """A float32 array `[*stack, *window, in, out]` whose first `stack` axes count arrays of their own."""
+        """An array `[*stack, *window, in, out]` whose first `stack` axes count arrays of their own."""
         ...
 
 
@@ -139,9 +138,8 @@ def _windows(model: nnx.Module) -> dict[str, int]:
 
 
 def _key(seed: int, path: str) -> Array:
-    # By a digest, since Python's own hash of a text is another one in every process.
-    digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
-    return jax.random.wrap_key_data(jnp.frombuffer(digest, jnp.uint32), impl="threefry2x32")
+    # By a checksum, since Python's own hash of a text is another one in every process.
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
 
 
 def _check_positive(name: str, value: float) -> None:

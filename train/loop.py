@@ -147,18 +147,22 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_lengths(session: Session) -> None:
-    """Raises ValueError where a text has more tokens than the model has learned positions."""
+    """Raises ValueError where a text has more tokens than the model has learned positions, by the longest of them."""
     experiment, model = session.experiment, session.model
     limits = ", ".join(f"{flag} ({most})" for flag, most in _learned(experiment.model, "--model"))
+    beyond: list[tuple[int, int, str]] = []
     for name, split in session.splits.items():
         for source, target in session.objective.examples(split) if limits else ():
             left_out = name == "train" and max(len(source), len(target)) > experiment.batches.max_length
-            room = model.room(len(source))
-            if not left_out and room is not None and room < max(1, len(target) - 1):
-                raise ValueError(
-                    f"the {name} split has a text of {len(source)} tokens with {max(1, len(target) - 1)} to follow, "
-                    f"which the learned positions do not hold: raise {limits}"
-                )
+            room, wanted = model.room(len(source)), max(1, len(target) - 1)
+            if not left_out and room is not None and room < wanted:
+                beyond.append((len(source), wanted, name))
+    if beyond:
+        source_length, target_length, name = max(beyond, key=lambda found: found[0] + found[1])
+        raise ValueError(
+            f"{len(beyond)} texts are longer than the learned positions, the longest in the {name} split: a source of "
+            f"{source_length} and a target of {target_length} tokens; raise {limits}"
+        )
 
 
 def _learned(config: Any, flag: str) -> Iterator[tuple[str, int]]:

@@ -113,6 +113,9 @@ class Translator:
         self.tokenizer, self.batch_size, self.search = tokenizer, batch_size, search
         self._processors, self._max_length, self._seed = tuple(processors), max_length, np.uint32(seed)
         self._model_room = model.room
+        # Where a longer source leaves less room, only texts of one length are decoded together: no output depends on
+        # the texts beside it.
+        self._padded = padded_length if model.room(0) == model.room(1) else int
         self._shortest = max((int(each.length) for each in processors if isinstance(each, MinLength)), default=0)
         most = model.room(0)
         if most is not None and self._shortest > most:
@@ -160,7 +163,7 @@ class Translator:
         """Each text's index in its chunk and its outputs, batch by batch; `first` is the index of the first text."""
         rest = [_NOT_FOUND] * (self.n_best - 1)
         yield from ((index, [_EMPTY, *rest]) for index, (ids, _) in enumerate(sources) if len(ids) == 1)
-        for chosen, padded in _batches(sources, rows):
+        for chosen, padded in _batches(sources, rows, self._padded):
             # Rows that only fill the batch repeat a text: they end when it does.
             count = rows_of(padded, rows)
             filled = [*chosen, *[chosen[-1]] * (count - len(chosen))]
@@ -169,7 +172,7 @@ class Translator:
             found = self._find(
                 *(self.params, batch["source"], batch["source_length"], indices, self._seed),
                 *(self.search, self._processors),
-                max_length=self._room(padded, max(len(sources[index][0]) for index in chosen)),
+                max_length=self._room(padded, len(sources[chosen[0]][0])),
             )
             tokens, length, score, failed = map(np.asarray, found)
             for row, index in enumerate(chosen):
@@ -190,11 +193,11 @@ class Translator:
                     f"output of {max(1, self._shortest)}"
                 )
 
-    def _room(self, padded: int, longest: int) -> int:
-        """Tokens of an output: generous, since decoding stops when all texts have ended."""
+    def _room(self, padded: int, length: int) -> int:
+        """Tokens of an output of a source of some length: generous, since decoding stops when all texts have ended."""
         generous = max(2 * padded + _MULTIPLE, self._shortest)
         wanted = generous if self._max_length is None else self._max_length
-        room = self._model_room(longest)
+        room = self._model_room(length)
         return wanted if room is None else min(wanted, room)
 
 
@@ -224,12 +227,12 @@ def padded_length(length: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def _batches(sources: list[Example], rows: int) -> Iterator[tuple[list[int], int]]:
+def _batches(sources: list[Example], rows: int, pad: Callable[[int], int]) -> Iterator[tuple[list[int], int]]:
     """Indices of texts of similar length, and that length; those first that hold the earliest text."""
     groups: dict[int, list[int]] = {}
     for index, (ids, _) in enumerate(sources):
         if len(ids) > 1:
-            groups.setdefault(padded_length(len(ids)), []).append(index)
+            groups.setdefault(pad(len(ids)), []).append(index)
     batches = [
         (group[start : start + rows_of(padded, rows)], padded)
         for padded, group in groups.items()

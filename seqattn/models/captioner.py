@@ -107,11 +107,13 @@ class Captioner(nnx.Module):
         """The memory of images, whose places have the coordinates `source_at` `[B, S]`.
 
         Raises:
-            ValueError: S is not the number of the images' places.
+            ValueError: S is not the number of the images' places, or more than the decoder's learned positions.
         """
         rows, columns = self.grid(*images.shape[1:3])
         if source_at.shape[-1] != rows * columns:
             raise ValueError(f"source_at {source_at.shape} must be of {rows} x {columns} = {rows * columns} places")
+        if isinstance(self.decoder, Seq2Seq) and self.decoder.room(rows * columns) is not None:
+            raise ValueError(f"the decoder has fewer learned positions than an image of {rows} x {columns} places")
         # Padding may hold anything, NaN too, which a convolution would carry into the gradient of its kernel.
         present = jnp.broadcast_to((source_at.segment != 0).any(axis=-1), images.shape[:1])
         present = present.reshape(len(images), *[1] * (images.ndim - 1))
@@ -130,7 +132,7 @@ class Captioner(nnx.Module):
         return self.decoder.decode(target, target_at, memory, dropout_key=dropout_key)
 
     def room(self, source_length: int) -> int | None:
-        """How many target tokens the decoder has places for, whatever the size of the image."""
+        """How many target tokens the decoder has places for, whatever the size of an image that it can encode."""
         del source_length
         return self.decoder.room(0)
 

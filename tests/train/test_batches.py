@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from train import batches
 from train.batches import Batches, collate, group_by_length, iterate, once, stream
 
 ROWS = [([10 + index] * (1 + index % 7), [1, *[10 + index] * (1 + index % 5), 2]) for index in range(53)]
@@ -55,6 +56,14 @@ def test_shapes_are_as_few_as_buckets_and_within_the_budget():
         assert rows * (source + target) <= CONFIG.tokens
 
 
+def test_evaluation_takes_fewer_long_texts_at_a_time(monkeypatch):
+    monkeypatch.setattr(batches, "_TOKENS", 400)
+    rows = [([7] * length, [1, 2]) for length in [5] * 9 + [190] * 3]
+    found = list(once(rows, size=4))
+    assert sorted(index for chosen, _ in found for index in chosen) == list(range(12))
+    assert {batch["source"].shape for _, batch in found} == {(4, 64), (2, 190)}
+
+
 def padded(groups):
     """Tokens of all examples, each as long as the longest of its group on either side."""
     return sum(len(group) * sum(max(len(row[side]) for row in group) for side in (0, 1)) for group in groups)
@@ -86,6 +95,28 @@ def test_groups_need_least_padding_of_all_that_fill_their_batches(count):
     assert all(map(fills, groups))
     assert [size(row) for group in groups for row in group] == [size(row) for row in rows]
     assert padded(groups) == best(0, count)
+
+
+def test_lengths_beyond_those_that_are_tried_are_still_grouped():
+    rows = [([7] * length, [1, 2]) for length in [1] * 701 + list(range(1, 700))]
+    groups = group_by_length(rows, 5, 700)
+    assert [row for group in groups for row in group] == rows
+    equal = [rows[start : start + 280] for start in range(0, 1400, 280)]
+    assert padded(groups) < 0.9 * padded(equal)
+
+
+def test_empty_examples_are_grouped_with_others_and_batched():
+    rows = [([], []), ([], []), *ROWS[:20]]
+    assert sum(map(len, group_by_length(rows, 4, 30))) == 22
+    order = stream(Batches(tokens=30, max_length=16, buckets=4), rows, seed=0)
+    assert all(order[step]["source_length"].sum() > 0 for step in range(20))
+
+
+def test_batches_of_one_example():
+    rows = [([7] * 5, [1, 2]), ([8] * 5, [1, 2]), ([9], [1, 2])]
+    order = stream(Batches(tokens=7, max_length=9, buckets=2), rows, seed=0)
+    assert {tuple(order[step]["source_length"]) for step in range(12)} >= {(5,)}
+    assert {int(order[step]["source"][0, 0]) for step in range(30)} == {7, 8, 9}
 
 
 def test_too_few_examples_to_fill_a_batch_are_one_group():

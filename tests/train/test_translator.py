@@ -19,6 +19,7 @@ from seqattn.models import (
 )
 from seqattn.nn import BlockConfig
 from tests.parameters import drawn
+from train import batches
 from train import translator as module
 from train.tokenizer import Characters, Tokenizer
 from train.translator import Beam, Output, Translator, in_order
@@ -81,24 +82,27 @@ def test_a_text_beyond_learned_positions_is_refused():
 def test_source_and_output_of_a_language_model_share_its_learned_positions():
     config = LanguageModelConfig(WORDS.vocab_size, 1, BlockConfig(model_dim=6, hidden_dim=7, num_heads=2), Learned(8))
     model = drawn(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-    never = [MinLength(4, WORDS.end_id)]
-    (three, two) = Translator(model, WORDS, processors=never)(["abc", "ab"])
-    assert len(WORDS.encode(three)) == len(WORDS.encode(two)) == 4  # what "abc" and its end leave
-    with pytest.raises(ValueError, match=r"text 2 is a text of 6 tokens: .* no room for an output of 4"):
+    never = [MinLength(3, WORDS.end_id)]
+    texts = ["abcd", "a", "ab"]
+    together = Translator(model, WORDS, processors=never)(texts)
+    assert together == [Translator(model, WORDS, processors=never)([text])[0] for text in texts]
+    assert all(3 <= len(output) <= 7 - len(text) for text, output in zip(texts, together, strict=True))
+    with pytest.raises(ValueError, match=r"text 2 is a text of 6 tokens: .* no room for an output of 3"):
         Translator(model, WORDS, processors=never)(["abc", "abcde"])
 
 
 def test_long_texts_are_decoded_a_few_at_a_time(model, translator, monkeypatch):
-    sizes = []
+    shapes = []
 
-    def rows_of(length, most):
-        sizes.append(length)
-        return 1 if length > 16 else most
+    def collate(rows, shape):
+        shapes.append(shape[:2])
+        return batches.collate(rows, shape)
 
     expected = translator(MIXED)
-    monkeypatch.setattr(module, "rows_of", rows_of)
+    monkeypatch.setattr(batches, "_TOKENS", 96)
+    monkeypatch.setattr(module, "collate", collate)
     assert Translator(model, WORDS, batch_size=4)(MIXED) == expected
-    assert max(sizes) > 16
+    assert sorted(set(shapes)) == [(2, 48), (3, 32), (4, 16)]
 
 
 def test_a_beam_of_one_is_greedy(model):
@@ -186,7 +190,7 @@ def test_an_output_is_given_as_soon_as_it_and_all_before_it_are_known():
 
 def test_batches_hold_texts_of_one_padded_length_and_the_earliest_come_first():
     lengths = [20, 3, 40, 16, 17, 1, 2, 31]  # 1: the end token alone
-    batches = list(module._batches([([5] * length, [0]) for length in lengths], rows=2))
+    batches = list(module._batches([([5] * length, [0]) for length in lengths], rows=2, pad=module.padded_length))
     assert batches == [([0, 4], 32), ([1, 3], 16), ([2], 48), ([6], 16), ([7], 32)]
 
 

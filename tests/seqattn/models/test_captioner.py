@@ -16,6 +16,7 @@ from seqattn.models import (
     Captioner,
     CaptionerConfig,
     Convolutional,
+    Learned,
     Patches,
     Seq2Seq,
     Seq2SeqConfig,
@@ -175,3 +176,12 @@ def test_what_does_not_fit_is_refused():
         _model("convolutions_transformer").encode(
             _images("convolutions_transformer"), Coordinates.from_lengths([5, 5, 5], 5)
         )
+
+
+def test_an_image_with_more_places_than_the_decoder_has_positions_is_refused():
+    reader = AttentionEncoder(0, num_heads=2, positions=Learned(S - 1))
+    config = dataclasses.replace(SEQ2SEQ, attention=Score.ADDITIVE, attention_encoder=reader)
+    model = nnx.eval_shape(lambda: Captioner(CaptionerConfig(V, CONVOLUTIONAL, config), rngs=nnx.Rngs(0)))
+    images = jax.ShapeDtypeStruct((B, HEIGHT, WIDTH), jnp.float32)
+    with pytest.raises(ValueError, match="fewer learned positions than an image of 2 x 3 places"):
+        jax.eval_shape(lambda model, images: model.encode(images, Coordinates.from_lengths([S] * B, S)), model, images)
