@@ -39,8 +39,8 @@ _TARGET, _TOLERANCE = 50, 1e-4
 _COLUMNS = {"attention": 18, "planned MiB": 12, "ms": 13, "min - max": 19, "loss": 9, "compile s": 10}
 _LEGEND = (
     "planned MiB: arguments, results and temporaries of an update, as XLA plans it, with the state before and after "
-    "it, which training keeps once. ms: median of the rounds, their range beside it. loss: before the first update; that "
-    "of full attention must be the same however it is computed. compile s: once a length, not in ms."
+    "it, which training keeps once. ms: median of the rounds, their range beside it. loss: before the first update; "
+    "that of full attention must be the same however it is computed. compile s: once a length, not in ms."
 )
 
 

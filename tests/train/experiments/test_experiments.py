@@ -47,16 +47,7 @@ def _model(model):
     return dataclasses.replace(model, **{name: min(2, getattr(model, name)) for name in layers})
 
 
-# Of several that differ in sizes alone one is trained each time, and all by `make test-all`.
-_SELDOM = {
-    *("ADDITION", "DATES", "REVERSE", "TRANSLATION", "DOCSTRINGS_RECURRENT", "DOCSTRINGS_TRANSFORMER"),
-    *("DOCSTRINGS_STREAM", "DOCSTRINGS_COMPRESSED", "FEW_TAGS"),
-}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in _SELDOM else ()) for name in experiments.__all__]
-)
+@pytest.mark.parametrize("name", experiments.__all__)
 def test_the_loss_falls(name, tmp_path):
     experiment = getattr(experiments, name)
     tokenizer = experiment.tokenizer
