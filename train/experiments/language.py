@@ -29,6 +29,6 @@ LANGUAGE = Experiment(
     run=Path("runs/language"),
     batches=Batches(tokens=8192, max_length=129, buckets=1),
     optimizer=Optimizer(schedule=Cosine(peak=3e-3, warmup_steps=50)),
-    steps=300,
-    evaluate_every=100,
+    steps=200,
+    evaluate_every=50,
 )

@@ -25,6 +25,6 @@ RECURRENT_LANGUAGE = Experiment(
     run=Path("runs/recurrent_language"),
     batches=Batches(tokens=8192, max_length=129, buckets=1),
     optimizer=Optimizer(schedule=Cosine(peak=4e-3, warmup_steps=50)),
-    steps=400,
-    evaluate_every=100,
+    steps=200,
+    evaluate_every=50,
 )

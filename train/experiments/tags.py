@@ -28,6 +28,6 @@ TAGS = Experiment(
     run=Path("runs/tags"),
     batches=Batches(tokens=8192, max_length=160, buckets=2),
     optimizer=Optimizer(schedule=Cosine(peak=3e-3, warmup_steps=50)),
-    steps=300,
+    steps=200,
     evaluate_every=100,
 )

@@ -29,7 +29,7 @@ TOPICS = Experiment(
     tokenizer=ByteLevelBPE(vocab_size=1000),
     batches=Batches(tokens=8192, max_length=512, buckets=3),
     optimizer=Optimizer(schedule=Cosine(peak=2e-3, warmup_steps=50)),
-    steps=600,
+    steps=300,
     evaluate_every=100,
     patience=2,
     keep_checkpoints=3,
