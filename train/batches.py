@@ -166,7 +166,7 @@ def group_by_length(rows: Sequence[Example], count: int, tokens: int) -> list[li
         padded = np.maximum(np.maximum.accumulate(longest[i:]).sum(axis=1), 1)  # a text may be empty, on both sides
         number = edges[i + 1 :] - edges[i]
         cost[i, i + 1 :] = np.where(number >= tokens // padded, number * padded, np.inf)
-    # best[j]: the least cost of all examples before edge j in at most so many groups; cuts: where the last of them begins.
+    # best[j]: the least cost of all examples before edge j in at most so many groups; cuts: where the last one begins.
     best, cuts = cost[0], []
     for _ in range(min(count, len(edges) - 1) - 1):
         total = best[:, None] + cost
