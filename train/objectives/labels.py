@@ -55,7 +55,9 @@ class Tagging(Objective):
         """The cross entropy of every token's label."""
         at = _at(batch)
         logits = model(batch["source"], at, dropout_key=dropout_key)
-        labels = batch["target"][:, : logits.shape[1]]
+        # Sources and labels of a batch may be padded to different lengths.
+        length = logits.shape[1]
+        labels = jnp.pad(batch["target"], ((0, 0), (0, max(0, length - batch["target"].shape[1]))))[:, :length]
         return cross_entropy(logits, labels, weights=at.segment != 0, label_smoothing=label_smoothing)
 
     def evaluate(self, model: Encoder, split: Dataset, *, batch_size: int = 64) -> Scores:

@@ -142,3 +142,15 @@ def test_a_head_of_another_size_than_the_labels_is_refused(tagging, tmp_path):
     model = dataclasses.replace(tagging.model, head=TokenLabels(97))
     with pytest.raises(ValueError, match=r"num_labels of the model \(97\) must be that of the data \(\d\)"):
         loop.train(dataclasses.replace(tagging, run=tmp_path / "run", model=model))
+
+
+def test_texts_of_several_padded_lengths_are_judged_as_one_by_one(tagger):
+    model, objective = tagger
+    texts = ["abc" * 20, "fg" * 35, "g" * 131]  # evaluated as 64, 128 and 131 tokens
+    split = Dataset.from_dict({"source": texts, "target": ["xyz" * 20, "zy" * 35, "x" * 131]})
+    together = objective.evaluate(model, split)
+    alone = [objective.evaluate(model, split.select([index])).numbers for index in range(3)]
+    lengths = np.array([len(text) for text in texts])
+    for name in ("loss", "accuracy"):
+        expected = sum(length * numbers[name] for length, numbers in zip(lengths, alone, strict=True)) / lengths.sum()
+        assert together.numbers[name] == pytest.approx(expected, rel=1e-5), name
