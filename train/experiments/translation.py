@@ -3,7 +3,7 @@
 Command: `python -m train translation --task.source train.en --task.target train.de`, and likewise
 `--task.validation-source`, `--task.test-source` and their targets; from the hub by name:
 `python -m train translation task:hub-translation --task.name NAME --task.source-column en --task.target-column de`.
-Time and result: not measured yet. 20 updates of it were run on Multi30k to see that it works; the recipe has 8,000.
+Time and result: not measured. Its 8,000 updates take hours on 2 CPU cores; 20 of them were run on Multi30k.
 """
 
 from pathlib import Path

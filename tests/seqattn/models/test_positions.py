@@ -181,7 +181,11 @@ READER = AttentionEncoder(num_layers=1, num_heads=2, hidden_dim=5, positions=Lea
         (Encoder, EncoderConfig(7, num_layers=1, head=TokenLabels(2), **SIZED), [None, None, 0]),
         (Seq2Seq, Seq2SeqConfig(7, embedding_dim=6, hidden_dim=6, attention_encoder=READER), [None, None, 0]),
         (Seq2Seq, Seq2SeqConfig(7, embedding_dim=6, hidden_dim=6), [None, None, None]),
-        (Captioner, CaptionerConfig(7, decoder=TransformerConfig(0, 0, 1, **SIZED)), [5, 5, 5]),
+        (
+            Captioner,
+            CaptionerConfig(7, decoder=TransformerConfig(0, 0, 1, block=BLOCK, positions=Learned(5))),
+            [5, 5, 5],
+        ),
         (RecurrentLanguageModel, RecurrentLanguageModelConfig(7), [None, None, None]),
     ],
     ids=["transformer", "language", "encoder", "attention_encoder", "recurrent", "captioner", "recurrent_language"],
