@@ -37,7 +37,7 @@ READING = Experiment(
     # 32 pictures, each of 32 rows of pixels and at most 8 characters, start and end included.
     batches=Batches(tokens=1280, max_length=64, buckets=1),
     optimizer=Optimizer(schedule=Cosine(peak=2e-3, warmup_steps=100)),
-    steps=6000,
-    evaluate_every=500,
+    steps=12000,
+    evaluate_every=2000,
     log_every=20,
 )
