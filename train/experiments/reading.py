@@ -7,8 +7,8 @@ of tokens takes its size from `vocab_size` of the captioner,
 --model.decoder.num-encoder-layers 0 --model.decoder.num-decoder-layers 2 --model.decoder.block.model-dim 64
 --model.decoder.block.hidden-dim 256 --model.decoder.block.num-heads 4 --run runs/reading_transformer`.
 Time: 4 min 59 s on 2 CPU cores (AVX2, float32).
-Result: 50.6 % exact match on 1,000 strings that were never trained on, 19.8 % of the characters wrong (seed 0, 12,000 updates);
-patches and the Transformer's decoder were not measured.
+Result: 50.6 % exact match on 1,000 strings that were never trained on, 19.8 % of the characters wrong (seed 0, 12,000
+updates); patches and the Transformer's decoder were not measured.
 """
 
 from pathlib import Path
