@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 _SHORT = 64
 """Sources of fewer tokens are evaluated as if they had so many: one compilation for all of them."""
 _TOKENS = 32_768
+"""Of the texts that are evaluated or decoded together, at most."""
 _PASSES = 10**9
 """Over the examples, more than any training makes: of endless ones grain cannot mix batches of one row."""
 _EDGES = 256
