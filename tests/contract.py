@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from unittest import mock
 
 import jax
@@ -98,8 +98,8 @@ HELD = {"xla": _of_equal_dims(IMPLEMENTATIONS["xla"]), "ring": Implementation(_r
 """Implementations in a form that takes all calls here: in the place of those of `seqattn.choice`, or beside them."""
 
 
-def every_implementation(test: Callable[..., None]) -> Callable[..., None]:
-    """Runs a test for each implementation; a refusal that is listed is expected and ends it."""
+def every_implementation(test: Callable[..., None], slow: Collection[str] = ()) -> Callable[..., None]:
+    """Runs a test for each implementation, `slow` ones in `make test-all` alone; a listed refusal ends it."""
 
     @functools.wraps(test)
     def run(implementation: str, **others) -> None:
@@ -116,7 +116,8 @@ def every_implementation(test: Callable[..., None]) -> Callable[..., None]:
                 raise
             pytest.xfail(str(reason))
 
-    return pytest.mark.parametrize("implementation", IMPLEMENTATIONS | HELD)(run)
+    cases = [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in IMPLEMENTATIONS | HELD]
+    return pytest.mark.parametrize("implementation", cases)(run)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,12 @@
 
 - `make test` skips XLA's most expensive passes, as most of its time is compiling; the tiled kernel alone is compiled as
   for users there. `make test-all` compiles everything so.
+- Compiled programs are kept in .pytest_cache: no worker compiles what another one has, and a second run nearly nothing.
 
 64-bit floats are off, as for users; an oracle switches them on: `with jax.enable_x64(True)`.
 """
 
+import os
 from collections.abc import Generator
 from pathlib import Path
 
@@ -31,6 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    if (cache := getattr(config, "cache", None)) is not None:
+        # Also for processes that tests start.
+        folder = os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache.mkdir("programs"))
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     hypothesis.settings.register_profile("seqattn", derandomize=True, deadline=None, max_examples=25, database=None)
     hypothesis.settings.load_profile("seqattn")
 

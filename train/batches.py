@@ -81,20 +81,30 @@ def collate(rows: Sequence[Example], shape: tuple[int, int, int] | None = None, 
     return batch
 
 
-def stream(config: Batches, rows: Sequence[Example], *, seed: int, multiple: int = 1) -> grain.MapDataset:
+def stream(
+    config: Batches,
+    rows: Sequence[Example],
+    *,
+    seed: int,
+    multiple: int = 1,
+    lengths: int = 1,
+    part: tuple[int, int] = (0, 1),
+) -> grain.MapDataset:
     """An endless sequence of training batches: `stream(...)[step]` is the batch of that step.
 
-    A run that resumes at a step therefore sees exactly what it would have seen. Examples are shuffled anew in each
-    pass over a bucket; buckets take turns in proportion to their batches.
+    A run that resumes at a step therefore sees exactly what it would have seen, and has no other state to save.
+    Examples are shuffled anew in each pass over a bucket; buckets take turns in proportion to their batches.
 
     Args:
         config: how examples become batches.
         rows: the examples of the training split.
         seed: decides the order.
-        multiple: rows of every batch are a multiple of this, the number of devices.
+        multiple: the rows of a part of a batch are a multiple of this, the number of devices.
+        lengths: lengths of source and target are multiples of this.
+        part: which part of the rows of every batch is made here, of how many: that of one process.
 
     Raises:
-        ValueError: no example is short enough, or a batch has no room for `multiple` rows.
+        ValueError: no example is short enough, or a batch has no room for `multiple` rows a part.
     """
     short = [row for row in rows if max(len(row[0]), len(row[1])) <= config.max_length]
     if not short:
@@ -103,10 +113,11 @@ def stream(config: Batches, rows: Sequence[Example], *, seed: int, multiple: int
         log.warning("left out %d of %d examples: over %d tokens", len(rows) - len(short), len(rows), config.max_length)
     parts, weights = [], []
     for index, bucket in enumerate(group_by_length(short, config.buckets, config.tokens)):
-        shape = _shape(bucket, config.tokens, multiple)
+        shape = _shape(bucket, config.tokens, multiple * part[1], lengths)
+        mine = slice(part[0] * shape[0] // part[1], (part[0] + 1) * shape[0] // part[1])
 
-        def batch(chosen: Sequence[Example], shape: tuple[int, int, int] = shape) -> Batch:
-            return collate(chosen, shape)
+        def batch(chosen: Sequence[Example], shape: tuple[int, int, int] = shape, mine: slice = mine) -> Batch:
+            return collate(chosen[mine], (mine.stop - mine.start, *shape[1:]))
 
         order = grain.MapDataset.source(bucket).seed(seed + index).shuffle().repeat(_PASSES)
         parts.append(order.batch(shape[0], batch_fn=batch))
@@ -188,8 +199,8 @@ def _like(rows: Sequence[Example]) -> tuple[tuple[int, ...], Any]:
     return (source.shape[1:], source.dtype) if isinstance(source, np.ndarray) else ((), np.int32)
 
 
-def _shape(rows: Sequence[Example], tokens: int, multiple: int) -> tuple[int, int, int]:
-    source, target = (max(len(row[side]) for row in rows) for side in (0, 1))
+def _shape(rows: Sequence[Example], tokens: int, multiple: int, lengths: int) -> tuple[int, int, int]:
+    source, target = (-(-max(len(row[side]) for row in rows) // lengths) * lengths for side in (0, 1))
     count = tokens // max(1, source + target) // multiple * multiple
     if count < 1:
         raise ValueError(

@@ -6,7 +6,7 @@ from pathlib import Path
 import tyro
 
 from seqattn.decoding import Sample, Temperature, TopP
-from train import environment, objectives, run
+from train import environment, exported, objectives
 from train.completer import Completer
 
 
@@ -30,7 +30,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Prints each text with its continuation."""
-    trained = run.load(arguments.run)
+    trained = exported.load_trained(arguments.run)
     objectives.check_serves(trained, "complete", objectives.Continuation)
     sampling = Sample((Temperature(arguments.temperature), TopP(arguments.top_p)))
     completer = Completer(

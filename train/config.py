@@ -2,8 +2,9 @@
 
 import dataclasses
 import enum
+import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -33,6 +34,7 @@ from seqattn.models import (
 )
 from seqattn.nn import Activation, BlockConfig, Cell, Direction, MixtureConfig, Monotonic, Predictive, Score
 from train.batches import Batches
+from train.distributed import Processes
 from train.initializers import Kaiming, Normal, Uniform, Xavier
 from train.optimizer import (
     SGD,
@@ -48,12 +50,14 @@ from train.optimizer import (
     Noam,
     Optimizer,
 )
+from train.parallel import Parallel, Replicated, Sharded
 from train.tasks import (
     Addition,
     CodeTopics,
     Dates,
     Docstrings,
     HubTranslation,
+    Multi30k,
     ParallelFiles,
     PythonCode,
     PythonTags,
@@ -68,6 +72,7 @@ Task = (
     | Reverse
     | ParallelFiles
     | HubTranslation
+    | Multi30k
     | PythonCode
     | PythonTags
     | CodeTopics
@@ -126,8 +131,18 @@ class Experiment:
     """Most examples of the validation split to evaluate on."""
     log_every: int = 10
     """Updates between two rows of metrics."""
+    tensorboard: bool = False
+    """Also write metrics for TensorBoard, into the folder `tensorboard` of the run; needs tensorboardX."""
+    wandb: str | None = None
+    """Also log metrics to this project of Weights & Biases; needs wandb, and a network."""
     keep_checkpoints: int = 2
     """Latest checkpoints that stay."""
+    keep_best: int = 0
+    """Checkpoints with the lowest validation losses that stay, too."""
+    average: int = 1
+    """Judge the test split by the mean of the parameters of so many of the latest checkpoints (Vaswani 2017, 6.1)."""
+    beam_size: int = 1
+    """Hypotheses of each text of the test split."""
     patience: int | None = None
     """Stop once so many evaluations in a row have not lowered the validation loss, and go back to the best one."""
     initializer: Uniform | Normal | Xavier | Kaiming | None = None
@@ -138,16 +153,36 @@ class Experiment:
     """A run whose tokenizer is taken over, and every parameter that has the same path and shape here."""
     frozen: tuple[str, ...] = ()
     """Patterns of paths, such as `embedding/*`: parameters that training leaves as they are."""
+    parallel: Parallel = Replicated()
+    """How updates are spread over devices."""
+    processes: Processes = Processes()
+    """Who trains together, on one machine or several."""
     label_smoothing: float = 0.0
     """Epsilon of Szegedy 2016, of the training loss alone."""
+    pieces: int = 1
+    """Compute each batch in so many pieces and add their gradients: less memory, the same update."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What losses and gradients are computed in; parameters and their sums stay float32."""
+    ema: float | None = None
+    """Decay of a moving average of the parameters, such as 0.999: it is what is evaluated and translated with."""
+    max_skipped: int = 10
+    """An update that is not finite is left out; stop after so many in a row."""
     bleu: bool = False
     """Also measure BLEU and chrF, with sacrebleu."""
     seed: int = 0
     """Decides parameters, order of examples and dropout; 0 to 2**32 - 1."""
 
     def __post_init__(self) -> None:
-        counts = ("steps", "evaluate_every", "evaluate_examples", "log_every", "keep_checkpoints")
-        for name in counts:
+        counts = (
+            "steps",
+            "evaluate_every",
+            "evaluate_examples",
+            "log_every",
+            "keep_checkpoints",
+            "average",
+            "beam_size",
+        )
+        for name in (*counts, "pieces", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if not 0 <= self.seed < 2**32:
@@ -157,6 +192,17 @@ class Experiment:
                 f"patience ({self.patience}) must be at least 1 and below keep_checkpoints ({self.keep_checkpoints}): "
                 "the best checkpoint must still be there"
             )
+        if self.keep_best < 0:
+            raise ValueError(f"keep_best ({self.keep_best}) must not be negative")
+        saved = min(self.keep_checkpoints, math.ceil(self.steps / self.evaluate_every))
+        if self.average > saved:
+            raise ValueError(
+                f"average ({self.average}) must be at most the number of checkpoints at the end ({saved}), by "
+                f"keep_checkpoints ({self.keep_checkpoints}), steps ({self.steps}) and evaluate_every "
+                f"({self.evaluate_every})"
+            )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema ({self.ema}) must be between 0 and 1, or None for no average")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing ({self.label_smoothing}) must be in [0, 1)")
         for name in ("initializer", "word_vectors"):
@@ -174,8 +220,9 @@ _TYPES: dict[str, type] = {
         *(ByteLevelBPE, CaptionerConfig, Cell, Characters, CodeTopics, Compressed, Constant, Convolutional),
         *(Cosine, Dates, Direction, Docstrings, EncoderConfig, Experiment, Full, HubTranslation),
         *(InverseSquareRoot, InverseTime, Kaiming, LanguageModelConfig, Learned, LinearBiases, Local),
-        *(MaskedTokens, MixtureConfig, Momentum, Monotonic, Muon, Noam, Normal, Optimizer, ParallelFiles),
-        *(Patches, Path, Predictive, PythonCode, PythonTags, RecurrentLanguageModelConfig, RelativeKeys),
+        *(MaskedTokens, MixtureConfig, Momentum, Monotonic, Multi30k, Muon, Noam, Normal, Optimizer, ParallelFiles),
+        *(Patches, Path, Predictive, Processes, PythonCode, PythonTags, RecurrentLanguageModelConfig, RelativeKeys),
+        *(Replicated, Sharded),
         *(RenderedText, Reverse, Rotary, Score, Seq2SeqConfig, SGD, Sinusoidal, TextLabels, TokenLabels),
         *(TransformerConfig, Uniform, Window, Xavier),
     )

@@ -69,6 +69,46 @@ def learning_curves(metrics: Iterable[Mapping[str, Any]], path_stem: str | os.Pa
         return _save(figure, path_stem)
 
 
+def compared_curves(
+    runs: Mapping[str, Iterable[Mapping[str, Any]]], path_stem: str | os.PathLike[str]
+) -> tuple[Path, Path]:
+    """Draws runs in one picture, a colour each: training and validation losses, and the scores that a run has.
+
+    Args:
+        runs: from names to rows as `learning_curves` takes them, at most eight.
+        path_stem: the pictures' path without a suffix.
+
+    Returns:
+        The paths of the PNG and of the SVG.
+
+    Raises:
+        ValueError: there is no run, or too many, or one that holds nothing to draw.
+    """
+    if not 1 <= len(runs) <= len(_COLORS):
+        raise ValueError(f"a picture compares 1 to {len(_COLORS)} runs, got {len(runs)}")
+    found = {name: list(rows) for name, rows in runs.items()}
+    empty = [name for name, rows in found.items() if not any("loss" in row for row in rows)]
+    if empty:
+        raise ValueError(f"{empty[0]} holds no loss to draw")
+    validated = {name for rows in found.values() for row in rows if row.get("kind") == "validation" for name in row}
+    panels = [("train", "loss", "training loss (nats)", 1.0)]
+    panels += [("validation", "loss", "validation loss (nats)", 1.0)] if "loss" in validated else []
+    panels += [("validation", name, label, scale) for name, (label, scale, _) in _SCORES.items() if name in validated]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7, 2.4 * len(panels) + 0.4), layout="constrained")
+        axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+        for ax, (kind, name, height, scale) in zip(axes, panels, strict=True):
+            for (label, rows), color in zip(found.items(), _COLORS, strict=False):
+                steps, values = _series(rows, kind, name)
+                shown = _smooth(values) if kind == "train" else values
+                ax.plot(steps, scale * shown, "-" if kind == "train" else "o-", color=color, markersize=3, label=label)
+            ax.set_ylabel(height)
+            ax.grid(True)
+        axes[0].legend()
+        axes[-1].set_xlabel("step")
+        return _save(figure, path_stem)
+
+
 def line_chart(
     lines: Mapping[str, Mapping[int, float]],
     path_stem: str | os.PathLike[str],

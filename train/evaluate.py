@@ -19,11 +19,13 @@ class Arguments:
     """Which examples."""
     examples: int | None = None
     """At most this many of them, from the first on; all by default."""
+    average: int = 1
+    """Measure the mean of the parameters of so many of the latest checkpoints (Vaswani 2017, section 6.1)."""
 
 
 def main(arguments: Arguments) -> None:
     """Prints the figures, one a line."""
-    trained = run.load(arguments.run)
+    trained = run.load(arguments.run, average=arguments.average)
     split = trained.experiment.task.load()[arguments.split]
     if arguments.examples is not None:
         if arguments.examples < 1:
@@ -31,7 +33,8 @@ def main(arguments: Arguments) -> None:
         split = split.select(range(min(len(split), arguments.examples)))
     objective = objectives.make(trained.experiment, trained.tokenizer, trained.labels)
     scores = objective.evaluate(trained.model, split)
-    print(f"{arguments.split} split of {arguments.run}: {len(split)} examples, after {trained.step} updates")
+    mean = "" if arguments.average == 1 else f", the mean of {arguments.average} checkpoints"
+    print(f"{arguments.split} split of {arguments.run}: {len(split)} examples, after {trained.step} updates{mean}")
     for name, value in scores.numbers.items():
         print(f"{name}: {value:.4f}")
     if scores.signature is not None:

@@ -27,10 +27,16 @@ class MetricsFile:
     JSON has no word for what is not finite, so such numbers are written as the strings "NaN", "Infinity" and
     "-Infinity"; `read_metrics` turns them back. An existing file is continued; a last line that a killed run left
     unfinished is dropped.
+
+    Args:
+        path: the file.
+        also: is given each row, too, once it is on disk.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | os.PathLike[str], *, also: Callable[[Mapping[str, Any]], None] | None = None
+    ) -> None:
+        self.path, self._also = Path(path), also
         if self.path.exists():
             _drop_torn_line(self.path)
         self._file = self.path.open("ab")
@@ -43,6 +49,8 @@ class MetricsFile:
         """
         self._file.write(_line(row))
         self._file.flush()
+        if self._also is not None:
+            self._also(row)
 
     def truncate_after(self, step: int) -> None:
         """Drops the rows of later steps: a run that resumes at `step` writes them again."""
@@ -194,6 +202,8 @@ def _show(metric: tuple[str, float]) -> str:
     name, value = metric
     if name == "tokens_per_second":
         return f"{value:,.0f} tokens/s"
+    if name in ("mfu", "data_wait"):
+        return f"{name.replace('_', ' ')} {value:.1%}"
     return f"{name.replace('_', ' ')} {value:.4g}"
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a run: `python -m train.plot RUN`."""
+"""The pictures of a run, or several runs in one: `python -m train.plot RUN [RUN ...]`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import tyro
 
 from seqattn.models import Encoder
 from train import environment, objectives, run
-from train.drawing import learning_curves
+from train.drawing import compared_curves, learning_curves
 from train.log import read_metrics
 from train.objectives.pictures import draw_heads, draw_texts
 from train.run import Run
@@ -26,19 +26,46 @@ def draw(trained: Run, texts: Sequence[str] = ()) -> list[Path]:
     return paths + draw_texts(trained.model, trained.tokenizer, texts, folder)
 
 
+def compare(folders: Sequence[Path], path_stem: Path) -> list[Path]:
+    """The learning curves of several runs in one picture.
+
+    Raises:
+        ValueError: two runs have the same name, or are too many, or one has no metrics.
+    """
+    rows = {}
+    for folder in folders:
+        if not (folder / "metrics.jsonl").is_file():
+            raise ValueError(f"{folder} holds no metrics.jsonl; train: python -m train EXPERIMENT --run {folder}")
+        rows[folder.name] = read_metrics(folder / "metrics.jsonl")
+    if len(rows) < len(folders):
+        raise ValueError(f"the folders of two runs have the same name: {', '.join(map(str, folders))}")
+    return list(compared_curves(rows, path_stem))
+
+
 @dataclass(frozen=True)
 class Arguments:
-    """Draws learning curves and attention maps of a run into its folder."""
+    """Draws learning curves and attention maps of a run into its folder, or the curves of several in one picture."""
 
-    run: tyro.conf.Positional[Path]
-    """Folder of the run."""
-    text: tyro.conf.Positional[tuple[str, ...]] = ()
+    run: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of the runs."""
+    text: tuple[str, ...] = ()
     """Texts to draw the attention of; without any, the first few of the test split."""
+    to: Path = Path("compared")
+    """Where several runs are drawn, as PNG and SVG."""
 
 
 def main(arguments: Arguments) -> None:
     """Prints the path of each picture."""
-    for path in draw(run.load(arguments.run), arguments.text):
+    if not arguments.run:
+        raise ValueError("give at least one folder of a run")
+    if len(arguments.run) > 1:
+        if arguments.text:
+            raise ValueError(f"--text is for the pictures of one run, and here are {len(arguments.run)}")
+        stem = arguments.to.with_suffix("") if arguments.to.suffix in (".png", ".svg") else arguments.to
+        paths = compare(arguments.run, stem)
+    else:
+        paths = draw(run.load(arguments.run[0]), arguments.text)
+    for path in paths:
         print(path)
 
 

@@ -1,13 +1,14 @@
 """A run folder: what training writes there, and what translating and evaluating read."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from datasets import Dataset
 from flax import nnx
 
@@ -27,10 +28,11 @@ from seqattn.models import (
     Transformer,
     TransformerConfig,
 )
-from train.checkpoint import Checkpoints
+from train import averaging
+from train.checkpoint import Checkpoints, MissingStep
 from train.config import FROM_DATA, FROM_TOKENIZER, Experiment, Model, decode, differences, encode
 from train.freezing import freeze
-from train.step import TrainState, start
+from train.step import start
 from train.tokenizer import Tokenizer
 
 _MODELS: dict[type, type] = {
@@ -42,8 +44,17 @@ _MODELS: dict[type, type] = {
     TransformerConfig: Transformer,
 }
 
-_FREE = ("run", "evaluate_every", "evaluate_examples", "log_every", "keep_checkpoints", "bleu")
-"""Fields in which a resumed run may differ: they change what is shown and kept, not the parameters."""
+_TRIES = 5
+
+_SHOWN = (
+    *("run", "log_every", "tensorboard", "wandb", "bleu", "average", "beam_size"),
+    *("keep_best", "max_skipped", "parallel", "processes"),
+)
+_FREE = (*_SHOWN, "evaluate_every", "evaluate_examples", "keep_checkpoints")
+"""Fields in which a resumed run may differ: they change what is shown and kept, not the parameters.
+
+On another number of devices dropout, rounding and, where their rows do not divide, batches are others.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +121,11 @@ def to_text(experiment: Experiment) -> str:
 
 def check_same(folder: Path, saved: str, experiment: Experiment) -> None:
     """Raises ValueError where a saved config differs from the experiment in what decides the parameters."""
-    wrong = differences(json.loads(saved), encode(experiment))
+    # Decoded first: what was added since has its default there.
+    wrong = differences(encode(decode(json.loads(saved))), encode(experiment))
     # With patience it is the evaluations that decide where training stops.
-    free = _FREE if experiment.patience is None else ("run", "log_every", "bleu")
-    wrong = [line for line in wrong if line.partition(":")[0] not in free]
+    free = _FREE if experiment.patience is None else _SHOWN
+    wrong = [line for line in wrong if re.split(r"[.:]", line)[0] not in free]
     if wrong:
         raise ValueError(
             f"{folder} holds a run with another configuration (there and here):\n  "
@@ -122,24 +134,51 @@ def check_same(folder: Path, saved: str, experiment: Experiment) -> None:
         )
 
 
-def load(folder: Path) -> Run:
-    """The latest model of a run folder.
+def regular(steps: Iterable[int], experiment: Experiment) -> list[int]:
+    """Of saved steps those that a run saves that is never interrupted."""
+    return [step for step in steps if step % experiment.evaluate_every == 0 or step == experiment.steps]
+
+
+def load(folder: Path, *, average: int = 1) -> Run:
+    """The latest model of a run folder, also while it is being trained.
+
+    Args:
+        folder: the run folder.
+        average: the parameters are the mean of those of so many of the latest checkpoints.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
+        ValueError: average is below 1, or the folder holds fewer checkpoints.
     """
+    if average < 1:
+        raise ValueError(f"average ({average}) must be at least 1")
+    for _ in range(_TRIES - 1):
+        # Training goes on meanwhile: what it has removed is followed by something newer.
+        with contextlib.suppress(MissingStep):
+            return _load(folder, average)
+    return _load(folder, average)
+
+
+def _load(folder: Path, average: int) -> Run:
     checkpoints = Checkpoints(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
-    if checkpoints is None or checkpoints.latest is None:
+    latest = None if checkpoints is None else checkpoints.latest
+    if checkpoints is None or latest is None:
         raise FileNotFoundError(
             f"{folder} holds no checkpoint; train it with python -m train EXPERIMENT --run {folder}"
         )
-    texts = checkpoints.texts()
-    experiment: Experiment = decode(json.loads(texts["config"]))
+    experiment: Experiment = decode(json.loads(checkpoints.texts(latest)["config"]))
+    steps = [latest] if average == 1 else regular(checkpoints.steps, experiment)[-average:]
+    if len(steps) < average:
+        raise ValueError(
+            f"average ({average}) must be at most {len(steps)}, the number of checkpoints that {folder} holds; more of "
+            "them stay with --keep-checkpoints"
+        )
+    texts = checkpoints.texts(steps[-1])
     optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
-    graph, fresh = start(build(experiment.model, seed=0), optimizer)
-    state: TrainState = checkpoints.restore(fresh)
+    graph, fresh = start(build(experiment.model, seed=0), optimizer, average=experiment.ema is not None)
+    states = (checkpoints.restore(fresh, step) for step in steps)
+    params = averaging.average(state.params if state.average is None else state.average for state in states)
     checkpoints.close()
-    model = nnx.merge(graph, state.params)
     labels = tuple(json.loads(texts.get("labels", "[]")))
     tokenizer = Tokenizer.from_json(texts["tokenizer"])
-    return Run(folder, experiment, tokenizer, labels, int(jnp.asarray(state.step)), model)
+    return Run(folder, experiment, tokenizer, labels, steps[-1], nnx.merge(graph, params))

@@ -26,11 +26,17 @@ class Interrupts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            if handler is not None:  # one that was not set by Python cannot be set again
+                signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @property
+    def name(self) -> str:
+        """Of the signal; SIGTERM where another process received it."""
+        return (self.received or signal.SIGTERM).name
 
     def exit_code(self) -> int:
-        """The code that shells expect of a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 0 if self.received is None else 128 + self.received
+        """The code that shells expect of a process that this signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + (self.received or signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 
-from seqattn.nn import MixtureOfExperts, Routing, routings
+from seqattn.nn import MixtureOfExperts, routings
 from seqattn.static import pytree
 
 Metrics = dict[str, jax.Array]
@@ -26,14 +27,20 @@ class TrainState:
     """Everything that an update changes.
 
     Attributes:
-        step: how many updates were made, an int32 scalar.
+        step: how many batches were seen, an int32 scalar.
         params: the model's parameters, an `nnx.State`.
         opt_state: the state of the optax transformation.
+        skipped: how many of the updates were left out, an int32 scalar.
+        skipped_in_a_row: how many of the latest ones, an int32 scalar.
+        average: the exponential moving average of the parameters; None in a run without.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    skipped: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros((), jnp.int32))
+    skipped_in_a_row: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros((), jnp.int32))
+    average: Any = None
 
 
 Update = Callable[..., tuple[TrainState, Metrics]]
@@ -44,10 +51,25 @@ Loss = Callable[..., tuple[jax.Array, jax.Array]]
 """`loss(model, batch, label_smoothing=, dropout_key=) -> (sum, count)`, see `train.objectives`."""
 
 
-def start(model: nnx.Module, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
-    """The structure of a model, and the state before the first update."""
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What `make_update` was told."""
+
+    seed: int
+    label_smoothing: float
+    pieces: int
+    compute_dtype: DTypeLike | None
+    decay: float | None
+    patience: int
+
+
+def start(
+    model: nnx.Module, optimizer: optax.GradientTransformation, *, average: bool = False
+) -> tuple[nnx.GraphDef, TrainState]:
+    """The structure of a model, and the state before the first update; with an average of the parameters if asked."""
     graph, params = nnx.split(model, nnx.Param)
-    return graph, TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    copy = jax.tree.map(jnp.array, params) if average else None
+    return graph, TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average=copy)
 
 
 def make_update(
@@ -57,44 +79,132 @@ def make_update(
     *,
     seed: int,
     label_smoothing: float = 0.0,
+    pieces: int = 1,
+    compute_dtype: DTypeLike | None = None,
+    decay: float | None = None,
+    patience: int = 10,
 ) -> Update:
     """The update of a model of this structure by the gradient of the mean loss.
 
     The dropout of a step is a function of the seed and the step, so that a resumed run drops the same. Over an axis
-    of devices losses and labels are summed before they are divided: every label weighs the same, wherever it is.
+    of devices, and over the pieces of a batch, losses and labels are summed before they are divided: every label weighs
+    the same, wherever it is.
+
+    An update whose loss or gradient is not finite is left out: parameters, optimizer and average stay, bit by bit.
+
+    Args:
+        graph: the model's structure.
+        optimizer: how gradients become updates.
+        loss: of a model and a batch.
+        seed: of dropout.
+        label_smoothing: epsilon of Szegedy 2016.
+        pieces: the batch is computed in so many pieces, one after the other: less memory, the same update.
+        compute_dtype: what the loss computes in; parameters, gradients and their sums stay what they are.
+        decay: of the exponential moving average of the parameters (Polyak 1992), at most: after n updates it is
+            (1 + n) / (10 + n) where that is less; None where the state has no average.
+        patience: after so many updates in a row that were left out, no other is made.
     """
+    settings = _Settings(seed, label_smoothing, pieces, compute_dtype, decay, patience)
 
     def update(
         state: TrainState, batch: dict[str, jax.Array], axis_name: str | None = None
     ) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         key = key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-
-        def total_loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, list[Routing]]]:
-            model = nnx.merge(graph, params)
-            options: dict[str, Any] = {"label_smoothing": label_smoothing, "dropout_key": key}
-            if any(isinstance(module, MixtureOfExperts) for _, module in nnx.iter_modules(model)):
-                (total, count), found = routings(loss, model, batch, **options)
-            else:
-                (total, count), found = loss(model, batch, **options), []
-            # The loss of a routing is a mean over tokens, and is divided by the number of labels below.
-            return total + count * sum(routing.loss for routing in found), (total, count, found)
-
-        (_, (total, count, found)), gradients = jax.value_and_grad(total_loss, has_aux=True)(state.params)
-        sums = {"total": total, "count": count}
-        if found:
-            sums["dropped"] = sum(routing.dropped for routing in found)
-            sums["choices"] = sum(routing.load.sum() for routing in found)
+        sums, gradients = _add_pieces(graph, loss, settings, state.params, batch, key)
         # pmap differentiates each device's own sum, so the gradients are added here; inside shard_map with its default
         # check_vma=True the same line would count them once for each device.
         sums, gradients = (sums, gradients) if axis_name is None else jax.lax.psum((sums, gradients), axis_name)
         labels = jnp.maximum(sums["count"], 1)
         gradients = jax.tree.map(lambda gradient: gradient / labels, gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         metrics = {"loss": sums["total"] / labels, "tokens": sums["count"], "gradient_norm": optax.tree.norm(gradients)}
-        if found:
+        if "dropped" in sums:
             metrics["dropped"] = sums["dropped"] / jnp.maximum(sums["choices"], 1)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return _applied(optimizer, settings, state, gradients, metrics), metrics
 
     return update
+
+
+def _add_pieces(
+    graph: nnx.GraphDef, loss: Loss, settings: _Settings, params: Any, batch: dict[str, jax.Array], key: jax.Array
+) -> tuple[dict[str, jax.Array], Any]:
+    """Sums of losses and labels, and the gradient of the former, added over the pieces of a batch."""
+    pieces = settings.pieces
+    if pieces == 1:
+        return _sums_and_gradients(graph, loss, settings, params, batch, key)
+
+    def add(total: Any, piece: tuple[dict[str, jax.Array], jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, _sums_and_gradients(graph, loss, settings, params, *piece)), None
+
+    # Every so many rows, so that short and long texts are spread over the pieces.
+    split = {name: _pieces(name, array, pieces) for name, array in batch.items()}
+    keys = jax.random.split(key, pieces)
+    first = jax.eval_shape(lambda: _sums_and_gradients(graph, loss, settings, params, _first(split), keys[0]))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+    total, _ = jax.lax.scan(add, zeros, (split, keys))
+    return total
+
+
+def _pieces(name: str, array: jax.Array, pieces: int) -> jax.Array:
+    """`[B, ...]` as `[pieces, B / pieces, ...]`."""
+    if len(array) % pieces:
+        raise ValueError(
+            f"the batch's {len(array)} rows ({name}) must be a multiple of the {pieces} pieces of an update"
+        )
+    return jnp.swapaxes(array.reshape(len(array) // pieces, pieces, *array.shape[1:]), 0, 1)
+
+
+def _first(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def _sums_and_gradients(
+    graph: nnx.GraphDef, loss: Loss, settings: _Settings, params: Any, batch: dict[str, jax.Array], key: jax.Array
+) -> tuple[dict[str, jax.Array], Any]:
+    """What a batch adds to the sums of an update, and the gradient of its summed loss."""
+
+    def total_loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model = nnx.merge(graph, _cast(params, settings.compute_dtype))
+        given = _cast(batch, settings.compute_dtype)  # images too
+        options: dict[str, Any] = {"label_smoothing": settings.label_smoothing, "dropout_key": key}
+        if not any(isinstance(module, MixtureOfExperts) for _, module in nnx.iter_modules(model)):
+            total, count = loss(model, given, **options)
+            return total, {"total": total, "count": count}
+        (total, count), found = routings(loss, model, given, **options)
+        sums = {"total": total, "count": count}
+        sums["dropped"] = jnp.sum(jnp.stack([routing.dropped for routing in found]))
+        sums["choices"] = jnp.sum(jnp.stack([routing.load.sum() for routing in found]))
+        # The loss of a routing is a mean over tokens, and is divided by the number of labels later.
+        return total + count * sum(routing.loss for routing in found), sums
+
+    (_, sums), gradients = jax.value_and_grad(total_loss, has_aux=True)(params)
+    return sums, gradients
+
+
+def _cast(tree: Any, dtype: DTypeLike | None) -> Any:
+    if dtype is None:
+        return tree
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
+
+
+def _applied(
+    optimizer: optax.GradientTransformation, settings: _Settings, state: TrainState, gradients: Any, metrics: Metrics
+) -> TrainState:
+    """The state after a batch: updated, or left as it is where something is not finite."""
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params, average = optax.apply_updates(state.params, updates), state.average
+    if settings.decay is not None:
+        # Else what the parameters were drawn as would be a part of the average for thousands of updates.
+        made = (state.step - state.skipped).astype(jnp.float32)
+        decay = jnp.minimum(settings.decay, (1 + made) / (10 + made))
+        average = jax.tree.map(lambda old, new: (old + (1 - decay) * (new - old)).astype(old.dtype), average, params)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+    # Once patience is at its end nothing changes, until the host sees it: when it looks decides nothing.
+    sound = finite & (state.skipped_in_a_row < settings.patience)
+    old = (state.params, state.opt_state, state.average)
+    params, opt_state, average = jax.tree.map(
+        lambda new, old: jnp.where(sound, new, old), (params, opt_state, average), old
+    )
+    left_out = 1 - sound.astype(jnp.int32)
+    in_a_row = jnp.where(sound, 0, state.skipped_in_a_row + left_out)
+    return TrainState(state.step + 1, params, opt_state, state.skipped + left_out, in_a_row, average)

@@ -39,7 +39,8 @@ from seqattn.decoding import (
     TopP,
 )
 from seqattn.models import Seq2SeqConfig
-from train import environment, objectives, run
+from train import environment, exported, objectives
+from train.exported import Exported
 from train.log import Progress
 from train.objectives import pictures
 from train.run import Run
@@ -127,6 +128,8 @@ class Arguments:
     """Never say so many tokens in a row twice."""
     batch_size: int = 64
     """Most texts translated together."""
+    average: int = 1
+    """Translate with the mean of the parameters of so many of the latest checkpoints (Vaswani 2017, section 6.1)."""
     plot: Path | None = None
     """Draw where the model looks while it translates the texts of the command line: FILE.png and FILE.svg, and all
     heads beside it; FILE-1 and so on of several texts."""
@@ -179,6 +182,8 @@ def _check(arguments: Arguments) -> None:
     longest, plot = arguments.max_length, arguments.plot
     if arguments.batch_size < 1:
         raise ValueError(f"batch_size ({arguments.batch_size}) must be at least 1")
+    if arguments.average < 1:
+        raise ValueError(f"average ({arguments.average}) must be at least 1")
     if longest is not None and longest < 1:
         raise ValueError(f"max_length ({longest}) must be at least 1")
     if longest is not None and arguments.min_length > longest:
@@ -193,9 +198,9 @@ def main(arguments: Arguments) -> int:
     """Prints the translations; returns the exit code."""
     _check(arguments)
     search, processors = search_of(arguments), processors_of(arguments)
-    trained = run.load(arguments.run)
+    trained = exported.load_trained(arguments.run, average=arguments.average)
     objectives.check_serves(trained, "translate", objectives.SequenceToSequence)
-    config = trained.experiment.model
+    config = trained.model.config
     if arguments.plot is not None and isinstance(config, Seq2SeqConfig) and config.attention is None:
         raise ValueError(f"--plot: the model of {arguments.run} has no attention (its attention is None): no map")
     translator = Translator(
@@ -230,7 +235,7 @@ def _print(outputs: list[Output]) -> None:
         print(line if len(outputs) == 1 else f"{output.score:.4f}\t{line}", flush=True)
 
 
-def _draw(trained: Run, texts: Sequence[str], outputs: Sequence[str], file: Path) -> None:
+def _draw(trained: Run | Exported, texts: Sequence[str], outputs: Sequence[str], file: Path) -> None:
     """Says on standard error where the maps are, or that there is none: of an empty text, or where the model failed."""
     stem = file.with_suffix("") if file.suffix in (".png", ".svg") else file
     for number, (text, output) in enumerate(zip(texts, outputs, strict=True), 1):

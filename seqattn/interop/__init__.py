@@ -1,5 +1,15 @@
-"""Parameters of other libraries' models as ours, and back: arrays in, arrays out; files are the caller's."""
+"""Models as plain values and named arrays, ours and those of other libraries, and back; files are the caller's."""
 
 from seqattn.interop.marian import from_marian, marian_config, to_marian
+from seqattn.interop.saved import ModelConfig, from_arrays, from_dict, to_arrays, to_dict
 
-__all__ = ["from_marian", "marian_config", "to_marian"]
+__all__ = [
+    "ModelConfig",
+    "from_arrays",
+    "from_dict",
+    "from_marian",
+    "marian_config",
+    "to_arrays",
+    "to_dict",
+    "to_marian",
+]

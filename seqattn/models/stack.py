@@ -12,10 +12,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import split
 from seqattn.masks import Causal, Mask, SameBlock, SameSegment, SlidingWindow
+from seqattn.models.layers import run_layers
 from seqattn.models.positions import Positions, PositionScores, rotary_base
 from seqattn.nn.blocks import BlockConfig, EncoderBlock
 from seqattn.nn.cache import Cache, RingCache, StaticCache
 from seqattn.nn.compressed import CompressedCache
+from seqattn.score_mod import ScoreMod
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +114,13 @@ class Stack(nnx.Module):
         self, x: Float[Array, "*batch T D"], at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch T D"]:
         """`[*batch, T, D]` to `[*batch, T, D]`. Without a dropout key nothing drops."""
-        for layer, (block, key) in enumerate(zip(self.blocks, split(dropout_key, len(self.blocks)), strict=True)):
-            x = block(x, at, score_mod=self.scores.of(layer), dropout_key=key)
+
+        def call(x: Array, block: EncoderBlock, score_mod: ScoreMod | None, key: Array | None) -> Array:
+            return block(x, at, score_mod=score_mod, dropout_key=key)
+
+        mods = map(self.scores.of, range(len(self.blocks)))
+        layers = list(zip(self.blocks, mods, split(dropout_key, len(self.blocks)), strict=True))
+        x = run_layers(call, x, layers, remat=self.block.remat, scan=self.block.scan_layers)
         return x if self.norm is None else self.norm(x)
 
     def weights(self, x: Float[Array, "*batch T D"], at: Coordinates) -> Float[Array, "*batch L T T"]:

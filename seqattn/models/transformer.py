@@ -14,11 +14,13 @@ from seqattn.decoding.state import Shared
 from seqattn.dropout import drop, split
 from seqattn.masks import Causal, SameSegment, SlidingWindow
 from seqattn.models import positions as order
+from seqattn.models.layers import run_layers
 from seqattn.models.positions import Positions, PositionScores, Sinusoidal
 from seqattn.nn.blocks import BlockConfig, DecoderBlock, EncoderBlock
 from seqattn.nn.cache import Cache, RingCache, StaticCache
 from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
 from seqattn.nn.key_value import KeyColumns, KeyValue
+from seqattn.score_mod import ScoreMod
 from seqattn.static import pytree
 
 
@@ -170,8 +172,12 @@ class Transformer(nnx.Module):
         """
         keys = split(dropout_key, 1 + len(self.encoder))
         x = drop(x, self.config.block.dropout_rate, keys[0])
-        for layer, (block, key) in enumerate(zip(self.encoder, keys[1:], strict=True)):
-            x = block(x, source_at, score_mod=self.encoder_scores.of(layer), dropout_key=key)
+
+        def call(x: Array, block: EncoderBlock, score_mod: ScoreMod | None, key: Array | None) -> Array:
+            return block(x, source_at, score_mod=score_mod, dropout_key=key)
+
+        layers = list(zip(self.encoder, map(self.encoder_scores.of, range(len(self.encoder))), keys[1:], strict=True))
+        x = run_layers(call, x, layers, **self._training)
         x = x if self.encoder_norm is None else self.encoder_norm(x)
         rows = jax.tree.map(lambda field: jnp.broadcast_to(field, x.shape[:-1]), source_at)
         memories = tuple(block.remember(x, source_at) for block in self.decoder)
@@ -188,10 +194,16 @@ class Transformer(nnx.Module):
         """Logits `[B, T, V]` of the token after each of `target` `[B, T]`."""
         keys = split(dropout_key, 1 + len(self.decoder))
         x = self._embed(self.embedding, self.target_positions, target, target_at, keys[0])
-        for layer, (block, key_value, key) in enumerate(zip(self.decoder, memory.key_values, keys[1:], strict=True)):
-            kv, score_mod = block.project(x, target_at), self.decoder_scores.of(layer)
-            x = block(x, target_at, kv, key_value, score_mod=score_mod, dropout_key=key)
-        return self._logits(x)
+
+        def call(
+            x: Array, block: DecoderBlock, memory: KeyValue, score_mod: ScoreMod | None, key: Array | None
+        ) -> Array:
+            kv = block.project(x, target_at)
+            return block(x, target_at, kv, memory, score_mod=score_mod, dropout_key=key)
+
+        mods = map(self.decoder_scores.of, range(len(self.decoder)))
+        layers = list(zip(self.decoder, memory.key_values, mods, keys[1:], strict=True))
+        return self._logits(run_layers(call, x, layers, **self._training))
 
     def room(self, source_length: int) -> int | None:
         """How many target tokens have a place behind a source of so many: all learned positions, if it has one too."""
@@ -278,6 +290,10 @@ class Transformer(nnx.Module):
             weights.append(block.weights(x, target_at, kv, key_value, score_mod=score_mod))
             x = block(x, target_at, kv, key_value, score_mod=score_mod)
         return jnp.concatenate(weights, axis=1)
+
+    @property
+    def _training(self) -> dict[str, bool]:
+        return {"remat": self.config.block.remat, "scan": self.config.block.scan_layers}
 
     def _embed(
         self,

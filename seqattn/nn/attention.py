@@ -119,7 +119,7 @@ class MultiHeadAttention(nnx.Module):
         Few tokens read the columns of a cache as they lie. A `score_mod` modifies the scores, as in `seqattn.attend`.
         """
         query = self._rotated(self._heads(self.query(x), self.query_norm), at)
-        few = x.shape[-2] <= _FEW and self.implementation is None and dropout_key is None
+        few = self.implementation is None and dropout_key is None and x.shape[-2] <= _FEW
         if isinstance(kv, KeyColumns) and (few or kv.visible is not None):
             output = self._attend_columns(query, at, kv, score_mod)
         else:

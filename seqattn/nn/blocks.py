@@ -62,6 +62,17 @@ class BlockConfig:
     """Of the hidden layer of the feed-forward network."""
     mixture: MixtureConfig | None = None
     """Experts in place of each feed-forward network; None for one network that all tokens share."""
+    remat: bool = False
+    """Compute each block again in the backward pass of training: less memory, a third more time."""
+    scan_layers: bool = False
+    """Train a stack of like blocks as one loop: a block is compiled once."""
+
+    def __post_init__(self) -> None:
+        if self.mixture is not None and (self.remat or self.scan_layers):
+            raise ValueError(
+                f"remat ({self.remat}) and scan_layers ({self.scan_layers}) must be False where blocks have experts: "
+                "what experts tell of their routing cannot leave a block that is computed again or in a loop"
+            )
 
     @property
     def head_dim(self) -> int:

@@ -11,10 +11,11 @@ import pytest
 
 from seqattn.models import EncoderConfig, LanguageModelConfig, MaskedTokens, Rotary, TokenLabels, TransformerConfig
 from seqattn.nn import BlockConfig
-from train import loop, parallel, run
+from train import loop, run
 from train.batches import Batches
 from train.config import Experiment
 from train.optimizer import Constant, Optimizer
+from train.parallel import Placed, Replicated
 from train.tasks import PythonCode, PythonTags, Reverse
 
 BLOCK = BlockConfig(model_dim=12, hidden_dim=17, num_heads=2, norm_first=True, dropout_rate=0.1)
@@ -81,14 +82,15 @@ def compiled_once() -> Callable[[], AbstractContextManager[None]]:
 
     @contextmanager
     def once() -> Iterator[None]:
-        updates: list[Any] = []
+        placed: list[Placed] = []
+        spread = Replicated.spread
 
-        def data_parallel(update: Any) -> Any:
-            updates.append(parallel.data_parallel(update) if not updates else updates[0])
-            return updates[0]
+        def first(choice: Replicated, update: Any) -> Placed:
+            placed[:] = placed or [spread(choice, update)]
+            return placed[0]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "data_parallel", data_parallel)
+            patch.setattr(Replicated, "spread", first)
             yield
 
     return once
@@ -106,9 +108,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def untrained(experiment: Experiment) -> Path:
     """The folder of a run that was saved before its first update."""
     session = loop.prepare(experiment)
-    session.save()
-    assert session.checkpoints is not None
-    session.checkpoints.close()
+    with session.checkpoints:
+        session.save()
     return experiment.run
 
 

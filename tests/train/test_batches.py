@@ -162,3 +162,23 @@ def test_evaluation_pads_short_sources_little_beside_long_ones():
         assert batch["source_length"].tolist() == [lengths[index] for index in chosen]
         shapes[lengths[chosen[0]]] = batch["source"].shape[1]
     assert shapes == {0: 64, 3: 64, 63: 64, 64: 64, 65: 128, 128: 128, 130: 256, 301: 301}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_c10_the_parts_of_processes_are_the_batch_of_one(count):
+    config, settings = Batches(tokens=200, buckets=2), {"seed": 5, "multiple": 2}
+    rows = ROWS
+    whole = stream(config, rows, **settings | {"multiple": 2 * count})
+    parts = [stream(config, rows, **settings, part=(index, count)) for index in range(count)]
+    for step in range(9):
+        batches = [part[step] for part in parts]
+        assert len({len(batch["source"]) for batch in batches}) == 1
+        for name, array in whole[step].items():
+            np.testing.assert_array_equal(np.concatenate([batch[name] for batch in batches]), array)
+
+
+def test_lengths_are_multiples_of_what_devices_share():
+    batches = stream(Batches(tokens=200, buckets=2), ROWS, seed=5, lengths=7)
+    for step in range(9):
+        assert {batches[step][name].shape[1] % 7 for name in ("source", "target")} == {0}
+        assert sum(batches[step][name].size for name in ("source", "target")) <= 200

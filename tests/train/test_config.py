@@ -140,10 +140,24 @@ def test_differences_of_other_types_name_the_types():
     assert differences(encode(experiments.DATES.task), encode(experiments.ADDITION.task)) == [": Dates and Addition"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("steps", 0), ("seed", -1), ("seed", 2**32), ("label_smoothing", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("steps", 0), ("seed", -1), ("seed", 2**32), ("label_smoothing", 1.0), ("pieces", 0), ("max_skipped", 0)),
+        *(("average", 0), ("beam_size", 0), ("keep_best", -1), ("ema", 0.0), ("ema", 1.0), ("ema", float("nan"))),
+    ],
+)
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"{name} \({value}\)"):
         dataclasses.replace(experiments.DATES, **{name: value})
+
+
+@pytest.mark.parametrize(("steps", "keep"), [(20, 10), (1000, 2)])
+def test_a_mean_of_more_checkpoints_than_there_will_be_is_refused(steps, keep):
+    settings = {"steps": steps, "evaluate_every": 10, "keep_checkpoints": keep}
+    with pytest.raises(ValueError, match=r"average \(3\) must be at most the number of checkpoints at the end \(2\)"):
+        dataclasses.replace(experiments.DATES, average=3, **settings)
+    assert dataclasses.replace(experiments.DATES, average=2, **settings).average == 2
 
 
 @pytest.mark.parametrize(("patience", "keep"), [(0, 2), (2, 2), (3, 2)])

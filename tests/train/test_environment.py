@@ -1,6 +1,10 @@
-"""The flag that makes XLA compute rightly on the CPU: where it is set, and that it works in this very process."""
+"""The flag that makes XLA compute rightly on the CPU, the cache of programs, and how a command ends."""
 
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +14,8 @@ import pytest
 from train import environment
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
+ROOT = Path(__file__).parents[2]
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
 @pytest.mark.parametrize("jaxlib", ["0.10.2", "0.11.0", "0.11.2", "0.12.0.1", "0.12.1.dev20261101+abc"])
@@ -42,3 +48,94 @@ def test_a_product_followed_by_a_reduction_is_right_in_this_process(size):
     left, right = np.full((5, size, size), 2, np.float32), np.ones((size, size), np.float32)
     norms = jax.jit(jax.vmap(lambda matrix: jnp.sum((matrix @ right) ** 2)))(left)
     np.testing.assert_allclose(norms, np.full(5, (2.0 * size) ** 2 * size**2), rtol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    """What a test says of the cache is forgotten after it."""
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv(CACHE, "")  # so that it is taken back
+    monkeypatch.delenv(CACHE)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_programs_are_kept_in_the_cache_folder_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    environment.keep_programs()
+    folder = Path(os.environ[CACHE])
+    assert folder.is_dir()
+    assert folder.parent == tmp_path / "seqattn" / "xla"
+    assert jax.config.jax_compilation_cache_dir == str(folder)  # though jax is imported already
+
+
+@pytest.mark.parametrize(("given", "kept"), [("/some/where", "/some/where"), ("", None)])
+def test_where_the_user_wants_programs_kept_wins(given, kept, monkeypatch):
+    monkeypatch.setenv(CACHE, given)
+    environment.keep_programs()
+    assert os.environ.get(CACHE) == kept
+    assert given or jax.config.jax_compilation_cache_dir is None
+
+
+def test_e12_a_cache_folder_that_cannot_be_made_is_told_and_done_without(tmp_path, monkeypatch, capsys):
+    (tmp_path / "seqattn").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    environment.keep_programs()
+    assert CACHE not in os.environ
+    assert re.match(r"compiled programs are not kept: .*seqattn", capsys.readouterr().err)
+
+
+def test_e12_a_user_without_a_home_has_no_cache(monkeypatch, capsys):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    environment.keep_programs()
+    assert CACHE not in os.environ
+    assert "not kept: Could not determine home" in capsys.readouterr().err
+
+
+PROGRAM = """
+import jax
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+print(jax.jit(lambda x: x * 3 + 1)(2.0))
+"""
+
+
+def test_e12_a_corrupt_cache_is_computed_anew(tmp_path):
+    def run():
+        variables = os.environ | {CACHE: str(tmp_path), "JAX_PLATFORMS": "cpu"}
+        return subprocess.run([sys.executable, "-c", PROGRAM], env=variables, capture_output=True, text=True, cwd=ROOT)
+
+    assert run().stdout == "7.0\n"
+    kept = list(tmp_path.rglob("*-cache"))
+    assert kept
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:-9][::-1])
+    again = run()
+    assert (again.returncode, again.stdout) == (0, "7.0\n")
+    assert "Error reading persistent compilation cache" in again.stderr
+
+
+def test_e8_too_little_memory_ends_a_command_with_a_hint(monkeypatch, capsys):
+    def main():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.\nmore")
+
+    monkeypatch.setenv(CACHE, "")
+    with pytest.raises(SystemExit) as ended:
+        environment.command(main)
+    assert ended.value.code == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: the device has too little memory: RESOURCE_EXHAUSTED: Out of memory")
+    assert "--pieces" in told
+    assert "\nmore" not in told
+
+
+def test_a_failure_that_nobody_can_mend_keeps_its_traceback(monkeypatch):
+    def main():
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setenv(CACHE, "")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        environment.command(main)

@@ -71,6 +71,14 @@ def test_the_command_takes_so_many_examples(finished, capsys):
         evaluate.main(Arguments(finished, examples=0))
 
 
+def test_the_command_takes_the_mean_of_checkpoints(finished, trained, monkeypatch, capsys):
+    with pytest.raises(ValueError, match=r"average \(2\) must be at most 1, .*--keep-checkpoints"):
+        evaluate.main(Arguments(finished, average=2))
+    monkeypatch.setattr(run, "load", lambda folder, *, average: {3: trained}[average])
+    evaluate.main(Arguments(finished, average=3))
+    assert "5 examples, after 12 updates, the mean of 3 checkpoints" in capsys.readouterr().out
+
+
 def test_references_in_another_unicode_form_still_match():
     pairs = [("a", unicodedata.normalize("NFD", "café"))]
     assert splits(pairs, pairs, pairs)["test"]["target"] == ["café"]

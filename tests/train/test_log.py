@@ -100,6 +100,19 @@ class Clock:
         return self.now
 
 
+def test_rows_are_given_on_once_they_are_on_disk(tmp_path):
+    given = []
+
+    def also(row):
+        given.append((row, read_metrics(tmp_path / "metrics")))
+
+    with MetricsFile(tmp_path / "metrics", also=also) as file:
+        file.write({"step": 1, "loss": float("nan")})
+    ((row, (written,)),) = given
+    assert row["step"] == written["step"] == 1
+    assert np.isnan(row["loss"])
+
+
 def plain_lines(total, updates, **options):
     """The lines that updates, as (seconds later, step, metrics), leave off a terminal."""
     clock, stream = Clock(), io.StringIO()

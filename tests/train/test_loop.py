@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 
+import train.step
 from seqattn.models import Learned
 from train import loop, run
+from train.lock import RunLock
 from train.log import read_metrics
 from train.objectives import SequenceToSequence, Tagging
-from train.optimizer import Constant
+from train.translator import Beam
 
 
 def parameters(folder):
@@ -88,6 +90,7 @@ def test_c12_other_examples_under_the_same_settings_are_refused(finished, tiny, 
 
 @pytest.mark.parametrize("content", ["", '{"type": "Exp'])
 def test_a_folder_killed_before_its_first_checkpoint_begins_anew(content, tiny, tmp_path):
+    (tmp_path / ".lock").touch()
     (tmp_path / "config.json").write_text(content)
     session = loop.prepare(dataclasses.replace(tiny, run=tmp_path))
     assert int(session.state.step) == 0
@@ -105,18 +108,29 @@ def test_the_seed_decides_parameters_and_order(tiny, tmp_path):
 def test_training_uses_every_setting(finished, tiny, monkeypatch, tmp_path):
     """What reaches the step and the order of batches, and what is logged."""
     seen = {}
-    monkeypatch.setattr(loop, "make_update", lambda *_, **settings: seen.update(update=settings))
-    monkeypatch.setattr(loop, "data_parallel", lambda update: None)
+
+    def make_update(*arguments, **settings):
+        seen.update(update=settings)
+        return train.step.make_update(*arguments, seed=0)
 
     def stream(config, rows, **settings):
         seen.update(stream=settings)
         raise InterruptedError
 
+    monkeypatch.setattr("train.session.make_update", make_update)
     monkeypatch.setattr(loop, "stream", stream)
+    settings = {"pieces": 2, "compute_dtype": "bfloat16", "ema": 0.9, "max_skipped": 7}
     with pytest.raises(InterruptedError):
-        loop.train(dataclasses.replace(tiny, run=tmp_path / "new"))
-    assert seen["update"] == {"seed": 3, "label_smoothing": 0.1}
-    assert seen["stream"] == {"seed": 3, "multiple": jax.local_device_count()}
+        loop.train(dataclasses.replace(tiny, run=tmp_path / "new", **settings))
+    assert seen["update"] == {
+        "seed": 3,
+        "label_smoothing": 0.1,
+        "pieces": 2,
+        "compute_dtype": "bfloat16",
+        "decay": 0.9,
+        "patience": 7,
+    }
+    assert seen["stream"] == {"seed": 3, "multiple": 2 * jax.local_device_count(), "lengths": 1, "part": (0, 1)}
     rows = [row for row in read_metrics(finished / "metrics.jsonl") if row["kind"] == "train"]
     schedule = tiny.optimizer.schedule.schedule(tiny.steps)
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
@@ -145,12 +159,63 @@ def test_a22_texts_beyond_the_learned_positions_are_refused_before_training(tiny
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("log_every", [2, 100])
-def test_e3_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(log_every, tiny, tmp_path):
-    optimizer = dataclasses.replace(tiny.optimizer, schedule=Constant(rate=1e30), clip_norm=None)
-    with pytest.raises(ValueError, match=r"step \d+: loss .*; the last checkpoint stays"):
-        loop.train(dataclasses.replace(tiny, run=tmp_path / "new", optimizer=optimizer, log_every=log_every))
-    assert not list((tmp_path / "new" / "checkpoints").iterdir())
+@pytest.fixture
+def poisoned(tiny, tmp_path, monkeypatch):
+    """Trains a run whose loss is NaN in the batches of these numbers."""
+
+    def train(numbers, **settings):
+        loss = SequenceToSequence.loss
+
+        def with_nan(model, batch, **options):
+            total, count = loss(model, batch, **options)
+            return jax.numpy.where(batch["source"].min() < 0, jax.numpy.nan, total), count
+
+        def iterate(order, *, start, batches=loop.iterate):
+            for number, batch in enumerate(batches(order, start=start), start + 1):
+                yield batch | {"source": batch["source"] * (-1 if number in numbers else 1)}
+
+        monkeypatch.setattr(SequenceToSequence, "loss", staticmethod(with_nan))
+        monkeypatch.setattr(loop, "iterate", iterate)
+        return loop.train(dataclasses.replace(tiny, run=tmp_path / "new", **settings))
+
+    return train
+
+
+@pytest.mark.parametrize(("log_every", "seen"), [(1, 5), (100, 6)])
+def test_e3_a_run_that_diverges_stops_and_names_its_last_good_checkpoint(log_every, seen, poisoned, tmp_path):
+    """From its seventh batch on the loss is NaN, and step 10 has the parameters of before.
+
+    Who logs rarely looks rarely, here at the end.
+    """
+    told = rf"not finite in {seen} updates in a row, .* the last good one is .*/checkpoints/10;"
+    with pytest.raises(ValueError, match=told):
+        poisoned(range(7, 13), log_every=log_every, max_skipped=5)
+    assert run.load(tmp_path / "new").step == 10
+    if log_every == 1:
+        rows = [row for row in read_metrics(tmp_path / "new" / "metrics.jsonl") if row["kind"] == "train"]
+        assert [row["skipped"] for row in rows] == [0] * 6 + [1, 2, 3, 4, 5]
+        assert np.isnan(rows[-1]["loss"])
+
+
+def test_e3_a_run_whose_last_update_was_left_out_is_saved_and_judged_as_it_is(poisoned, tmp_path):
+    assert poisoned([12]) == 0
+    assert run.load(tmp_path / "new").step == 12
+    rows = [row for row in read_metrics(tmp_path / "new" / "metrics.jsonl") if row["kind"] == "train"]
+    assert [row["skipped"] for row in rows] == [0] * 5 + [1]
+
+
+def test_a_run_that_is_judged_by_its_moving_average(tiny, tmp_path):
+    experiment = dataclasses.replace(tiny, run=tmp_path / "new", ema=0.5, steps=3, evaluate_every=3)
+    assert loop.train(experiment) == 0
+    session = loop.prepare(experiment)
+    for mean, loaded, last in zip(
+        jax.tree.leaves(session.state.average),
+        jax.tree.leaves(run.load(experiment.run).model),
+        jax.tree.leaves(session.state.params),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(mean, loaded)
+        assert not np.array_equal(mean, last)
 
 
 def test_an_evaluation_that_fails_loses_no_update(tiny, tmp_path, monkeypatch):
@@ -170,6 +235,15 @@ def test_a_folder_of_other_files_is_refused(tiny, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("names", [("config.json", "model.safetensors"), ("config.json", "tokenizer.json")])
+def test_a_folder_of_somebodys_model_is_refused_and_left_alone(names, tiny, tmp_path):
+    for name in names:
+        (tmp_path / name).write_text("theirs")
+    with pytest.raises(ValueError, match=r"holds an exported model|holds files but no run"):
+        loop.train(dataclasses.replace(tiny, run=tmp_path))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(names, "theirs")
+
+
 def test_a_file_in_place_of_the_folder_is_refused(tiny, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
@@ -185,12 +259,11 @@ def test_c16_a_table_smaller_than_the_vocabulary_is_refused(tiny, tmp_path):
 def test_e13_one_compilation_for_each_bucket(tiny, tmp_path, caplog):
     tiny = dataclasses.replace(tiny, batches=dataclasses.replace(tiny.batches, buckets=2))
     session = loop.prepare(dataclasses.replace(tiny, run=tmp_path / "new"))
-    update = loop.data_parallel(loop.make_update(session.graph, session.optimizer, session.objective.loss, seed=0))
     rows = session.objective.examples(session.splits["train"])
     order = loop.stream(tiny.batches, rows, seed=0, multiple=jax.local_device_count())
     with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
         for batch in itertools.islice(loop.iterate(order, start=0), 9):
-            session.state, _ = update(session.state, batch)
+            session.state, _ = session.placed.update(session.state, batch)
     compiled = [record for record in caplog.records if record.getMessage().startswith("Compiling")]
     assert len(compiled) == tiny.batches.buckets
 
@@ -234,3 +307,64 @@ def test_a_run_that_gets_worse_stops_and_goes_back_to_its_best(judged, interrupt
     assert json.loads((experiment.run / "results.json").read_text()) == results
     assert read_metrics(experiment.run / "metrics.jsonl") == rows
     assert run.load(experiment.run).step == 4
+
+
+def test_d2_a_run_of_which_no_checkpoint_is_whole_is_not_begun_anew(finished, tiny, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "checkpoints" / "12" / "digests.json").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint in .*/copy/checkpoints is as it was written; .* --run"):
+        loop.train(dataclasses.replace(tiny, run=copy))
+    assert [path.name for path in (copy / "checkpoints").iterdir()] == ["12"]
+
+
+def test_d13_a_run_that_is_being_trained_is_refused(tiny, tmp_path):
+    with RunLock(tmp_path), pytest.raises(ValueError, match=rf"{tmp_path} is being trained by process \d+"):
+        loop.train(dataclasses.replace(tiny, run=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_the_best_checkpoints_stay_beside_the_latest(tiny, tmp_path, monkeypatch):
+    losses = iter([3.0, np.nan, 1.0, 2.0, 4.0, 5.0])
+
+    def evaluate(objective, model, split, **_):
+        return loop.Scores({"loss": next(losses)}, [])
+
+    monkeypatch.setattr(SequenceToSequence, "evaluate", evaluate)
+    monkeypatch.setattr(SequenceToSequence, "draw", lambda *_: [])
+    experiment = dataclasses.replace(tiny, run=tmp_path / "new", steps=5, evaluate_every=1, keep_best=2)
+    assert loop.train(experiment) == 0
+    assert sorted(path.name for path in (tmp_path / "new" / "checkpoints").iterdir()) == ["3", "4", "5"]
+
+
+def test_an_interruption_changes_no_mean_of_checkpoints(tiny, tmp_path, interrupted, compiled_once):
+    settings = {"evaluate_every": 5, "keep_checkpoints": 2, "average": 2, "bleu": False}
+    results = []
+    with compiled_once():
+        for name in ("whole", "stopped"):
+            experiment = dataclasses.replace(tiny, run=tmp_path / name, **settings)
+            if name == "stopped":
+                interrupted(experiment, 11)
+            assert loop.train(experiment) == 0
+            results.append(json.loads((experiment.run / "results.json").read_text()))
+    assert sorted(path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()) == ["10", "12"]
+    assert results[0] == results[1]
+
+
+def test_the_test_split_is_judged_by_the_mean_of_checkpoints_and_a_beam(tiny, tmp_path, monkeypatch):
+    judged = []
+
+    def evaluate(objective, model, split, **_):
+        judged.append((objective, jax.tree.map(np.asarray, jax.tree.leaves(model))))
+        return loop.Scores({"loss": 1.0}, [])
+
+    monkeypatch.setattr(SequenceToSequence, "evaluate", evaluate)
+    monkeypatch.setattr(SequenceToSequence, "draw", lambda *_: [])
+    settings = {"steps": 3, "evaluate_every": 1, "keep_checkpoints": 2, "average": 2, "beam_size": 3}
+    assert loop.train(dataclasses.replace(tiny, run=tmp_path / "new", **settings)) == 0
+    (_, second), (_, third), (objective, mean) = judged[-3:]
+    for found, *parts in zip(mean, second, third, strict=True):
+        np.testing.assert_allclose(found, np.mean(parts, axis=0), rtol=1e-6, atol=1e-7)
+    assert objective._search == Beam(3)
+    results = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert (results["average"], results["beam_size"]) == (2, 3)

@@ -63,14 +63,19 @@ def test_the_first_sentence_of_a_docstring(docstring, sentence):
     assert commands._first_sentence(docstring) == sentence
 
 
+def slow(*values):
+    """A process more, which takes seconds."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["translation"], "--task.source"),
-        (["translation", "--task.source", "no.de", "--task.target", "no.en"], "no.de"),
+        slow(["translation", "--task.source", "no.de", "--task.target", "no.en"], "no.de"),
         (["reverse", "--steps", "0"], "steps (0) must be at least 1"),
-        (["translation", "--task.source", ".", "--task.target", "."], "--task.source: there is no file"),
-        (["reverse", "--optimizer.clip-norm", "0"], "clip_norm (0.0) must be positive"),
+        slow(["translation", "--task.source", ".", "--task.target", "."], "--task.source: there is no file"),
+        slow(["reverse", "--optimizer.clip-norm", "0"], "clip_norm (0.0) must be positive"),
     ],
 )
 def test_what_cannot_run_is_one_sentence_and_not_a_traceback(flags, words, tmp_path):

@@ -161,6 +161,131 @@ def test_the_update_of_a_mixture_adds_the_loss_of_its_routing_on_each_device(exp
     assert alone > 1  # else the test could not tell
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_b7_pieces_of_a_batch_update_as_the_whole_does(devices):
+    """The rows of a piece have other numbers of labels, so that a mean of means would be another update."""
+    batch = collate(rows(12), (12, 6, 8))
+    graph, state = fresh()
+    whole, metrics = jax.jit(make_update(graph, SGD, LOSS, seed=0, label_smoothing=0.1))(state, batch)
+    update = make_update(graph, SGD, LOSS, seed=0, label_smoothing=0.1, pieces=3)
+    pieced, same = data_parallel(update, jax.local_devices()[:devices])(state, batch)
+    assert closest(whole.params, pieced.params) < 1e-6
+    assert float(metrics["tokens"]) == float(same["tokens"])
+    assert float(metrics["loss"]) == pytest.approx(float(same["loss"]), rel=1e-6)
+    assert float(metrics["gradient_norm"]) == pytest.approx(float(same["gradient_norm"]), rel=1e-5)
+
+
+def test_pieces_of_a_mixture_update_as_devices_with_these_rows_do(experts):
+    graph, state, batch = experts
+    pieced, metrics = jax.jit(make_update(graph, SGD, Tagging.loss, seed=0, pieces=2))(state, batch)
+    order = np.array([0, 2, 1, 3])  # a piece takes every second row, a device the first or the last half
+    sorted_batch = {name: array[order] for name, array in batch.items()}
+    update = data_parallel(make_update(graph, SGD, Tagging.loss, seed=0), jax.local_devices()[:2])
+    expected, same = update(jax.tree.map(jax.numpy.array, state), sorted_batch)
+    assert closest(pieced.params, expected.params) < 1e-5
+    assert metrics.keys() == same.keys()
+    for name, value in metrics.items():
+        assert float(value) == pytest.approx(float(same[name]), rel=1e-5)
+    assert 0 < float(metrics["dropped"]) < 1
+
+
+def test_pieces_drop_differently():
+    half = collate(rows(3))
+    both = {name: np.repeat(array, 2, axis=0) for name, array in half.items()}
+    graph, state = fresh(dropout_rate=0.5)
+    _, metrics = jax.jit(make_update(graph, SGD, LOSS, seed=0, pieces=2))(state, both)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 2)
+    model, batch = nnx.merge(graph, state.params), jax.tree.map(jax.numpy.asarray, half)
+    sums = [LOSS(model, batch, dropout_key=key) for key in keys]
+    assert abs(float(sums[0][0]) - float(sums[1][0])) > 1e-3
+    expected = sum(float(total) for total, _ in sums) / sum(float(count) for _, count in sums)
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_rows_that_do_not_divide_into_pieces_are_refused():
+    graph, state = fresh()
+    with pytest.raises(ValueError, match=r"3 rows .* must be a multiple of the 2 pieces"):
+        jax.eval_shape(make_update(graph, SGD, LOSS, seed=0, pieces=2), state, collate(rows(3)))
+
+
+def poisoned(model, batch, *, label_smoothing=0.0, dropout_key=None):
+    """The loss, or NaN where the first target is as long as its row."""
+    total, count = LOSS(model, batch, label_smoothing=label_smoothing, dropout_key=dropout_key)
+    return jax.numpy.where(batch["target_length"][0] == batch["target"].shape[1], jax.numpy.nan, total), count
+
+
+def unsound(batch):
+    return batch | {"target_length": np.full_like(batch["target_length"], batch["target"].shape[1])}
+
+
+def test_e3_an_update_that_is_not_finite_is_left_out_bit_by_bit():
+    batch, adam = collate(rows(3), (3, 6, 8)), optax.adam(1e-2)
+    graph, state = start(Transformer(CONFIG, rngs=nnx.Rngs(0)), adam, average=True)
+    update = jax.jit(make_update(graph, adam, poisoned, seed=0, decay=0.5, patience=2))
+    once, _ = update(state, batch)
+    after, metrics = update(once, unsound(batch))
+    assert np.isnan(metrics["loss"])
+    for name in ("params", "opt_state", "average"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(once, name))
+    assert [int(after.step), int(after.skipped), int(after.skipped_in_a_row)] == [2, 1, 1]
+    again, _ = update(after, batch)
+    assert [int(again.step), int(again.skipped), int(again.skipped_in_a_row)] == [3, 1, 0]
+    assert closest(again.params, after.params) > 0
+    expected, _ = update(once, batch)  # as if the bad batch had not been; without dropout the step decides nothing
+    jax.tree.map(np.testing.assert_array_equal, again.params, expected.params)
+
+
+def test_e3_after_so_many_updates_left_out_nothing_changes_any_more():
+    batch = collate(rows(3), (3, 6, 8))
+    graph, state = fresh()
+    update = jax.jit(make_update(graph, SGD, poisoned, seed=0, patience=2))
+    for _ in range(2):
+        state, _ = update(state, unsound(batch))
+    after, _ = update(state, batch)
+    assert closest(after.params, state.params) == 0
+    assert int(after.skipped_in_a_row) == int(after.skipped) == 3
+
+
+def test_e4_an_infinite_gradient_is_no_update_though_it_could_be_clipped():
+    """Infinity over its norm would be NaN."""
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))
+
+    def steep(model, batch, **_):
+        total, count = LOSS(model, batch)
+        return total + jax.numpy.sqrt(model.embedding.table[...] * 0).sum(), count
+
+    graph, state = start(Transformer(CONFIG, rngs=nnx.Rngs(0)), clipped)
+    after, metrics = jax.jit(make_update(graph, clipped, steep, seed=0))(state, collate(rows(3)))
+    assert np.isfinite(metrics["loss"])
+    assert not np.isfinite(metrics["gradient_norm"])
+    assert closest(after.params, state.params) == 0
+
+
+def test_the_moving_average_follows_the_parameters():
+    batch = collate(rows(3))
+    graph, state = start(Transformer(CONFIG, rngs=nnx.Rngs(0)), SGD, average=True)
+    update = jax.jit(make_update(graph, SGD, LOSS, seed=0, decay=0.15))
+    first, _ = update(state, batch)
+    second, _ = update(first, batch)
+    expected = jax.tree.map(  # 1 / 10, and then 2 / 11 would be more than 0.15
+        lambda a, b, c: 0.15 * (0.1 * a + 0.9 * b) + 0.85 * c, state.params, first.params, second.params
+    )
+    assert closest(second.average, expected) < 1e-6
+
+
+def test_bfloat16_computes_nearly_the_same_with_parameters_in_float32():
+    batch = collate(rows(8))
+    graph, state = fresh()
+    whole, metrics = jax.jit(make_update(graph, SGD, LOSS, seed=0))(state, batch)
+    half, mixed = jax.jit(make_update(graph, SGD, LOSS, seed=0, compute_dtype="bfloat16"))(state, batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {np.dtype("float32")}
+    assert 0 < abs(float(mixed["loss"]) - float(metrics["loss"])) < 0.03
+    moved = jax.tree.map(lambda new, old: np.asarray(new - old).ravel(), whole.params, state.params)
+    nearly = jax.tree.map(lambda new, old: np.asarray(new - old).ravel(), half.params, state.params)
+    first, second = (np.concatenate(jax.tree.leaves(tree)) for tree in (moved, nearly))
+    assert np.dot(first, second) / np.linalg.norm(first) / np.linalg.norm(second) > 0.99
+
+
 def test_a_model_without_experts_says_nothing_of_them():
     graph, state = fresh()
     _, metrics = jax.eval_shape(make_update(graph, SGD, LOSS, seed=0), state, collate(rows(3)))

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 import matplotlib.image
 import pytest
@@ -29,6 +30,11 @@ def test_the_command_prints_a_line_for_each_text(finished, capsys):
     trained = run.load(finished)
     assert printed.out.splitlines() == Translator(trained.model, trained.tokenizer)(TEXTS)
     assert printed.err == ""
+
+
+def test_the_mean_of_checkpoints_needs_so_many(finished):
+    with pytest.raises(ValueError, match=r"average \(2\) must be at most 1, .*--keep-checkpoints"):
+        translate.main(Arguments(finished, TEXTS, average=2))
 
 
 def test_without_texts_the_command_reads_standard_input(finished, capsys, monkeypatch):
@@ -74,13 +80,14 @@ def test_a_translation_stays_on_its_line(capsys):
         ({"min_length": -1}, r"--min_length: length \(-1\) must be"),
         ({"max_length": 0}, r"max_length \(0\) must be at least 1"),
         ({"min_length": 5, "max_length": 4}, r"min_length \(5\) must be at most max_length \(4\)"),
+        ({"average": 0}, r"average \(0\) must be at least 1"),
         ({"batch_size": 0}, r"batch_size \(0\) must be at least 1"),
         ({"plot": "map.png", "text": ()}, "--plot draws the texts of the command line, and there is none"),
         ({"plot": "."}, r"--plot \(\.\) must name a file"),
     ],
 )
 def test_bad_values_are_refused_before_a_model_is_loaded(flags, words, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "load", lambda folder: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(run, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     if "plot" in flags:
         flags = flags | {"plot": translate.Path(flags["plot"])}
     with pytest.raises(ValueError, match=words):
@@ -98,6 +105,7 @@ def test_flags_become_choices(tmp_path):
     assert translate.search_of(read("--seed", "7")) == Sample(())
     assert translate.search_of(read("--top_k", "3", "--temperature", "0.5")) == Sample((Temperature(0.5), TopK(3)))
     assert len(translate.processors_of(read("--repetition_penalty", "2", "--no_repeat_ngram", "3"))) == 2
+    assert read("--average", "10").average == 10
     assert read("--length_penalty", "none").length_penalty == NoPenalty()
 
 
@@ -166,8 +174,8 @@ def test_one_text_is_drawn_under_the_name_itself(finished, tmp_path, monkeypatch
 
 def test_a_model_without_attention_has_no_map(finished, tmp_path, monkeypatch, capsys):
     trained = run.load(finished)
-    blind = dataclasses.replace(trained.experiment, model=Seq2SeqConfig(9, attention=None, input_feeding=False))
-    monkeypatch.setattr(run, "load", lambda folder: dataclasses.replace(trained, experiment=blind))
+    blind = SimpleNamespace(config=Seq2SeqConfig(9, attention=None, input_feeding=False))
+    monkeypatch.setattr(run, "load", lambda *_, **__: dataclasses.replace(trained, model=blind))
     with pytest.raises(ValueError, match=r"has no attention .*: no map"):
         translate.main(Arguments(finished, TEXTS, plot=tmp_path / "map"))
     assert capsys.readouterr().out == ""

@@ -2,6 +2,7 @@
 
 from seqattn.models import CaptionerConfig, EncoderConfig, MaskedTokens, TextLabels
 from train.config import Experiment
+from train.exported import Exported
 from train.objectives.continuation import Continuation
 from train.objectives.labels import Classification, Tagging
 from train.objectives.masking import Masking
@@ -12,7 +13,7 @@ from train.run import Run
 from train.tasks import Docstrings, PythonCode
 from train.tokenizer import Tokenizer
 
-_COMMANDS: dict[type[Objective], str] = {SequenceToSequence: "translate", Continuation: "complete"}
+_COMMANDS = {"SequenceToSequence": "translate", "Continuation": "complete"}
 """What shows how a model does on a text of the user; others are measured."""
 
 
@@ -27,24 +28,28 @@ def kind(experiment: Experiment) -> type[Objective]:
     return Continuation if isinstance(experiment.task, PythonCode) else SequenceToSequence
 
 
-def make(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...]) -> Objective:
-    """The objective of an experiment, with the tokenizer and labels of its run.
+def make(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...], *, beam_size: int = 1) -> Objective:
+    """The objective of an experiment, with the tokenizer and labels of its run; with a beam it is searched, if above 1.
 
     Raises:
-        ValueError: BLEU of what does not write a text from a source text.
+        ValueError: BLEU or a beam for what does not write a text from a source text.
     """
     objective = kind(experiment)
-    if experiment.bleu and objective is not SequenceToSequence:
-        raise ValueError(
-            f"bleu ({experiment.bleu}) measures texts written from a source text, and the objective here is "
-            f"{objective.__name__}: set --bleu False"
-        )
     if objective is SequenceToSequence:
-        return SequenceToSequence(tokenizer, bleu=experiment.bleu, rouge=isinstance(experiment.task, Docstrings))
+        scores = {"bleu": experiment.bleu, "rouge": isinstance(experiment.task, Docstrings)}
+        return SequenceToSequence(tokenizer, **scores, beam_size=beam_size)
+    beam_size, other = (
+        max(beam_size, experiment.beam_size),
+        "is for texts written from a source text, and the objective",
+    )
+    if experiment.bleu:
+        raise ValueError(f"bleu ({experiment.bleu}) {other} here is {objective.__name__}: set --bleu False")
+    if beam_size > 1:
+        raise ValueError(f"beam_size ({beam_size}) {other} here is {objective.__name__}: set --beam-size 1")
     return objective(tokenizer, labels)
 
 
-def check_serves(trained: Run, command: str, objective: type[Objective]) -> None:
+def check_serves(trained: Run | Exported, command: str, objective: type[Objective]) -> None:
     """Refuses a run that a command cannot serve.
 
     Args:
@@ -55,9 +60,9 @@ def check_serves(trained: Run, command: str, objective: type[Objective]) -> None
     Raises:
         ValueError: naming what the run is about, and the command that serves it.
     """
-    found = kind(trained.experiment)
-    if found is not objective:
+    found = trained.objective if isinstance(trained, Exported) else kind(trained.experiment).__name__
+    if found != objective.__name__:
         raise ValueError(
             f"train.{command} serves runs of the objective {objective.__name__}, and that of {trained.folder} is "
-            f"{found.__name__}, which python -m train.{_COMMANDS.get(found, 'evaluate')} serves"
+            f"{found}, which python -m train.{_COMMANDS.get(found, 'evaluate')} serves"
         )

@@ -1,19 +1,21 @@
 """Source to target, by anything that encodes and decodes: translation, and all that can be told as one."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import sacrebleu
 from datasets import Dataset
 
 from seqattn import Coordinates, cross_entropy
+from seqattn.decoding import Greedy
 from seqattn.models import EncoderDecoder
 from train.batches import Example, examples
 from train.objectives.objective import Arrays, Objective, Scores, Sums, perplexity
 from train.objectives.pictures import draw_texts
 from train.rouge import rouge_l
 from train.tokenizer import Tokenizer
-from train.translator import Translator
+from train.translator import Beam, Search, Translator
 
 _DRAWN, _LINE = 3, 64
 
@@ -25,11 +27,13 @@ class SequenceToSequence(Objective):
         tokenizer: of both.
         bleu: also measure BLEU and chrF.
         rouge: also measure ROUGE-L and perplexity; outputs are then one line, of at most 64 tokens.
+        beam_size: outputs are the best of so many hypotheses, scored by their mean log probability; 1 for greedy ones.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, bleu: bool = False, rouge: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, bleu: bool = False, rouge: bool = False, beam_size: int = 1) -> None:
         super().__init__(tokenizer)
         self._bleu, self._rouge = bleu, rouge
+        self._search: Search = Beam(beam_size) if beam_size > 1 else Greedy()
 
     def examples(self, split: Dataset) -> list[Example]:
         """Source ids with the end token, target ids between start and end token."""
@@ -49,19 +53,23 @@ class SequenceToSequence(Objective):
         return cross_entropy(logits, labels, weights=target_at.segment != 0, label_smoothing=label_smoothing)
 
     def evaluate(self, model: EncoderDecoder, split: Dataset, *, batch_size: int = 64) -> Scores:
-        """Loss under teacher forcing, and greedy outputs: `exact_match` from 0 to 1; `bleu`, `chrf` from 0 to 100.
+        """Loss under teacher forcing, and outputs: `exact_match` from 0 to 1; `bleu`, `chrf` from 0 to 100.
 
-        With ROUGE also `perplexity`, and `rouge_l` from 0 to 100.
+        BLEU is sacrebleu's, `bleu_lowercase` the same of lower-cased texts. With ROUGE also `perplexity`, and `rouge_l`
+        from 0 to 100.
         """
         references = list(split["target"])
         longest = _LINE if self._rouge else None
-        outputs = Translator(model, self.tokenizer, batch_size=batch_size, max_length=longest)(list(split["source"]))
+        options: dict[str, Any] = {"batch_size": batch_size, "search": self._search, "max_length": longest}
+        outputs = Translator(model, self.tokenizer, **options)(list(split["source"]))
         matches = sum(output == reference for output, reference in zip(outputs, references, strict=True))
         loss = self.mean_loss(model, split, batch_size=batch_size)
         numbers, signature = {"loss": loss, "exact_match": matches / len(references)}, None
         if self._bleu:
             metric = sacrebleu.metrics.BLEU()
             numbers["bleu"] = metric.corpus_score(outputs, [references]).score
+            lower = sacrebleu.metrics.BLEU(lowercase=True)
+            numbers["bleu_lowercase"] = lower.corpus_score(outputs, [references]).score
             numbers["chrf"] = sacrebleu.corpus_chrf(outputs, [references]).score
             signature = str(metric.get_signature())
         if self._rouge:

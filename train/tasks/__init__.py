@@ -4,6 +4,7 @@ from train.tasks.addition import Addition as Addition
 from train.tasks.code_topics import CodeTopics as CodeTopics
 from train.tasks.dates import Dates as Dates
 from train.tasks.docstrings import Docstrings as Docstrings
+from train.tasks.multi30k import Multi30k as Multi30k
 from train.tasks.python_code import PythonCode as PythonCode
 from train.tasks.python_tags import PythonTags as PythonTags
 from train.tasks.rendered_text import RenderedText as RenderedText

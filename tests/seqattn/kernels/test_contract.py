@@ -1,5 +1,7 @@
 """The contract of `attend`, held by every implementation: the oracle's numbers, and relations between calls."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,11 @@ from tests.contract import (
     spoil,
     with_gradients,
 )
+
+eager = functools.partial(every_implementation, slow=["ring", "reference", "xla"])
+"""As `every_implementation`, where op by op: the tiled kernel alone is not one expression."""
+but_ring = functools.partial(every_implementation, slow=["ring"])
+"""As `every_implementation`, for what needs many programs; test_ring.py has its own."""
 
 
 def _normal(*shape, seed=5, dtype="float32"):
@@ -68,7 +75,7 @@ def test_a_mask_over_coordinates_of_each_row(implementation):
     agrees_with_oracle(implementation, GROUPED, pairs=pairs[:, None], mask=mask, q_at=q_at, kv_at=kv_at)
 
 
-@every_implementation
+@but_ring
 @pytest.mark.parametrize(
     ("mask_shape", "bias_shape"),
     [
@@ -100,7 +107,7 @@ def test_one_batch_row_of_coordinates_serves_all(implementation):
     agrees_with_oracle(implementation, GROUPED, pairs=pairs, mask=Causal() & NotPadding(), q_at=q_at, kv_at=kv_at)
 
 
-@every_implementation
+@eager
 def test_eager_is_jitted(implementation):
     inputs, (d_output, d_lse), mask = arrays(SQUARE), cotangents(SQUARE), Causal() & SlidingWindow(3)
 
@@ -116,7 +123,7 @@ def test_eager_is_jitted(implementation):
         close(eager[name], gradients[name], what=name)
 
 
-@every_implementation
+@but_ring
 @pytest.mark.parametrize("axis", range(5))
 def test_vmap_over_any_axis_is_a_loop(implementation, axis):
     """Values and gradients; the loop is the oracle with one more batch dim."""
@@ -149,7 +156,7 @@ def test_vmap_over_any_axis_is_a_loop(implementation, axis):
         close(actual[name], moved(gradients[name]), what=name)
 
 
-@every_implementation
+@but_ring
 def test_vmap_over_some_arguments_shares_the_others(implementation):
     """Three queries over one memory, with a prefix of their own: a leaf of the mask."""
     inputs, queries, prefixes = arrays(SQUARE), _normal(3, 2, 7, 4, 3), np.array([1, 4, 7])
@@ -167,7 +174,7 @@ def test_vmap_over_some_arguments_shares_the_others(implementation):
         close(output[i], expected.output)
 
 
-@every_implementation
+@but_ring
 def test_permuting_keys_with_their_coordinates_changes_nothing(implementation):
     inputs, directions, order = arrays(GROUPED), cotangents(GROUPED), np.random.default_rng(4).permutation(11)
     segment = np.array([[1] * 4 + [2] * 7, [1] * 6 + [0] * 5], np.int32)
@@ -254,7 +261,7 @@ def test_huge_logits_do_not_overflow(implementation):
     agrees_with_oracle(implementation, SQUARE, scale=np.float32(1e3))
 
 
-@every_implementation
+@but_ring
 def test_score_mods_in_order_and_their_gradients(implementation):
     """Bias, cap, a function that closes over traced arrays, a table of distances, keys of distances, mask; by hand."""
     T, S, N, K, H = GROUPED.T, GROUPED.S, GROUPED.N, GROUPED.K, GROUPED.H
@@ -309,7 +316,7 @@ def test_score_mods_in_order_and_their_gradients(implementation):
     close(by_learned["positions"], scale * np.einsum("bnts,btsr,btnh->rh", d_scores, one_hot, query), what="positions")
 
 
-@every_implementation
+@eager
 def test_the_gradient_reaches_a_closure_outside_of_jit(implementation):
     inputs = {name: jnp.asarray(x[0]) for name, x in arrays(SQUARE).items()}
     factor = jnp.asarray(_normal(4))

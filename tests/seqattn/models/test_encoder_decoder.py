@@ -95,7 +95,6 @@ MODELS = {
     Seq2SeqConfig: Seq2Seq,
     TransformerConfig: Transformer,
 }
-every_model = pytest.mark.parametrize("name", CONFIGS)
 # The relations that a model keeps by its parts, and not by their combination, in full by `make test-all`.
 _SELDOM = {
     *("transformer_window", "transformer_alibi_window", "transformer_buckets", "language_music"),
@@ -104,8 +103,20 @@ _SELDOM = {
     *("seq2seq_local_predictive_attention_encoder", "seq2seq_attention_encoder_no_attention"),
     *("recurrent_language_tied", "transformer_learned_own_tables", "seq2seq_lstm_backward_no_attention"),
 }
+_CACHED = {"transformer_window", "language_music", "seq2seq_local_monotonic", "recurrent_language_lstm"}
+"""Of these the caches that the usual ones do not have."""
 most_models = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in _SELDOM else ()) for name in CONFIGS]
+)
+# Its many lengths are many programs; of each kind of cache there is a test of its own.
+few_models = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in _SELDOM or "compressed" in name else ()) for name in CONFIGS],
+)
+# Of the others, some for what steps and caches share, and all for what a model must never do.
+cached_models = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in _SELDOM and name not in _CACHED else ()) for name in CONFIGS],
 )
 ONE_OF_EACH = [
     "transformer_learned_own_tables",
@@ -113,6 +124,9 @@ ONE_OF_EACH = [
     "seq2seq_gru_both_additive_feeding",
 ]
 one_of_each = pytest.mark.parametrize("name", ONE_OF_EACH)
+one_of_two = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("language")) for name in ONE_OF_EACH]
+)
 with_an_encoder = pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if not name.startswith("language")])
 
 SOURCE, TARGET = (np.random.default_rng(0).integers(0, V, (B, n)).astype(np.int32) for n in (S, T))
@@ -152,7 +166,7 @@ def _steps(model, source, source_at, tokens):
     return jax.lax.scan(step, model.start(model.encode(source, source_at), T), tokens)[1]
 
 
-@every_model
+@cached_models
 def test_cached_steps_are_decode(name):
     logits = _steps(_model(name), *BATCH[:2], BATCH[2].T)
     np.testing.assert_allclose(np.asarray(logits).swapaxes(0, 1)[REAL], _expected(name)[REAL], atol=1e-5)
@@ -168,7 +182,7 @@ def _prefilled(model, source, source_at, pieces):
     return found, model.step(jnp.full(len(source), 7), state)[0]
 
 
-@most_models
+@few_models
 def test_a_target_comes_in_ragged_pieces_of_any_size(name):
     """Row by row what `decode` gives, though the pieces leave padding of their own between the tokens of a row."""
     lengths = [np.array([2, 1, 4, 0]), np.array([1, 2, 0, 1]), np.array([2, 0, 0, 0])]
@@ -225,7 +239,7 @@ def test_hypotheses_of_a_row_part_and_take_each_others_place(name):
     np.testing.assert_allclose(logits, wanted, atol=1e-5)
 
 
-@one_of_each
+@one_of_two
 def test_a_state_says_how_many_hypotheses_it_has(name):
     model = _model(name)
 
@@ -288,7 +302,7 @@ def test_how_much_padding_there_is_changes_nothing(name):
     np.testing.assert_allclose(logits[0], _expected(name)[1, :3], atol=1e-5)
 
 
-@every_model
+@cached_models
 def test_no_token_sees_a_later_one_or_another_row(name):
     target = TARGET.copy()
     target[0, 2] += 1 if target[0, 2] < V - 1 else -1

@@ -60,7 +60,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_bleu_of_what_writes_no_text_from_a_text_is_refused(kind, tiny):
+def test_bleu_and_beams_of_what_writes_no_text_from_a_text_are_refused(kind, tiny):
     task, model = KINDS[kind]
     experiment = dataclasses.replace(tiny, task=task, model=model, bleu=True)
     tokenizer = Tokenizer.train(Characters(), ["ab"])
@@ -69,6 +69,10 @@ def test_bleu_of_what_writes_no_text_from_a_text_is_refused(kind, tiny):
         return
     with pytest.raises(ValueError, match=rf"bleu \(True\) .* {kind.__name__}: set --bleu False"):
         objectives.make(experiment, tokenizer, ())
+    experiment = dataclasses.replace(experiment, bleu=False)
+    for asked, beam_size in ((experiment, 3), (dataclasses.replace(experiment, beam_size=3), 1)):
+        with pytest.raises(ValueError, match=rf"beam_size \(3\) .* {kind.__name__}: set --beam-size 1"):
+            objectives.make(asked, tokenizer, (), beam_size=beam_size)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +85,7 @@ def test_a_command_names_the_one_that_serves_a_run(command, kind, tiny, monkeypa
     _, main = COMMANDS[command]
     experiment = dataclasses.replace(tiny, task=task, model=model)
     trained = run.Run(FOLDER, experiment, Tokenizer.train(Characters(), ["ab"]), (), 1, None)
-    monkeypatch.setattr(run, "load", lambda folder: trained)
+    monkeypatch.setattr(run, "load", lambda folder, average=1: trained)
     other = {Continuation: "complete", SequenceToSequence: "translate"}.get(kind, "evaluate")
     words = rf"train.{command} serves .* of {FOLDER} is {kind.__name__}, which python -m train.{other} serves"
     with pytest.raises(ValueError, match=words):

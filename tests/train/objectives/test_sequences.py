@@ -10,11 +10,13 @@ from datasets import Dataset
 from flax import nnx
 
 from seqattn import Coordinates
+from seqattn.decoding import Greedy
 from seqattn.models import Seq2Seq, Seq2SeqConfig
 from train.batches import collate
 from train.objectives import SequenceToSequence, sequences
 from train.rouge import rouge_l
 from train.tokenizer import Characters, Tokenizer
+from train.translator import Beam
 
 LETTERS = Tokenizer.train(Characters(), ["abcdefg"])
 SPLIT = Dataset.from_dict({"source": ["abc", "g"], "target": ["cb", "gfeda"]})
@@ -47,9 +49,19 @@ def test_the_loss_is_the_cross_entropy_of_every_target_token_and_its_end():
     assert not np.allclose(loss(model, batch, dropout_key=jax.random.key(0))[0], total, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("beam_size", "search"), [(1, Greedy()), (5, Beam(5))])
+def test_outputs_are_searched_as_asked_for(beam_size, search, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sequences, "Translator", lambda *_, **options: asked.append(options) or (lambda texts: texts))
+    monkeypatch.setattr(SequenceToSequence, "mean_loss", lambda *_, **__: 2.0)
+    split = Dataset.from_dict({"source": ["a"], "target": ["b"]})
+    SequenceToSequence(LETTERS, beam_size=beam_size).evaluate(None, split)
+    assert [options["search"] for options in asked] == [search]
+
+
 @pytest.mark.parametrize(
     ("options", "names"),
-    [({}, set()), ({"rouge": True}, {"perplexity", "rouge_l"}), ({"bleu": True}, {"bleu", "chrf"})],
+    [({}, set()), ({"rouge": True}, {"perplexity", "rouge_l"}), ({"bleu": True}, {"bleu", "bleu_lowercase", "chrf"})],
 )
 def test_figures(options, names, monkeypatch):
     outputs = ["the open file", "nothing alike"]

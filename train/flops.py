@@ -1,0 +1,83 @@
+"""How much a computation computes, and what share of a device that is: model FLOPs utilisation (Chowdhery 2022)."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+
+_PEAKS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+"""FLOP/s of dense products in bfloat16 by the beginning of a device's name, of the makers' data sheets."""
+_SIZE, _ROUNDS = 1024, 5
+
+
+def products(function: Callable[..., Any], *arguments: Any) -> int:
+    """The floating-point operations of all matrix products and convolutions that a function makes; nothing is computed.
+
+    Each multiplication and each addition counts. A loop whose length is known counts as often as it runs, one whose
+    length is decided while it runs once, and of branches the largest. Backward, a product becomes two: an update
+    makes three times the products of its loss.
+
+    >>> products(lambda x, y: x @ y, jnp.ones((2, 3)), jnp.ones((3, 5)))
+    60
+    """
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name in ("dot_general", "ragged_dot", "ragged_dot_general"):
+        contracted = params["dimension_numbers"][0][0] if name == "dot_general" else (equation.invars[0].aval.ndim - 1,)
+        inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        return 2 * math.prod(equation.outvars[0].aval.shape) * inner
+    if name == "conv_general_dilated":
+        kernel, numbers = equation.invars[1].aval.shape, params["dimension_numbers"]
+        inputs = math.prod(kernel[axis] for axis in numbers.rhs_spec[1:])
+        return 2 * math.prod(equation.outvars[0].aval.shape) * inputs
+    if name == "cond":
+        return max(_count(branch.jaxpr) for branch in params["branches"])
+    times = params["length"] if name == "scan" else 1
+    return times * sum(_count(inner) for inner in _inner(params))
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Any]:
+    """The programs that an equation runs: of a function of its own, or of a loop."""
+    for name, value in params.items():
+        if name in ("fwd_jaxpr_thunk", "bwd", "jvp_jaxpr_fun"):  # they are run in place of the function, not beside it
+            continue
+        if isinstance(value, jax.extend.core.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, jax.extend.core.Jaxpr):
+            yield value
+
+
+def peak(device: jax.Device) -> tuple[float, str]:
+    """FLOP/s that a device could reach, and where the figure is from: its data sheet, or a product that is timed."""
+    for name, figure in _PEAKS.items():
+        if device.device_kind.startswith(name):
+            return figure, f"{figure / 1e12:,.0f} TFLOP/s of the data sheet of {name}"
+    square = jax.device_put(jnp.ones((_SIZE, _SIZE), jnp.float32), device)
+    multiply = jax.jit(jnp.dot)
+    multiply(square, square).block_until_ready()
+    best = math.inf
+    for _ in range(_ROUNDS):
+        begun = time.monotonic()
+        multiply(square, square).block_until_ready()
+        best = min(best, time.monotonic() - begun)
+    rate = 2 * _SIZE**3 / best
+    return rate, f"{rate / 1e9:,.0f} GFLOP/s of a product of {_SIZE} x {_SIZE} float32 matrices, as timed here"

@@ -1,0 +1,209 @@
+"""What one process needs to train: an experiment brought to life, or refused before anything is compiled or written."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optax
+from datasets import Dataset
+from flax import nnx
+
+from seqattn.models import Learned
+from train import exported, lock, objectives, run
+from train.checkpoint import Checkpoints
+from train.config import Experiment
+from train.disk_space import check_space
+from train.distributed import any_process, is_first
+from train.freezing import freeze
+from train.fresh import fresh
+from train.log import replace
+from train.objectives import Objective
+from train.parallel import Placed
+from train.step import TrainState, make_update, start
+from train.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Session:
+    """An experiment in this process.
+
+    Attributes:
+        experiment: the resolved experiment.
+        objective: what it is about, with its tokenizer and labels.
+        splits: examples by split.
+        texts: what checkpoints hold beside numbers: config, tokenizer, digest of the data.
+        graph: the model's structure.
+        placed: the update, over the devices.
+        state: parameters, optimizer and step, as far as they were trained.
+        checkpoints: of the run.
+    """
+
+    experiment: Experiment
+    objective: Objective
+    splits: dict[str, Dataset]
+    texts: dict[str, str]
+    graph: nnx.GraphDef
+    placed: Placed
+    state: TrainState
+    checkpoints: Checkpoints
+
+    @property
+    def model(self) -> Any:
+        """The model with the parameters of now, or with their moving average where the run keeps one.
+
+        With several processes all of them must ask.
+        """
+        params = self.state.params if self.state.average is None else self.state.average
+        return nnx.merge(self.graph, self.placed.gather(params))
+
+    def save(self) -> None:
+        """Writes a checkpoint of now; what kept the one before from being written is told, and may be over.
+
+        Raises:
+            OSError: this one cannot be written either, as far as that shows at once.
+        """
+        try:
+            self.checkpoints.save(self.state, self.texts)
+        except OSError as error:
+            log.warning("%s", error)
+            self.checkpoints.save(self.state, self.texts)
+
+
+def prepare(experiment: Experiment) -> Session:
+    """Examples, tokenizer, model and state; from the latest checkpoint where the run folder holds one.
+
+    Raises:
+        ValueError: the run folder holds something else, or the settings do not fit the data or the devices.
+    """
+    folder = experiment.run
+    check_folder(folder)
+    splits = experiment.task.load()
+    # Process 0 decides: it may be ahead of another, or the only one that sees the folder.
+    is_begun = any_process(is_first() and (folder / "checkpoints").is_dir())
+    checkpoints = _checkpoints(experiment) if is_begun else None
+    saved = None if checkpoints is None else _saved(checkpoints)
+    objective = _objective(experiment, splits["train"], saved)
+    tokenizer, labels = objective.tokenizer, objective.labels
+    experiment = run.resolve(experiment, tokenizer, labels)
+    texts = {"config": run.to_text(experiment), "tokenizer": tokenizer.to_json(), "data": run.fingerprint(splits)}
+    texts["labels"] = json.dumps(labels, ensure_ascii=False)
+    if saved is not None:
+        run.check_same(folder, saved["config"], experiment)
+        if saved["data"] != texts["data"]:
+            raise ValueError(f"the examples are not those that {folder} was trained on; give another folder with --run")
+    optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
+    # A run that goes on takes everything from its checkpoint: what it began with need not be there any more.
+    begun = fresh(experiment, tokenizer) if saved is None else run.build(experiment.model, seed=experiment.seed)
+    _check_lengths(experiment, objective, splits, begun)
+    graph, state = start(begun, optimizer, average=experiment.ema is not None)
+    placed = _placed(experiment, objective, graph, optimizer)
+    state = placed.place(state)
+    texts["rows"] = str(placed.rows * placed.part[1] * experiment.pieces)
+    if saved is not None and saved["rows"] != texts["rows"]:
+        rows = saved["rows"], texts["rows"]
+        log.warning(
+            "%s: the rows of a batch, a multiple of %s, are one of %s here: other batches follow", folder, *rows
+        )
+    if is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        replace(folder / "tokenizer.json", texts["tokenizer"].encode())
+        replace(folder / "config.json", texts["config"].encode())
+        check_space(folder / "checkpoints", state, experiment.keep_checkpoints)
+    if checkpoints is None:
+        checkpoints = _checkpoints(experiment)
+    if saved is not None:
+        state = placed.place(checkpoints.restore(state))
+    return Session(experiment, objective, splits, texts, graph, placed, state, checkpoints)
+
+
+def _checkpoints(experiment: Experiment) -> Checkpoints:
+    return Checkpoints(
+        experiment.run / "checkpoints",
+        keep=experiment.keep_checkpoints,
+        is_regular=lambda step: bool(run.regular([step], experiment)),
+    )
+
+
+def _placed(
+    experiment: Experiment, objective: Objective, graph: nnx.GraphDef, optimizer: optax.GradientTransformation
+) -> Placed:
+    update = make_update(
+        graph,
+        optimizer,
+        objective.loss,
+        seed=experiment.seed,
+        label_smoothing=experiment.label_smoothing,
+        pieces=experiment.pieces,
+        compute_dtype=None if experiment.compute_dtype == "float32" else experiment.compute_dtype,
+        decay=experiment.ema,
+        patience=experiment.max_skipped,
+    )
+    return experiment.parallel.spread(update)
+
+
+def _objective(experiment: Experiment, split: Dataset, saved: dict[str, str] | None) -> Objective:
+    """What the experiment is about, with tokenizer and labels of the saved run, or of the split of a new one."""
+    if saved is not None:
+        labels = tuple(json.loads(saved.get("labels", "[]")))
+        return objectives.make(experiment, Tokenizer.from_json(saved["tokenizer"]), labels)
+    kind = objectives.kind(experiment)
+    if experiment.start_from is not None:
+        tokenizer = run.load(experiment.start_from).tokenizer
+    else:
+        tokenizer = Tokenizer.train(experiment.tokenizer, kind.texts(split))
+    return objectives.make(experiment, tokenizer, kind.find_labels(split))
+
+
+def _saved(checkpoints: Checkpoints) -> dict[str, str] | None:
+    """The texts of the latest checkpoint; None before the first, when nothing is lost by beginning anew."""
+    if checkpoints.latest is not None:
+        return checkpoints.texts()
+    if any(path.name.isdecimal() for path in checkpoints.folder.iterdir()):
+        raise ValueError(
+            f"no checkpoint in {checkpoints.folder} is as it was written; give another folder with --run, or remove "
+            "them to begin anew"
+        )
+    return None
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError where a path is no place for a run: a file, or a folder that holds something else."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder with --run")
+    if exported.is_exported(folder):
+        raise ValueError(f"{folder} holds an exported model; give another folder with --run")
+    ours = ("checkpoints", lock.NAME)
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in ours):
+        raise ValueError(f"{folder} holds files but no run; give an empty or new folder with --run")
+
+
+def _check_lengths(experiment: Experiment, objective: Objective, splits: dict[str, Dataset], model: Any) -> None:
+    """Raises ValueError where a text has more tokens than the model has learned positions, by the longest of them."""
+    limits = ", ".join(f"{flag} ({most})" for flag, most in _learned(experiment.model, "--model"))
+    beyond: list[tuple[int, int, str]] = []
+    for name, split in splits.items():
+        for source, target in objective.examples(split) if limits else ():
+            left_out = name == "train" and max(len(source), len(target)) > experiment.batches.max_length
+            room, wanted = model.room(len(source)), max(1, len(target) - 1)
+            if not left_out and room is not None and room < wanted:
+                beyond.append((len(source), wanted, name))
+    if beyond:
+        source_length, target_length, name = max(beyond, key=lambda found: found[0] + found[1])
+        raise ValueError(
+            f"{len(beyond)} texts are longer than the learned positions, the longest in the {name} split: a source of "
+            f"{source_length} and a target of {target_length} tokens; raise {limits}"
+        )
+
+
+def _learned(config: Any, flag: str) -> Iterator[tuple[str, int]]:
+    """How many learned positions a config asks for, by the flags that say so."""
+    if isinstance(config, Learned):
+        yield f"{flag}.max-length", config.max_length
+    elif dataclasses.is_dataclass(config):
+        for field in dataclasses.fields(config):
+            yield from _learned(getattr(config, field.name), f"{flag}.{field.name.replace('_', '-')}")
