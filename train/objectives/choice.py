@@ -38,14 +38,11 @@ def make(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...], 
     if objective is SequenceToSequence:
         scores = {"bleu": experiment.bleu, "rouge": isinstance(experiment.task, Docstrings)}
         return SequenceToSequence(tokenizer, **scores, beam_size=beam_size)
-    beam_size, other = (
-        max(beam_size, experiment.beam_size),
-        "is for texts written from a source text, and the objective",
-    )
+    here = f"is for texts written from a source text, and the objective here is {objective.__name__}"
     if experiment.bleu:
-        raise ValueError(f"bleu ({experiment.bleu}) {other} here is {objective.__name__}: set --bleu False")
-    if beam_size > 1:
-        raise ValueError(f"beam_size ({beam_size}) {other} here is {objective.__name__}: set --beam-size 1")
+        raise ValueError(f"bleu ({experiment.bleu}) {here}: set --bleu False")
+    if (beam_size := max(beam_size, experiment.beam_size)) > 1:
+        raise ValueError(f"beam_size ({beam_size}) {here}: set --beam-size 1")
     return objective(tokenizer, labels)
 
 

@@ -302,7 +302,7 @@ def test_how_much_padding_there_is_changes_nothing(name):
     np.testing.assert_allclose(logits[0], _expected(name)[1, :3], atol=1e-5)
 
 
-@cached_models
+@pytest.mark.parametrize("name", CONFIGS)
 def test_no_token_sees_a_later_one_or_another_row(name):
     target = TARGET.copy()
     target[0, 2] += 1 if target[0, 2] < V - 1 else -1
