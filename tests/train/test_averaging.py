@@ -74,7 +74,7 @@ def test_what_has_no_mean_is_refused(trees, words):
 def saved(tiny, tmp_path_factory):
     """A run with checkpoints after 1, 2 and 3 updates, and their states."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    session = loop.prepare(dataclasses.replace(tiny, run=folder, keep_checkpoints=3))
+    session = loop.prepare(dataclasses.replace(tiny, run=folder, keep_checkpoints=3, evaluate_every=1))
     states = []
     for step in (1, 2, 3):
         params = jax.tree.map(lambda leaf, step=step: leaf * step + jnp.cos(leaf), session.state.params)
@@ -98,6 +98,12 @@ def test_a_run_is_read_as_the_mean_of_its_newest_checkpoints(count, saved):
     for leaf, wanted in zip(parameters(loaded), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(leaf, wanted)
     assert (count == 1) == all(map(np.array_equal, parameters(loaded), parameters(run.load(folder))))
+
+
+def test_what_only_an_interruption_saved_has_no_part_in_a_mean(tiny):
+    experiment = dataclasses.replace(tiny, evaluate_every=2, steps=5)
+    assert run.regular([1, 2, 3, 4, 5], experiment) == [2, 4, 5]
+    assert run.regular([1, 2, 3], experiment) == [2]
 
 
 def test_only_checkpoints_that_verify_are_averaged(saved, tmp_path):
