@@ -15,6 +15,7 @@ from seqattn.interop import to_arrays
 from train.config import Experiment
 from train.exported import Exported
 from train.log import read_metrics
+from train.objectives.choice import COMMANDS
 
 _WHAT = {
     "SequenceToSequence": ("text2text-generation", "It writes a text, given a source text."),
@@ -26,7 +27,6 @@ _WHAT = {
 }
 """The hub's name for each objective, and a sentence."""
 _MOST_LABELS = 50
-_COMMANDS = {"SequenceToSequence": "translate", "Continuation": "complete"}
 
 
 def card(
@@ -251,7 +251,7 @@ def _usage(made: Exported, name: str, image: tuple[int, int] | None, program: ex
         f"```python\n{_LOAD}{use}\n```",
         'Text becomes ids by `tokenizers.Tokenizer.from_file("tokenizer.json").encode(text).ids`.',
     ]
-    if (command := _COMMANDS.get(made.objective)) is not None:
+    if (command := COMMANDS.get(made.objective)) is not None:
         parts.append(f'Or, with `pip install .[train]`: `python -m train.{command} FOLDER "a text"`.')
     parts.append("`sha256sum -c SHA256SUMS` checks the files.")
     return "\n\n".join(parts + ([] if program is None else [_program_usage(program)]))

@@ -219,13 +219,12 @@ def _described(scores: Scores) -> str:
 def _finish(session: Session) -> None:
     """Scores on the test split, pictures, and where everything is."""
     experiment, folder, test = session.experiment, session.experiment.run, session.splits["test"]
-    model = session.model
+    # What follows asks all processes. Going back to the best checkpoint leaves no later ones, and other settings before
+    # kept fewer.
+    average = min(experiment.average, len(run.regular(session.checkpoints.steps, experiment)))
+    model = run.load(folder, average=average).model if average > 1 else session.model
     if not is_first():
         return
-    # Going back to the best checkpoint leaves no later ones, and other settings before kept fewer.
-    average = min(experiment.average, len(run.regular(session.checkpoints.steps, experiment)))
-    if average > 1:
-        model = run.load(folder, average=average).model
     objective = objectives.make(
         experiment, session.objective.tokenizer, session.objective.labels, beam_size=experiment.beam_size
     )

@@ -12,37 +12,14 @@ from typing import Any
 from datasets import Dataset
 from flax import nnx
 
-from seqattn.models import (
-    Captioner,
-    CaptionerConfig,
-    Encoder,
-    EncoderConfig,
-    LanguageModel,
-    LanguageModelConfig,
-    RecurrentLanguageModel,
-    RecurrentLanguageModelConfig,
-    Seq2Seq,
-    Seq2SeqConfig,
-    TextLabels,
-    TokenLabels,
-    Transformer,
-    TransformerConfig,
-)
+from seqattn.interop import model_type
+from seqattn.models import EncoderConfig, TextLabels, TokenLabels
 from train import averaging
 from train.checkpoint import Checkpoints, MissingStep
 from train.config import FROM_DATA, FROM_TOKENIZER, Experiment, Model, decode, differences, encode
 from train.freezing import freeze
 from train.step import start
 from train.tokenizer import Tokenizer
-
-_MODELS: dict[type, type] = {
-    CaptionerConfig: Captioner,
-    EncoderConfig: Encoder,
-    LanguageModelConfig: LanguageModel,
-    RecurrentLanguageModelConfig: RecurrentLanguageModel,
-    Seq2SeqConfig: Seq2Seq,
-    TransformerConfig: Transformer,
-}
 
 _TRIES = 5
 
@@ -80,7 +57,7 @@ class Run:
 
 def build(config: Model, *, seed: int) -> nnx.Module:
     """The model of a config, with parameters drawn from the seed."""
-    return _MODELS[type(config)](config, rngs=nnx.Rngs(params=seed))
+    return model_type(config)(config, rngs=nnx.Rngs(params=seed))
 
 
 def resolve(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...]) -> Experiment:

@@ -56,6 +56,15 @@ _EXACT = 2**53
 _MOST_SHOWN = 12
 
 
+def model_type(config: ModelConfig) -> type:
+    """The class of the models of a config.
+
+    >>> model_type(TransformerConfig(11)).__name__
+    'Transformer'
+    """
+    return _MODELS[type(config)]
+
+
 def to_dict(config: ModelConfig) -> dict[str, Any]:
     """A model's config as JSON values.
 
@@ -142,7 +151,7 @@ class _OneKey(nnx.Rngs):
 
 def _empty(config: ModelConfig, param_dtype: DTypeLike) -> nnx.Module:
     """The model with shapes and dtypes in place of its parameters."""
-    kind = _MODELS[type(config)]
+    kind = model_type(config)
     try:
         return nnx.eval_shape(lambda: kind(config, param_dtype=param_dtype, rngs=_OneKey(0)))
     except (ValueError, OverflowError) as error:

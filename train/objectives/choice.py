@@ -13,7 +13,7 @@ from train.run import Run
 from train.tasks import Docstrings, PythonCode
 from train.tokenizer import Tokenizer
 
-_COMMANDS = {"SequenceToSequence": "translate", "Continuation": "complete"}
+COMMANDS = {"SequenceToSequence": "translate", "Continuation": "complete"}
 """What shows how a model does on a text of the user; others are measured."""
 
 
@@ -61,5 +61,5 @@ def check_serves(trained: Run | Exported, command: str, objective: type[Objectiv
     if found != objective.__name__:
         raise ValueError(
             f"train.{command} serves runs of the objective {objective.__name__}, and that of {trained.folder} is "
-            f"{found}, which python -m train.{_COMMANDS.get(found, 'evaluate')} serves"
+            f"{found}, which python -m train.{COMMANDS.get(found, 'evaluate')} serves"
         )
