@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import re
+import secrets
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -93,7 +94,9 @@ class Checkpoints:
             return
         if is_first():
             self._folders.sweep()
-        begin: Callable[[], Any] = functools.partial(_begin, self._folders.saving(step), _copied(leaves), texts)
+        (attempt,) = agreed_numbers([secrets.randbits(31)])
+        folder = self._folders.saving(step, attempt)
+        begin: Callable[[], Any] = functools.partial(_begin, folder, _copied(leaves), texts)
         if jax.process_count() > 1:
             # Processes that write together agree on it by collectives, which must not come between those of training.
             try:
@@ -101,7 +104,7 @@ class Checkpoints:
             except (OSError, ValueError) as error:
                 raise self._failure(step, error) from error
             begin = lambda: written  # noqa: E731
-        self._saving = step, self._background.submit(self._finish, step, begin)
+        self._saving = step, self._background.submit(self._finish, step, folder, begin)
 
     def wait(self) -> None:
         """Returns when the last save is on disk with its digests.
@@ -179,12 +182,12 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _finish(self, step: int, begin: Callable[[], Any]) -> None:
+    def _finish(self, step: int, folder: Path, begin: Callable[[], Any]) -> None:
         """What is done of a save in the background."""
         try:
             begin().result()
             if is_first():
-                self._folders.add(step)
+                self._folders.add(step, folder)
                 self._folders.prune(self._keep, self._protected, self._is_regular)
         except Exception as error:
             if is_first():  # gives its space back

@@ -1,9 +1,9 @@
 """The numbered folders of checkpoints: which of them count, which stay, and what is in the way.
 
-    1200/         written as a whole; it counts if each of its files is as its digests say (`train.digests`)
-    .saving-1300/ being written; it gets its number last
-    .removed-900/ being removed
-    damaged-1200/ stood where step 1200 was written again
+    1200/           written as a whole; it counts if each of its files is as its digests say (`train.digests`)
+    .saving-1300-7/ being written, in the attempt of that number; it gets the number of its step last
+    .removed-900/   being removed
+    damaged-1200/   stood where step 1200 was written again
 
 So a process may be killed at any moment: a numbered folder is whole, or was damaged by something else.
 """
@@ -19,7 +19,7 @@ from train import digests
 
 log = logging.getLogger(__name__)
 
-_STEP, _UNFINISHED = re.compile(r"0|[1-9][0-9]*"), re.compile(r"\.(saving|removed)-[0-9]+")
+_STEP, _UNFINISHED = re.compile(r"0|[1-9][0-9]*"), re.compile(r"\.(saving|removed)(-[0-9]+)+")
 
 
 class StepFolders:
@@ -48,9 +48,9 @@ class StepFolders:
         """Where a step is, or would be."""
         return self.folder / str(step)
 
-    def saving(self, step: int) -> Path:
-        """Where a step is written before it counts."""
-        return self.folder / f".saving-{step}"
+    def saving(self, step: int, attempt: int) -> Path:
+        """Where a step is written before it counts; what a failed attempt goes on to write must not meet the next."""
+        return self.folder / f".saving-{step}-{attempt}"
 
     def has(self, step: int) -> bool:
         """Whether a step is there and verifies."""
@@ -76,14 +76,14 @@ class StepFolders:
         self._said.update(passed)
         return found
 
-    def add(self, step: int) -> None:
-        """Gives a step that was written its digests and its number; what has this number is moved away.
+    def add(self, step: int, fresh: Path) -> None:
+        """Gives a step that was written to a folder its digests and its number; what has this number is moved away.
 
         Raises:
             OSError: it cannot be read back, or not be given its number.
             ValueError: it holds something that is neither a file nor a folder.
         """
-        fresh, path, aside = self.saving(step), self.path(step), self.folder / f"damaged-{step}"
+        path, aside = self.path(step), self.folder / f"damaged-{step}"
         digests.write(fresh)
         if exists(path):
             _delete(aside)

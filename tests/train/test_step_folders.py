@@ -11,9 +11,10 @@ from train.step_folders import StepFolders
 
 
 def written(folders, step, content="whole"):
-    folders.saving(step).mkdir()
-    (folders.saving(step) / "file").write_text(content)
-    folders.add(step)
+    fresh = folders.saving(step, 7)
+    fresh.mkdir()
+    (fresh / "file").write_text(content)
+    folders.add(step, fresh)
 
 
 def content(folders, step):
@@ -118,7 +119,7 @@ def test_d5_what_was_not_given_digests_has_no_number(folder, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         written(folders, 16)
     assert folders.newest() == StepFolders(folder).newest() == [12, 8, 4]
-    assert names(folder) == [".saving-16", "12", "4", "8"]
+    assert names(folder) == [".saving-16-7", "12", "4", "8"]
     folders.sweep()
     monkeypatch.undo()
     written(folders, 16)
@@ -159,13 +160,13 @@ def test_later_steps_are_removed(folder):
 
 
 def test_d1_what_a_killed_process_left_is_swept(folder):
-    (folder / ".saving-16" / "state").mkdir(parents=True)
+    (folder / ".saving-16-5" / "state").mkdir(parents=True)
     (folder / ".removed-2").mkdir()
     (folder / ".removed-3").symlink_to(folder / "4")
     (folder / ".saving-me").mkdir()
     folders = StepFolders(folder)
     assert folders.newest(1) == [12]
-    assert ".saving-16" in names(folder)  # one who only reads removes nothing
+    assert ".saving-16-5" in names(folder)  # one who only reads removes nothing
     folders.sweep()
     assert names(folder) == [".saving-me", "12", "4", "8"]
     assert content(folders, 4) == "whole"
@@ -211,9 +212,7 @@ def test_what_an_interruption_saved_makes_way_for_regular_steps(tmp_path):
     folders = StepFolders(tmp_path)
     kept = []
     for step in (10, 13, 20, 21, 25, 30):
-        folders.saving(step).mkdir()
-        (folders.saving(step) / "file").write_text("content")
-        folders.add(step)
+        written(folders, step)
         folders.prune(2, (), lambda step: step % 10 == 0)
         kept.append(sorted(folders.newest()))
     assert kept == [[10], [10, 13], [10, 20], [10, 20, 21], [10, 20, 25], [20, 30]]
