@@ -6,9 +6,9 @@
 - Shapes in signatures are checked (`--jaxtyping-packages` in pyproject.toml), warnings are errors, and the examples
   that hypothesis draws are the same in every run.
 
-- `make test` skips XLA's most expensive passes, but for the tiled kernel's tests, and leaves out MLIR's emitters of fused
-  loops, which take half of the time that is left to compile: most of its time is compiling. `make test-all` compiles as
-  for users.
+- `make test` skips XLA's most expensive passes, but for the tiled kernel's tests, and leaves out MLIR's emitters of
+  fused loops, which take half of the compiling that is left: it is most of the time. `make test-all` compiles as for
+  users.
 - Compiled programs are kept in .pytest_cache: no worker compiles what another one has, and a second run nearly nothing.
 
 64-bit floats are off, as for users; an oracle switches them on: `with jax.enable_x64(True)`.

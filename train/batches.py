@@ -8,6 +8,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from train.packing import capacities, pack
 from train.tokenizer import Tokenizer
 
 Example = tuple[list[int] | np.ndarray, list[int]]
@@ -22,6 +23,8 @@ Batch = dict[str, np.ndarray]
 Images keep their dtype, `source [B, height, width]`, and `source_length` is their height.
 
 A row that only fills the batch has source length 0 and target length 1: no label counts.
+
+Packed batches hold the arrays of `train.packing.pack` instead, `[B, S]` and `[B, T]`.
 """
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,11 @@ class Batches:
     """Most groups of examples of similar length, each with one static shape: one compilation a bucket.
 
     They are those that need least padding.
+    """
+    packed: bool = False
+    """Several examples a row instead, of which none sees another, in rows of `max_length` tokens a side: least padding.
+
+    Which examples share a row stays the same in all passes. For Transformers, and for language models.
     """
 
     def __post_init__(self) -> None:
@@ -111,10 +119,13 @@ def stream(
         raise ValueError(f"none of {len(rows)} training examples has at most max_length ({config.max_length}) tokens")
     if len(short) < len(rows):
         log.warning("left out %d of %d examples: over %d tokens", len(rows) - len(short), len(rows), config.max_length)
+    if config.packed:
+        return _stream_packed(config, short, seed=seed, multiple=multiple, lengths=lengths, part=part)
     parts, weights = [], []
     for index, bucket in enumerate(group_by_length(short, config.buckets, config.tokens)):
-        shape = _shape(bucket, config.tokens, multiple * part[1], lengths)
-        mine = slice(part[0] * shape[0] // part[1], (part[0] + 1) * shape[0] // part[1])
+        longest = max(len(source) for source, _ in bucket), max(len(target) for _, target in bucket)
+        shape = _shape(longest, config.tokens, multiple * part[1], lengths)
+        mine = _part(shape[0], part)
 
         def batch(chosen: Sequence[Example], shape: tuple[int, int, int] = shape, mine: slice = mine) -> Batch:
             return collate(chosen[mine], (mine.stop - mine.start, *shape[1:]))
@@ -123,6 +134,30 @@ def stream(
         parts.append(order.batch(shape[0], batch_fn=batch))
         weights.append(len(bucket) / shape[0])
     return grain.MapDataset.mix(parts, weights=weights)
+
+
+def _stream_packed(
+    config: Batches, rows: Sequence[Example], *, seed: int, multiple: int, lengths: int, part: tuple[int, int]
+) -> grain.MapDataset:
+    """`stream` of packed batches."""
+    count, *room = _shape(capacities(rows, config.max_length), config.tokens, multiple * part[1], lengths)
+    mine = _part(count, part)
+
+    def batch(chosen: Sequence[Batch]) -> Batch:
+        return {name: np.stack([row[name] for row in chosen[mine]]) for name in chosen[0]}
+
+    order = grain.MapDataset.source(pack(rows, *room, seed=seed)).seed(seed).shuffle().repeat(_PASSES)
+    return order.batch(count, batch_fn=batch)
+
+
+def filled(batch: Batch) -> Batch:
+    """The batch as if it had no padding."""
+    full = {
+        name: np.full_like(array, batch[name.removesuffix("_length")].shape[1])
+        for name, array in batch.items()
+        if name.endswith("_length")
+    }
+    return batch | full | {name: np.maximum(array, 1) for name, array in batch.items() if name.endswith("_segment")}
 
 
 def iterate(batches: grain.MapDataset, *, start: int) -> Iterator[Batch]:
@@ -199,12 +234,18 @@ def _like(rows: Sequence[Example]) -> tuple[tuple[int, ...], Any]:
     return (source.shape[1:], source.dtype) if isinstance(source, np.ndarray) else ((), np.int32)
 
 
-def _shape(rows: Sequence[Example], tokens: int, multiple: int, lengths: int) -> tuple[int, int, int]:
-    source, target = (-(-max(len(row[side]) for row in rows) // lengths) * lengths for side in (0, 1))
+def _shape(longest: tuple[int, int], tokens: int, multiple: int, lengths: int) -> tuple[int, int, int]:
+    source, target = (-(-length // lengths) * lengths for length in longest)
     count = tokens // max(1, source + target) // multiple * multiple
     if count < 1:
         raise ValueError(
-            f"batches.tokens ({tokens}) has no room for {multiple} examples of {source} and {target} tokens; "
+            f"batches.tokens ({tokens}) has no room for {multiple} rows of {source} and {target} tokens; "
             f"give at least {multiple * (source + target)}"
         )
     return count, source, target
+
+
+def _part(rows: int, part: tuple[int, int]) -> slice:
+    """The rows of a batch that a process has."""
+    index, count = part
+    return slice(index * rows // count, (index + 1) * rows // count)

@@ -202,7 +202,7 @@ def _show(metric: tuple[str, float]) -> str:
     name, value = metric
     if name == "tokens_per_second":
         return f"{value:,.0f} tokens/s"
-    if name in ("mfu", "data_wait"):
+    if name in ("mfu", "data_wait", "padding"):
         return f"{name.replace('_', ' ')} {value:.1%}"
     return f"{name.replace('_', ' ')} {value:.4g}"
 

@@ -6,11 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from seqattn.nn import MultiHeadAttention
-from train.batches import Batch
+from train.batches import Batch, filled
 from train.config import Experiment
 from train.flops import peak, products
 from train.log import MetricsFile, Progress
@@ -25,7 +24,8 @@ class Meter:
     padded token makes, three times for forward and backward, U tokens without padding in t seconds, and P, what the
     devices could do (`train.flops`). F is that of the first batch, with every score of attention computed.
 
-    `data_wait` is the share of the time in which the loop waited for a batch.
+    `data_wait` is the share of the time in which the loop waited for a batch, and `padding` that of the places in the
+    batches which hold none.
 
     Args:
         experiment: says when a row is due, and the learning rate.
@@ -60,7 +60,7 @@ class Meter:
 
     def restart(self) -> None:
         """Begins to count tokens anew: what happened between two steps is not training time."""
-        self._tokens, self._waited, self._since = 0, 0.0, time.monotonic()
+        self._tokens, self._places, self._waited, self._since = 0, 0, 0.0, time.monotonic()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -72,6 +72,7 @@ class Meter:
     def add(self, step: int, batch: Batch, state: TrainState, result: dict[str, jax.Array]) -> bool:
         """Counts a batch, of which each part has as many tokens, more or less, as that here; whether a row was due."""
         self._tokens += self._objective.count(batch) * self._parts
+        self._places += self._objective.count(filled(batch)) * self._parts
         if self._operations is None:
             self._operations = self._of_a_token(state.params, batch)
         if step % self._experiment.log_every and step != self._experiment.steps:
@@ -82,6 +83,7 @@ class Meter:
             "tokens_per_second": self._tokens / seconds,
             "mfu": 3 * self._operations * self._tokens / seconds / self._peak,
             "data_wait": self._waited / seconds,
+            "padding": 1 - self._tokens / max(1, self._places),
         }
         skipped = int(state.skipped)
         row = {"step": step, "kind": "train", "learning_rate": float(self._schedule(max(0, step - 1 - skipped)))}
@@ -100,12 +102,4 @@ class Meter:
                     module.implementation = "reference"  # the tiles of others are a loop of a length that is not known
             return self._objective.loss(model, batch, dropout_key=jax.random.key(0))
 
-        return products(loss, params, batch) / max(1, self._objective.count(_full(batch)))
-
-
-def _full(batch: Batch) -> Batch:
-    """The batch as if it had no padding."""
-    full = {
-        f"{side}_length": np.full_like(batch[f"{side}_length"], batch[side].shape[1]) for side in ("source", "target")
-    }
-    return batch | full
+        return products(loss, params, batch) / max(1, self._objective.count(filled(batch)))

@@ -141,7 +141,7 @@ def test_no_example_short_enough_is_an_error():
 
 
 def test_a_budget_without_room_for_every_device_is_an_error():
-    with pytest.raises(ValueError, match="no room for 8 examples"):
+    with pytest.raises(ValueError, match="no room for 8 rows"):
         stream(Batches(tokens=64, max_length=16, buckets=1), ROWS, seed=0, multiple=8)
 
 

@@ -23,10 +23,11 @@ FLAGS = (
     "reverse --task.train-examples 101 --task.validation-examples 7 --task.test-examples 5 --task.min-length 2 "
     "--task.max-length 5 --model.num-encoder-layers 1 --model.num-decoder-layers 1 --model.block.model-dim 12 "
     "--model.block.hidden-dim 17 --model.block.num-heads 2 --model.block.dropout-rate 0.3 --batches.tokens 256 "
-    f"--batches.buckets 2 --steps {STEPS} --evaluate-every 20 --log-every 3 --ema 0.9 --keep-best 1"
+    f"--batches.packed True --batches.max-length 16 --steps {STEPS} --evaluate-every 20 --log-every 3 "
+    "--ema 0.9 --keep-best 1"
 ).split()
-TIMED = ("tokens_per_second", "mfu", "data_wait")
-"""What a row of metrics has of the clock."""
+TIMED = ("tokens_per_second", "mfu", "data_wait", "padding")
+"""What a row of metrics says of the time since the row before it, or since the process began."""
 
 
 def start(folder: Path, cache: Path) -> subprocess.Popen[str]:

@@ -1,6 +1,13 @@
 """Which objective an experiment has, by its task and its model."""
 
-from seqattn.models import CaptionerConfig, EncoderConfig, MaskedTokens, TextLabels
+from seqattn.models import (
+    CaptionerConfig,
+    EncoderConfig,
+    LanguageModelConfig,
+    MaskedTokens,
+    TextLabels,
+    TransformerConfig,
+)
 from train.config import Experiment
 from train.exported import Exported
 from train.objectives.continuation import Continuation
@@ -32,8 +39,14 @@ def make(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...], 
     """The objective of an experiment, with the tokenizer and labels of its run; with a beam it is searched, if above 1.
 
     Raises:
-        ValueError: BLEU or a beam for what does not write a text from a source text.
+        ValueError: BLEU or a beam for what does not write a text from a source text, or a model that cannot tell apart
+            the texts of a packed row.
     """
+    if experiment.batches.packed and not isinstance(experiment.model, TransformerConfig | LanguageModelConfig):
+        raise ValueError(
+            "batches.packed (True) is for a TransformerConfig or a LanguageModelConfig, which tell the texts of a row "
+            f"apart, and the model is a {type(experiment.model).__name__}: set --batches.packed False"
+        )
     objective = kind(experiment)
     if objective is SequenceToSequence:
         scores = {"bleu": experiment.bleu, "rouge": isinstance(experiment.task, Docstrings)}

@@ -76,6 +76,8 @@ class Objective(abc.ABC):
 
     def count(self, batch: Batch) -> int:
         """The tokens of a batch, without padding: of source and target."""
+        if "label" in batch:  # packed
+            return int(sum((batch[f"{side}_segment"] != 0).sum() for side in ("source", "target")))
         return int(batch["source_length"].sum() + (batch["target_length"] - 1).sum())
 
     def mean_loss(self, model: Any, split: Dataset, *, batch_size: int = 64) -> float:

@@ -45,9 +45,7 @@ class SequenceToSequence(Objective):
     ) -> Sums:
         """The cross entropy of every target token under teacher forcing."""
         encode_key, decode_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        inputs, labels = batch["target"][:, :-1], batch["target"][:, 1:]
-        source_at = Coordinates.from_lengths(batch["source_length"], batch["source"].shape[1])
-        target_at = Coordinates.from_lengths(batch["target_length"] - 1, inputs.shape[1])
+        inputs, labels, source_at, target_at = _places(batch)
         memory = model.encode(batch["source"], source_at, dropout_key=encode_key)
         logits = model.decode(inputs, target_at, memory, dropout_key=decode_key)
         return cross_entropy(logits, labels, weights=target_at.segment != 0, label_smoothing=label_smoothing)
@@ -81,3 +79,15 @@ class SequenceToSequence(Objective):
         """Where the model looks while it writes the output for each of the first few sources."""
         texts = list(split["source"][:_DRAWN])
         return draw_texts(model, self.tokenizer, texts, folder)
+
+
+def _places(batch: Arrays) -> tuple[jax.Array, jax.Array, Coordinates, Coordinates]:
+    """What the decoder is given `[B, T]`, the label of each token of it, and where sources and targets are."""
+    if "label" in batch:  # packed
+        source_at, target_at = (
+            Coordinates(batch[f"{side}_position"], batch[f"{side}_segment"]) for side in ("source", "target")
+        )
+        return batch["target"], batch["label"], source_at, target_at
+    inputs, labels = batch["target"][:, :-1], batch["target"][:, 1:]
+    source_at = Coordinates.from_lengths(batch["source_length"], batch["source"].shape[1])
+    return inputs, labels, source_at, Coordinates.from_lengths(batch["target_length"] - 1, inputs.shape[1])

@@ -95,3 +95,13 @@ def test_a_command_names_the_one_that_serves_a_run(command, kind, tiny, monkeypa
 @pytest.mark.parametrize("name", experiments.__all__)
 def test_every_experiment_is_about_something(name):
     assert issubclass(objectives.kind(getattr(experiments, name)), objectives.Objective)
+
+
+@pytest.mark.parametrize(
+    "model", [Seq2SeqConfig(11), RecurrentLanguageModelConfig(11), EncoderConfig(11, head=TokenLabels(0))]
+)
+def test_a_model_that_cannot_tell_the_texts_of_a_row_apart_refuses_packed_batches(model, tiny):
+    packed = dataclasses.replace(tiny.batches, packed=True)
+    experiment = dataclasses.replace(tiny, model=model, batches=packed, bleu=False)
+    with pytest.raises(ValueError, match=rf"packed \(True\) .* a {type(model).__name__}: set --batches.packed False"):
+        objectives.make(experiment, Tokenizer.train(Characters(), ["ab"]), ())
