@@ -51,6 +51,7 @@ from train.optimizer import (
     Optimizer,
 )
 from train.parallel import Parallel, Replicated, Sharded
+from train.profile import parse_steps
 from train.tasks import (
     Addition,
     CodeTopics,
@@ -135,6 +136,8 @@ class Experiment:
     """Also write metrics for TensorBoard, into the folder `tensorboard` of the run; needs tensorboardX."""
     wandb: str | None = None
     """Also log metrics to this project of Weights & Biases; needs wandb, and a network."""
+    profile: str | None = None
+    """Trace these updates, such as 20:25, into the folder `profile` of the run, and tell where their time went."""
     keep_checkpoints: int = 2
     """Latest checkpoints that stay."""
     keep_best: int = 0
@@ -185,6 +188,8 @@ class Experiment:
         for name in (*counts, "pieces", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.profile is not None:
+            parse_steps(self.profile)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed ({self.seed}) must be in [0, 2**32)")
         if self.patience is not None and not 1 <= self.patience < self.keep_checkpoints:

@@ -21,6 +21,7 @@ from train.drawing import learning_curves
 from train.log import MetricsFile, Progress, Row, read_metrics, replace
 from train.meter import Meter
 from train.objectives import Scores
+from train.profile import Profile
 from train.session import Session, check_folder, prepare
 from train.signals import Interrupts
 from train.trackers import Trackers
@@ -99,11 +100,15 @@ def _train(session: Session, interrupts: Interrupts) -> bool:
             if _is_exhausted(session, progress.print):
                 return False
         meter = Meter(experiment, session.objective, session.graph, metrics, progress, placed.part[1])
+        profile = Profile(experiment.profile, logs / "profile", progress.print)
         batches = iterate(order, start=first)
         for step in range(first + 1, experiment.steps + 1):
-            with meter.waiting():
-                batch = next(batches)
-            session.state, result = placed.update(session.state, batch)
+            with profile.step(step, session.state) as finished:
+                with meter.waiting(), profile.waiting():
+                    batch = next(batches)
+                with profile.starting():
+                    session.state, result = placed.update(session.state, batch)
+                finished(session.state)
             if meter.add(step, batch, session.state, result):
                 _check_skipped(session)
             due, stopped = step % experiment.evaluate_every == 0, agreed(interrupts.received is not None)

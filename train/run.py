@@ -24,7 +24,7 @@ from train.tokenizer import Tokenizer
 _TRIES = 5
 
 _SHOWN = (
-    *("run", "log_every", "tensorboard", "wandb", "bleu", "average", "beam_size"),
+    *("run", "log_every", "tensorboard", "wandb", "profile", "bleu", "average", "beam_size"),
     *("keep_best", "max_skipped", "parallel", "processes"),
 )
 _FREE = (*_SHOWN, "evaluate_every", "evaluate_examples", "keep_checkpoints")

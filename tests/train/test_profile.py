@@ -1,0 +1,82 @@
+"""Where the time of updates goes, of a trace and of a run."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from train import loop, profile
+from train.profile import Profile, newest, parse_steps, summary
+
+
+@pytest.mark.parametrize("steps", ["", "20", "0:5", "7:6", "a:b", "1:2:3", "-1:4", "1 : 2", "٣:٤"])
+def test_what_names_no_updates_is_refused(steps, tiny):
+    with pytest.raises(ValueError, match=r"profile \(.*\) must be the numbers of the first and the last update"):
+        dataclasses.replace(tiny, profile=steps)
+
+
+def test_an_operation_within_another_is_not_counted_twice():
+    found = [
+        ((0, 100), "while.1"),
+        ((10, 40), "dot.2"),
+        ((15, 20), "add.1"),
+        ((50, 60), "dot.3"),
+        ((100, 130), "dot.4"),
+    ]
+    assert sorted(profile._own_times(found)) == [
+        ("add.1", 5),
+        ("dot.2", 25),
+        ("dot.3", 10),
+        ("dot.4", 30),
+        ("while.1", 60),
+    ]
+
+
+@pytest.fixture
+def traced(tmp_path):
+    """Traces updates 3 to 5 of seven, each of which waits, and starts a computation; what was said."""
+
+    def run(wait, steps="3:5"):
+        said, size = [], 67
+        profiled = Profile(steps, tmp_path, said.append)
+        compute = jax.jit(lambda x: jnp.tanh(x @ x))
+        state = compute(jnp.ones((size, size)))
+        for step in range(1, 8):
+            with profiled.step(step, state) as finished:
+                with profiled.waiting():
+                    time.sleep(wait)
+                with profiled.starting():
+                    state = compute(state)
+                finished(state)
+        return said
+
+    return run
+
+
+def test_a_loop_that_waits_is_seen_to_wait(traced, tmp_path):
+    said = traced(0.2)
+    found = summary(newest(tmp_path))
+    assert found.updates == 3
+    assert found.seconds > 0.6
+    assert found.waiting > 0.5  # of a computation that takes microseconds
+    assert 0 < found.computing < 0.5
+    assert 0 < found.starting < 0.5
+    assert sum(share for _, share in found.kinds) == pytest.approx(1)
+    assert said == [f"trace of updates 3 to 5 in {tmp_path}", *found.lines()]
+
+
+def test_without_steps_nothing_is_traced(traced, tmp_path):
+    assert traced(0, None) == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_traces_the_updates_that_it_makes(tiny, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert loop.train(dataclasses.replace(tiny, run=folder, profile="9:11")) == 0
+    assert f"trace of updates 9 to 11 in {folder / 'profile'}" in capsys.readouterr().out
+    found = summary(newest(folder / "profile"))
+    assert found.updates == 3
+    assert 0 < found.computing <= 1
+    assert parse_steps("9:11") == (9, 11)
