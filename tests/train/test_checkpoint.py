@@ -364,7 +364,10 @@ def test_d14_a_folder_that_cannot_be_made_is_told_and_keeps_no_thread(copy, monk
     checkpoints.save(small(12), {})
     with pytest.raises(OSError, match=r"step 12 could not be saved \(Not a directory\); steps 4, 8 stay"):
         checkpoints.close()
-    assert not [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
+    for thread in set(threading.enumerate()) - before:
+        if not thread.daemon:
+            thread.join(20)
+            assert not thread.is_alive(), thread
     assert Checkpoints(copy).steps == [4, 8]
 
 
