@@ -21,20 +21,26 @@ class Arguments:
     """At most this many of them, from the first on; all by default."""
     average: int = 1
     """Measure the mean of the parameters of so many of the latest checkpoints (Vaswani 2017, section 6.1)."""
+    beam_size: int = 1
+    """Hypotheses of each text."""
 
 
 def main(arguments: Arguments) -> None:
     """Prints the figures, one a line."""
+    if arguments.beam_size < 1:
+        raise ValueError(f"--beam-size ({arguments.beam_size}) must be at least 1")
     trained = run.load(arguments.run, average=arguments.average)
     split = trained.experiment.task.load()[arguments.split]
     if arguments.examples is not None:
         if arguments.examples < 1:
             raise ValueError(f"--examples ({arguments.examples}) must be at least 1")
         split = split.select(range(min(len(split), arguments.examples)))
-    objective = objectives.make(trained.experiment, trained.tokenizer, trained.labels)
+    beam = {"beam_size": arguments.beam_size}
+    objective = objectives.make(trained.experiment, trained.tokenizer, trained.labels, **beam)
     scores = objective.evaluate(trained.model, split)
-    mean = "" if arguments.average == 1 else f", the mean of {arguments.average} checkpoints"
-    print(f"{arguments.split} split of {arguments.run}: {len(split)} examples, after {trained.step} updates{mean}")
+    how = "" if arguments.average == 1 else f", the mean of {arguments.average} checkpoints"
+    how += "" if arguments.beam_size == 1 else f", by a beam of {arguments.beam_size}"
+    print(f"{arguments.split} split of {arguments.run}: {len(split)} examples, after {trained.step} updates{how}")
     for name, value in scores.numbers.items():
         print(f"{name}: {value:.4f}")
     if scores.signature is not None:

@@ -10,7 +10,7 @@ import pytest
 import sacrebleu
 from datasets import Dataset
 
-from train import evaluate, run
+from train import evaluate, objectives, run
 from train.batches import collate
 from train.evaluate import Arguments
 from train.objectives import SequenceToSequence
@@ -77,6 +77,17 @@ def test_the_command_takes_the_mean_of_checkpoints(finished, trained, monkeypatc
     monkeypatch.setattr(run, "load", lambda folder, *, average: {3: trained}[average])
     evaluate.main(Arguments(finished, average=3))
     assert "5 examples, after 12 updates, the mean of 3 checkpoints" in capsys.readouterr().out
+
+
+def test_the_command_searches_by_a_beam(finished, trained, monkeypatch, capsys):
+    asked = []
+    make = objectives.make
+    monkeypatch.setattr(objectives, "make", lambda *given, **beam: asked.append(beam) or make(*given, **beam))
+    evaluate.main(Arguments(finished, beam_size=3))
+    assert asked == [{"beam_size": 3}]
+    assert "after 12 updates, by a beam of 3\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--beam-size \(0\) must be at least 1"):
+        evaluate.main(Arguments(finished, beam_size=0))
 
 
 def test_references_in_another_unicode_form_still_match():
