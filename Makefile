@@ -2,7 +2,7 @@
 PYTHON ?= python3
 python := .venv/bin/python
 
-.PHONY: train bench bench-decoding test test-all lint types clean
+.PHONY: train bench bench-decoding bench-training test test-all lint types clean
 .DELETE_ON_ERROR:
 
 train: .venv/train  ## the default experiment; for another one: .venv/bin/python -m train EXPERIMENT
@@ -15,6 +15,9 @@ bench: .venv/tokamax  ## attention against other libraries
 
 bench-decoding: .venv/bench  ## greedy and beam search beside Hugging Face and CTranslate2, with the same weights
 	@exec $(python) -m benchmarks.decoding --short $(ARGS)
+
+bench-training: .venv/bench  ## updates beside Hugging Face and torch.nn.Transformer, of the same weights
+	@exec $(python) -m benchmarks.training --short $(ARGS)
 
 test: .venv/test  ## what .ci/run tests
 	@exec $(python) -m pytest -n auto --dist loadfile $(ARGS)

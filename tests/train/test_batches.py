@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from absl import flags
 
 from train import batches
 from train.batches import Batches, collate, group_by_length, iterate, once, stream
@@ -29,7 +30,7 @@ def test_collate_pads_on_the_right_and_counts():
     assert batch["target_length"].tolist() == [3, 2, 1]
 
 
-def test_a_step_has_one_batch_whatever_came_before():
+def test_c11_a_step_has_one_batch_whatever_came_before():
     order = stream(CONFIG, ROWS, seed=3)
     resumed = itertools.islice(iterate(stream(CONFIG, ROWS, seed=3), start=7), 5)
     assert all(same(batch, order[step]) for step, batch in enumerate(resumed, 7))
@@ -119,8 +120,61 @@ def test_batches_of_one_example():
     assert {int(order[step]["source"][0, 0]) for step in range(30)} == {7, 8, 9}
 
 
-def test_too_few_examples_to_fill_a_batch_are_one_group():
+def test_c9_too_few_examples_to_fill_a_batch_are_one_group():
     assert [len(group) for group in group_by_length(ROWS[:3], 2, 1000)] == [3]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_c9_too_few_examples_to_fill_a_batch_come_more_than_once_in_it(count):
+    """No batch has fewer rows, and there is no end to them."""
+    order = stream(Batches(tokens=100, max_length=16), ROWS[:count], seed=3)
+    rows = 100 // sum(max(len(row[side]) for row in ROWS[:count]) for side in (0, 1))
+    assert rows > 2 * count
+    for batch in itertools.islice(iterate(order, start=0), 5):
+        times = Counter(identities(batch))
+        assert len(times) == count
+        assert sum(times.values()) == rows
+        assert max(times.values()) - min(times.values()) <= 2  # a batch begins and ends within a pass
+
+
+def test_c9_too_few_examples_to_fill_a_packed_batch_come_more_than_once_in_it():
+    order = stream(Batches(tokens=200, max_length=16, packed=True), ROWS[:3], seed=3)
+    for batch in itertools.islice(iterate(order, start=0), 5):
+        assert len(batch["source"]) > 3
+        assert all({10, 11, 12} <= {*row} for row in batch["source"])
+
+
+def test_c21_a_batch_that_cannot_be_made_is_an_error_in_its_place(monkeypatch):
+    """Though a thread makes it ahead of time."""
+    seventh = stream(CONFIG, ROWS, seed=3)[7]
+
+    def broken(*arguments):
+        batch = collate(*arguments)
+        if same(batch, seventh):
+            raise ZeroDivisionError("batch 7")
+        return batch
+
+    monkeypatch.setattr(batches, "collate", broken)
+    found = iterate(stream(CONFIG, ROWS, seed=3), start=0)
+    assert len(list(itertools.islice(found, 7))) == 7
+    with pytest.raises(ZeroDivisionError, match="batch 7"):
+        next(found)
+
+
+def test_e16_batches_are_made_though_nobody_parsed_the_flags_of_absl():
+    """Processes of grain, in place of its threads, would ask for these flags."""
+    assert not flags.FLAGS.is_parsed()
+    assert same(next(iterate(stream(CONFIG, ROWS, seed=3), start=2)), stream(CONFIG, ROWS, seed=3)[2])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_e17_any_seed_of_32_bits_gives_an_order_of_its_own(packed):
+    config = Batches(tokens=200, max_length=16, buckets=3, packed=packed)
+    found = [
+        [array.tolist() for step in range(3) for array in stream(config, ROWS, seed=seed)[step].values()]
+        for seed in (0, 1, 2**31, 2**32 - 1)
+    ]
+    assert all(first != second for first, second in itertools.combinations(found, 2))
 
 
 def test_training_batches_hold_no_empty_rows():
@@ -128,7 +182,7 @@ def test_training_batches_hold_no_empty_rows():
     assert all(order[step]["source_length"].min() > 0 for step in range(20))
 
 
-def test_long_examples_are_left_out_and_counted(caplog):
+def test_c8_long_examples_are_left_out_and_counted(caplog):
     order = stream(Batches(tokens=64, max_length=6, buckets=1), ROWS, seed=0)
     long = sum(max(len(source), len(target)) > 6 for source, target in ROWS)
     assert f"left out {long} of 53" in caplog.text

@@ -143,13 +143,20 @@ def test_differences_of_other_types_name_the_types():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("steps", 0), ("seed", -1), ("seed", 2**32), ("label_smoothing", 1.0), ("pieces", 0), ("max_skipped", 0)),
+        *(("steps", 0), ("label_smoothing", 1.0), ("pieces", 0), ("max_skipped", 0)),
         *(("average", 0), ("beam_size", 0), ("keep_best", -1), ("ema", 0.0), ("ema", 1.0), ("ema", float("nan"))),
     ],
 )
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"{name} \({value}\)"):
         dataclasses.replace(experiments.DATES, **{name: value})
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**40), 2**32, 2**64])
+def test_e17_a_seed_that_is_none_of_32_bits_is_refused(seed):
+    with pytest.raises(ValueError, match=rf"seed \({seed}\) must be in \[0, 2\*\*32\)"):
+        dataclasses.replace(experiments.DATES, seed=seed)
+    assert [dataclasses.replace(experiments.DATES, seed=seed).seed for seed in (0, 2**32 - 1)] == [0, 2**32 - 1]
 
 
 @pytest.mark.parametrize(("steps", "keep"), [(20, 10), (1000, 2)])

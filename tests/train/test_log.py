@@ -18,7 +18,7 @@ from train.log import MetricsFile, Progress, read_metrics
 ROOT = Path(__file__).parents[2]
 
 
-def test_rows_come_back_as_python_values(tmp_path):
+def test_d9_numbers_of_numpy_and_jax_come_back_as_python_values(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path) as file:
         file.write({"step": np.int64(3), "loss": jnp.float32(0.5), "half": jnp.bfloat16(1.5), "done": np.bool_(True)})

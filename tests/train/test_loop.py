@@ -44,7 +44,9 @@ def test_every_evaluation_writes_triples(finished):
 
 
 @pytest.mark.parametrize("steps", [7, 10], ids=["between_evaluations", "before_an_evaluation"])
-def test_an_interrupted_run_resumes_to_the_same_parameters_bitwise(steps, tiny, finished, tmp_path, interrupted):
+def test_c11_e15_an_interrupted_run_with_dropout_resumes_to_the_same_parameters_bitwise(
+    steps, tiny, finished, tmp_path, interrupted
+):
     experiment = dataclasses.replace(tiny, run=tmp_path / "stopped")
     interrupted(experiment, steps)
     assert run.load(experiment.run).step == steps
@@ -66,7 +68,7 @@ def test_a_finished_run_is_only_judged_again(finished, tiny, tmp_path, capsys):
     assert "updates" not in capsys.readouterr().out
 
 
-def test_another_configuration_is_refused_with_the_fields(finished, tiny):
+def test_d17_other_steps_or_another_seed_are_refused_with_the_fields(finished, tiny):
     other = dataclasses.replace(tiny, run=finished, steps=13, seed=1)
     with pytest.raises(ValueError, match=r"(?s)seed: 3 and 1.*steps: 12 and 13.*--run"):
         loop.train(other)
@@ -318,13 +320,13 @@ def test_d2_a_run_of_which_no_checkpoint_is_whole_is_not_begun_anew(finished, ti
     assert [path.name for path in (copy / "checkpoints").iterdir()] == ["12"]
 
 
-def test_d13_a_run_that_is_being_trained_is_refused(tiny, tmp_path):
+def test_d13_e18_a_run_that_is_being_trained_is_refused(tiny, tmp_path):
     with RunLock(tmp_path), pytest.raises(ValueError, match=rf"{tmp_path} is being trained by process \d+"):
         loop.train(dataclasses.replace(tiny, run=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_the_best_checkpoints_stay_beside_the_latest(tiny, tmp_path, monkeypatch):
+def test_d8_the_best_checkpoints_stay_beside_the_latest_and_nan_is_none_of_them(tiny, tmp_path, monkeypatch):
     losses = iter([3.0, np.nan, 1.0, 2.0, 4.0, 5.0])
 
     def evaluate(objective, model, split, **_):

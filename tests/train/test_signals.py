@@ -21,7 +21,7 @@ def test_a_signal_is_noted_and_handlers_come_back(number, code):
     assert signal.getsignal(number) == before
 
 
-def test_a_second_signal_ends_the_process():
+def test_e1_a_second_signal_ends_the_process():
     script = (
         "import os, signal; from train.signals import Interrupts\n"
         "with Interrupts():\n"

@@ -202,7 +202,7 @@ def test_pieces_drop_differently():
     assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_rows_that_do_not_divide_into_pieces_are_refused():
+def test_b8_no_piece_is_left_over_as_rows_that_do_not_divide_are_refused():
     graph, state = fresh()
     with pytest.raises(ValueError, match=r"3 rows .* must be a multiple of the 2 pieces"):
         jax.eval_shape(make_update(graph, SGD, LOSS, seed=0, pieces=2), state, collate(rows(3)))

@@ -1,6 +1,7 @@
 """Translation: the examples are parallel text, from local files or from the Hugging Face hub."""
 
 import logging
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,13 +150,21 @@ class HubTranslation(TranslationTask):
         ):
             if not given:
                 raise ValueError(f"set {flag}: translation from the hub needs a dataset, a source and a target")
+        # What was once read from a folder is known by the times of its files, which may stay where their texts change.
+        with tempfile.TemporaryDirectory() as fresh:
+            return self.choose(self._found(fresh if Path(self.name).is_dir() else None))
+
+    def _found(self, cache: str | None) -> dict[str, list[Pair]]:
+        """The pairs of the splits that are there; `cache` is for what `datasets` makes of the files."""
         try:
-            found = datasets.load_dataset(self.name, self.config, revision=self.revision)
+            found = datasets.load_dataset(self.name, self.config, revision=self.revision, cache_dir=cache)
         except DatasetGenerationError as error:  # it hides what is wrong with the file in its cause
             raise ValueError(f"{self.name} cannot be read: {error.__cause__ or error}") from error
+        except RuntimeError as error:  # a script, which is not run
+            raise ValueError(f"{self.name} cannot be used: {error}") from error
         if "train" not in found:
             raise ValueError(f"{self.name} has no split 'train', it has {sorted(found)}")
-        return self.choose({split: self._pairs(split, found[split]) for split in SPLITS if split in found})
+        return {split: self._pairs(split, found[split]) for split in SPLITS if split in found}
 
     def _pairs(self, split: str, rows: Dataset) -> list[Pair]:
         where = f"{self.name}, split {split!r}"

@@ -40,12 +40,12 @@ def test_a_folder_that_is_missing_is_named(tmp_path):
 def test_without_a_folder_it_comes_from_the_hub(monkeypatch):
     asked = []
 
-    def load_dataset(name, config, revision):
-        asked.append((name, config, revision))
+    def load_dataset(name, config, revision, cache_dir):
+        asked.append((name, config, revision, cache_dir))
         rows = {"en": ["a dog", "a cat"], "de": ["ein Hund", "eine Katze"]}
         return {split: translation.Dataset.from_dict(rows) for split in translation.SPLITS}
 
     monkeypatch.setattr(translation.datasets, "load_dataset", load_dataset)
     loaded = Multi30k(source="de", revision="v1").load()
-    assert asked == [("bentrevett/multi30k", None, "v1")]
+    assert asked == [("bentrevett/multi30k", None, "v1", None)]  # in the cache of the user
     assert loaded["validation"][0] == {"source": "ein Hund", "target": "a dog"}

@@ -1,6 +1,12 @@
 import gzip
+import io
 import json
 import logging
+import os
+import pickle
+import tarfile
+import zipfile
+from pathlib import Path
 
 import datasets
 import pytest
@@ -200,6 +206,95 @@ def test_c6_mixed_types_are_no_text(folder):
     write_rows(folder / "train.jsonl", [{"source": "a", "target": "b"}, {"source": 3, "target": "d"}])
     with pytest.raises(ValueError, match="split 'train', row 1, column 'source': no text in 3"):
         HubTranslation(name=str(folder), **FLAT).load()
+
+
+@pytest.mark.parametrize("same_time", [False, True], ids=["later", "at_the_same_time"])
+def test_c13_a_file_that_changed_is_read_anew(same_time, folder):
+    """`datasets` keeps what it has read, and tells by the time of a file whether it is another one."""
+    file, task = folder / "train.jsonl", HubTranslation(name=str(folder), **FLAT)
+    for letter in "ab":
+        write_rows(file, [{"source": f"{letter}{number}", "target": "t"} for number in range(5)])
+        os.utime(file, (1e9, 1e9 if same_time or letter == "a" else 2e9))
+        texts = sorted(text for rows in task.load().values() for text in rows["source"])
+        assert texts == [f"{letter}{number}" for number in range(5)]
+
+
+def test_c13_nothing_of_a_folder_is_kept(folder, tmp_path):
+    write_rows(folder / "train.jsonl", [{"source": f"s{number}", "target": "t"} for number in range(5)])
+    HubTranslation(name=str(folder), **FLAT).load()
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+class Trap:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """A pickle that leaves the file `run` behind when it is read."""
+    content = pickle.dumps(Trap(tmp_path / "run"))
+    pickle.loads(content)
+    (tmp_path / "run").unlink()
+    return content
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside_data"])
+@pytest.mark.parametrize("given", ["folder", "file"])
+def test_c20_a_loading_script_is_refused_and_not_run(given, beside, folder, tmp_path):
+    script = folder / "data.py"
+    script.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'run')!r}).touch()\n")
+    if beside:
+        write_rows(folder / "train.jsonl", [{"source": f"s{number}", "target": "t"} for number in range(5)])
+    with pytest.raises(ValueError, match=r"data(\.py)? cannot be used: Dataset scripts are no longer supported"):
+        HubTranslation(name=str(folder if given == "folder" else script), **FLAT).load()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["train.pkl", "train.pickle", "train.npy", "train.npz", "train.pt"])
+@pytest.mark.parametrize("asked", [False, True], ids=["found", "asked_for"])
+def test_c20_a_pickle_is_refused_and_not_opened(asked, name, trap, folder, tmp_path):
+    (folder / name).write_bytes(trap)
+    if asked:
+        settings = f"configs:\n- config_name: default\n  data_files: {name}\n  builder_name: pandas\n"
+        (folder / "README.md").write_text(f"---\n{settings}---\n")
+    with pytest.raises(FileNotFoundError, match="supported"):
+        HubTranslation(name=str(folder), **FLAT).load()
+    assert not (tmp_path / "run").exists()
+
+
+def test_c20_a_pickle_in_an_archive_is_not_opened(trap, folder, tmp_path):
+    write_tar(folder / "train.tar", {"0.source.pickle": trap, "0.target.pyd": trap})
+    with pytest.raises(ValueError, match="no column 'source'"):
+        HubTranslation(name=str(folder), **FLAT).load()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["train.zip", "train.tar", "train.tar.gz"])
+def test_c20_nothing_of_an_archive_is_written_elsewhere(name, folder, tmp_path):
+    files = {"../" * 5 + "found.txt": b"a", "../found.txt": b"a", str(tmp_path / "found.txt"): b"a", "in.txt": b"a"}
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            for path, content in files.items():
+                archive.writestr(path, content)
+    else:
+        write_tar(folder / name, files)
+    with pytest.raises((ValueError, FileNotFoundError)):
+        HubTranslation(name=str(folder), **FLAT).load()
+    assert not list(tmp_path.rglob("found.txt"))
+
+
+def write_tar(path, files):
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
 
 
 def test_hub_language_that_is_not_there(folder):
