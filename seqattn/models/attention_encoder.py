@@ -16,6 +16,7 @@ from seqattn.models import positions as order
 from seqattn.models.pooling import mean_over_tokens
 from seqattn.models.positions import Learned, Sinusoidal
 from seqattn.nn.blocks import BlockConfig, EncoderBlock
+from seqattn.nn.linear import Linear
 from seqattn.nn.recurrent import Carry, Cell
 
 
@@ -80,14 +81,14 @@ class SelfAttentionEncoder(nnx.Module):
             raise ValueError(f"hidden_dim ({hidden_dim}) must be even for sinusoidal positions")
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         block = BlockConfig(hidden_dim, config.hidden_dim, config.num_heads, dropout_rate=dropout_rate)
-        self.input = nnx.Linear(input_dim, hidden_dim, **sizes)
+        self.input = Linear(input_dim, hidden_dim, **sizes)
         self.order = config.positions
         self.positions = order.table(config.positions, hidden_dim, **sizes)
         self.blocks = nnx.List([EncoderBlock(block, mask=SameSegment(), **sizes) for _ in range(config.num_layers)])
         # Without a bias an empty source starts the decoder from zeros, as a recurrent encoder does.
         self.is_lstm = cell is Cell.LSTM
         size = hidden_dim * (2 if self.is_lstm else 1)
-        self.starts = nnx.List([nnx.Linear(hidden_dim, size, use_bias=False, **sizes) for _ in range(num_layers)])
+        self.starts = nnx.List([Linear(hidden_dim, size, use_bias=False, **sizes) for _ in range(num_layers)])
 
     def __call__(
         self, x: Float[Array, "*batch S E"], at: Coordinates, *, dropout_key: PRNGKeyArray | None = None

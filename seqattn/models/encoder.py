@@ -17,6 +17,7 @@ from seqattn.models.positions import Positions, Sinusoidal
 from seqattn.models.stack import Attention, Full, Stack
 from seqattn.nn.blocks import BlockConfig
 from seqattn.nn.embedding import TokenEmbedding
+from seqattn.nn.linear import Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ class TokenHead(nnx.Module):
 
     def __init__(self, config: EncoderConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         size = _num_labels(config.head)
-        self.output = nnx.Linear(config.block.model_dim, size, param_dtype=param_dtype, rngs=rngs)
+        self.output = Linear(config.block.model_dim, size, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], at: Coordinates, embedding: TokenEmbedding) -> Float[Array, "B T C"]:
         """Logits of the label of each token."""
@@ -136,8 +137,8 @@ class TextHead(nnx.Module):
 
     def __init__(self, config: EncoderConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
-        self.hidden = nnx.Linear(config.block.model_dim, config.block.model_dim, **sizes)
-        self.output = nnx.Linear(config.block.model_dim, _num_labels(config.head), **sizes)
+        self.hidden = Linear(config.block.model_dim, config.block.model_dim, **sizes)
+        self.output = Linear(config.block.model_dim, _num_labels(config.head), **sizes)
 
     def __call__(self, x: Float[Array, "B T D"], at: Coordinates, embedding: TokenEmbedding) -> Float[Array, "B C"]:
         """Logits of the label of each row."""
@@ -150,7 +151,7 @@ class MaskedHead(nnx.Module):
     def __init__(self, config: EncoderConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         dim = config.block.model_dim
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
-        self.hidden = nnx.Linear(dim, dim, **sizes)
+        self.hidden = Linear(dim, dim, **sizes)
         self.norm = nnx.LayerNorm(dim, **sizes)
         self.bias = nnx.Param(jnp.zeros(config.vocab_size, param_dtype))
 

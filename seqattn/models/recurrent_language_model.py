@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import check_rate, drop, split
 from seqattn.nn.embedding import TokenEmbedding
+from seqattn.nn.linear import Linear
 from seqattn.nn.recurrent import Carry, Cell, Recurrent
 from seqattn.static import pytree
 
@@ -102,7 +103,7 @@ class RecurrentLanguageModel(nnx.Module):
         self.layers = nnx.List(
             [Recurrent(hidden if i else embedded, hidden, cell=config.cell, **sizes) for i in range(config.num_layers)]
         )
-        self.output = None if config.tie_embeddings else nnx.Linear(hidden, config.vocab_size, **sizes)
+        self.output = None if config.tie_embeddings else Linear(hidden, config.vocab_size, **sizes)
 
     def encode(
         self, source: Int[Array, "B S"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None

@@ -16,6 +16,7 @@ from seqattn.models import positions as order
 from seqattn.models.attention_encoder import AttentionEncoder, SelfAttentionEncoder
 from seqattn.nn.embedding import TokenEmbedding
 from seqattn.nn.key_value import KeyValue
+from seqattn.nn.linear import Linear
 from seqattn.nn.local import Monotonic, Predictive
 from seqattn.nn.recurrent import Carry, Cell, Direction, Recurrent, RecurrentEncoder
 from seqattn.nn.scored_attention import Score, ScoredAttention
@@ -126,8 +127,8 @@ class Seq2Seq(nnx.Module):
         )
         score, local = config.attention, config.local
         self.attention = None if score is None else ScoredAttention(score, hidden, hidden, local=local, **sizes)
-        self.combine = None if score is None else nnx.Linear(2 * hidden, hidden, **sizes)
-        self.output = nnx.Linear(hidden, config.vocab_size, **sizes)
+        self.combine = None if score is None else Linear(2 * hidden, hidden, **sizes)
+        self.output = Linear(hidden, config.vocab_size, **sizes)
 
     def encode(
         self, source: Int[Array, "B S"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None

@@ -16,6 +16,7 @@ from seqattn.kernels.call import check_heads
 from seqattn.masks import Mask
 from seqattn.nn.cache import Cache
 from seqattn.nn.key_value import KeyColumns, KeyValue
+from seqattn.nn.linear import Linear
 from seqattn.positions import angular_frequencies, rotate
 from seqattn.score_mod import ScoreMod, for_kernel
 
@@ -85,9 +86,9 @@ class MultiHeadAttention(nnx.Module):
         self.mask = nnx.data(mask) if jax.tree.leaves(mask) else mask
         self.rotary_base, self.dropout_rate, self.implementation = rotary_base, dropout_rate, implementation
 
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
+        def linear(inputs: int, outputs: int) -> Linear:
             init = nnx.initializers.xavier_uniform()
-            return nnx.Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
+            return Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
 
         self.query = linear(model_dim, num_heads * self.head_dim)
         self.key = linear(model_dim, num_kv_heads * self.head_dim)

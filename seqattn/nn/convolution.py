@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from seqattn.nn.linear import Linear
 from seqattn.positions import sinusoidal
 
 _STRIDE = 2
@@ -85,7 +86,7 @@ class ConvolutionalEncoder(nnx.Module):
             ]
         )
         self.norms = nnx.List([nnx.LayerNorm(size, reduction_axes=(1, 2, 3), **sizes) for size in channels])
-        self.output = nnx.Linear(channels[-1], model_dim, **sizes)
+        self.output = Linear(channels[-1], model_dim, **sizes)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the places that an image of this size has vectors for."""
@@ -138,7 +139,7 @@ class PatchEncoder(nnx.Module):
             raise ValueError(f"patch {tuple(patch)} and image_channels ({image_channels}) must be at least 1")
         self.patch, self.image_channels = tuple(patch), image_channels
         pixels = math.prod(patch) * image_channels
-        self.output = nnx.Linear(pixels, model_dim, param_dtype=param_dtype, rngs=rngs)
+        self.output = Linear(pixels, model_dim, param_dtype=param_dtype, rngs=rngs)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the patches of an image of this size.

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from seqattn.dropout import check_rate, drop
+from seqattn.nn.linear import Linear
 
 
 class Activation(enum.Enum):
@@ -58,9 +59,9 @@ class FeedForward(nnx.Module):
             raise ValueError(f"model_dim ({model_dim}) and hidden_dim ({hidden_dim}) must be at least 1")
         self.activation, self.dropout_rate = activation, dropout_rate
 
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
+        def linear(inputs: int, outputs: int) -> Linear:
             init = nnx.initializers.xavier_uniform()
-            return nnx.Linear(inputs, outputs, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
+            return Linear(inputs, outputs, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
 
         self.hidden = linear(model_dim, hidden_dim)
         self.gate = linear(model_dim, hidden_dim) if gated else None
