@@ -101,6 +101,7 @@ def _train(session: Session, interrupts: Interrupts) -> bool:
                 return False
         meter = Meter(experiment, session.objective, session.graph, metrics, progress, placed.part[1])
         profile = Profile(experiment.profile, logs / "profile", progress.print)
+        files.callback(profile.close)
         batches = iterate(order, start=first)
         for step in range(first + 1, experiment.steps + 1):
             with profile.step(step, session.state) as finished:

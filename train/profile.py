@@ -60,7 +60,8 @@ class Profile:
 
     def __init__(self, steps: str | None, folder: Path, say: Callable[[str], None]) -> None:
         self._first, self._last = (0, 0) if steps is None else parse_steps(steps)
-        self._folder, self._say, self._traced = folder, say, 0
+        self._folder, self._say = folder, say
+        self._traced: list[int] = []
 
     @contextmanager
     def step(self, step: int, state: Any) -> Iterator[Callable[[Any], Any]]:
@@ -70,17 +71,25 @@ class Profile:
             return
         if not self._traced:
             jax.block_until_ready(state)  # of updates before
+            self._folder.mkdir(parents=True, exist_ok=True)
             options = ProfileOptions()
             options.python_tracer_level = 0  # each call of a function would be an event, and slow the loop
             jax.profiler.start_trace(self._folder, profiler_options=options)
-        self._traced += 1
+        self._traced.append(step)
         with StepTraceAnnotation(_STEP, step_num=step):
             yield jax.block_until_ready if step == self._last else lambda result: result
         if step == self._last:
-            jax.profiler.stop_trace()
-            self._say(f"trace of updates {step - self._traced + 1} to {step} in {self._folder}")
-            for line in summary(newest(self._folder)).lines():
-                self._say(line)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a trace that has begun, also of a run that stops before its last update, and says what it shows."""
+        if not self._traced:
+            return
+        jax.profiler.stop_trace()
+        self._say(f"trace of updates {self._traced[0]} to {self._traced[-1]} in {self._folder}")
+        for line in summary(newest(self._folder)).lines():
+            self._say(line)
+        self._traced.clear()
 
     waiting = staticmethod(lambda: TraceAnnotation(_WAIT))
     """What happens within is waiting for a batch."""

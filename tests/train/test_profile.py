@@ -72,6 +72,13 @@ def test_without_steps_nothing_is_traced(traced, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_trace_that_a_signal_cuts_short_is_whole(tiny, tmp_path, interrupted, capsys):
+    experiment = dataclasses.replace(tiny, run=tmp_path / "run", profile="3:11")
+    interrupted(experiment, 5)
+    assert "trace of updates 3 to 5 in" in capsys.readouterr().out
+    assert summary(newest(experiment.run / "profile")).updates == 3
+
+
 def test_a_run_traces_the_updates_that_it_makes(tiny, tmp_path, capsys):
     folder = tmp_path / "run"
     assert loop.train(dataclasses.replace(tiny, run=folder, profile="9:11")) == 0
