@@ -10,11 +10,11 @@ in float32 with all cores that the process may use (`taskset` for fewer). What t
 one whose tokens are others has no time. All take turns in one process: only figures of one run are to be compared.
 """
 
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +26,13 @@ from benchmarks import command, decoding_chart, decoding_memory, decoding_row, t
 from benchmarks.decoding_row import Agreement, DecodingRow
 from benchmarks.marian import Case, Model, Sizes
 from benchmarks.program import Program
-from benchmarks.row import CHECKED, FAILED, TIMED, WRONG, line, refusal
+from benchmarks.row import CHECKED, FAILED, TIMED, WRONG, refusal
 from benchmarks.timing import Times, interleaved
 from benchmarks.translators import PEERS, Translator
 from seqattn.coordinates import Coordinates
 from seqattn.interop import from_marian
 from seqattn.models.transformer import Transformer
 from train import environment
-from train.log import Progress
 
 
 @dataclass(frozen=True)
@@ -213,15 +212,8 @@ def parse(arguments: Sequence[str] | None = None) -> Arguments:
 def main(arguments: Arguments) -> int:
     """Prints the table; returns 1 if ours is wrong or fails, else 0."""
     wanted = plan(arguments)
-    rows: list[DecodingRow] = []
-    with Progress(len(wanted.cases), stream=sys.stdout) as progress:
-        progress.print("\n".join(decoding_row.header()))
-        for done, found in enumerate(measure(wanted), 1):
-            rows += found
-            if arguments.json:
-                command.append(arguments.json, [line(row.record()) for row in found])
-            progress.print("\n".join(decoding_row.lines(found)))
-            progress.update(done)
+    options: dict[str, Any] = {"header": decoding_row.header(), "lines": decoding_row.lines, "json": arguments.json}
+    rows = command.shown(measure(wanted), len(wanted.cases), **options)
     print(*table.notes(rows), *decoding_row.footer(), sep="\n")
     if arguments.plot:
         print(*decoding_chart.rates(rows, arguments.plot), sep="\n")

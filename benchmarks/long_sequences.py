@@ -8,7 +8,6 @@ All take turns in one process: only figures of one run are to be compared.
 """
 
 import math
-import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
@@ -24,12 +23,11 @@ from flax import nnx
 
 from benchmarks import command, machine, table
 from benchmarks.program import Program, planned
-from benchmarks.row import CHECKED, REFUSED, TIMED, WRONG, line
+from benchmarks.row import CHECKED, REFUSED, TIMED, WRONG
 from benchmarks.timing import Times, interleaved
 from seqattn.models import Compressed, LanguageModelConfig, Local
 from seqattn.nn import MultiHeadAttention
 from train import environment, experiments, run
-from train.log import Progress
 from train.objectives import SequenceToSequence
 from train.step import make_update, start
 
@@ -187,19 +185,17 @@ def plan(arguments: Arguments) -> tuple[list[int], list[str]]:
     return [int(word) for word in given], names
 
 
+def _lines(rows: Sequence[UpdateRow]) -> list[str]:
+    cells = (table.aligned(row.cells(), _COLUMNS, left=("attention",)) for row in rows)
+    return [f"{rows[0].length:,} tokens", *cells]
+
+
 def main(arguments: Arguments) -> int:
     """Prints the table; returns 1 if one is wrong, else 0."""
     lengths, names = plan(arguments)
-    rows: list[UpdateRow] = []
-    with Progress(len(lengths), stream=sys.stdout) as progress:
-        progress.print(table.aligned(list(_COLUMNS), _COLUMNS, left=("attention",)))
-        for done, found in enumerate(measure(lengths, names, arguments.rounds), 1):
-            rows += found
-            if arguments.json:
-                command.append(arguments.json, [line(row.record()) for row in found])
-            lines = [table.aligned(row.cells(), _COLUMNS, left=("attention",)) for row in found]
-            progress.print("\n".join([f"{found[0].length:,} tokens", *lines]))
-            progress.update(done)
+    header = [table.aligned(list(_COLUMNS), _COLUMNS, left=("attention",))]
+    measured = measure(lengths, names, arguments.rounds)
+    rows = command.shown(measured, len(lengths), header=header, lines=_lines, json=arguments.json)
     print(*table.notes(rows), *textwrap.wrap(_LEGEND, 120), table.measured_on(), sep="\n")
     return int(any(row.status == WRONG for row in rows))
 

@@ -15,11 +15,11 @@ are to be compared.
 """
 
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ import tyro
 
 from benchmarks import command, table, training_chart, training_memory, training_row
 from benchmarks.program import Program
-from benchmarks.row import CHECKED, FAILED, TIMED, WRONG, line, refusal
+from benchmarks.row import CHECKED, FAILED, TIMED, WRONG, refusal
 from benchmarks.timing import Times, interleaved
 from benchmarks.training_case import MODELS, TrainingCase, operations, tokens
 from benchmarks.training_implementations import FORWARD, GRADIENT, NAMES, PARTS, PEERS, UPDATE
@@ -35,7 +35,6 @@ from benchmarks.training_row import Beginning, TrainingRow, Work
 from train import environment
 from train.batches import filled
 from train.flops import peak
-from train.log import Progress
 
 
 @dataclass(frozen=True)
@@ -178,15 +177,8 @@ def parse(arguments: Sequence[str] | None = None) -> Arguments:
 def main(arguments: Arguments) -> int:
     """Prints the table; returns 1 if ours fails, or any two that work disagree, else 0."""
     wanted = plan(arguments)
-    rows: list[TrainingRow] = []
-    with Progress(len(wanted.cases), stream=sys.stdout) as progress:
-        progress.print("\n".join(training_row.header()))
-        for done, found in enumerate(measure(wanted), 1):
-            rows += found
-            if arguments.json:
-                command.append(arguments.json, [line(row.record()) for row in found])
-            progress.print("\n".join(training_row.lines(found)))
-            progress.update(done)
+    options: dict[str, Any] = {"header": training_row.header(), "lines": training_row.lines, "json": arguments.json}
+    rows = command.shown(measure(wanted), len(wanted.cases), **options)
     print(*table.notes(rows), *training_row.footer(rows), sep="\n")
     if arguments.plot:
         print(*training_chart.rates(rows, arguments.plot), sep="\n")

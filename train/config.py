@@ -189,7 +189,9 @@ class Experiment:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if self.profile is not None:
-            parse_steps(self.profile)
+            first, _ = parse_steps(self.profile)
+            if first > self.steps:
+                raise ValueError(f"profile ({self.profile}) must begin by the last update: steps ({self.steps})")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed ({self.seed}) must be in [0, 2**32)")
         if self.patience is not None and not 1 <= self.patience < self.keep_checkpoints:

@@ -22,7 +22,8 @@ class Meter:
 
     `mfu`, model FLOPs utilisation, is 3 F U / (t P): F floating-point operations of all products that the loss of a
     padded token makes, three times for forward and backward, U tokens without padding in t seconds, and P, what the
-    devices could do (`train.flops`). F is that of the first batch, with every score of attention computed.
+    devices could do (`train.flops`). F is that of the first batch, with every score of attention computed, in packed
+    rows those between different texts too: their MFU is not to be compared with that of one text a row.
 
     `data_wait` is the share of the time in which the loop waited for a batch, and `padding` that of the places in the
     batches which hold none.

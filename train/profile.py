@@ -25,9 +25,11 @@ class Summary:
     Attributes:
         updates: how many.
         seconds: from the begin of the first to the end of the last, with whatever is done between them.
-        computing: share of the time in which any operation ran on the devices of this process; the rest is overhead.
+        computing: share of the time in which any operation ran on the devices of this process, one that waits for other
+            devices too; the rest is overhead.
         waiting: share of the time in which the loop waited for batches.
-        starting: share of the time in which it started updates, which devices need not wait for.
+        starting: share of the time in which it started updates, beside which devices compute; of several CPU devices
+            updates are waited for there, too.
         kinds: share of each kind of operation in what all operations took, the largest first.
     """
 
@@ -53,28 +55,29 @@ class Profile:
     """Traces the updates of a run from one step to another.
 
     Args:
-        steps: "20:25" for updates 20 to 25; None for no trace. The first updates are better left out: they compile.
+        steps: "20:25" for updates 20 to 25; None for no trace. The first one that this process makes is left out, since
+            it compiles.
         folder: gets the trace, which TensorBoard shows and, its `.trace.json.gz`, https://ui.perfetto.dev.
         say: is given lines for people.
     """
 
     def __init__(self, steps: str | None, folder: Path, say: Callable[[str], None]) -> None:
+        self._steps = steps
         self._first, self._last = (0, 0) if steps is None else parse_steps(steps)
         self._folder, self._say = folder, say
+        self._compiled, self._open = False, False
         self._traced: list[int] = []
 
     @contextmanager
     def step(self, step: int, state: Any) -> Iterator[Callable[[Any], Any]]:
         """An update of a state; what is yielded is given the new one, and waits for it where the trace ends."""
-        if not self._first <= step <= self._last:
+        wanted, self._compiled = self._compiled and self._first <= step <= self._last, True
+        if wanted and not self._traced:
+            jax.block_until_ready(state)  # of updates before
+            self._attempt(self._begin)
+        if not self._open:
             yield lambda result: result
             return
-        if not self._traced:
-            jax.block_until_ready(state)  # of updates before
-            self._folder.mkdir(parents=True, exist_ok=True)
-            options = ProfileOptions()
-            options.python_tracer_level = 0  # each call of a function would be an event, and slow the loop
-            jax.profiler.start_trace(self._folder, profiler_options=options)
         self._traced.append(step)
         with StepTraceAnnotation(_STEP, step_num=step):
             yield jax.block_until_ready if step == self._last else lambda result: result
@@ -83,13 +86,32 @@ class Profile:
 
     def close(self) -> None:
         """Ends a trace that has begun, also of a run that stops before its last update, and says what it shows."""
-        if not self._traced:
-            return
+        if self._open:
+            self._open = False
+            self._attempt(self._end)
+        elif self._steps is not None and not self._traced:
+            self._say(f"none of the updates {self._steps} was traced: they were made before, or not at all")
+
+    def _begin(self) -> None:
+        options = ProfileOptions()
+        options.python_tracer_level = 0  # each call of a function would be an event, and slow the loop
+        (self._folder / "plugins" / "profile").mkdir(parents=True, exist_ok=True)  # where it is written to
+        jax.profiler.start_trace(self._folder, profiler_options=options)
+        self._open = True
+
+    def _end(self) -> None:
         jax.profiler.stop_trace()
         self._say(f"trace of updates {self._traced[0]} to {self._traced[-1]} in {self._folder}")
         for line in summary(newest(self._folder)).lines():
             self._say(line)
-        self._traced.clear()
+
+    def _attempt(self, act: Callable[[], None]) -> None:
+        """Has a trace begin or end; where it cannot, says so, and training goes on without."""
+        try:
+            act()
+        except Exception as error:  # of the disk, or of XLA
+            self._say(f"updates {self._steps} are not traced: {type(error).__name__}: {error}")
+            self._steps, self._first, self._last = None, 0, 0
 
     waiting = staticmethod(lambda: TraceAnnotation(_WAIT))
     """What happens within is waiting for a batch."""

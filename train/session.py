@@ -104,6 +104,8 @@ def prepare(experiment: Experiment) -> Session:
     placed = _placed(experiment, objective, graph, optimizer)
     state = placed.place(state)
     texts["rows"] = str(placed.rows * placed.part[1] * experiment.pieces)
+    if placed.lengths > 1:
+        texts["rows"] += f" with lengths that are multiples of {placed.lengths}"
     if saved is not None and saved["rows"] != texts["rows"]:
         rows = saved["rows"], texts["rows"]
         log.warning(

@@ -50,6 +50,7 @@ def traced(tmp_path):
                 with profiled.starting():
                     state = compute(state)
                 finished(state)
+        profiled.close()
         return said
 
     return run
@@ -65,6 +66,25 @@ def test_a_loop_that_waits_is_seen_to_wait(traced, tmp_path):
     assert 0 < found.starting < 0.5
     assert sum(share for _, share in found.kinds) == pytest.approx(1)
     assert said == [f"trace of updates 3 to 5 in {tmp_path}", *found.lines()]
+
+
+def test_a_trace_that_cannot_be_written_is_only_told(traced, tmp_path):
+    (tmp_path / "plugins").touch()
+    (said,) = traced(0)
+    assert said.startswith("updates 3:5 are not traced: ")
+    (tmp_path / "plugins").unlink()
+    assert traced(0)[0].startswith("trace of updates 3 to 5")
+
+
+@pytest.mark.parametrize("steps", ["1:1", "8:9"])
+def test_updates_that_are_not_made_or_that_compile_are_not_traced(steps, traced, tmp_path):
+    assert traced(0, steps) == [f"none of the updates {steps} was traced: they were made before, or not at all"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_range_behind_the_last_update_is_refused(tiny):
+    with pytest.raises(ValueError, match=r"profile \(13:15\) must begin by the last update: steps \(12\)"):
+        dataclasses.replace(tiny, profile="13:15")
 
 
 def test_without_steps_nothing_is_traced(traced, tmp_path):

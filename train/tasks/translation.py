@@ -160,7 +160,9 @@ class HubTranslation(TranslationTask):
             found = datasets.load_dataset(self.name, self.config, revision=self.revision, cache_dir=cache)
         except DatasetGenerationError as error:  # it hides what is wrong with the file in its cause
             raise ValueError(f"{self.name} cannot be read: {error.__cause__ or error}") from error
-        except RuntimeError as error:  # a script, which is not run
+        except RuntimeError as error:
+            if "script" not in str(error):  # which is not run
+                raise
             raise ValueError(f"{self.name} cannot be used: {error}") from error
         if "train" not in found:
             raise ValueError(f"{self.name} has no split 'train', it has {sorted(found)}")

@@ -6,9 +6,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from seqattn.nn import linear
 from seqattn.nn.linear import Linear
 
 D, F = 5, 7
+
+
+@pytest.fixture(autouse=True, params=[1, 8])
+def devices(request, monkeypatch):
+    """As on a lone CPU, and as on one of several devices; what was compiled for the other is forgotten."""
+    monkeypatch.setattr(linear.jax, "device_count", lambda: request.param)
+    jax.clear_caches()
+    return request.param
+
+
 SHAPES = [(), (3,), (2, 3), (2, 3, 11), (0, 3)]
 
 
@@ -70,9 +81,28 @@ def test_dtypes_are_promoted_as_by_flax(dtype):
         np.testing.assert_allclose(exact(jnp.asarray(x)), x @ np.asarray(exact.kernel[...]), rtol=1e-14)
 
 
-def test_no_gradient_is_transposed_for_that_of_the_kernel():
+def test_a_lone_cpu_transposes_no_gradient_for_that_of_the_kernel(devices):
     layer, x = Linear(64, 1021, rngs=nnx.Rngs(0)), jnp.ones((13, 41, 64))
     step = jax.jit(jax.value_and_grad(lambda layer, x: jnp.exp(layer(x)).sum(), (0, 1)))
-    compiled = step.lower(layer, x).compile().as_text()
-    assert "[533,1021]" in compiled
-    assert "[1021,533]" not in compiled
+    assert ("[1021,533]" in step.lower(layer, x).compile().as_text()) == (devices > 1)
+
+
+def test_what_a_user_asks_flax_for_is_kept():
+    x = jnp.ones((2, 3, D), jnp.bfloat16)
+    wide = Linear(D, F, dtype=jnp.bfloat16, preferred_element_type=jnp.float32, use_bias=False, rngs=nnx.Rngs(0))
+    assert wide(x).dtype == jnp.float32
+    exact = Linear(D, F, precision="highest", rngs=nnx.Rngs(0))
+    assert "HIGHEST" in str(jax.make_jaxpr(exact)(jnp.ones((2, 3, D))))
+
+    def zeros(x, kernel, dims, **_):
+        return jnp.zeros((*x.shape[:-1], kernel.shape[1]), x.dtype)
+
+    assert not Linear(D, F, dot_general=zeros, rngs=nnx.Rngs(0))(jnp.ones((2, 3, D))).any()
+
+
+def test_dims_that_are_split_by_name_stay_as_they_are():
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Explicit,))
+    layer = Linear(D, F, rngs=nnx.Rngs(0))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((3, 4, D)), jax.sharding.PartitionSpec(None, "model"))
+        assert tuple(jax.typeof(jax.jit(lambda x: layer(x))(x)).sharding.spec)[:2] == (None, "model")
