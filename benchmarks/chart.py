@@ -103,6 +103,14 @@ def _name_bar(ax: Axes, place: float, speed: float) -> None:
     ax.annotate(text, (place, speed), offset, textcoords="offset points", ha="center", va=align, size=6, rotation=90)
 
 
+def finish(figure: Figure, names: Sequence[str], path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Names implementations below a picture and the machine above it, and saves it as PNG and SVG."""
+    handles = [Patch(label=name, **fill(number)) for number, name in enumerate(names)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.suptitle(f"{machine.describe()['device']}, {machine.describe()['cores']} cores, float32", size=8)
+    return save(figure, Path(path).with_suffix(""))
+
+
 def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
     """Writes a PNG and, beside it, an SVG."""
     stem.parent.mkdir(parents=True, exist_ok=True)

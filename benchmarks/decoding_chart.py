@@ -7,10 +7,9 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks import chart, machine
+from benchmarks import chart
 from benchmarks.decoding_row import DecodingRow
 
 
@@ -39,10 +38,7 @@ def rates(rows: Sequence[DecodingRow], path: str | os.PathLike[str]) -> tuple[Pa
             _draw(ax, [row for row in drawn if row.case.beam_size == beam_size], names, batches)
             ax.set_title(f"beam {beam_size}" if beam_size > 1 else "greedy")
         axes[0].set_ylabel("tokens / s")
-        handles = [Patch(label=name, **chart.fill(number)) for number, name in enumerate(names)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-        figure.suptitle(f"{machine.describe()['device']}, {machine.describe()['cores']} cores, float32")
-        return chart.save(figure, Path(path).with_suffix(""))
+        return chart.finish(figure, names, path)
 
 
 def _draw(ax: Axes, rows: Sequence[DecodingRow], names: list[str], batches: list[int]) -> None:

@@ -7,10 +7,9 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from benchmarks import chart, machine
+from benchmarks import chart
 from benchmarks.training_row import TrainingRow
 
 
@@ -38,10 +37,7 @@ def rates(rows: Sequence[TrainingRow], path: str | os.PathLike[str]) -> tuple[Pa
             _draw(ax, [row for row in drawn if row.case.name == model], names)
             ax.set_title(model)
         figure.axes[0].set_ylabel("tokens / s, without padding")
-        handles = [Patch(label=name, **chart.fill(number)) for number, name in enumerate(names)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-        figure.suptitle(f"{machine.describe()['device']}, {machine.describe()['cores']} cores, float32", size=8)
-        return chart.save(figure, Path(path).with_suffix(""))
+        return chart.finish(figure, names, path)
 
 
 def _draw(ax: Axes, rows: Sequence[TrainingRow], names: list[str]) -> None:
