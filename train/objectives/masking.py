@@ -39,7 +39,7 @@ class Masking(Objective):
     ) -> Sums:
         """The cross entropy of every token that is to be found."""
         tokens, at = batch["source"], Coordinates.from_lengths(batch["source_length"], batch["source"].shape[1])
-        key = jax.random.key(0) if dropout_key is None else jax.random.fold_in(dropout_key, 1)
+        key, dropout_key = (jax.random.key(0), None) if dropout_key is None else jax.random.split(dropout_key)
         seen, chosen = hide(tokens, key, model.config.vocab_size)
         logits = model(seen, at, dropout_key=dropout_key)
         weights = chosen & (at.segment != 0)

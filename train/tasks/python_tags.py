@@ -103,7 +103,7 @@ def tag(text: str) -> tuple[str, list[int]]:
 
 
 def _name(name: str, previous: str) -> str:
-    if previous == ".":
+    if previous == "." and not keyword.iskeyword(name):  # only `import` may follow a dot: `from . import x`
         return "a"
     if previous in ("def", "class"):
         return previous.replace("def", "f")[0]

@@ -68,7 +68,13 @@ def test_few_labels_are_some_of_many(root):
 
 def test_keywords_are_those_of_the_language():
     for word in keyword.kwlist:
-        assert tag(f"x.{word}\n")[0][2:-1] == "a" * len(word)
+        assert tag(f"x {word}\n")[0][2:-1] == "k" * len(word)
+
+
+def test_what_follows_a_dot_is_an_attribute_but_for_import():
+    assert tag("x.real\n")[0] == "noaaaaw"
+    assert tag("from . import x\n")[0] == "kkkkwowkkkkkkwnw"
+    assert tag("from ..a import x\n")[0] == "kkkkwooawkkkkkkwnw"
 
 
 def test_no_room_for_a_character():
