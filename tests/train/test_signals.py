@@ -23,11 +23,45 @@ def test_a_signal_is_noted_and_handlers_come_back(number, code):
 
 def test_e1_a_second_signal_ends_the_process():
     script = (
-        "import os, signal; from train.signals import Interrupts\n"
+        "import os, signal, time; from train.signals import Interrupts\n"
         "with Interrupts():\n"
         "    os.kill(os.getpid(), signal.SIGTERM); print('noted', flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); print('still here', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60); print('still here', flush=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout == "noted\n"
-    assert done.returncode == -signal.SIGTERM
+    assert "once more quits at once" in done.stderr
+    assert done.returncode == 128 + signal.SIGINT
+
+
+def test_e1_signals_are_answered_while_python_waits_for_another_language():
+    # A digest that takes hours runs in C, as compilations do in C++: no handler of Python runs until it ends.
+    script = (
+        "import hashlib; from train.signals import Interrupts\n"
+        "with Interrupts():\n"
+        "    print('working', flush=True); hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.readline() == "\n"
+        assert process.stderr.readline() == "stopping after this step; once more quits at once\n"
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+
+
+def test_who_was_woken_before_is_again():
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = signal.set_wakeup_fd(write)
+    try:
+        with Interrupts():
+            pass
+        assert signal.set_wakeup_fd(before) == write
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(read)
+        os.close(write)
