@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Literal, Protocol, TypeVar, get_args
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from jax.nn.initializers import normal, variance_scaling
 from jaxtyping import Array
 
+from seqattn.nn import MemoryCompressedAttention
 from train.parameters import matrices, paths
 
 Distribution = Literal["normal", "uniform"]
@@ -22,8 +24,8 @@ Model = TypeVar("Model", bound=nnx.Module)
 class Initializer(Protocol):
     """A frozen dataclass of settings that can draw a matrix."""
 
-    def draw(self, key: Array, shape: tuple[int, ...], stack: int) -> Array:
-        """An array `[*stack, *window, in, out]` whose first `stack` axes count arrays of their own."""
+    def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
+        """An array `[..., in, out]` whose axes `stack` count arrays of their own, and whose others are a window."""
         ...
 
 
@@ -37,7 +39,7 @@ class Uniform:
     def __post_init__(self) -> None:
         _check_positive("scale", self.scale)
 
-    def draw(self, key: Array, shape: tuple[int, ...], stack: int) -> Array:
+    def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
         """An array of this shape."""
         del stack
         return jax.random.uniform(key, shape, minval=-self.scale, maxval=self.scale)
@@ -53,7 +55,7 @@ class Normal:
     def __post_init__(self) -> None:
         _check_positive("stddev", self.stddev)
 
-    def draw(self, key: Array, shape: tuple[int, ...], stack: int) -> Array:
+    def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
         """An array of this shape."""
         del stack
         return normal(self.stddev)(key, shape)
@@ -72,9 +74,9 @@ class Xavier:
         _check_one_of("distribution", self.distribution, Distribution)
         _check_positive("gain", self.gain)
 
-    def draw(self, key: Array, shape: tuple[int, ...], stack: int) -> Array:
+    def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
         """An array of this shape."""
-        return variance_scaling(self.gain**2, "fan_avg", self.distribution, batch_axis=range(stack))(key, shape)
+        return variance_scaling(self.gain**2, "fan_avg", self.distribution, batch_axis=stack)(key, shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +95,9 @@ class Kaiming:
         _check_one_of("mode", self.mode, Fan)
         _check_positive("gain", self.gain)
 
-    def draw(self, key: Array, shape: tuple[int, ...], stack: int) -> Array:
+    def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
         """An array of this shape."""
-        return variance_scaling(self.gain**2, self.mode, self.distribution, batch_axis=range(stack))(key, shape)
+        return variance_scaling(self.gain**2, self.mode, self.distribution, batch_axis=stack)(key, shape)
 
 
 def redraw(model: Model, initializer: Initializer, *, seed: int) -> Model:
@@ -103,7 +105,8 @@ def redraw(model: Model, initializer: Initializer, *, seed: int) -> Model:
 
     What is drawn is a function of seed, path and shape alone: a layer more changes no other layer. A matrix is
     `[in, out]`, as jax.nn.initializers has it. The kernel of a flax convolution is `[*window, in, out]`, and its fans
-    count the window; of any other array of more axes, as of the weights of experts `[E, D, F]`, each `[D, F]` is one.
+    count the window; so do those of the filters of compressed attention, `[stride, heads, in, out]`, which are one for
+    each head. Of any other array of more axes, as of the weights of experts `[E, D, F]`, each `[D, F]` is one.
 
     Args:
         model: an `nnx.Module`, since only the modules say which kernels are convolutions; it is not changed.
@@ -114,27 +117,30 @@ def redraw(model: Model, initializer: Initializer, *, seed: int) -> Model:
     >>> redraw(layer, Uniform(0.08), seed=0).kernel.shape
     (3, 5)
     """
-    windows = _windows(model)
+    stacks = _stacks(model)
     graph, params, *others = nnx.split(model, nnx.Param, ...)
 
     def anew(value: Array, name: str, is_matrix: bool) -> Array:
         # What a model begins with as zeros does nothing at first, and is meant so: scores of T5, noise of a gate.
         if not is_matrix or not value.any():
             return value
-        stack = value.ndim - 2 - windows.get(name, 0)
+        stack = stacks.get(name, range(value.ndim - 2))
         return initializer.draw(_key(seed, name), value.shape, stack).astype(value.dtype)
 
     drawn = jax.tree.map(anew, params, paths(params), matrices(params))
     return nnx.merge(graph, drawn, *others)
 
 
-def _windows(model: nnx.Module) -> dict[str, int]:
-    """How many axes the window of each convolution has, by the path of its kernel."""
-    return {
-        "/".join([*map(str, path), "kernel"]): len(module.kernel_size)
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, nnx.Conv | nnx.ConvTranspose)
-    }
+def _stacks(model: nnx.Module) -> dict[str, Sequence[int]]:
+    """By the path of each array that has a window, the axes that count arrays of their own."""
+    found: dict[str, Sequence[int]] = {}
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Conv | nnx.ConvTranspose):
+            found["/".join([*map(str, path), "kernel"])] = range(module.kernel[...].ndim - 2 - len(module.kernel_size))
+        elif isinstance(module, MemoryCompressedAttention):
+            heads = 1
+            found |= {"/".join([*map(str, path), name]): (heads,) for name in ("key_filter", "value_filter")}
+    return found
 
 
 def _key(seed: int, path: str) -> Array:

@@ -1,6 +1,8 @@
 """Gradients to updates: an algorithm over a schedule, gradients clipped by their global norm."""
 
 import dataclasses
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,29 @@ import optax.contrib
 from train.parameters import matching, matrices
 
 
+class _Checked:
+    """Refuses numbers by which training cannot go downhill."""
+
+    def __post_init__(self) -> None:
+        for name, (rule, holds) in _RULES.items():
+            value = getattr(self, name, None)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                raise ValueError(f"{name} ({value}) must be {rule}")
+
+
+_RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    **dict.fromkeys(("rate", "peak", "factor", "weight_decay", "initial"), ("at least 0", lambda x: x >= 0)),
+    **dict.fromkeys(("beta1", "beta2", "momentum"), ("in [0, 1)", lambda x: 0 <= x < 1)),
+    **dict.fromkeys(("epsilon", "root_mean_square"), ("positive", lambda x: x > 0)),
+    "warmup_steps": ("at least 0", lambda x: x >= 0),
+    "final": ("in [0, 1]", lambda x: 0 <= x <= 1),
+    "model_dim": ("at least 1", lambda x: x >= 1),
+}
+"""Of each field by name: what it must be."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Constant:
+class Constant(_Checked):
     """One rate after a linear warm-up."""
 
     rate: float = 1e-3
@@ -26,7 +49,7 @@ class Constant:
 
 
 @dataclasses.dataclass(frozen=True)
-class Noam:
+class Noam(_Checked):
     """`factor * model_dim**-0.5 * min(step**-0.5, step * warmup_steps**-1.5)` (Vaswani 2017, equation 3)."""
 
     model_dim: int = 512
@@ -39,6 +62,8 @@ class Noam:
     def schedule(self, steps: int) -> optax.Schedule:
         """The rate of each update; the first update is step 1 of the equation."""
         del steps
+        if self.warmup_steps < 1:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) of Noam must be at least 1")
 
         def rate(step: jax.Array) -> jax.Array:
             count = jnp.asarray(step, jnp.float32) + 1
@@ -48,7 +73,7 @@ class Noam:
 
 
 @dataclasses.dataclass(frozen=True)
-class InverseSquareRoot:
+class InverseSquareRoot(_Checked):
     """Linear warm-up to a peak, then `peak * (warmup_steps / step)**0.5` (fairseq's inverse_sqrt)."""
 
     peak: float = 5e-4
@@ -69,7 +94,7 @@ class InverseSquareRoot:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cosine:
+class Cosine(_Checked):
     """Linear warm-up to a peak, then half a cosine down to a share of it (Loshchilov 2017)."""
 
     peak: float = 1e-3
@@ -95,7 +120,7 @@ class Cosine:
 
 
 @dataclasses.dataclass(frozen=True)
-class InverseTime:
+class InverseTime(_Checked):
     """`rate / (t + 1)`, where t counts periods of `every` updates (the lecture's schedule, a period an epoch)."""
 
     rate: float = 1e-3
@@ -121,7 +146,7 @@ class SGD:
 
 
 @dataclasses.dataclass(frozen=True)
-class Momentum:
+class Momentum(_Checked):
     """A running sum of gradients times the learning rate (Polyak 1964; Sutskever 2013, equations 1 to 4)."""
 
     momentum: float = 0.9
@@ -129,17 +154,13 @@ class Momentum:
     nesterov: bool = False
     """Look ahead: add the gradient once more to the sum after it decayed once more (Nesterov 1983)."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum ({self.momentum}) must be in [0, 1)")
-
     def transformation(self, rate: optax.Schedule) -> optax.GradientTransformation:
         """Gradients to updates."""
         return optax.sgd(rate, momentum=self.momentum, nesterov=self.nesterov)
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaGrad:
+class AdaGrad(_Checked):
     """Gradients over the root of the sum of all squared gradients so far (Duchi 2011)."""
 
     initial: float = 0.1
@@ -147,17 +168,13 @@ class AdaGrad:
     epsilon: float = 1e-7
     """Added to the sum under the root."""
 
-    def __post_init__(self) -> None:
-        if self.initial < 0:
-            raise ValueError(f"initial ({self.initial}) must be at least 0")
-
     def transformation(self, rate: optax.Schedule) -> optax.GradientTransformation:
         """Gradients to updates."""
         return optax.adagrad(rate, initial_accumulator_value=self.initial, eps=self.epsilon)
 
 
 @dataclasses.dataclass(frozen=True)
-class Adam:
+class Adam(_Checked):
     """Adam (Kingma 2015)."""
 
     beta1: float = 0.9
@@ -173,7 +190,7 @@ class Adam:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW:
+class AdamW(_Checked):
     """Adam with decoupled weight decay on matrices, not on norms and biases (Loshchilov 2019)."""
 
     beta1: float = 0.9
@@ -192,7 +209,7 @@ class AdamW:
 
 
 @dataclasses.dataclass(frozen=True)
-class Muon:
+class Muon(_Checked):
     """Momentum of matrices, orthogonalised (Jordan 2024); everything else, tables and logits too, by AdamW.
 
     An orthogonal matrix has the root mean square 1 / sqrt(its longer side); the update is scaled to a fixed one, so
@@ -214,10 +231,6 @@ class Muon:
     """AdamW's decay of the mean of squared gradients."""
     epsilon: float = 1e-9
     """Added to the root of the latter."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum ({self.momentum}) must be in [0, 1)")
 
     def transformation(self, rate: optax.Schedule) -> optax.GradientTransformation:
         """Gradients to updates."""

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from seqattn.nn import MemoryCompressedAttention
 from tests.parameters import drawn
 from train.initializers import Kaiming, Normal, Uniform, Xavier, redraw
 
-D, F, E, WINDOW = 37, 61, 11, 5
+D, F, E, WINDOW, COMPRESSED = 37, 61, 11, 5, 13
 
 
 class Model(nnx.Module):
@@ -24,6 +25,7 @@ class Model(nnx.Module):
         self.conv = nnx.Conv(D, F, kernel_size=(WINDOW,), **options)
         self.norm = nnx.LayerNorm(D, **options)
         self.buckets = nnx.Param(jnp.zeros((7, 3), dtype))
+        self.compressed = MemoryCompressedAttention(COMPRESSED * 7, COMPRESSED, stride=WINDOW, **options)
         self.count = nnx.BatchStat(jnp.zeros((2, 3)))
 
 
@@ -36,10 +38,11 @@ def model():
 
 def kernels(model):
     found = {"layer": model.layers[0].kernel, "experts": model.experts.kernel, "conv": model.conv.kernel}
+    found["filter"] = model.compressed.key_filter
     return {name: np.asarray(kernel[...], np.float64) for name, kernel in found.items()}
 
 
-FANS = {"layer": (D, F), "experts": (D, F), "conv": (WINDOW * D, WINDOW * F)}
+FANS = {"layer": (D, F), "experts": (D, F), "conv": (WINDOW * D, WINDOW * F), "filter": (WINDOW * 7, WINDOW * 7)}
 """Fan in and fan out of each kind of kernel."""
 
 
@@ -80,7 +83,10 @@ def test_only_matrices_of_parameters_that_are_not_zero_change(model):
         assert path == same_path
         assert type(old) is type(new)
         changed[path[-1]] = not np.array_equal(old[...], new[...])
-    assert changed == {"kernel": True, "bias": False, "scale": False, "buckets": False, "count": False}
+    assert changed == {"kernel": True, "bias": False, "scale": False, "buckets": False, "count": False} | {
+        "key_filter": True,
+        "value_filter": True,
+    }
 
 
 def test_the_model_itself_is_not_changed():
@@ -97,7 +103,7 @@ def test_a_draw_is_a_function_of_seed_and_path_alone(model):
     firsts = [deeper.layers[index].kernel[0, 0].item() for index in range(3)]
     firsts += [deeper.experts.kernel[index, 0, 0].item() for index in range(E)]
     firsts += [values.flat[0] for values in kernels(redraw(model, Normal(), seed=-5)).values()]
-    assert len(set(firsts)) == 3 + E + 3
+    assert len(set(firsts)) == 3 + E + len(FANS)
 
 
 def test_a_matrix_keeps_its_dtype(model):

@@ -1,6 +1,7 @@
 """Schedules against their formulas, algorithms against NumPy, and what decays and is clipped."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -299,3 +300,27 @@ def test_muon_leaves_tables_and_logits_to_adamw(model, config, adam):
     labels = dict(zip(jax.tree.leaves(paths(params)), jax.tree.leaves(Muon()._labels(params)), strict=True))
     is_matrix = dict(zip(labels, jax.tree.leaves(matrices(params)), strict=True))
     assert {path for path, label in labels.items() if label == "adam" and is_matrix[path]} == adam
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        (Constant, "rate", -1e-3),
+        (Cosine, "peak", float("nan")),
+        (Cosine, "final", 1.5),
+        (InverseSquareRoot, "warmup_steps", -1),
+        (Adam, "beta1", 1.0),
+        (AdamW, "epsilon", 0.0),
+        (AdamW, "weight_decay", -0.1),
+        (Muon, "root_mean_square", float("inf")),
+        (Noam, "model_dim", 0),
+    ],
+)
+def test_numbers_by_which_nothing_is_learned_are_refused(make, name, value):
+    with pytest.raises(ValueError, match=rf"{name} \({re.escape(str(value))}\) must be "):
+        make(**{name: value})
+
+
+def test_noam_needs_a_warm_up():
+    with pytest.raises(ValueError, match=r"warmup_steps \(0\) of Noam must be at least 1"):
+        Noam(warmup_steps=0).schedule(10)
