@@ -26,7 +26,7 @@ def by_length(folder: Path) -> dict[int, float]:
     """The share of the test split's examples that are written exactly, for each number of characters of the source."""
     trained = run.load(folder)
     objectives.check_serves(trained, "by_length", objectives.SequenceToSequence)
-    split = trained.experiment.task.load()["test"]
+    split = trained.splits()["test"]
     outputs = Translator(trained.model, trained.tokenizer)(list(split["source"]))
     right: dict[int, list[bool]] = defaultdict(list)
     for source, target, output in zip(split["source"], split["target"], outputs, strict=True):

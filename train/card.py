@@ -73,13 +73,32 @@ def card(
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Figures of a run: the split, how many examples of it, updates until then, figures, and sacrebleu's signature."""
+    """Figures of a run.
+
+    Attributes:
+        split: of the examples.
+        examples: how many.
+        step: updates until then.
+        average: the parameters were the mean of so many checkpoints.
+        beam_size: hypotheses of each text.
+        numbers: the figures by name.
+        signatures: those of sacrebleu, by figure.
+    """
 
     split: str
     examples: int | None
     step: int
+    average: int
+    beam_size: int
     numbers: Mapping[str, float]
-    signature: str | None
+    signatures: Mapping[str, str]
+
+    def described(self) -> str:
+        """What they are of."""
+        of = "" if self.examples is None else f" of {self.examples:,} examples"
+        how = f", by the mean of the latest {self.average} checkpoints" * (self.average > 1)
+        how += f", with a beam of {self.beam_size}" * (self.beam_size > 1)
+        return f"On the {self.split} split{of}, after {self.step:,} updates{how}"
 
 
 def _results(folder: Path) -> Results | None:
@@ -94,8 +113,15 @@ def _results(folder: Path) -> Results | None:
     numbers = {name: x for name, x in row.items() if isinstance(x, float)}
     if not numbers:
         return None
-    step = row.get("steps", row.get("step", 0))
-    return Results(row.get("split", "validation"), row.get("examples"), step, numbers, row.get("sacrebleu"))
+    return Results(
+        split=row.get("split", "validation"),
+        examples=row.get("examples"),
+        step=row.get("steps", row.get("step", 0)),
+        average=row.get("average", 1),
+        beam_size=row.get("beam_size", 1),
+        numbers=numbers,
+        signatures=row.get("sacrebleu", {}),
+    )
 
 
 def _header(name: str, kind: str, model: str, task: str, results: Results | None, license: str | None) -> str:
@@ -156,13 +182,11 @@ def _written(value: Any) -> str:
 def _figures(results: Results | None, step: int, average: int) -> str:
     if results is None:
         return "## Results\n\nNot measured."
-    of = "" if results.examples is None else f" of {results.examples:,} examples"
-    lines = [f"On the {results.split} split{of}, after {results.step:,} updates:\n", "| figure | value |", "|---|---|"]
+    lines = [f"{results.described()}:\n", "| figure | value |", "|---|---|"]
     lines += [f"| {name} | {value:.4f} |" for name, value in results.numbers.items()]
-    if results.signature is not None:
-        lines.append(f"\nBLEU by sacrebleu: `{results.signature}`")
-    if average > 1 or results.step != step:
-        lines.append("\nThey are of the parameters at that step, not of those here.")
+    lines += [f"\n{name} by sacrebleu: `{signature}`" for name, signature in results.signatures.items()]
+    if (results.average, results.step) != (average, step):
+        lines.append("\nThey are of those parameters, not of the ones here.")
     return "## Results\n\n" + "\n".join(lines)
 
 

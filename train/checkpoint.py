@@ -179,8 +179,11 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is not None and jax.process_count() > 1:
+            self._background.shutdown()  # the others are elsewhere and cannot be asked
+        else:
+            self.close()
 
     def _finish(self, step: int, folder: Path, begin: Callable[[], Any]) -> None:
         """What is done of a save in the background."""

@@ -65,7 +65,7 @@ from train.tasks import (
     RenderedText,
     Reverse,
 )
-from train.tokenizer import ByteLevelBPE, Characters
+from train.tokenizer import ByteLevelBPE, Characters, SavedTokenizer
 
 Task = (
     Dates
@@ -118,7 +118,7 @@ class Experiment:
     """Which model; a vocab_size of 0 is taken from the tokenizer."""
     run: Path
     """Folder of the run: checkpoints, metrics.jsonl, samples, pictures. The same command again resumes there."""
-    tokenizer: Characters | ByteLevelBPE = Characters()
+    tokenizer: Characters | ByteLevelBPE | SavedTokenizer = Characters()
     """How text becomes tokens; trained on the training split."""
     batches: Batches = Batches()
     """How examples become batches."""
@@ -172,6 +172,8 @@ class Experiment:
     """An update that is not finite is left out; stop after so many in a row."""
     bleu: bool = False
     """Also measure BLEU and chrF, with sacrebleu."""
+    accept_changes: bool = False
+    """Let a run that goes on have other steps, optimizer, batches and so on than before; they are told."""
     seed: int = 0
     """Decides parameters, order of examples and dropout; 0 to 2**32 - 1."""
 
@@ -206,7 +208,7 @@ class Experiment:
             raise ValueError(
                 f"average ({self.average}) must be at most the number of checkpoints at the end ({saved}), by "
                 f"keep_checkpoints ({self.keep_checkpoints}), steps ({self.steps}) and evaluate_every "
-                f"({self.evaluate_every})"
+                f"({self.evaluate_every}); --average 1 takes the last one alone"
             )
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema ({self.ema}) must be between 0 and 1, or None for no average")
@@ -229,7 +231,7 @@ _TYPES: dict[str, type] = {
         *(InverseSquareRoot, InverseTime, Kaiming, LanguageModelConfig, Learned, LinearBiases, Local),
         *(MaskedTokens, MixtureConfig, Momentum, Monotonic, Multi30k, Muon, Noam, Normal, Optimizer, ParallelFiles),
         *(Patches, Path, Predictive, Processes, PythonCode, PythonTags, RecurrentLanguageModelConfig, RelativeKeys),
-        *(Replicated, Sharded),
+        *(Replicated, SavedTokenizer, Sharded),
         *(RenderedText, Reverse, Rotary, Score, Seq2SeqConfig, SGD, Sinusoidal, TextLabels, TokenLabels),
         *(TransformerConfig, Uniform, Window, Xavier),
     )

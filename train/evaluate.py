@@ -30,7 +30,7 @@ def main(arguments: Arguments) -> None:
     if arguments.beam_size < 1:
         raise ValueError(f"--beam-size ({arguments.beam_size}) must be at least 1")
     trained = run.load(arguments.run, average=arguments.average)
-    split = trained.experiment.task.load()[arguments.split]
+    split = trained.splits()[arguments.split]
     if arguments.examples is not None:
         if arguments.examples < 1:
             raise ValueError(f"--examples ({arguments.examples}) must be at least 1")
@@ -43,8 +43,8 @@ def main(arguments: Arguments) -> None:
     print(f"{arguments.split} split of {arguments.run}: {len(split)} examples, after {trained.step} updates{how}")
     for name, value in scores.numbers.items():
         print(f"{name}: {value:.4f}")
-    if scores.signature is not None:
-        print(f"sacrebleu: {scores.signature}")
+    for name, signature in scores.signatures.items():
+        print(f"sacrebleu of {name}: {signature}")
 
 
 if __name__ == "__main__":

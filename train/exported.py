@@ -26,10 +26,10 @@ import safetensors.numpy
 from seqattn.interop import ModelConfig, from_arrays, from_dict, to_arrays, to_dict
 from seqattn.models import CaptionerConfig, EncoderConfig, MaskedTokens, TextLabels, TokenLabels
 from train import run
-from train.run import Run
+from train.run import PARAMETERS, Run
 from train.tokenizer import Tokenizer
 
-CONFIG, PARAMETERS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 FORWARD, CARD, SUMS = "forward.stablehlo", "README.md", "SHA256SUMS"
 FORMAT, VERSION = "seqattn", 1
 

@@ -22,7 +22,7 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsFile:
-    """Rows of metrics as one flat JSON object a line, each on disk as soon as it is written.
+    """Rows of metrics as one flat JSON object a line, each handed to the system at once.
 
     JSON has no word for what is not finite, so such numbers are written as the strings "NaN", "Infinity" and
     "-Infinity"; `read_metrics` turns them back. An existing file is continued; a last line that a killed run left
@@ -39,16 +39,25 @@ class MetricsFile:
         self.path, self._also = Path(path), also
         if self.path.exists():
             _drop_torn_line(self.path)
-        self._file = self.path.open("ab")
+        self._file = self._open()
+
+    def _open(self) -> io.FileIO:
+        # Without a buffer: a row that a full disk does not take is not tried again when the file is closed.
+        return self.path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends one row. Values are text, truth values, None, and Python, NumPy or JAX numbers.
 
         Raises:
             TypeError: a value is none of these, such as an array of several numbers.
+            OSError: the disk does not take the row; the message names the file.
         """
-        self._file.write(_line(row))
-        self._file.flush()
+        rest = _line(row)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise OSError(f"{self.path}: a row could not be written ({error.strerror}): mend that, go on") from error
         if self._also is not None:
             self._also(row)
 
@@ -57,7 +66,7 @@ class MetricsFile:
         kept = [row for row in read_metrics(self.path) if row.get("step", 0) <= step]
         self._file.close()
         replace(self.path, b"".join(map(_line, kept)))
-        self._file = self.path.open("ab")
+        self._file = self._open()
 
     def close(self) -> None:
         """Closes the file; nothing is written afterwards."""

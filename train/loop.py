@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 
 from train import lock, objectives, run
-from train.batches import iterate, stream
+from train.batches import iterate
 from train.checkpoint import agreed_numbers
 from train.config import Experiment, encode
 from train.distributed import Agreement, any_process, is_first
@@ -32,6 +33,8 @@ _SAMPLES, _METRICS = 3, "metrics.jsonl"
 def train(experiment: Experiment) -> int:
     """Trains, or goes on where the run folder stopped; returns the exit code of the process.
 
+    Where an error came from stands in `traceback.txt` of the run folder.
+
     Raises:
         ValueError: the run folder holds something else or is being trained in, or the settings do not fit the data or
             the devices, or updates are not finite any more.
@@ -40,7 +43,8 @@ def train(experiment: Experiment) -> int:
     experiment.processes.connect()
     with _locked(experiment.run):
         session = prepare(experiment)
-        with Interrupts() as interrupts, session.checkpoints:
+        where = _logs(experiment.run) / "traceback.txt"
+        with Interrupts() as interrupts, session.checkpoints, _noting_where(where):
             stopped = _train(session, interrupts)
             # What was saved last is waited for here.
             session.checkpoints.wait()
@@ -71,30 +75,34 @@ def _locked(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+@contextmanager
+def _noting_where(file: Path) -> Iterator[None]:
+    """Writes down the traceback of an error, of which a command tells a sentence."""
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(OSError):
+            file.write_text(traceback.format_exc(), "utf-8")
+        raise
+
+
 def _train(session: Session, interrupts: Interrupts) -> bool:
     """Whether a signal ended it."""
     experiment, first = session.experiment, int(session.state.step)
     logs = _logs(experiment.run)
     missed = any_process(is_first() and _missed_validation(session, first))
-    if (first == experiment.steps and not missed) or _is_exhausted(session, print):
+    if _is_exhausted(session, print) or (first == experiment.steps and not missed):
         return False
     placed, agreed = session.placed, Agreement()
-    rows = session.objective.examples(session.splits["train"])
-    sizes: dict[str, Any] = {
-        "multiple": placed.rows * experiment.pieces,
-        "lengths": placed.lengths,
-        "part": placed.part,
-    }
-    order = stream(experiment.batches, rows, seed=experiment.seed, **sizes)
     with ExitStack() as files:
         silent = None if is_first() else files.enter_context(open(os.devnull, "w", encoding="utf-8"))
         progress = files.enter_context(Progress(experiment.steps, initial_step=first, stream=silent))
-        also = files.enter_context(_trackers(experiment)).write
+        also = files.enter_context(_trackers(experiment, first + 1)).write
         metrics = files.enter_context(MetricsFile(logs / _METRICS, also=also))
         samples = files.enter_context(MetricsFile(logs / "samples.jsonl"))
-        _greet(session, progress, len(rows))
-        for file in (metrics, samples):
-            file.truncate_after(first)
+        _greet(session, progress)
+        metrics.truncate_after(first)
+        samples.truncate_after(first - missed)
         if missed:
             _validate(session, first, metrics, samples, progress)
             if _is_exhausted(session, progress.print):
@@ -102,7 +110,7 @@ def _train(session: Session, interrupts: Interrupts) -> bool:
         meter = Meter(experiment, session.objective, session.graph, metrics, progress, placed.part[1])
         profile = Profile(experiment.profile, logs / "profile", progress.print)
         files.callback(profile.close)
-        batches = iterate(order, start=first)
+        batches = iterate(session.batches, start=first)
         for step in range(first + 1, experiment.steps + 1):
             with profile.step(step, session.state) as finished:
                 with meter.waiting(), profile.waiting():
@@ -134,10 +142,10 @@ def _logs(folder: Path) -> Path:
     return folder
 
 
-def _trackers(experiment: Experiment) -> Trackers:
+def _trackers(experiment: Experiment, first: int) -> Trackers:
     if not is_first():
         return Trackers(experiment.run)
-    wanted: dict[str, Any] = {"tensorboard": experiment.tensorboard, "wandb": experiment.wandb}
+    wanted: dict[str, Any] = {"tensorboard": experiment.tensorboard, "wandb": experiment.wandb, "first": first}
     return Trackers(experiment.run, **wanted, config=encode(experiment))
 
 
@@ -168,20 +176,25 @@ def _is_exhausted(session: Session, say: Callable[[str], None]) -> bool:
     exhausted = patience is not None and bool(best) and len(checks) - 1 - checks.index(best[0]) >= patience
     if not any_process(is_first() and exhausted):
         return False
+    whole = session.checkpoints.steps
     # Another process may not have seen all evaluations.
-    (step,) = agreed_numbers([best[0]["step"]] if is_first() else [0])
+    (step,) = agreed_numbers([next((row["step"] for row in best if row["step"] in whole), 0)] if is_first() else [0])
+    if not step:
+        raise ValueError(f"{session.checkpoints.folder} holds none of the evaluated steps as it was written")
     session.checkpoints.forget_after(step)
     session.state = session.placed.place(session.checkpoints.restore(session.state))
-    said = f", {best[0]['loss']:.4f}" if is_first() else ""
-    say(f"stopped early: the validation loss is lowest after {step} updates{said}")
+    said = "".join(f", {row['loss']:.4f}" for row in best if row["step"] == step)
+    lost = "" if not best or best[0]["step"] == step else f"; what was best, after {best[0]['step']}, is damaged"
+    say(f"stopped early: the validation loss is lowest after {step} updates{said}{lost}")
     return True
 
 
-def _greet(session: Session, progress: Progress, count: int) -> None:
+def _greet(session: Session, progress: Progress) -> None:
     leaves = jax.tree.leaves(session.state.params)
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     progress.print(
-        f"{session.experiment.run}: {sum(leaf.size for leaf in leaves):,} parameters, {count:,} training examples, "
+        f"{session.experiment.run}: {sum(leaf.size for leaf in leaves):,} parameters, "
+        f"{len(session.splits['train']):,} training examples, "
         f"{session.objective.tokenizer.vocab_size:,} tokens, "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}{processes}"
     )
@@ -201,7 +214,8 @@ def _check_skipped(session: Session) -> None:
     )
     raise ValueError(
         f"the loss or its gradient was not finite in {in_a_row} updates in a row, the last one step "
-        f"{int(session.state.step)}: {where}; a lower learning rate or --optimizer.clip-norm may help"
+        f"{int(session.state.step)}: {where}; a lower learning rate or --optimizer.clip-norm may help, with "
+        "--accept-changes True"
     )
 
 
@@ -210,12 +224,13 @@ def _validate(session: Session, step: int, metrics: MetricsFile, samples: Metric
     split = session.splits["validation"]
     split = split.select(range(min(len(split), experiment.evaluate_examples)))
     scores = session.objective.evaluate(session.model, split)
-    metrics.write({"step": step, "kind": "validation", **scores.numbers})
     progress.print(f"step {step}  validation  " + _described(scores))
+    # The samples first: by its row of metrics an evaluation counts as done.
     for index in np.random.default_rng(step).permutation(len(scores.outputs))[:_SAMPLES]:
         row = split[int(index)]
         samples.write({"step": step, **row, "output": scores.outputs[index]})
         progress.print(f"  {row['source']}\n    reference {row['target']}\n    output    {scores.outputs[index]}")
+    metrics.write({"step": step, "kind": "validation", **scores.numbers})
 
 
 def _described(scores: Scores) -> str:
@@ -231,14 +246,16 @@ def _finish(session: Session) -> None:
     model = run.load(folder, average=average).model if average > 1 else session.model
     if not is_first():
         return
+    if average < experiment.average:
+        print(f"the mean is of {average} checkpoints, not of {experiment.average}: {folder} holds no more")
     objective = objectives.make(
         experiment, session.objective.tokenizer, session.objective.labels, beam_size=experiment.beam_size
     )
     scores = objective.evaluate(model, test)
     results = {"split": "test", "examples": len(test), "steps": int(session.state.step), **scores.numbers}
     results |= {"average": average, "beam_size": experiment.beam_size}
-    if scores.signature is not None:
-        results["sacrebleu"] = scores.signature
+    if scores.signatures:
+        results["sacrebleu"] = scores.signatures
     replace(folder / "results.json", json.dumps(results, indent=2).encode())
     learning_curves(read_metrics(folder / _METRICS), folder / "curves")
     objective.draw(model, test, folder / "attention")

@@ -20,7 +20,7 @@ def draw(trained: Run, texts: Sequence[str] = ()) -> list[Path]:
     paths = list(learning_curves(read_metrics(trained.folder / "metrics.jsonl"), trained.folder / "curves"))
     if not texts:
         objective = objectives.make(trained.experiment, trained.tokenizer, trained.labels)
-        return paths + objective.draw(trained.model, trained.experiment.task.load()["test"], folder)
+        return paths + objective.draw(trained.model, trained.splits()["test"], folder)
     if isinstance(trained.model, Encoder):
         return paths + draw_heads(trained.model, trained.tokenizer, texts, folder)
     return paths + draw_texts(trained.model, trained.tokenizer, texts, folder)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,17 +22,24 @@ from train.freezing import freeze
 from train.step import start
 from train.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
+PARAMETERS = "model.safetensors"
+"""What the folder of an exported model holds, and no run folder."""
+
 _TRIES = 5
 
 _SHOWN = (
     *("run", "log_every", "tensorboard", "wandb", "profile", "bleu", "average", "beam_size"),
     *("keep_best", "max_skipped", "parallel", "processes"),
 )
-_FREE = (*_SHOWN, "evaluate_every", "evaluate_examples", "keep_checkpoints")
+_FREE = (*_SHOWN, "accept_changes", "evaluate_every", "evaluate_examples", "keep_checkpoints")
 """Fields in which a resumed run may differ: they change what is shown and kept, not the parameters.
 
 On another number of devices dropout, rounding and, where their rows do not divide, batches are others.
 """
+_CHANGEABLE = ("steps", "optimizer", "batches", "label_smoothing", "pieces", "compute_dtype", "patience", "seed")
+"""Those that may differ where the user says so, at the price of a run that no single command repeats."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Run:
         labels: the labels of a model that gives labels, in the order of their ids.
         step: updates that the parameters have seen.
         model: the model with these parameters.
+        data: the digest of the examples.
     """
 
     folder: Path
@@ -53,6 +62,21 @@ class Run:
     labels: tuple[str, ...]
     step: int
     model: Any
+    data: str
+
+    def splits(self) -> dict[str, Dataset]:
+        """The examples of its task, by split.
+
+        Raises:
+            ValueError: they are others than those of its training, by which it may have seen those of another split.
+        """
+        splits = self.experiment.task.load()
+        if fingerprint(splits) != self.data:
+            raise ValueError(
+                f"the examples are not those that {self.folder} was trained with, so that no split is known to be "
+                "unseen; bring back the data, or train anew in another folder"
+            )
+        return splits
 
 
 def build(config: Model, *, seed: int) -> nnx.Module:
@@ -97,18 +121,32 @@ def to_text(experiment: Experiment) -> str:
 
 
 def check_same(folder: Path, saved: str, experiment: Experiment) -> None:
-    """Raises ValueError where a saved config differs from the experiment in what decides the parameters."""
+    """Raises ValueError where a saved config differs from the experiment in what decides the parameters.
+
+    Where the files of a task lie does not: their texts have a digest.
+    """
     # Decoded first: what was added since has its default there.
-    wrong = differences(encode(decode(json.loads(saved))), encode(experiment))
+    before, now = encode(decode(json.loads(saved))), encode(experiment)
+    before["task"], now["task"] = _without_paths(before["task"]), _without_paths(now["task"])
     # With patience it is the evaluations that decide where training stops.
-    free = _FREE if experiment.patience is None else _SHOWN
-    wrong = [line for line in wrong if re.split(r"[.:]", line)[0] not in free]
-    if wrong:
+    free = _FREE if experiment.patience is None else (*_SHOWN, "accept_changes")
+    wrong = [line for line in differences(before, now) if re.split(r"[.:]", line)[0] not in free]
+    others = [line for line in wrong if re.split(r"[.:]", line)[0] not in _CHANGEABLE]
+    if wrong and not others and experiment.accept_changes:
+        log.warning("%s goes on otherwise than before (there and here): %s", folder, "; ".join(wrong))
+    elif wrong:
+        changeable = "" if others else ", or --accept-changes True to go on otherwise"
         raise ValueError(
             f"{folder} holds a run with another configuration (there and here):\n  "
             + "\n  ".join(wrong)
-            + "\nGive the same flags to resume it, or another folder with --run"
+            + f"\nGive the same flags to resume it, or another folder with --run{changeable}"
         )
+
+
+def _without_paths(task: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: None if isinstance(value, dict) and value.get("type") == "Path" else value for name, value in task.items()
+    }
 
 
 def regular(steps: Iterable[int], experiment: Experiment) -> list[int]:
@@ -139,6 +177,8 @@ def load(folder: Path, *, average: int = 1) -> Run:
 def _load(folder: Path, average: int) -> Run:
     checkpoints = Checkpoints(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
     latest = None if checkpoints is None else checkpoints.latest
+    if (folder / PARAMETERS).exists():
+        raise ValueError(f"{folder} is an exported model, which has no examples to be judged by: give its run folder")
     if checkpoints is None or latest is None:
         raise FileNotFoundError(
             f"{folder} holds no checkpoint; train it with python -m train EXPERIMENT --run {folder}"
@@ -158,4 +198,4 @@ def _load(folder: Path, average: int) -> Run:
     checkpoints.close()
     labels = tuple(json.loads(texts.get("labels", "[]")))
     tokenizer = Tokenizer.from_json(texts["tokenizer"])
-    return Run(folder, experiment, tokenizer, labels, steps[-1], nnx.merge(graph, params))
+    return Run(folder, experiment, tokenizer, labels, steps[-1], nnx.merge(graph, params), texts["data"])

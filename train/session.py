@@ -1,18 +1,21 @@
 """What one process needs to train: an experiment brought to life, or refused before anything is compiled or written."""
 
 import dataclasses
+import importlib.metadata
 import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grain
 import optax
 from datasets import Dataset
 from flax import nnx
 
 from seqattn.models import Learned
 from train import exported, lock, objectives, run
+from train.batches import Example, stream
 from train.checkpoint import Checkpoints
 from train.config import Experiment
 from train.disk_space import check_space
@@ -36,6 +39,7 @@ class Session:
         experiment: the resolved experiment.
         objective: what it is about, with its tokenizer and labels.
         splits: examples by split.
+        batches: those of all updates, in order.
         texts: what checkpoints hold beside numbers: config, tokenizer, digest of the data.
         graph: the model's structure.
         placed: the update, over the devices.
@@ -46,6 +50,7 @@ class Session:
     experiment: Experiment
     objective: Objective
     splits: dict[str, Dataset]
+    batches: grain.MapDataset
     texts: dict[str, str]
     graph: nnx.GraphDef
     placed: Placed
@@ -92,35 +97,40 @@ def prepare(experiment: Experiment) -> Session:
     experiment = run.resolve(experiment, tokenizer, labels)
     texts = {"config": run.to_text(experiment), "tokenizer": tokenizer.to_json(), "data": run.fingerprint(splits)}
     texts["labels"] = json.dumps(labels, ensure_ascii=False)
-    if saved is not None:
+    if checkpoints is not None and saved is not None:
         run.check_same(folder, saved["config"], experiment)
+        _check_steps(checkpoints.latest or 0, experiment)
         if saved["data"] != texts["data"]:
             raise ValueError(f"the examples are not those that {folder} was trained on; give another folder with --run")
     optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
     # A run that goes on takes everything from its checkpoint: what it began with need not be there any more.
     begun = fresh(experiment, tokenizer) if saved is None else run.build(experiment.model, seed=experiment.seed)
-    _check_lengths(experiment, objective, splits, begun)
+    rows = _examples(experiment, objective, splits, begun)
     graph, state = start(begun, optimizer, average=experiment.ema is not None)
     placed = _placed(experiment, objective, graph, optimizer)
+    batches = _batches(experiment, rows, placed)
     state = placed.place(state)
+    texts["versions"] = json.dumps(_versions())
     texts["rows"] = str(placed.rows * placed.part[1] * experiment.pieces)
     if placed.lengths > 1:
         texts["rows"] += f" with lengths that are multiples of {placed.lengths}"
     if saved is not None and saved["rows"] != texts["rows"]:
-        rows = saved["rows"], texts["rows"]
         log.warning(
-            "%s: the rows of a batch, a multiple of %s, are one of %s here: other batches follow", folder, *rows
+            "%s: the rows of a batch, a multiple of %s, are one of %s here: other batches follow",
+            *(folder, saved["rows"], texts["rows"]),
         )
+    if saved is not None and (others := _other_versions(json.loads(saved.get("versions", "{}")))):
+        log.warning("%s: other versions than before (%s): numbers or the order may be others", folder, others)
     if is_first():
         folder.mkdir(parents=True, exist_ok=True)
         replace(folder / "tokenizer.json", texts["tokenizer"].encode())
         replace(folder / "config.json", texts["config"].encode())
-        check_space(folder / "checkpoints", state, experiment.keep_checkpoints)
+        check_space(folder / "checkpoints", state, experiment.keep_checkpoints + experiment.keep_best)
     if checkpoints is None:
         checkpoints = _checkpoints(experiment)
     if saved is not None:
         state = placed.place(checkpoints.restore(state))
-    return Session(experiment, objective, splits, texts, graph, placed, state, checkpoints)
+    return Session(experiment, objective, splits, batches, texts, graph, placed, state, checkpoints)
 
 
 def _checkpoints(experiment: Experiment) -> Checkpoints:
@@ -184,12 +194,46 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{folder} holds files but no run; give an empty or new folder with --run")
 
 
-def _check_lengths(experiment: Experiment, objective: Objective, splits: dict[str, Dataset], model: Any) -> None:
-    """Raises ValueError where a text has more tokens than the model has learned positions, by the longest of them."""
+def _check_steps(latest: int, experiment: Experiment) -> None:
+    if latest > experiment.steps:
+        raise ValueError(f"steps ({experiment.steps}) must be at least the {latest} updates that {experiment.run} has")
+
+
+def _batches(experiment: Experiment, rows: list[Example], placed: Placed) -> grain.MapDataset:
+    sizes: dict[str, Any] = {
+        "multiple": placed.rows * experiment.pieces,
+        "lengths": placed.lengths,
+        "part": placed.part,
+    }
+    return stream(experiment.batches, rows, seed=experiment.seed, **sizes)
+
+
+_VERSIONED = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "tokenizers")
+"""Packages that decide what is computed, or in which order."""
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _VERSIONED}
+
+
+def _other_versions(saved: dict[str, str]) -> str:
+    """What is not as it was, in words."""
+    others = {name: now for name, now in _versions().items() if saved.get(name, now) != now}
+    return ", ".join(f"{name} {saved[name]}, now {now}" for name, now in others.items())
+
+
+def _examples(experiment: Experiment, objective: Objective, splits: dict[str, Dataset], model: Any) -> list[Example]:
+    """The examples of the training split.
+
+    Raises:
+        ValueError: a text of any split has a label that is not known, or more tokens than the model has learned
+            positions, by the longest of them.
+    """
     limits = ", ".join(f"{flag} ({most})" for flag, most in _learned(experiment.model, "--model"))
     beyond: list[tuple[int, int, str]] = []
-    for name, split in splits.items():
-        for source, target in objective.examples(split) if limits else ():
+    rows = {name: objective.examples(splits[name]) for name in splits if name == "train" or limits or objective.labels}
+    for name, examples in rows.items():
+        for source, target in examples if limits else ():
             left_out = name == "train" and max(len(source), len(target)) > experiment.batches.max_length
             room, wanted = model.room(len(source)), max(1, len(target) - 1)
             if not left_out and room is not None and room < wanted:
@@ -200,6 +244,7 @@ def _check_lengths(experiment: Experiment, objective: Objective, splits: dict[st
             f"{len(beyond)} texts are longer than the learned positions, the longest in the {name} split: a source of "
             f"{source_length} and a target of {target_length} tokens; raise {limits}"
         )
+    return rows["train"]
 
 
 def _learned(config: Any, flag: str) -> Iterator[tuple[str, int]]:

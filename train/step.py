@@ -165,7 +165,7 @@ def _sums_and_gradients(
 
     def total_loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = nnx.merge(graph, _cast(params, settings.compute_dtype))
-        given = _cast(batch, settings.compute_dtype)  # images too
+        given = _cast(batch, settings.compute_dtype)
         options: dict[str, Any] = {"label_smoothing": settings.label_smoothing, "dropout_key": key}
         if not any(isinstance(module, MixtureOfExperts) for _, module in nnx.iter_modules(model)):
             total, count = loss(model, given, **options)

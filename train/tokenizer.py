@@ -54,7 +54,22 @@ class ByteLevelBPE:
         return learner.model
 
 
-TokenizerConfig = Characters | ByteLevelBPE
+@dataclass(frozen=True)
+class SavedTokenizer:
+    """The tokenizer of another run: figures of each token of the two can then be compared."""
+
+    path: Path
+    """its tokenizer.json"""
+
+    def train(self, texts: Iterable[str]) -> models.WordLevel | models.BPE:
+        """The vocabulary of the file, whatever the texts are."""
+        del texts
+        if not self.path.is_file():
+            raise FileNotFoundError(f"--tokenizer.path: there is no file {self.path}")
+        return Tokenizer.load(self.path).model
+
+
+TokenizerConfig = Characters | ByteLevelBPE | SavedTokenizer
 
 
 class Tokenizer:
@@ -108,6 +123,11 @@ class Tokenizer:
     def to_json(self) -> str:
         """The tokenizer in the format of the tokenizers package; equal tokenizers give equal texts."""
         return self._tokenizer.to_str()
+
+    @property
+    def model(self) -> models.WordLevel | models.BPE:
+        """The vocabulary, and the merges where it has them."""
+        return self._tokenizer.model
 
     @property
     def vocab_size(self) -> int:

@@ -6,9 +6,12 @@ They are never worth a run: what fails there is told once, and training goes on 
 import importlib
 import logging
 import math
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
+
+from train.log import replace
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +27,7 @@ class Trackers:
         tensorboard: write for TensorBoard, by the package tensorboardX.
         wandb: the project of Weights & Biases to log to, by the package wandb; None for none.
         config: what the run is, for Weights & Biases.
+        first: the step of the next row; what TensorBoard was given of later ones by a run that was killed is void.
     """
 
     def __init__(
@@ -33,11 +37,12 @@ class Trackers:
         tensorboard: bool = False,
         wandb: str | None = None,
         config: Mapping[str, Any] | None = None,
+        first: int = 0,
     ) -> None:
         self._writes: dict[str, Write] = {}
         self._closes: dict[str, Callable[[], Any]] = {}
         if tensorboard:
-            self._begin("TensorBoard", lambda: _tensorboard(folder))
+            self._begin("TensorBoard", lambda: _tensorboard(folder, first))
         if wandb is not None:
             self._begin("Weights & Biases", lambda: _wandb(folder, wandb, dict(config or {})))
 
@@ -76,8 +81,8 @@ class Trackers:
         self._closes.pop(name, None)
 
 
-def _tensorboard(folder: Path) -> tuple[Write, Callable[[], Any]]:
-    writer = importlib.import_module("tensorboardX").SummaryWriter(str(folder / "tensorboard"))
+def _tensorboard(folder: Path, first: int) -> tuple[Write, Callable[[], Any]]:
+    writer = importlib.import_module("tensorboardX").SummaryWriter(str(folder / "tensorboard"), purge_step=first)
 
     def write(numbers: dict[str, float], step: int) -> None:
         for name, value in numbers.items():
@@ -88,12 +93,16 @@ def _tensorboard(folder: Path) -> tuple[Write, Callable[[], Any]]:
 
 def _wandb(folder: Path, project: str, config: dict[str, Any]) -> tuple[Write, Callable[[], Any]]:
     wandb = importlib.import_module("wandb")
-    # A run that goes on is the same one there, too; who cannot be reached is not waited for.
+    # A run that goes on is the same one there, too, and one in another folder, of whatever name, is not.
+    known = folder / "wandb-id"
+    if not known.exists():
+        replace(known, secrets.token_hex(8).encode())
+    # Who cannot be reached is not waited for.
     settings = wandb.Settings(init_timeout=30)
     run = wandb.init(
         project=project,
         name=folder.name,
-        id=folder.name,
+        id=known.read_text(),
         resume="allow",
         dir=str(folder),
         config=config,

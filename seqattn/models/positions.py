@@ -38,7 +38,10 @@ class Rotary:
 
 @dataclasses.dataclass(frozen=True)
 class LinearBiases:
-    """ALiBi: scores of self attention fall with the distance, by a fixed slope for each head (Press 2022)."""
+    """ALiBi: scores of self attention fall with the distance, by a fixed slope for each head (Press 2022).
+
+    An encoder does not tell left from right by it: what is as far on either side loses as much.
+    """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Scores against what they are defined as."""
 
+import dataclasses
 import json
 import unicodedata
 
@@ -51,7 +52,9 @@ def test_the_loss_is_the_mean_over_labels_whatever_the_batches(trained, split):
 def test_bleu_is_sacrebleus(trained, split):
     scores = SequenceToSequence(trained.tokenizer, bleu=True).evaluate(trained.model, split)
     assert scores.numbers["bleu"] == sacrebleu.corpus_bleu(scores.outputs, [list(split["target"])]).score
-    assert "tok:13a" in scores.signature
+    for name, case in (("bleu", "mixed"), ("bleu_lowercase", "lc")):
+        assert f"case:{case}|eff:no|tok:13a" in scores.signatures[name]
+    assert "nc:6|nw:0" in scores.signatures["chrf"]
 
 
 def test_the_command_prints_what_training_measured(finished, capsys):
@@ -93,3 +96,15 @@ def test_the_command_searches_by_a_beam(finished, trained, monkeypatch, capsys):
 def test_references_in_another_unicode_form_still_match():
     pairs = [("a", unicodedata.normalize("NFD", "café"))]
     assert splits(pairs, pairs, pairs)["test"]["target"] == ["café"]
+
+
+def test_c12_a_split_of_other_examples_is_not_judged(trained):
+    assert len(trained.splits()["test"]) == 5
+    with pytest.raises(ValueError, match=r"the examples are not those that .* was trained with"):
+        dataclasses.replace(trained, data="0" * 64).splits()
+
+
+def test_an_exported_model_is_not_judged(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"is an exported model, .*: give its run folder"):
+        evaluate.main(Arguments(tmp_path))

@@ -55,6 +55,7 @@ BLOCKS = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 TOKENS = Tokenizer.train(Characters(), ["abcdefg"])
 SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
+HOW = {"average": 3, "beam_size": 5}
 RESULTS = {"split": "test", "examples": 5, "steps": 12, "loss": 2.25, "exact_match": 0.2, "bleu": 3.7, "chrf": 9.123456}
 
 
@@ -63,10 +64,10 @@ def trained(tiny, tmp_path_factory) -> Iterator[Run]:
     """A run of a Transformer that came to its end, and what is read of its folder; none was trained."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     folder.mkdir()
-    (folder / "results.json").write_text(json.dumps(RESULTS | {"sacrebleu": SIGNATURE}))
+    (folder / "results.json").write_text(json.dumps(RESULTS | {"sacrebleu": {"bleu": SIGNATURE}, **HOW}))
     config = dataclasses.replace(tiny.model, vocab_size=TOKENS.vocab_size)
     model = drawn(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    found = Run(folder, dataclasses.replace(tiny, model=config, run=folder), TOKENS, (), 12, model)
+    found = Run(folder, dataclasses.replace(tiny, model=config, run=folder), TOKENS, (), 12, model, "digest")
     load = run.load
 
     def loaded(folder, *, average=1):
@@ -151,11 +152,12 @@ def test_flags_are_read(tmp_path):
 def test_checkpoints_are_averaged_where_that_is_asked_for_and_the_card_says_so(trained, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(run, "load", lambda folder, *, average: asked.append(average) or trained)
-    export.main(Arguments(trained.folder, tmp_path / "new", average=3))
-    assert asked == [3]
-    said = (tmp_path / "new" / "README.md").read_text()
-    assert "the mean of the latest 3 checkpoints" in said
-    assert "They are of the parameters at that step, not of those here" in said
+    for average in (3, 2):
+        export.main(Arguments(trained.folder, tmp_path / str(average), average=average))
+        said = (tmp_path / str(average) / "README.md").read_text()
+        assert f"12 updates, the mean of the latest {average} checkpoints" in said
+        assert ("They are of those parameters, not of the ones here" in said) == (average != 3)
+    assert asked == [3, 2]
 
 
 # The model card.
@@ -170,13 +172,14 @@ def test_the_card_is_one_for_the_hub(written):
 
 def test_the_card_says_how_it_was_trained_and_measured(written, trained):
     said = (written / "README.md").read_text()
-    assert "On the test split of 5 examples, after 12 updates" in said
-    assert f"sacrebleu: `{SIGNATURE}`" in said
+    of = "by the mean of the latest 3 checkpoints, with a beam of 5:"
+    assert f"On the test split of 5 examples, after 12 updates, {of}" in said
+    assert f"bleu by sacrebleu: `{SIGNATURE}`" in said
     assert "- steps: `12`" in said
     assert "- task: `Reverse(train_examples=101" in said
     assert "schedule=Constant(rate=0.01, warmup_steps=3)" in said
     assert str(trained.folder.parent) not in said
-    assert "They are of the parameters at that step" not in said
+    assert "They are of those parameters, not of the ones here" in said  # of the last checkpoint, not of the mean
 
 
 def test_figures_of_a_run_that_was_stopped_are_those_of_its_latest_evaluation(tmp_path):

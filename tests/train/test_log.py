@@ -100,6 +100,15 @@ class Clock:
         return self.now
 
 
+def test_d6_a_full_disk_is_named_with_the_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path) as metrics:
+        metrics.close()
+        metrics._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+        with pytest.raises(OSError, match=r"metrics.jsonl: a row could not be written \(No space left on device\)"):
+            metrics.write({"step": 1})
+
+
 def test_rows_are_given_on_once_they_are_on_disk(tmp_path):
     given = []
 

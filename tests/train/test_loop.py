@@ -1,6 +1,7 @@
 """A run: what it leaves behind, how it resumes, and what it refuses."""
 
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import shutil
@@ -15,6 +16,7 @@ from train import loop, run
 from train.lock import RunLock
 from train.log import read_metrics
 from train.objectives import SequenceToSequence, Tagging
+from train.tasks import ParallelFiles
 from train.translator import Beam
 
 
@@ -70,8 +72,25 @@ def test_a_finished_run_is_only_judged_again(finished, tiny, tmp_path, capsys):
 
 def test_d17_other_steps_or_another_seed_are_refused_with_the_fields(finished, tiny):
     other = dataclasses.replace(tiny, run=finished, steps=13, seed=1)
-    with pytest.raises(ValueError, match=r"(?s)seed: 3 and 1.*steps: 12 and 13.*--run"):
+    with pytest.raises(ValueError, match=r"(?s)seed: 3 and 1.*steps: 12 and 13.*--run, or --accept-changes True"):
         loop.train(other)
+
+
+def test_d17_other_steps_are_accepted_and_told_where_the_user_says_so(finished, tiny, tmp_path, caplog):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    other = dataclasses.replace(tiny, run=copy, steps=13, accept_changes=True)
+    assert int(loop.prepare(other).state.step) == 12
+    assert "goes on otherwise than before (there and here): steps: 12 and 13" in caplog.text
+    block = dataclasses.replace(tiny.model.block, dropout_rate=0.2)
+    another = dataclasses.replace(other, model=dataclasses.replace(tiny.model, block=block))
+    with pytest.raises(ValueError, match=r"(?s)model.block.dropout_rate: 0.1 and 0.2.*another folder with --run$"):
+        loop.prepare(another)
+
+
+def test_d17_fewer_steps_than_there_are_updates_are_refused(finished, tiny):
+    with pytest.raises(ValueError, match=r"steps \(11\) must be at least the 12 updates that .* has"):
+        loop.prepare(dataclasses.replace(tiny, run=finished, steps=11, accept_changes=True))
 
 
 def test_what_is_only_shown_may_differ_on_resumption(finished, tiny, tmp_path):
@@ -88,6 +107,55 @@ def test_c12_other_examples_under_the_same_settings_are_refused(finished, tiny, 
     monkeypatch.setattr(type(tiny.task), "load", lambda task: splits)
     with pytest.raises(ValueError, match="the examples are not those"):
         loop.prepare(dataclasses.replace(tiny, run=finished))
+
+
+def test_c12_files_may_have_moved(tiny, tmp_path):
+    def task(folder):
+        folder.mkdir()
+        (folder / "x").write_text("\n".join(map(str, range(40))))
+        return ParallelFiles(source=folder / "x", target=folder / "x", validation_examples=3, test_examples=3)
+
+    before, after = (dataclasses.replace(tiny, task=task(tmp_path / name)) for name in ("a", "b"))
+    run.check_same(tmp_path, run.to_text(before), after)
+    fewer = dataclasses.replace(after, task=dataclasses.replace(after.task, test_examples=2))
+    with pytest.raises(ValueError, match=r"task\.test_examples: 3 and 2"):
+        run.check_same(tmp_path, run.to_text(before), fewer)
+
+
+def test_c11_other_versions_are_told(finished, tiny, monkeypatch, caplog):
+    assert json.loads(loop.prepare(dataclasses.replace(tiny, run=finished)).texts["versions"])["jax"] == jax.__version__
+    assert "other versions" not in caplog.text
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "99" if name == "grain" else version(name))
+    loop.prepare(dataclasses.replace(tiny, run=finished))
+    assert f"other versions than before (grain {version('grain')}, now 99)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [({"max_length": 1}, "none of 101 training examples"), ({"tokens": 12}, "has no room for")],
+)
+def test_batches_that_cannot_be_made_are_refused_before_anything_is_written(batches, words, tiny, tmp_path):
+    wrong = dataclasses.replace(tiny, run=tmp_path / "new", batches=dataclasses.replace(tiny.batches, **batches))
+    with pytest.raises(ValueError, match=words):
+        loop.train(wrong)
+    assert not wrong.run.exists()
+
+
+def test_labels_of_any_split_that_training_lacks_are_refused_before_anything_is_written(tagging, tmp_path, monkeypatch):
+    splits = tagging.task.load()
+    odd = splits["test"].map(lambda row: row | {"target": "?" * len(row["target"])})
+    monkeypatch.setattr(type(tagging.task), "load", lambda task: splits | {"test": odd})
+    with pytest.raises(ValueError, match=r"the labels \['\?'\] are not in the training split"):
+        loop.train(dataclasses.replace(tagging, run=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_where_an_error_came_from_is_written_down(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Meter, "add", lambda *_: "abc".index("z"))
+    with pytest.raises(ValueError, match="substring not found"):
+        loop.train(dataclasses.replace(tiny, run=tmp_path / "new"))
+    assert 'lambda *_: "abc".index("z")' in (tmp_path / "new" / "traceback.txt").read_text()
 
 
 @pytest.mark.parametrize("content", ["", '{"type": "Exp'])
@@ -120,7 +188,7 @@ def test_training_uses_every_setting(finished, tiny, monkeypatch, tmp_path):
         raise InterruptedError
 
     monkeypatch.setattr("train.session.make_update", make_update)
-    monkeypatch.setattr(loop, "stream", stream)
+    monkeypatch.setattr("train.session.stream", stream)
     settings = {"pieces": 2, "compute_dtype": "bfloat16", "ema": 0.9, "max_skipped": 7}
     with pytest.raises(InterruptedError):
         loop.train(dataclasses.replace(tiny, run=tmp_path / "new", **settings))
@@ -261,10 +329,8 @@ def test_c16_a_table_smaller_than_the_vocabulary_is_refused(tiny, tmp_path):
 def test_e13_one_compilation_for_each_bucket(tiny, tmp_path, caplog):
     tiny = dataclasses.replace(tiny, batches=dataclasses.replace(tiny.batches, buckets=2))
     session = loop.prepare(dataclasses.replace(tiny, run=tmp_path / "new"))
-    rows = session.objective.examples(session.splits["train"])
-    order = loop.stream(tiny.batches, rows, seed=0, multiple=jax.local_device_count())
     with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
-        for batch in itertools.islice(loop.iterate(order, start=0), 9):
+        for batch in itertools.islice(loop.iterate(session.batches, start=0), 9):
             session.state, _ = session.placed.update(session.state, batch)
     compiled = [record for record in caplog.records if record.getMessage().startswith("Compiling")]
     assert len(compiled) == tiny.batches.buckets
@@ -309,6 +375,18 @@ def test_a_run_that_gets_worse_stops_and_goes_back_to_its_best(judged, interrupt
     assert json.loads((experiment.run / "results.json").read_text()) == results
     assert read_metrics(experiment.run / "metrics.jsonl") == rows
     assert run.load(experiment.run).step == 4
+
+
+def test_d2_a_run_whose_best_checkpoint_is_damaged_goes_back_to_the_next_best(
+    judged, interrupted, compiled_once, capsys
+):
+    experiment, _ = judged
+    with compiled_once():
+        interrupted(experiment, 7)
+        (experiment.run / "checkpoints" / "4" / "digests.json").unlink()
+        assert loop.train(experiment) == 0
+    assert "lowest after 6 updates, 1.0000; what was best, after 4, is damaged" in capsys.readouterr().out
+    assert run.load(experiment.run).step == 6
 
 
 def test_d2_a_run_of_which_no_checkpoint_is_whole_is_not_begun_anew(finished, tiny, tmp_path):

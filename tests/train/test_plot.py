@@ -17,7 +17,7 @@ def test_the_command_draws_curves_and_a_map_for_each_text(finished, tmp_path, ca
     folder = tmp_path / "copy"
     folder.mkdir()
     (folder / "metrics.jsonl").write_bytes((finished / "metrics.jsonl").read_bytes())
-    copy = run.Run(folder, trained.experiment, trained.tokenizer, (), trained.step, trained.model)
+    copy = run.Run(folder, trained.experiment, trained.tokenizer, (), trained.step, trained.model, trained.data)
     paths = plot.draw(copy, ["abc", "de"])
     names = {path.relative_to(folder).as_posix() for path in paths}
     assert {"curves.png", "curves.svg", "attention/1.png", "attention/2.svg", "attention/1-heads.png"} <= names

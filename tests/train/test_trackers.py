@@ -12,8 +12,8 @@ ROW = {"step": 7, "kind": "train", "loss": 1.5, "gradient_norm": float("inf"), "
 
 
 class Writer:
-    def __init__(self, folder):
-        self.folder, self.rows, self.closed = folder, [], False
+    def __init__(self, folder, purge_step):
+        self.folder, self.purge_step, self.rows, self.closed = folder, purge_step, [], False
 
     def add_scalar(self, *row):
         self.rows.append(row)
@@ -26,8 +26,8 @@ class Writer:
 def tensorboard(monkeypatch):
     made = []
 
-    def make(folder):
-        made.append(Writer(folder))
+    def make(folder, *, purge_step):
+        made.append(Writer(folder, purge_step))
         return made[-1]
 
     monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=make))
@@ -56,26 +56,35 @@ def wandb(monkeypatch):
 
 
 def test_tensorboard_gets_the_finite_numbers_of_a_row(tensorboard, tmp_path):
-    with Trackers(tmp_path, tensorboard=True) as trackers:
+    with Trackers(tmp_path, tensorboard=True, first=7) as trackers:
         trackers.write(ROW)
     (writer,) = tensorboard
+    assert writer.purge_step == 7
     assert writer.folder == str(tmp_path / "tensorboard")
     assert writer.rows == [("train/loss", 1.5, 7), ("train/skipped", 2.0, 7)]
     assert writer.closed
 
 
 def test_weights_and_biases_gets_them_in_a_run_that_goes_on(wandb, tmp_path):
-    with Trackers(tmp_path / "dates", wandb="trials", config={"seed": 3}) as trackers:
+    folders = [tmp_path / name / "dates" for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    with Trackers(folders[0], wandb="trials", config={"seed": 3}) as trackers:
         trackers.write(ROW)
     (options,) = wandb.init
-    assert {name: options[name] for name in ("project", "id", "resume", "config")} == {
+    assert {name: options[name] for name in ("project", "name", "resume", "config")} == {
         "project": "trials",
-        "id": "dates",
+        "name": "dates",
         "resume": "allow",
         "config": {"seed": 3},
     }
     assert wandb.rows == [(7, {"train/loss": 1.5, "train/skipped": 2.0})]
     assert wandb.finished == 1
+    for folder in folders:
+        with Trackers(folder, wandb="trials"):
+            pass
+    first, again, another = (options["id"] for options in wandb.init)
+    assert first == again != another
 
 
 def test_nobody_is_told_who_was_not_asked_for(tensorboard, wandb, tmp_path):

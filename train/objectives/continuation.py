@@ -1,6 +1,5 @@
 """Language modelling: every token given those before it."""
 
-import math
 from pathlib import Path
 
 import jax
@@ -9,7 +8,7 @@ from datasets import Dataset
 from seqattn.models import EncoderDecoder
 from train.batches import Example
 from train.completer import Completer
-from train.objectives.objective import Arrays, Objective, Scores, Sums, perplexity
+from train.objectives.objective import Arrays, Objective, Scores, Sums, bits_per_character, perplexity
 from train.objectives.pictures import draw_reading
 from train.objectives.sequences import SequenceToSequence
 
@@ -43,7 +42,7 @@ class Continuation(Objective):
         """`loss`, `perplexity` of a token and `bits_per_character`; outputs go on from the first half of a text."""
         loss = self.mean_loss(model, split, batch_size=batch_size)
         tokens = sum(len(target) - 1 for _, target in self.examples(split))
-        bits = loss * tokens / math.log(2) / max(1, sum(map(len, split["target"])))
+        bits = bits_per_character(loss, tokens, split["target"])
         outputs = Completer(model, self.tokenizer)([_half(text) for text in split["target"][:_SAID]])
         numbers = {"loss": loss, "perplexity": perplexity(loss), "bits_per_character": bits}
         return Scores(numbers, outputs)

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,12 @@ class Scores:
     Attributes:
         numbers: the figures by name; `loss` is the mean cross entropy of a label in nats, without label smoothing.
         outputs: what the model says of the first examples of the split, of as many as there are outputs.
-        signature: what sacrebleu says of how BLEU was computed.
+        signatures: what sacrebleu says of how it computed each of its figures.
     """
 
     numbers: dict[str, float]
     outputs: list[str]
-    signature: str | None = None
+    signatures: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Objective(abc.ABC):
@@ -105,6 +106,11 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:  # of a model that diverged, whose run goes on
         return math.inf
+
+
+def bits_per_character(loss: float, tokens: int, texts: Sequence[str]) -> float:
+    """A loss in nats a token, of so many tokens, as bits of each character of the texts: no tokenizer's unit."""
+    return loss * tokens / math.log(2) / max(1, sum(map(len, texts)))
 
 
 @cache

@@ -11,7 +11,7 @@ from seqattn import Coordinates, cross_entropy
 from seqattn.decoding import Greedy
 from seqattn.models import EncoderDecoder
 from train.batches import Example, examples
-from train.objectives.objective import Arrays, Objective, Scores, Sums, perplexity
+from train.objectives.objective import Arrays, Objective, Scores, Sums, bits_per_character, perplexity
 from train.objectives.pictures import draw_texts
 from train.rouge import rouge_l
 from train.tokenizer import Tokenizer
@@ -53,8 +53,8 @@ class SequenceToSequence(Objective):
     def evaluate(self, model: EncoderDecoder, split: Dataset, *, batch_size: int = 64) -> Scores:
         """Loss under teacher forcing, and outputs: `exact_match` from 0 to 1; `bleu`, `chrf` from 0 to 100.
 
-        BLEU is sacrebleu's, `bleu_lowercase` the same of lower-cased texts. With ROUGE also `perplexity`, and `rouge_l`
-        from 0 to 100.
+        BLEU is sacrebleu's, `bleu_lowercase` the same of lower-cased texts. With ROUGE also `perplexity` of a token,
+        `bits_per_character` (line ends included), and `rouge_l` from 0 to 100.
         """
         references = list(split["target"])
         longest = _LINE if self._rouge else None
@@ -62,18 +62,22 @@ class SequenceToSequence(Objective):
         outputs = Translator(model, self.tokenizer, **options)(list(split["source"]))
         matches = sum(output == reference for output, reference in zip(outputs, references, strict=True))
         loss = self.mean_loss(model, split, batch_size=batch_size)
-        numbers, signature = {"loss": loss, "exact_match": matches / len(references)}, None
-        if self._bleu:
-            metric = sacrebleu.metrics.BLEU()
-            numbers["bleu"] = metric.corpus_score(outputs, [references]).score
-            lower = sacrebleu.metrics.BLEU(lowercase=True)
-            numbers["bleu_lowercase"] = lower.corpus_score(outputs, [references]).score
-            numbers["chrf"] = sacrebleu.corpus_chrf(outputs, [references]).score
-            signature = str(metric.get_signature())
+        numbers, signatures = {"loss": loss, "exact_match": matches / len(references)}, {}
+        for name, metric in self._metrics().items() if self._bleu else ():
+            numbers[name] = metric.corpus_score(outputs, [references]).score
+            signatures[name] = str(metric.get_signature())
         if self._rouge:
             numbers["perplexity"] = perplexity(loss)
+            tokens = sum(len(target) - 1 for _, target in self.examples(split))
+            numbers["bits_per_character"] = bits_per_character(loss, tokens, references)
             numbers["rouge_l"] = 100 * sum(map(rouge_l, outputs, references)) / len(references)
-        return Scores(numbers, outputs, signature)
+        return Scores(numbers, outputs, signatures)
+
+    @staticmethod
+    def _metrics() -> dict[str, sacrebleu.metrics.BLEU | sacrebleu.metrics.CHRF]:
+        """What sacrebleu measures, by name; each knows its signature once it has measured."""
+        metrics = sacrebleu.metrics
+        return {"bleu": metrics.BLEU(), "bleu_lowercase": metrics.BLEU(lowercase=True), "chrf": metrics.CHRF()}
 
     def draw(self, model: EncoderDecoder, split: Dataset, folder: Path) -> list[Path]:
         """Where the model looks while it writes the output for each of the first few sources."""

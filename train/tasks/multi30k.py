@@ -31,7 +31,10 @@ class Multi30k(TranslationTask):
         target = "de" if self.source == "en" else "en"
         if self.data is None:
             hub = HubTranslation(name=self.name, revision=self.revision)
-            return dataclasses.replace(hub, source_column=self.source, target_column=target).load()
+            try:
+                return dataclasses.replace(hub, source_column=self.source, target_column=target).load()
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{error}; the folder of its files may be given by --task.data") from error
         if not self.data.is_dir():
             raise FileNotFoundError(f"--task.data: there is no folder {self.data}")
         found = {

@@ -42,6 +42,26 @@ def _model(name: str) -> Captioner:
 _loss = jax.jit(lambda model, batch: Reading.loss(model, batch))
 
 
+@pytest.mark.parametrize("name", ["recurrent", "transformer"])
+def test_a_reader_computes_in_the_dtype_of_its_parameters(name):
+    model = _model(name)
+    graph, params = nnx.split(model)
+    half = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    batch = jax.tree.map(jnp.asarray, collate(OBJECTIVE.examples(SPLITS["test"])))
+    seen = []
+
+    class Seen(type(half.decoder)):
+        def encode_vectors(self, vectors, *given, **options):
+            seen.append(vectors.dtype)
+            return super().encode_vectors(vectors, *given, **options)
+
+    half.decoder.__class__ = Seen
+    total, count = Reading.loss(half, batch)
+    assert seen == [jnp.bfloat16]
+    expected, _ = Reading.loss(model, batch)
+    np.testing.assert_allclose(total / count, expected / count, rtol=0.03)
+
+
 def test_examples_are_pictures_and_the_text_between_start_and_end():
     split = SPLITS["test"]
     for (image, target), row in zip(OBJECTIVE.examples(split), split, strict=True):

@@ -61,7 +61,11 @@ def test_outputs_are_searched_as_asked_for(beam_size, search, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "names"),
-    [({}, set()), ({"rouge": True}, {"perplexity", "rouge_l"}), ({"bleu": True}, {"bleu", "bleu_lowercase", "chrf"})],
+    [
+        ({}, set()),
+        ({"rouge": True}, {"perplexity", "bits_per_character", "rouge_l"}),
+        ({"bleu": True}, {"bleu", "bleu_lowercase", "chrf"}),
+    ],
 )
 def test_figures(options, names, monkeypatch):
     outputs = ["the open file", "nothing alike"]
@@ -71,8 +75,10 @@ def test_figures(options, names, monkeypatch):
     scores = SequenceToSequence(LETTERS, **options).evaluate(None, split)
     assert scores.numbers.keys() == {"loss", "exact_match"} | names
     assert scores.outputs == outputs
-    assert (scores.signature is None) == ("bleu" not in names)
+    assert scores.signatures.keys() == names & {"bleu", "bleu_lowercase", "chrf"}
     if "rouge_l" in names:
         assert scores.numbers["perplexity"] == math.exp(2.0)
+        # 8 and 2 letters, and the end of each text.
+        assert scores.numbers["bits_per_character"] == pytest.approx(2.0 * 12 / 10 / math.log(2))
         assert scores.numbers["rouge_l"] == pytest.approx(100 * (0.8 + 0) / 2)
         assert rouge_l(outputs[0], "the file") == 0.8
