@@ -545,6 +545,15 @@ def test_two_processes_write_one_checkpoint_and_agree_on_the_latest(tmp_path):
     assert names(tmp_path) == ["2", "3"]
 
 
+def test_a_process_that_fails_asks_no_other_one(tmp_path, monkeypatch):
+    """The others wait for it in an update: what they are asked, nobody answers."""
+    with pytest.raises(KeyError, match="mine"), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(small(1), {})
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr("train.checkpoint.any_process", lambda _: pytest.fail("another process was asked"))
+        raise KeyError("mine")
+
+
 def test_what_lies_on_one_device_is_bound_to_none(two_steps):
     restored = Checkpoints(two_steps).restore(small(8))
     assert not any(leaf.committed for leaf in jax.tree.leaves(restored))

@@ -1,5 +1,6 @@
 """One file per experiment; its docstring holds the command, the time and the result."""
 
+from train.experiments.ablations import ABLATIONS
 from train.experiments.addition import ADDITION
 from train.experiments.bottleneck import BOTTLENECK
 from train.experiments.dates import DATES
@@ -20,6 +21,7 @@ from train.experiments.topics import TOPICS
 from train.experiments.translation import TRANSLATION
 
 __all__ = [
+    "ABLATIONS",
     "ADDITION",
     "BOTTLENECK",
     "DATES",

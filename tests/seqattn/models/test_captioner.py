@@ -23,7 +23,7 @@ from seqattn.models import (
     Transformer,
     TransformerConfig,
 )
-from seqattn.nn import BlockConfig, Score
+from seqattn.nn import BlockConfig, Score, TokenEmbedding
 from tests.parameters import drawn
 
 V, B, T = 13, 3, 5
@@ -105,6 +105,23 @@ def test_steps_and_prefill_are_decode(name):
     expected = np.asarray(_decode(_model(name), _images(name)))
     for found in run(_model(name), _images(name)):
         np.testing.assert_allclose(np.asarray(found)[REAL], expected[REAL], atol=1e-5)
+
+
+@one_of_each
+def test_causality_by_gradients(name):
+    """By what is added to the vector of each target token where it is read."""
+    model, images, read = _model(name), _images(name)[:1], TokenEmbedding.__call__
+    at, direction = Coordinates.from_lengths([T], T), jnp.asarray(np.random.default_rng(3).normal(size=V), jnp.float32)
+
+    def numbers(shift):
+        with pytest.MonkeyPatch.context() as patch:
+            # The same table also makes the logits.
+            patch.setattr(TokenEmbedding, "__call__", lambda self, tokens: read(self, tokens) + shift[tokens])
+            memory = model.encode(images, Coordinates.from_lengths([S], S))
+            return (model.decode(jnp.arange(T)[None], at, memory) @ direction)[0]
+
+    slopes = jax.jit(jax.jacobian(numbers))(jnp.zeros((V, 8)))
+    np.testing.assert_array_equal(np.abs(slopes[:, :T]).max(axis=-1) > 0, np.tri(T, dtype=bool))
 
 
 @one_of_each

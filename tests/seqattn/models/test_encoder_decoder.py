@@ -33,7 +33,7 @@ from seqattn.models import (
     TransformerConfig,
     Window,
 )
-from seqattn.nn import Activation, BlockConfig, Cell, Direction, Monotonic, Predictive, Score
+from seqattn.nn import Activation, BlockConfig, Cell, Direction, Monotonic, Predictive, Score, TokenEmbedding
 from tests.parameters import drawn
 
 V, B, S, T = 13, 4, 7, 5
@@ -100,7 +100,7 @@ _SELDOM = {
     *("transformer_window", "transformer_alibi_window", "transformer_buckets", "language_music"),
     *("seq2seq_lstm_both_general", "seq2seq_simple_forward_dot_feeding", "seq2seq_local_monotonic"),
     *("transformer_relative", "language_learned_norm_first", "recurrent_language_lstm"),
-    *("seq2seq_local_predictive_attention_encoder", "seq2seq_attention_encoder_no_attention"),
+    "seq2seq_local_predictive_attention_encoder",
     *("recurrent_language_tied", "transformer_learned_own_tables", "seq2seq_lstm_backward_no_attention"),
 }
 _CACHED = {"transformer_window", "language_music", "seq2seq_local_monotonic", "recurrent_language_lstm"}
@@ -357,13 +357,44 @@ def _slopes(name: str):
     return jax.jit(jax.jacobian(numbers))(_model(name))
 
 
-@with_an_encoder
+@cached_models
 def test_causality_by_gradients(name):
-    """By the vector of each target token or position, which enters nothing else; of language models: test_stack.py."""
-    slopes = _slopes(name)
-    vectors = slopes.target_positions if isinstance(slopes, Transformer) else slopes.embedding
-    seen = np.abs(vectors.table[...]).max(axis=-1)[:, :T]
-    np.testing.assert_array_equal(seen > 0, np.tri(T, dtype=bool))
+    """By what is added to the vector of each target token where it is read: of whole texts, pieces, steps and packs."""
+    model, read = _model(name), TokenEmbedding.__call__
+    source, target = jnp.arange(T, T + S)[None], jnp.arange(T)[None]
+    direction = jnp.asarray(np.random.default_rng(3).normal(size=V), jnp.float32)
+    packs = [Coordinates.from_segments(jnp.asarray([segment])) for segment in ([1, 1, 1, 2, 2, 2, 2], [1, 1, 2, 2, 2])]
+
+    def step(state, token):
+        logits, state = model.step(token, state)
+        return state, logits[0]
+
+    def numbers(shift):
+        with pytest.MonkeyPatch.context() as patch:
+            # The same table also makes the logits.
+            patch.setattr(TokenEmbedding, "__call__", lambda self, tokens: read(self, tokens) + shift[tokens])
+            memory = model.encode(source, Coordinates.from_lengths([S], S))
+            state = model.start(memory, T)
+            first, begun = model.prefill(target[:, :2], jnp.array([2]), state)
+            found = {
+                "decode": model.decode(target, Coordinates.from_lengths([T], T), memory)[0],
+                "steps": jax.lax.scan(step, state, target.T)[1],
+                "pieces": jnp.concatenate([first, model.prefill(target[:, 2:], jnp.array([3]), begun)[0]], axis=1)[0],
+            }
+            if isinstance(model, Transformer | LanguageModel):
+                found["packed"] = model.decode(target, packs[1], model.encode(source, packs[0]))[0]
+        return jax.tree.map(lambda logits: logits @ direction, found)
+
+    slopes = jax.jit(jax.jacobian(numbers))(jnp.zeros(model.embedding.table.shape))
+    seen = jax.tree.map(lambda slope: np.abs(slope[:, :T]).max(axis=-1) > 0, slopes)
+    past, same = np.tri(T, dtype=bool), np.asarray(packs[1].segment[0])
+    narrow = "window" in name or "local_compressed" in name
+    for form, found in seen.items():
+        allowed = past & (same[:, None] == same) if form == "packed" else past
+        np.testing.assert_array_equal(found, found & allowed if narrow else allowed, form)
+        assert found.diagonal().all(), form
+        if form != "packed":
+            np.testing.assert_array_equal(found, seen["decode"], form)
 
 
 @pytest.mark.parametrize("name", [*ONE_OF_EACH, "transformer_rotary_grouped_norm_first"])
