@@ -547,10 +547,11 @@ def test_two_processes_write_one_checkpoint_and_agree_on_the_latest(tmp_path):
 
 def test_a_process_that_fails_asks_no_other_one(tmp_path, monkeypatch):
     """The others wait for it in an update: what they are asked, nobody answers."""
-    with pytest.raises(KeyError, match="mine"), Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(small(1), {})
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
-        monkeypatch.setattr("train.checkpoint.any_process", lambda _: pytest.fail("another process was asked"))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(small(1), {})
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("train.checkpoint.any_process", lambda _: pytest.fail("another process was asked"))
+    with pytest.raises(KeyError, match="mine"), checkpoints:
         raise KeyError("mine")
 
 
