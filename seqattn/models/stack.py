@@ -43,7 +43,7 @@ class Local:
 
 @dataclasses.dataclass(frozen=True)
 class Compressed:
-    """A convolution of the keys and values of every few tokens (Liu 2018, section 4.2.3); causal stacks alone."""
+    """A convolution of the keys and values of every few tokens (Liu 2018, section 4.2.4); causal stacks alone."""
 
     stride: int = 3
     """Tokens that become one key."""

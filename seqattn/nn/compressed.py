@@ -1,4 +1,4 @@
-"""Memory-compressed attention: keys and values of several tokens become one (Liu 2018, section 4.2.3)."""
+"""Memory-compressed attention: keys and values of several tokens become one (Liu 2018, section 4.2.4)."""
 
 import dataclasses
 import math

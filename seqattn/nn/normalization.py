@@ -37,7 +37,8 @@ class BatchNorm(nnx.Module):
     """Each feature with mean 0 and variance 1 over the batch, then scaled and shifted (Ioffe 2015, algorithm 1).
 
     The module keeps no running statistics: a call gives back those of its batch, and takes those that evaluation is to
-    use (algorithm 2). Padding counts for nothing.
+    use (algorithm 2, but for its factor m / (m - 1) of the variance of m elements, as in Flax). Padding counts for
+    nothing.
 
     Args:
         dim: D, the number of features.

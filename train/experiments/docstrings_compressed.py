@@ -1,6 +1,6 @@
 """The first line of a docstring by a decoder of local and memory-compressed attention in turn: L-M-L-M-L.
 
-Reads the Python standard library of this machine, split by file (Liu 2018, table 3: T-DMCA without experts).
+Reads the Python standard library of this machine, split by file (Liu 2018: T-DMCA without experts).
 
 Command: `python -m train docstrings_compressed`.
 Time: 13 min 21 s on 2 CPU cores (AVX2, float32).

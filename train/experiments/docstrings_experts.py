@@ -1,6 +1,6 @@
 """The first line of a docstring by local and memory-compressed attention with a mixture of experts in each block.
 
-Reads the Python standard library of this machine, split by file (Liu 2018, table 3: T-DMCA with a mixture).
+Reads the Python standard library of this machine, split by file (Liu 2018: T-DMCA with a mixture).
 
 Command: `python -m train docstrings_experts`.
 Time: 17 min 36 s on 2 CPU cores (AVX2, float32).

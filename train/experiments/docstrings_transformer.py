@@ -2,7 +2,7 @@
 
 Of the body the first 1,500 characters, about 500 tokens.
 
-Reads the Python standard library of this machine, split by file (Liu 2018, table 3: Transformer-ED, L = 500).
+Reads the Python standard library of this machine, split by file (Liu 2018: Transformer-ED, L = 500).
 
 Command: `python -m train docstrings_transformer`.
 Time: 6 min 26 s on 2 CPU cores (AVX2, float32).
