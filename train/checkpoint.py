@@ -149,8 +149,9 @@ class Checkpoints:
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """A state, by default the latest; `like` gives its structure, and where its arrays lie.
 
-        A leaf that is on several devices in `like` is read onto them, on however many it was when it was saved. The
-        numbers are the same bitwise; what is computed from them on another number of devices need not be.
+        `like` may hold shapes in place of arrays (`jax.ShapeDtypeStruct` with a sharding). What is to be on several
+        devices is read onto them, on however many it was when it was saved. The numbers are the same bitwise; what is
+        computed from them on another number of devices need not be.
 
         Raises:
             ValueError: names, shapes or dtypes differ; the message lists which.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 import optax
 from datasets import Dataset
 from flax import nnx
@@ -103,13 +104,16 @@ def prepare(experiment: Experiment) -> Session:
         if saved["data"] != texts["data"]:
             raise ValueError(f"the examples are not those that {folder} was trained on; give another folder with --run")
     optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
-    # A run that goes on takes everything from its checkpoint: what it began with need not be there any more.
-    begun = fresh(experiment, tokenizer) if saved is None else run.build(experiment.model, seed=experiment.seed)
+    if saved is None:
+        begun = fresh(experiment, tokenizer)
+        graph, state = start(begun, optimizer, average=experiment.ema is not None)
+    else:
+        # A run that goes on takes everything from its checkpoint: what it began with need not be there any more.
+        begun = nnx.eval_shape(lambda: run.build(experiment.model, seed=experiment.seed))
+        graph, state = _shapes(begun, optimizer, average=experiment.ema is not None)
     rows = _examples(experiment, objective, splits, begun)
-    graph, state = start(begun, optimizer, average=experiment.ema is not None)
     placed = _placed(experiment, objective, graph, optimizer)
     batches = _batches(experiment, rows, placed)
-    state = placed.place(state)
     texts["versions"] = json.dumps(_versions())
     texts["rows"] = str(placed.rows * placed.part[1] * experiment.pieces)
     if placed.lengths > 1:
@@ -128,8 +132,7 @@ def prepare(experiment: Experiment) -> Session:
         check_space(folder / "checkpoints", state, experiment.keep_checkpoints + experiment.keep_best)
     if checkpoints is None:
         checkpoints = _checkpoints(experiment)
-    if saved is not None:
-        state = placed.place(checkpoints.restore(state))
+    state = placed.place(state if saved is None else checkpoints.restore(_spread(state, placed)))
     return Session(experiment, objective, splits, batches, texts, graph, placed, state, checkpoints)
 
 
@@ -192,6 +195,23 @@ def check_folder(folder: Path) -> None:
     ours = ("checkpoints", lock.NAME)
     if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in ours):
         raise ValueError(f"{folder} holds files but no run; give an empty or new folder with --run")
+
+
+def _shapes(
+    model: nnx.Module, optimizer: optax.GradientTransformation, *, average: bool
+) -> tuple[nnx.GraphDef, TrainState]:
+    """`start` of a model of shapes: none of its arrays is made."""
+    graph, params = nnx.split(model, nnx.Param)
+    return graph, jax.eval_shape(lambda params: start(nnx.merge(graph, params), optimizer, average=average)[1], params)
+
+
+def _spread(shapes: TrainState, placed: Placed) -> TrainState:
+    """The shapes of a state with where each array is to lie, so that no device has to hold more than its share."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        placed.shardings(shapes),
+    )
 
 
 def _check_steps(latest: int, experiment: Experiment) -> None:

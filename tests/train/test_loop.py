@@ -13,6 +13,7 @@ import pytest
 import train.step
 from seqattn.models import Learned
 from train import loop, run
+from train.checkpoint import Checkpoints
 from train.lock import RunLock
 from train.log import read_metrics
 from train.objectives import SequenceToSequence, Tagging
@@ -120,6 +121,14 @@ def test_c12_files_may_have_moved(tiny, tmp_path):
     fewer = dataclasses.replace(after, task=dataclasses.replace(after.task, test_examples=2))
     with pytest.raises(ValueError, match=r"task\.test_examples: 3 and 2"):
         run.check_same(tmp_path, run.to_text(before), fewer)
+
+
+def test_a_run_that_goes_on_makes_no_state_but_that_of_its_checkpoint(finished, tiny, monkeypatch):
+    restore, seen = Checkpoints.restore, []
+    monkeypatch.setattr(Checkpoints, "restore", lambda self, like: seen.append(like) or restore(self, like))
+    session = loop.prepare(dataclasses.replace(tiny, run=finished))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(seen[0]))
+    assert jax.tree.structure(seen[0]) == jax.tree.structure(session.state)
 
 
 def test_c11_other_versions_are_told(finished, tiny, monkeypatch, caplog):
