@@ -5,7 +5,7 @@
         --plot benchmarks/results/training.png
     python -m benchmarks.training --models base256 --implementations seqattn,torch --rounds 21
 
-Loss, gradient and AdamW by `train.step`, as `python -m train` runs them; by Hugging Face's `MarianMTModel`; and by
+Loss, gradient and AdamW by `train.step`, in rows of one example and without clipping; by Hugging Face's `MarianMTModel`; and by
 `torch.nn.Transformer`, both in eager PyTorch with its fused AdamW, as their users run them. All in float32, from the
 same weights, with dropout at the same places, and with all cores that the process may use (`taskset` for fewer).
 
