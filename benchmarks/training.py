@@ -5,9 +5,10 @@
         --plot benchmarks/results/training.png
     python -m benchmarks.training --models base256 --implementations seqattn,torch --rounds 21
 
-Loss, gradient and AdamW by `train.step`, in rows of one example and without clipping; by Hugging Face's `MarianMTModel`; and by
-`torch.nn.Transformer`, both in eager PyTorch with its fused AdamW, as their users run them. All in float32, from the
-same weights, with dropout at the same places, and with all cores that the process may use (`taskset` for fewer).
+Loss, gradient and AdamW by `train.step`, in rows of one example and without clipping; by Hugging Face's
+`MarianMTModel`; and by `torch.nn.Transformer`, both in eager PyTorch with its fused AdamW, as their users run them. All
+in float32, from the same weights, with dropout at the same places, and with all cores that the process may use
+(`taskset` for fewer).
 
 Who does another computation has no time: before anything is timed, the first loss without dropout, the norm of its
 gradient, and the loss after the update are compared with ours. All take turns in one process: only figures of one run

@@ -36,7 +36,7 @@ _IGNORED = -100  # the label of a place that holds none, to torch
 
 
 def seqattn(case: TrainingCase, weights: Mapping[str, np.ndarray], part: str) -> Program:
-    """The objective and the update of `python -m train` on one device, without clipping, and a state that is donated."""
+    """Objective and update of `python -m train` on one device, without clipping; the state is donated."""
     optimizer = Optimizer(ADAMW, Constant(RATE), clip_norm=None).make(steps=1)
     graph, state = start(from_marian(case.config, weights), optimizer)
     if part != UPDATE:
