@@ -11,7 +11,7 @@ import numpy as np
 from train.packing import capacities, pack
 from train.tokenizer import Tokenizer
 
-Example = tuple[list[int] | np.ndarray, list[int]]
+Example = tuple[list[int] | np.ndarray, list[int] | np.ndarray]
 """Source ids with the end token, and target ids between start and end token.
 
 A source may also be an image, `[height, width]` or `[height, width, channels]`: its rows of pixels count as tokens.
@@ -67,8 +67,10 @@ class Batches:
 def examples(pairs: Any, tokenizer: Tokenizer) -> list[Example]:
     """The examples of a split (columns "source" and "target") as ids."""
     start, end = [tokenizer.start_id], [tokenizer.end_id]
-    sources, targets = tokenizer.encode_batch(pairs["source"]), tokenizer.encode_batch(pairs["target"])
-    return [(source + end, start + target + end) for source, target in zip(sources, targets, strict=True)]
+    # Arrays take a ninth of the memory of lists of numbers.
+    sources = [np.array(ids + end, np.int32) for ids in tokenizer.encode_batch(pairs["source"])]
+    targets = [np.array(start + ids + end, np.int32) for ids in tokenizer.encode_batch(pairs["target"])]
+    return list(zip(sources, targets, strict=True))
 
 
 def collate(rows: Sequence[Example], shape: tuple[int, int, int] | None = None, pad_id: int = 0) -> Batch:

@@ -11,7 +11,7 @@ _OPEN = 64
 """Rows that examples are put into at a time."""
 
 
-def capacities(rows: Sequence[tuple[Any, list[int]]], longest: int) -> tuple[int, int]:
+def capacities(rows: Sequence[tuple[Any, Sequence[int] | np.ndarray]], longest: int) -> tuple[int, int]:
     """How many tokens of source and of target a packed row has room for: `longest` on the side that has more of them.
 
     The other side has room in proportion, and at least for its longest text. Of a target of T + 1 tokens T are packed.
@@ -25,7 +25,9 @@ def capacities(rows: Sequence[tuple[Any, list[int]]], longest: int) -> tuple[int
     return int(source), int(target)
 
 
-def pack(rows: Sequence[tuple[Any, list[int]]], source: int, target: int, *, seed: int) -> list[dict[str, np.ndarray]]:
+def pack(
+    rows: Sequence[tuple[Any, Sequence[int] | np.ndarray]], source: int, target: int, *, seed: int
+) -> list[dict[str, np.ndarray]]:
     """Examples, in an order that the seed decides, each in the first row of some that has room for it.
 
     Args:

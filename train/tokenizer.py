@@ -6,13 +6,15 @@ A tokenizer is its vocabulary (and merges) and nothing else: what happens around
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+_TOGETHER = 10_000
+"""Texts that are encoded at a time."""
 SPECIAL_TOKENS = ("[PAD]", "[START]", "[END]", "[UNK]")
 
 
@@ -140,7 +142,12 @@ class Tokenizer:
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """The ids of several texts, unpadded: `encode` of each, on all cores."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch([_checked(text) for text in texts])]
+        found: list[list[int]] = []
+        rest = iter(texts)
+        # What the tokenizers package gives of a text takes a hundred times its ids.
+        while some := [_checked(text) for text in islice(rest, _TOGETHER)]:
+            found += [encoding.ids for encoding in self._tokenizer.encode_batch(some)]
+        return found
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids up to the first end, without start and padding; unknown tokens show as "[UNK]"."""

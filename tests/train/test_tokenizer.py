@@ -87,10 +87,12 @@ def test_characters_need_a_text():
         Tokenizer.train(Characters(), ["", ""])
 
 
-def test_encode_batch_is_encode_of_each(tokenizer):
+def test_encode_batch_is_encode_of_each(tokenizer, monkeypatch):
     texts = ["low", "", "lowest 好"]
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
     assert tokenizer.encode_batch(iter(texts)) == tokenizer.encode_batch(texts)
+    monkeypatch.setattr("train.tokenizer._TOGETHER", 2)
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
     assert tokenizer.encode_batch([]) == []
 
 
