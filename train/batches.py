@@ -67,7 +67,7 @@ class Batches:
 def examples(pairs: Any, tokenizer: Tokenizer) -> list[Example]:
     """The examples of a split (columns "source" and "target") as ids."""
     start, end = [tokenizer.start_id], [tokenizer.end_id]
-    # Arrays take a ninth of the memory of lists of numbers.
+    # Arrays take less memory than lists of numbers.
     sources = [np.array(ids + end, np.int32) for ids in tokenizer.encode_batch(pairs["source"])]
     targets = [np.array(start + ids + end, np.int32) for ids in tokenizer.encode_batch(pairs["target"])]
     return list(zip(sources, targets, strict=True))

@@ -120,7 +120,7 @@ def _results(folder: Path) -> Results | None:
         average=row.get("average", 1),
         beam_size=row.get("beam_size", 1),
         numbers=numbers,
-        signatures=row.get("sacrebleu", {}),
+        signatures={"bleu": signed} if isinstance(signed := row.get("sacrebleu", {}), str) else signed,
     )
 
 

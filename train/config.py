@@ -173,7 +173,10 @@ class Experiment:
     bleu: bool = False
     """Also measure BLEU and chrF, with sacrebleu."""
     accept_changes: bool = False
-    """Let a run that goes on have other steps, optimizer, batches and so on than before; they are told."""
+    """Let a run go on with other steps, optimizer, batches, smoothing, pieces, dtype, patience, evaluations or seed.
+
+    What is otherwise is told, and written into its checkpoints.
+    """
     seed: int = 0
     """Decides parameters, order of examples and dropout; 0 to 2**32 - 1."""
 

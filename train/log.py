@@ -30,7 +30,7 @@ class MetricsFile:
 
     Args:
         path: the file.
-        also: is given each row, too, once it is on disk.
+        also: is given each row, too, once it is written.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class MetricsFile:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            raise OSError(f"{self.path}: a row could not be written ({error.strerror}): mend that, go on") from error
+            reason = f"{self.path}: a row could not be written ({error.strerror})"
+            raise OSError(f"{reason}; free some space, then give the same command again") from error
         if self._also is not None:
             self._also(row)
 

@@ -27,13 +27,13 @@ from train.session import Session, check_folder, prepare
 from train.signals import Interrupts
 from train.trackers import Trackers
 
-_SAMPLES, _METRICS = 3, "metrics.jsonl"
+_SAMPLES, _METRICS, _TRACEBACK = 3, "metrics.jsonl", "traceback.txt"
 
 
 def train(experiment: Experiment) -> int:
     """Trains, or goes on where the run folder stopped; returns the exit code of the process.
 
-    Where an error came from stands in `traceback.txt` of the run folder.
+    Where an error came from stands in `traceback.txt` of the run folder, once there is one.
 
     Raises:
         ValueError: the run folder holds something else or is being trained in, or the settings do not fit the data or
@@ -41,10 +41,9 @@ def train(experiment: Experiment) -> int:
         OSError: a checkpoint could not be saved.
     """
     experiment.processes.connect()
-    with _locked(experiment.run):
+    with _locked(experiment.run), _noting_where(experiment.run):
         session = prepare(experiment)
-        where = _logs(experiment.run) / "traceback.txt"
-        with Interrupts() as interrupts, session.checkpoints, _noting_where(where):
+        with Interrupts() as interrupts, session.checkpoints:
             stopped = _train(session, interrupts)
             # What was saved last is waited for here.
             session.checkpoints.wait()
@@ -76,13 +75,16 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _noting_where(file: Path) -> Iterator[None]:
-    """Writes down the traceback of an error, of which a command tells a sentence."""
+def _noting_where(folder: Path) -> Iterator[None]:
+    """Writes down the traceback of an error, of which a command tells a sentence; that of one before is removed."""
     try:
+        with contextlib.suppress(OSError):
+            (folder / _TRACEBACK).unlink(missing_ok=True)
         yield
     except Exception:
-        with contextlib.suppress(OSError):
-            file.write_text(traceback.format_exc(), "utf-8")
+        if (folder / "config.json").exists():  # else nothing was begun, and nothing is left behind
+            with contextlib.suppress(OSError):
+                (_logs(folder) / _TRACEBACK).write_text(traceback.format_exc(), "utf-8")
         raise
 
 
@@ -90,6 +92,9 @@ def _train(session: Session, interrupts: Interrupts) -> bool:
     """Whether a signal ended it."""
     experiment, first = session.experiment, int(session.state.step)
     logs = _logs(experiment.run)
+    if session.changed and is_first() and (logs / _METRICS).exists():
+        with MetricsFile(logs / _METRICS) as metrics:  # evaluations of what is not gone on with end nothing
+            metrics.truncate_after(first)
     missed = any_process(is_first() and _missed_validation(session, first))
     if _is_exhausted(session, print) or (first == experiment.steps and not missed):
         return False

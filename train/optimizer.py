@@ -13,7 +13,7 @@ from train.parameters import matching, matrices
 
 
 class _Checked:
-    """Refuses numbers by which training cannot go downhill."""
+    """Settings of which each number follows the rule of its name."""
 
     def __post_init__(self) -> None:
         for name, (rule, holds) in _RULES.items():
@@ -28,9 +28,9 @@ _RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
     **dict.fromkeys(("epsilon", "root_mean_square"), ("positive", lambda x: x > 0)),
     "warmup_steps": ("at least 0", lambda x: x >= 0),
     "final": ("in [0, 1]", lambda x: 0 <= x <= 1),
-    "model_dim": ("at least 1", lambda x: x >= 1),
+    **dict.fromkeys(("model_dim", "every"), ("at least 1", lambda x: x >= 1)),
 }
-"""Of each field by name: what it must be."""
+"""What a number must be, by its name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +59,14 @@ class Noam(_Checked):
     factor: float = 1.0
     """Multiplies the whole."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_steps < 1:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) of Noam must be at least 1")
+
     def schedule(self, steps: int) -> optax.Schedule:
         """The rate of each update; the first update is step 1 of the equation."""
         del steps
-        if self.warmup_steps < 1:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) of Noam must be at least 1")
 
         def rate(step: jax.Array) -> jax.Array:
             count = jnp.asarray(step, jnp.float32) + 1
@@ -131,8 +134,6 @@ class InverseTime(_Checked):
     def schedule(self, steps: int) -> optax.Schedule:
         """The rate of each update."""
         del steps
-        if self.every < 1:
-            raise ValueError(f"every ({self.every}) must be at least 1")
         return lambda step: self.rate / (1.0 + jnp.asarray(step) // self.every)
 
 
@@ -273,7 +274,9 @@ class Optimizer:
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm ({self.clip_norm}) must be positive, or None for no limit")
         update = self.algorithm.transformation(self.schedule.schedule(steps))
-        return update if self.clip_norm is None else optax.chain(optax.clip_by_global_norm(self.clip_norm), update)
+        # With a limit or without one, the state has the same leaves: a run may go on with the other.
+        limit = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
+        return optax.chain(limit, update)
 
 
 def _last_two_axes(params: optax.Params) -> optax.Params:

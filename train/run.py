@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,8 +21,6 @@ from train.freezing import freeze
 from train.step import start
 from train.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
-
 PARAMETERS = "model.safetensors"
 """What the folder of an exported model holds, and no run folder."""
 
@@ -38,7 +35,10 @@ _FREE = (*_SHOWN, "accept_changes", "evaluate_every", "evaluate_examples", "keep
 
 On another number of devices dropout, rounding and, where their rows do not divide, batches are others.
 """
-_CHANGEABLE = ("steps", "optimizer", "batches", "label_smoothing", "pieces", "compute_dtype", "patience", "seed")
+_CHANGEABLE = (
+    *("steps", "optimizer", "batches", "label_smoothing", "pieces", "compute_dtype", "seed"),
+    *("patience", "keep_checkpoints", "evaluate_every", "evaluate_examples"),
+)
 """Those that may differ where the user says so, at the price of a run that no single command repeats."""
 
 
@@ -120,10 +120,13 @@ def to_text(experiment: Experiment) -> str:
     return json.dumps(encode(experiment), indent=2, ensure_ascii=False)
 
 
-def check_same(folder: Path, saved: str, experiment: Experiment) -> None:
-    """Raises ValueError where a saved config differs from the experiment in what decides the parameters.
+def changes(folder: Path, saved: str, experiment: Experiment) -> list[str]:
+    """What decides the parameters and is otherwise in the experiment than in a saved config, where that is accepted.
 
     Where the files of a task lie does not: their texts have a digest.
+
+    Raises:
+        ValueError: something is otherwise that is not accepted; the message names it.
     """
     # Decoded first: what was added since has its default there.
     before, now = encode(decode(json.loads(saved))), encode(experiment)
@@ -132,15 +135,14 @@ def check_same(folder: Path, saved: str, experiment: Experiment) -> None:
     free = _FREE if experiment.patience is None else (*_SHOWN, "accept_changes")
     wrong = [line for line in differences(before, now) if re.split(r"[.:]", line)[0] not in free]
     others = [line for line in wrong if re.split(r"[.:]", line)[0] not in _CHANGEABLE]
-    if wrong and not others and experiment.accept_changes:
-        log.warning("%s goes on otherwise than before (there and here): %s", folder, "; ".join(wrong))
-    elif wrong:
+    if wrong and (others or not experiment.accept_changes):
         changeable = "" if others else ", or --accept-changes True to go on otherwise"
         raise ValueError(
             f"{folder} holds a run with another configuration (there and here):\n  "
             + "\n  ".join(wrong)
             + f"\nGive the same flags to resume it, or another folder with --run{changeable}"
         )
+    return wrong
 
 
 def _without_paths(task: dict[str, Any]) -> dict[str, Any]:
@@ -175,10 +177,10 @@ def load(folder: Path, *, average: int = 1) -> Run:
 
 
 def _load(folder: Path, average: int) -> Run:
+    if (folder / PARAMETERS).exists():
+        raise ValueError(f"{folder} is an exported model and holds no checkpoints: give the folder of its run")
     checkpoints = Checkpoints(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
     latest = None if checkpoints is None else checkpoints.latest
-    if (folder / PARAMETERS).exists():
-        raise ValueError(f"{folder} is an exported model, which has no examples to be judged by: give its run folder")
     if checkpoints is None or latest is None:
         raise FileNotFoundError(
             f"{folder} holds no checkpoint; train it with python -m train EXPERIMENT --run {folder}"

@@ -46,6 +46,7 @@ class Session:
         placed: the update, over the devices.
         state: parameters, optimizer and step, as far as they were trained.
         checkpoints: of the run.
+        changed: it goes on with other settings than those of its latest checkpoint.
     """
 
     experiment: Experiment
@@ -57,6 +58,7 @@ class Session:
     placed: Placed
     state: TrainState
     checkpoints: Checkpoints
+    changed: bool
 
     @property
     def model(self) -> Any:
@@ -98,9 +100,12 @@ def prepare(experiment: Experiment) -> Session:
     experiment = run.resolve(experiment, tokenizer, labels)
     texts = {"config": run.to_text(experiment), "tokenizer": tokenizer.to_json(), "data": run.fingerprint(splits)}
     texts["labels"] = json.dumps(labels, ensure_ascii=False)
+    changes: list[str] = []
     if checkpoints is not None and saved is not None:
-        run.check_same(folder, saved["config"], experiment)
-        _check_steps(checkpoints.latest or 0, experiment)
+        changes = run.changes(folder, saved["config"], experiment)
+        done = checkpoints.latest or 0
+        _check_steps(done, experiment)
+        texts["changes"] = _noted(saved.get("changes", ""), done, changes)
         if saved["data"] != texts["data"]:
             raise ValueError(f"the examples are not those that {folder} was trained on; give another folder with --run")
     optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
@@ -124,16 +129,21 @@ def prepare(experiment: Experiment) -> Session:
             *(folder, saved["rows"], texts["rows"]),
         )
     if saved is not None and (others := _other_versions(json.loads(saved.get("versions", "{}")))):
-        log.warning("%s: other versions than before (%s): numbers or the order may be others", folder, others)
+        log.warning("%s: %s: other versions may compute other numbers, or order examples otherwise", folder, others)
+    if checkpoints is not None and saved is not None:
+        # Before anything is written: what was changed may not fit.
+        state = placed.place(checkpoints.restore(_spread(state, placed)))
     if is_first():
         folder.mkdir(parents=True, exist_ok=True)
         replace(folder / "tokenizer.json", texts["tokenizer"].encode())
         replace(folder / "config.json", texts["config"].encode())
-        check_space(folder / "checkpoints", state, experiment.keep_checkpoints + experiment.keep_best)
+        best = max(experiment.keep_best, experiment.patience is not None)
+        check_space(folder / "checkpoints", state, experiment.keep_checkpoints + best)
     if checkpoints is None:
         checkpoints = _checkpoints(experiment)
-    state = placed.place(state if saved is None else checkpoints.restore(_spread(state, placed)))
-    return Session(experiment, objective, splits, batches, texts, graph, placed, state, checkpoints)
+    if saved is None:
+        state = placed.place(state)
+    return Session(experiment, objective, splits, batches, texts, graph, placed, state, checkpoints, bool(changes))
 
 
 def _checkpoints(experiment: Experiment) -> Checkpoints:
@@ -212,6 +222,13 @@ def _spread(shapes: TrainState, placed: Placed) -> TrainState:
         shapes,
         placed.shardings(shapes),
     )
+
+
+def _noted(before: str, done: int, changes: list[str]) -> str:
+    """What was changed on the way, a line each."""
+    if changes:
+        log.warning("goes on otherwise than before (there and here): %s", "; ".join(changes))
+    return before + "".join(f"after {done} updates: {change}\n" for change in changes)
 
 
 def _check_steps(latest: int, experiment: Experiment) -> None:

@@ -1,19 +1,25 @@
 """Ctrl-C and SIGTERM, kept until the end of a step."""
 
+import contextlib
 import os
 import signal
+import socket
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Self
 
-_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+_NUMBERS, _END = (signal.SIGINT, signal.SIGTERM), b"\0"
+_SAME = 0.5
+"""Seconds within which two signals are one request."""
 
 
 class Interrupts:
     """Within `with Interrupts() as interrupts:` the first signal is only noted, a second ends the process at once.
 
     Python runs handlers between its own instructions alone, so not while the main thread compiles or computes in XLA.
-    Signals are therefore also read by a thread of their own, which answers at once. One at a time, in the main thread.
+    Signals are therefore also read by a thread of their own, which answers at once. What comes within half a second of
+    the first is taken for the same request: some who stop a process signal it and then its group.
 
     Attributes:
         received: the signal that came, or None.
@@ -24,10 +30,10 @@ class Interrupts:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
+        self._read, self._write = socket.socketpair()
+        self._write.setblocking(False)
         # The number of every signal that has a handler, by the one of C, which runs whatever Python does.
-        self._woken = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._woken = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=_watch, args=(self._read,), name="signals", daemon=True)
         self._watcher.start()
         for number in _NUMBERS:
@@ -41,9 +47,10 @@ class Interrupts:
             if handler is not None:  # one that was not set by Python cannot be set again
                 signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._woken)
-        os.close(self._write)
+        self._write.send(_END)
         self._watcher.join()
-        os.close(self._read)
+        self._write.close()
+        self._read.close()
 
     @property
     def name(self) -> str:
@@ -59,14 +66,16 @@ class Interrupts:
         self.received = signal.Signals(number)
 
 
-def _watch(pipe: int) -> None:
-    """Answers signals until the other end of the pipe is closed."""
-    seen = False
-    while heard := os.read(pipe, 1):
+def _watch(wire: socket.socket) -> None:
+    """Answers signals until the end is said."""
+    first = None
+    while (heard := wire.recv(1)) != _END:
         number = heard[0]
         if number not in _NUMBERS:  # one that somebody else has a handler for
             continue
-        if seen:
+        if first is None:
+            first = time.monotonic()
+            with contextlib.suppress(OSError):  # nobody may be there to read it
+                os.write(2, b"\nstopping after this step; once more quits at once\n")
+        elif time.monotonic() - first > _SAME:
             os._exit(128 + number)
-        seen = True
-        os.write(2, b"\nstopping after this step; once more quits at once\n")

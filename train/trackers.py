@@ -93,7 +93,7 @@ def _tensorboard(folder: Path, first: int) -> tuple[Write, Callable[[], Any]]:
 
 def _wandb(folder: Path, project: str, config: dict[str, Any]) -> tuple[Write, Callable[[], Any]]:
     wandb = importlib.import_module("wandb")
-    # A run that goes on is the same one there, too, and one in another folder, of whatever name, is not.
+    # A run that goes on is the same one there, too; one in another folder of the same name is not.
     known = folder / "wandb-id"
     if not known.exists():
         replace(known, secrets.token_hex(8).encode())

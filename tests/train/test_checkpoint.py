@@ -549,6 +549,7 @@ def test_a_process_that_fails_asks_no_other_one(tmp_path, monkeypatch):
     """The others wait for it in an update: what they are asked, nobody answers."""
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(small(1), {})
+    checkpoints._saving[1].result()
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr("train.checkpoint.any_process", lambda _: pytest.fail("another process was asked"))
     with pytest.raises(KeyError, match="mine"), checkpoints:

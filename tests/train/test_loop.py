@@ -13,10 +13,13 @@ import pytest
 import train.step
 from seqattn.models import Learned
 from train import loop, run
+from train.batches import Batches
 from train.checkpoint import Checkpoints
 from train.lock import RunLock
 from train.log import read_metrics
 from train.objectives import SequenceToSequence, Tagging
+from train.optimizer import SGD, Optimizer
+from train.parallel import Sharded
 from train.tasks import ParallelFiles
 from train.translator import Beam
 
@@ -80,13 +83,23 @@ def test_d17_other_steps_or_another_seed_are_refused_with_the_fields(finished, t
 def test_d17_other_steps_are_accepted_and_told_where_the_user_says_so(finished, tiny, tmp_path, caplog):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    other = dataclasses.replace(tiny, run=copy, steps=13, accept_changes=True)
-    assert int(loop.prepare(other).state.step) == 12
-    assert "goes on otherwise than before (there and here): steps: 12 and 13" in caplog.text
+    free = dataclasses.replace(tiny.optimizer, clip_norm=None)
+    other = dataclasses.replace(tiny, run=copy, steps=13, optimizer=free, accept_changes=True)
+    assert loop.train(other) == 0
+    said = "optimizer.clip_norm: 1.0 and None", "steps: 12 and 13"
+    assert "goes on otherwise than before (there and here): " + "; ".join(said) in caplog.text
+    checkpoints = Checkpoints(copy / "checkpoints")
+    assert checkpoints.latest == 13
+    assert checkpoints.texts()["changes"] == "".join(f"after 12 updates: {change}\n" for change in said)
+    assert json.loads((copy / "results.json").read_text())["steps"] == 13
     block = dataclasses.replace(tiny.model.block, dropout_rate=0.2)
     another = dataclasses.replace(other, model=dataclasses.replace(tiny.model, block=block))
     with pytest.raises(ValueError, match=r"(?s)model.block.dropout_rate: 0.1 and 0.2.*another folder with --run$"):
         loop.prepare(another)
+    config = (copy / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="does not fit this model"):
+        loop.prepare(dataclasses.replace(other, optimizer=Optimizer(SGD(), tiny.optimizer.schedule)))
+    assert (copy / "config.json").read_bytes() == config
 
 
 def test_d17_fewer_steps_than_there_are_updates_are_refused(finished, tiny):
@@ -117,10 +130,10 @@ def test_c12_files_may_have_moved(tiny, tmp_path):
         return ParallelFiles(source=folder / "x", target=folder / "x", validation_examples=3, test_examples=3)
 
     before, after = (dataclasses.replace(tiny, task=task(tmp_path / name)) for name in ("a", "b"))
-    run.check_same(tmp_path, run.to_text(before), after)
+    assert run.changes(tmp_path, run.to_text(before), after) == []
     fewer = dataclasses.replace(after, task=dataclasses.replace(after.task, test_examples=2))
     with pytest.raises(ValueError, match=r"task\.test_examples: 3 and 2"):
-        run.check_same(tmp_path, run.to_text(before), fewer)
+        run.changes(tmp_path, run.to_text(before), fewer)
 
 
 def test_a_run_that_goes_on_makes_no_state_but_that_of_its_checkpoint(finished, tiny, monkeypatch):
@@ -128,7 +141,24 @@ def test_a_run_that_goes_on_makes_no_state_but_that_of_its_checkpoint(finished, 
     monkeypatch.setattr(Checkpoints, "restore", lambda self, like: seen.append(like) or restore(self, like))
     session = loop.prepare(dataclasses.replace(tiny, run=finished))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(seen[0]))
-    assert jax.tree.structure(seen[0]) == jax.tree.structure(session.state)
+    optimizer = tiny.optimizer.make(tiny.steps)
+    _, begun = train.step.start(run.build(session.experiment.model, seed=3), optimizer)
+    assert jax.tree.structure(seen[0]) == jax.tree.structure(begun)
+
+
+def test_d12_a_run_of_pmap_goes_on_over_a_mesh(finished, tiny, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    before = loop.prepare(dataclasses.replace(tiny, run=finished)).state
+    session = loop.prepare(dataclasses.replace(tiny, run=copy, parallel=Sharded(fsdp=2, tensor=2)))
+    split = 0
+    for ours, theirs, where in zip(
+        *map(jax.tree.leaves, (session.state, before, session.placed.shardings(before))), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.sharding == where
+        split += not where.is_fully_replicated
+    assert split > 10
 
 
 def test_c11_other_versions_are_told(finished, tiny, monkeypatch, caplog):
@@ -137,7 +167,7 @@ def test_c11_other_versions_are_told(finished, tiny, monkeypatch, caplog):
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "99" if name == "grain" else version(name))
     loop.prepare(dataclasses.replace(tiny, run=finished))
-    assert f"other versions than before (grain {version('grain')}, now 99)" in caplog.text
+    assert f"grain {version('grain')}, now 99: other versions may compute" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -165,6 +195,10 @@ def test_where_an_error_came_from_is_written_down(tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="substring not found"):
         loop.train(dataclasses.replace(tiny, run=tmp_path / "new"))
     assert 'lambda *_: "abc".index("z")' in (tmp_path / "new" / "traceback.txt").read_text()
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="none of 101"):
+        loop.train(dataclasses.replace(tiny, run=tmp_path / "new", batches=Batches(max_length=1)))
+    assert "none of 101" in (tmp_path / "new" / "traceback.txt").read_text()
 
 
 @pytest.mark.parametrize("content", ["", '{"type": "Exp'])
@@ -384,6 +418,17 @@ def test_a_run_that_gets_worse_stops_and_goes_back_to_its_best(judged, interrupt
     assert json.loads((experiment.run / "results.json").read_text()) == results
     assert read_metrics(experiment.run / "metrics.jsonl") == rows
     assert run.load(experiment.run).step == 4
+
+
+def test_d17_a_run_that_stopped_early_trains_on_with_other_settings(judged, compiled_once):
+    experiment, seen = judged
+    other = dataclasses.replace(experiment, steps=6, label_smoothing=0.2, accept_changes=True)
+    with compiled_once():
+        assert loop.train(experiment) == 0
+        assert (run.load(experiment.run).step, len(seen)) == (4, 4)
+        with pytest.raises(StopIteration):  # judged once more, for which no loss was decided
+            loop.train(other)
+    assert run.load(experiment.run).step == 6
 
 
 def test_d2_a_run_whose_best_checkpoint_is_damaged_goes_back_to_the_next_best(

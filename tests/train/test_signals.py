@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -25,7 +27,8 @@ def test_e1_a_second_signal_ends_the_process():
     script = (
         "import os, signal, time; from train.signals import Interrupts\n"
         "with Interrupts():\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); print('noted', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(0.7); print('noted', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60); print('still here', flush=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -44,13 +47,27 @@ def test_e1_signals_are_answered_while_python_waits_for_another_language():
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
+        limit = threading.Timer(60, process.kill)  # what is not answered must not hang the tests
+        limit.start()
         assert process.stdout.readline() == "working\n"
         process.send_signal(signal.SIGTERM)
         assert process.stderr.readline() == "\n"
         assert process.stderr.readline() == "stopping after this step; once more quits at once\n"
         assert process.poll() is None
+        time.sleep(0.7)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 128 + signal.SIGTERM
+        assert process.wait() == 128 + signal.SIGTERM
+        limit.cancel()
+
+
+def test_e1_a_second_signal_counts_where_nobody_reads_what_is_said():
+    script = (
+        "import os, signal, time; from train.signals import Interrupts\n"
+        "os.close(2)\n"
+        "with Interrupts():\n"
+        "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.7)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 128 + signal.SIGTERM
 
 
 def test_who_was_woken_before_is_again():
