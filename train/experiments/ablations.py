@@ -1,6 +1,34 @@
 """Short strings to their reverse by a small Transformer, at a budget by which one choice shows.
 
-Command: `python -m train ablations`.
+Command: `python -m train ablations`, and with one choice changed by the flags below, and `--run` of its own.
+Time: 59 to 88 s each on 2 CPU cores (AVX2, float32), beside other work.
+Result (seed 0, 400 updates): exact match on 1,000 strings that were never trained on, and the loss. Rates were chosen
+by hand, one or two of each optimizer; one seed tells little of differences of a few percent.
+
+    as it is (AdamW, norm first, RoPE)  94.4 %  0.046
+    SGD                                 44.9 %  0.442  optimizer.algorithm:sgd --optimizer.schedule.peak 1.0
+    momentum                            85.0 %  0.118  optimizer.algorithm:momentum --optimizer.schedule.peak 0.1
+    AdaGrad                             45.2 %  0.478  optimizer.algorithm:ada-grad --optimizer.schedule.peak 0.3
+    AdaGrad, a lower rate                5.3 %  2.105  optimizer.algorithm:ada-grad --optimizer.schedule.peak 0.05
+    Adam                                96.0 %  0.040  optimizer.algorithm:adam
+    Muon                                36.8 %  0.671  optimizer.algorithm:muon
+    Muon, a higher rate                 97.7 %  0.012  optimizer.algorithm:muon --optimizer.schedule.peak 0.01
+    matrices uniform                    97.8 %  0.038  initializer:uniform
+    matrices normal                     98.0 %  0.090  initializer:normal
+    Xavier                              97.4 %  0.034  initializer:xavier
+    Kaiming                             78.5 %  0.140  initializer:kaiming
+    norm last                           99.3 %  0.021  --model.block.norm-first False
+    no layer norm                       91.2 %  0.046  --model.block.use-norm False
+    norm without gain and bias          95.6 %  0.058  --model.block.norm-gain False --model.block.norm-bias False
+    no residual sum                      0.1 %  2.154  --model.block.use-residual False
+    sinusoidal positions                97.9 %  0.029  model.positions:sinusoidal
+    learned positions                   50.9 %  0.406  model.positions:learned
+    ALiBi                               76.3 %  0.149  model.positions:linear-biases
+    T5 buckets                          34.0 %  0.704  model.positions:bucket-biases
+    Shaw, relative keys                 46.4 %  0.508  model.positions:relative-keys
+    no positions                         8.8 %  1.363  model.positions:none
+    label smoothing 0.1                 96.4 %  0.143  --label-smoothing 0.1
+    dropout 0.1                         62.8 %  0.257  --model.block.dropout-rate 0.1
 """
 
 from pathlib import Path
@@ -27,4 +55,3 @@ ABLATIONS = Experiment(
     steps=400,
     evaluate_every=50,
 )
-"""The choices that are measured one by one change a flag or two of this."""

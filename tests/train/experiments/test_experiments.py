@@ -1,7 +1,9 @@
 """Every experiment learns: a few updates on one small batch of its own task, by its own model and optimizer."""
 
 import dataclasses
+import importlib
 import itertools
+import re
 import sysconfig
 from pathlib import Path
 
@@ -59,13 +61,14 @@ def test_the_loss_falls(name, tmp_path):
         run=tmp_path / "run",
         tokenizer=ByteLevelBPE(300) if isinstance(tokenizer, ByteLevelBPE) else tokenizer,
         batches=dataclasses.replace(
-            experiment.batches, tokens=1500, max_length=min(300, experiment.batches.max_length)
+            experiment.batches, tokens=6000, max_length=min(300, experiment.batches.max_length)
         ),
         optimizer=dataclasses.replace(experiment.optimizer, schedule=Constant(1e-3)),
     )
     session = loop.prepare(experiment)
     rows = session.objective.examples(session.splits["train"])
-    batch = next(itertools.islice(stream(experiment.batches, rows, seed=0), 1))
+    # The run itself would be over all devices, and this is of one.
+    batch = next(itertools.islice(stream(dataclasses.replace(experiment.batches, tokens=1500), rows, seed=0), 1))
     optimizer = freeze(session.experiment.optimizer.make(experiment.steps), experiment.frozen)
     settings = {"seed": 0, "label_smoothing": experiment.label_smoothing}
     make = make_update(session.graph, optimizer, session.objective.loss, **settings)
@@ -74,3 +77,11 @@ def test_the_loss_falls(name, tmp_path):
         state, metrics = update(state, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.97 * losses[0]
+
+
+@pytest.mark.parametrize("name", experiments.__all__)
+def test_the_docstring_says_command_time_and_result(name):
+    said = importlib.import_module(f"train.experiments.{name.lower()}").__doc__
+    assert f"`python -m train {name.lower()}" in said
+    assert re.search(r"^Time.*\d+ s\b.* 2 CPU cores", said, re.MULTILINE)
+    assert re.search(r"[Rr]esult\b.*\d", said, re.DOTALL)
