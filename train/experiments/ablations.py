@@ -31,24 +31,17 @@ by hand, one or two of each optimizer; one seed tells little of differences of a
     dropout 0.1                         62.8 %  0.257  --model.block.dropout-rate 0.1
 """
 
+import dataclasses
 from pathlib import Path
 
-from seqattn.models import Rotary, TransformerConfig
-from seqattn.nn import BlockConfig
 from train.batches import Batches
-from train.config import FROM_TOKENIZER, Experiment
+from train.experiments.reverse import REVERSE
 from train.optimizer import Cosine, Optimizer
 from train.tasks import Reverse
 
-ABLATIONS = Experiment(
-    task=Reverse(min_length=1, max_length=12),
-    model=TransformerConfig(
-        vocab_size=FROM_TOKENIZER,
-        num_encoder_layers=2,
-        num_decoder_layers=2,
-        block=BlockConfig(model_dim=64, hidden_dim=256, num_heads=4, norm_first=True, dropout_rate=0.0),
-        positions=Rotary(),
-    ),
+ABLATIONS = dataclasses.replace(
+    REVERSE,
+    task=Reverse(max_length=12),
     run=Path("runs/ablations"),
     batches=Batches(tokens=2048, max_length=16, buckets=1),
     optimizer=Optimizer(schedule=Cosine(peak=2e-3, warmup_steps=50)),
