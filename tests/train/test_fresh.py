@@ -67,9 +67,10 @@ def test_start_from_a_run_of_which_nothing_fits_is_refused(tiny, masked):
         fresh(resolved(experiment, given.tokenizer), given.tokenizer)
 
 
-def test_start_from_takes_the_tokenizer_over(tagging, masked, tmp_path):
-    task = dataclasses.replace(tagging.task, train_examples=1)
-    session = loop.prepare(dataclasses.replace(tagging, run=tmp_path / "run", task=task))
+def test_start_from_takes_the_tokenizer_over(tagging, masked, tmp_path, monkeypatch):
+    few = dataclasses.replace(tagging.task, train_examples=1).load()["train"]
+    monkeypatch.setattr(type(tagging.task), "load", lambda _: dict.fromkeys(("train", "validation", "test"), few))
+    session = loop.prepare(dataclasses.replace(tagging, run=tmp_path / "run"))
     given = run.load(masked).tokenizer
     own = Tokenizer.train(tagging.tokenizer, session.objective.texts(session.splits["train"]))
     assert session.objective.tokenizer.to_json() == given.to_json() != own.to_json()
