@@ -28,9 +28,9 @@ _TRIES = 5
 
 _SHOWN = (
     *("run", "log_every", "tensorboard", "wandb", "profile", "bleu", "average", "beam_size"),
-    *("keep_best", "max_skipped", "parallel", "processes"),
+    *("keep_best", "max_skipped", "parallel", "processes", "accept_changes"),
 )
-_FREE = (*_SHOWN, "accept_changes", "evaluate_every", "evaluate_examples", "keep_checkpoints")
+_FREE = (*_SHOWN, "evaluate_every", "evaluate_examples", "keep_checkpoints")
 """Fields in which a resumed run may differ: they change what is shown and kept, not the parameters.
 
 On another number of devices dropout, rounding and, where their rows do not divide, batches are others.
@@ -132,7 +132,7 @@ def changes(folder: Path, saved: str, experiment: Experiment) -> list[str]:
     before, now = encode(decode(json.loads(saved))), encode(experiment)
     before["task"], now["task"] = _without_paths(before["task"]), _without_paths(now["task"])
     # With patience it is the evaluations that decide where training stops.
-    free = _FREE if experiment.patience is None else (*_SHOWN, "accept_changes")
+    free = _FREE if experiment.patience is None else _SHOWN
     wrong = [line for line in differences(before, now) if re.split(r"[.:]", line)[0] not in free]
     others = [line for line in wrong if re.split(r"[.:]", line)[0] not in _CHANGEABLE]
     if wrong and (others or not experiment.accept_changes):

@@ -132,7 +132,8 @@ def prepare(experiment: Experiment) -> Session:
         log.warning("%s: %s: other versions may compute other numbers, or order examples otherwise", folder, others)
     if checkpoints is not None and saved is not None:
         # Before anything is written: what was changed may not fit.
-        state = placed.place(checkpoints.restore(_spread(state, placed)))
+        state = checkpoints.restore(_spread(state, placed))
+    state = placed.place(state)
     if is_first():
         folder.mkdir(parents=True, exist_ok=True)
         replace(folder / "tokenizer.json", texts["tokenizer"].encode())
@@ -141,8 +142,6 @@ def prepare(experiment: Experiment) -> Session:
         check_space(folder / "checkpoints", state, experiment.keep_checkpoints + best)
     if checkpoints is None:
         checkpoints = _checkpoints(experiment)
-    if saved is None:
-        state = placed.place(state)
     return Session(experiment, objective, splits, batches, texts, graph, placed, state, checkpoints, bool(changes))
 
 
@@ -237,12 +236,14 @@ def _check_steps(latest: int, experiment: Experiment) -> None:
 
 
 def _batches(experiment: Experiment, rows: list[Example], placed: Placed) -> grain.MapDataset:
-    sizes: dict[str, Any] = {
-        "multiple": placed.rows * experiment.pieces,
-        "lengths": placed.lengths,
-        "part": placed.part,
-    }
-    return stream(experiment.batches, rows, seed=experiment.seed, **sizes)
+    return stream(
+        experiment.batches,
+        rows,
+        seed=experiment.seed,
+        multiple=placed.rows * experiment.pieces,
+        lengths=placed.lengths,
+        part=placed.part,
+    )
 
 
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "tokenizers")
