@@ -11,7 +11,7 @@ from train import environment, objectives, run
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Measures the latest model of a run on one of its splits."""
+    """Measures the latest model of a run on one of its splits, as training does at its end."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -19,15 +19,16 @@ class Arguments:
     """Which examples."""
     examples: int | None = None
     """At most this many of them, from the first on; all by default."""
-    average: int = 1
-    """Measure the mean of the parameters of so many of the latest checkpoints (Vaswani 2017, section 6.1)."""
-    beam_size: int = 1
-    """Hypotheses of each text."""
+    average: int | None = None
+    """Measure the mean of the parameters of so many of the latest checkpoints (Vaswani 2017, section 6.1); by default
+    of as many as the run's figures are of."""
+    beam_size: int | None = None
+    """Hypotheses of each text; by default as many as the run's figures are of."""
 
 
 def main(arguments: Arguments) -> None:
     """Prints the figures, one a line."""
-    if arguments.beam_size < 1:
+    if arguments.beam_size is not None and arguments.beam_size < 1:
         raise ValueError(f"--beam-size ({arguments.beam_size}) must be at least 1")
     trained = run.load(arguments.run, average=arguments.average)
     split = trained.splits()[arguments.split]
@@ -35,11 +36,11 @@ def main(arguments: Arguments) -> None:
         if arguments.examples < 1:
             raise ValueError(f"--examples ({arguments.examples}) must be at least 1")
         split = split.select(range(min(len(split), arguments.examples)))
-    beam = {"beam_size": arguments.beam_size}
-    objective = objectives.make(trained.experiment, trained.tokenizer, trained.labels, **beam)
+    beam_size = trained.experiment.beam_size if arguments.beam_size is None else arguments.beam_size
+    objective = objectives.make(trained.experiment, trained.tokenizer, trained.labels, beam_size=beam_size)
     scores = objective.evaluate(trained.model, split)
-    how = "" if arguments.average == 1 else f", the mean of {arguments.average} checkpoints"
-    how += "" if arguments.beam_size == 1 else f", by a beam of {arguments.beam_size}"
+    how = "" if trained.average == 1 else f", the mean of {trained.average} checkpoints"
+    how += "" if beam_size == 1 else f", by a beam of {beam_size}"
     print(f"{arguments.split} split of {arguments.run}: {len(split)} examples, after {trained.step} updates{how}")
     for name, value in scores.numbers.items():
         print(f"{name}: {value:.4f}")

@@ -27,8 +27,8 @@ class Arguments:
     """Folder of the run."""
     folder: tyro.conf.Positional[Path]
     """Where to; new or empty."""
-    average: int = 1
-    """Average the parameters of so many of the latest checkpoints."""
+    average: int | None = None
+    """Average the parameters of so many of the latest checkpoints; by default of those that the figures are of."""
     license: str | None = None
     """Licence of the parameters, as the hub names it: apache-2.0, cc-by-4.0, ..."""
     stablehlo: bool = False
@@ -55,7 +55,7 @@ def main(arguments: Arguments) -> None:
         made,
         trained.experiment,
         trained.folder,
-        average=arguments.average,
+        average=trained.average,
         license=arguments.license,
         uploaded_as=arguments.push_to,
         image=image,

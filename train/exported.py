@@ -65,7 +65,7 @@ def is_exported(folder: Path) -> bool:
     return (folder / PARAMETERS).exists()
 
 
-def load_trained(folder: Path, *, average: int = 1) -> Run | Exported:
+def load_trained(folder: Path, *, average: int | None = None) -> Run | Exported:
     """The model of a run folder or of an exported folder; see `run.load` and `load` for what they refuse.
 
     Raises:
@@ -73,7 +73,7 @@ def load_trained(folder: Path, *, average: int = 1) -> Run | Exported:
     """
     if not is_exported(folder):
         return run.load(folder, average=average)
-    if average != 1:
+    if average not in (None, 1):
         raise ValueError(f"{folder} is an exported model and has no checkpoints to average: give average 1")
     return load(folder)
 

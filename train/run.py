@@ -17,6 +17,7 @@ from seqattn.models import EncoderConfig, TextLabels, TokenLabels
 from train import averaging
 from train.checkpoint import Checkpoints, MissingStep
 from train.config import FROM_DATA, FROM_TOKENIZER, Experiment, Model, decode, differences, encode
+from train.distributed import Processes
 from train.freezing import freeze
 from train.step import start
 from train.tokenizer import Tokenizer
@@ -54,6 +55,7 @@ class Run:
         step: updates that the parameters have seen.
         model: the model with these parameters.
         data: the digest of the examples.
+        average: of how many checkpoints its parameters are the mean.
     """
 
     folder: Path
@@ -63,6 +65,7 @@ class Run:
     step: int
     model: Any
     data: str
+    average: int = 1
 
     def splits(self) -> dict[str, Dataset]:
         """The examples of its task, by split.
@@ -120,6 +123,12 @@ def to_text(experiment: Experiment) -> str:
     return json.dumps(encode(experiment), indent=2, ensure_ascii=False)
 
 
+def shared(experiment: Experiment) -> str:
+    """As JSON what all processes of a run must have been given alike: all but where they are, and where files lie."""
+    config = encode(dataclasses.replace(experiment, run=Path(), processes=Processes()))
+    return json.dumps(config | {"task": _without_paths(config["task"])})
+
+
 def changes(folder: Path, saved: str, experiment: Experiment) -> list[str]:
     """What decides the parameters and is otherwise in the experiment than in a saved config, where that is accepted.
 
@@ -156,18 +165,19 @@ def regular(steps: Iterable[int], experiment: Experiment) -> list[int]:
     return [step for step in steps if step % experiment.evaluate_every == 0 or step == experiment.steps]
 
 
-def load(folder: Path, *, average: int = 1) -> Run:
+def load(folder: Path, *, average: int | None = None) -> Run:
     """The latest model of a run folder, also while it is being trained.
 
     Args:
         folder: the run folder.
-        average: the parameters are the mean of those of so many of the latest checkpoints.
+        average: the parameters are the mean of those of so many of the latest checkpoints; by default of as many as the
+            experiment judges the test split by, so far as there are so many.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
         ValueError: average is below 1, or the folder holds fewer checkpoints.
     """
-    if average < 1:
+    if average is not None and average < 1:
         raise ValueError(f"average ({average}) must be at least 1")
     for _ in range(_TRIES - 1):
         # Training goes on meanwhile: what it has removed is followed by something newer.
@@ -176,7 +186,7 @@ def load(folder: Path, *, average: int = 1) -> Run:
     return _load(folder, average)
 
 
-def _load(folder: Path, average: int) -> Run:
+def _load(folder: Path, average: int | None) -> Run:
     if (folder / PARAMETERS).exists():
         raise ValueError(f"{folder} is an exported model and holds no checkpoints: give the folder of its run")
     checkpoints = Checkpoints(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
@@ -186,7 +196,10 @@ def _load(folder: Path, average: int) -> Run:
             f"{folder} holds no checkpoint; train it with python -m train EXPERIMENT --run {folder}"
         )
     experiment: Experiment = decode(json.loads(checkpoints.texts(latest)["config"]))
-    steps = [latest] if average == 1 else regular(checkpoints.steps, experiment)[-average:]
+    steps = regular(checkpoints.steps, experiment)
+    if average is None:
+        average = max(1, min(experiment.average, len(steps)))
+    steps = [latest] if average == 1 else steps[-average:]
     if len(steps) < average:
         raise ValueError(
             f"average ({average}) must be at most {len(steps)}, the number of checkpoints that {folder} holds; more of "
@@ -200,4 +213,4 @@ def _load(folder: Path, average: int) -> Run:
     checkpoints.close()
     labels = tuple(json.loads(texts.get("labels", "[]")))
     tokenizer = Tokenizer.from_json(texts["tokenizer"])
-    return Run(folder, experiment, tokenizer, labels, steps[-1], nnx.merge(graph, params), texts["data"])
+    return Run(folder, experiment, tokenizer, labels, steps[-1], nnx.merge(graph, params), texts["data"], average)

@@ -128,8 +128,9 @@ class Arguments:
     """Never say so many tokens in a row twice."""
     batch_size: int = 64
     """Most texts translated together."""
-    average: int = 1
-    """Translate with the mean of the parameters of so many of the latest checkpoints (Vaswani 2017, section 6.1)."""
+    average: int | None = None
+    """Translate with the mean of the parameters of so many of the latest checkpoints (Vaswani 2017, section 6.1); by
+    default of as many as the run's figures are of."""
     plot: Path | None = None
     """Draw where the model looks while it translates the texts of the command line: FILE.png and FILE.svg, and all
     heads beside it; FILE-1 and so on of several texts."""
@@ -182,7 +183,7 @@ def _check(arguments: Arguments) -> None:
     longest, plot = arguments.max_length, arguments.plot
     if arguments.batch_size < 1:
         raise ValueError(f"batch_size ({arguments.batch_size}) must be at least 1")
-    if arguments.average < 1:
+    if arguments.average is not None and arguments.average < 1:
         raise ValueError(f"average ({arguments.average}) must be at least 1")
     if longest is not None and longest < 1:
         raise ValueError(f"max_length ({longest}) must be at least 1")

@@ -77,7 +77,7 @@ def test_the_command_takes_so_many_examples(finished, capsys):
 def test_the_command_takes_the_mean_of_checkpoints(finished, trained, monkeypatch, capsys):
     with pytest.raises(ValueError, match=r"average \(2\) must be at most 1, .*--keep-checkpoints"):
         evaluate.main(Arguments(finished, average=2))
-    monkeypatch.setattr(run, "load", lambda folder, *, average: {3: trained}[average])
+    monkeypatch.setattr(run, "load", lambda folder, *, average: {3: dataclasses.replace(trained, average=3)}[average])
     evaluate.main(Arguments(finished, average=3))
     assert "5 examples, after 12 updates, the mean of 3 checkpoints" in capsys.readouterr().out
 
@@ -87,7 +87,8 @@ def test_the_command_searches_by_a_beam(finished, trained, monkeypatch, capsys):
     make = objectives.make
     monkeypatch.setattr(objectives, "make", lambda *given, **beam: asked.append(beam) or make(*given, **beam))
     evaluate.main(Arguments(finished, beam_size=3))
-    assert asked == [{"beam_size": 3}]
+    evaluate.main(Arguments(finished))
+    assert asked == [{"beam_size": 3}, {"beam_size": trained.experiment.beam_size}]
     assert "after 12 updates, by a beam of 3\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"--beam-size \(0\) must be at least 1"):
         evaluate.main(Arguments(finished, beam_size=0))

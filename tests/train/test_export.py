@@ -70,7 +70,7 @@ def trained(tiny, tmp_path_factory) -> Iterator[Run]:
     found = Run(folder, dataclasses.replace(tiny, model=config, run=folder), TOKENS, (), 12, model, "digest")
     load = run.load
 
-    def loaded(folder, *, average=1):
+    def loaded(folder, *, average=None):
         return found if folder == found.folder else load(folder, average=average)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -151,13 +151,18 @@ def test_flags_are_read(tmp_path):
 
 def test_checkpoints_are_averaged_where_that_is_asked_for_and_the_card_says_so(trained, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(run, "load", lambda folder, *, average: asked.append(average) or trained)
-    for average in (3, 2):
+
+    def mean_of(folder, *, average):
+        asked.append(average)
+        return dataclasses.replace(trained, average=average or 3)
+
+    monkeypatch.setattr(run, "load", mean_of)
+    for average in (None, 3, 2):
         export.main(Arguments(trained.folder, tmp_path / str(average), average=average))
         said = (tmp_path / str(average) / "README.md").read_text()
-        assert f"12 updates, the mean of the latest {average} checkpoints" in said
-        assert ("They are of those parameters, not of the ones here" in said) == (average != 3)
-    assert asked == [3, 2]
+        assert f"12 updates, the mean of the latest {average or 3} checkpoints" in said
+        assert ("They are of those parameters, not of the ones here" in said) == (average == 2)
+    assert asked == [None, 3, 2]
 
 
 # The model card.
