@@ -41,8 +41,9 @@ class Checkpoints:
     """The checkpoints of a run, a folder for each step; the latest few are kept.
 
     Steps are written in the background; every method waits until the last one is. What counts are the steps that
-    verify: each is read and compared with its digests once. Nothing is written or removed before the first `save`, so
-    that others may read a run while it is trained. Close it: what is being written when Python ends is lost.
+    verify: each is read and compared with its digests once, and anew after `read_again`. Nothing is written or removed
+    before the first `save`, so that others may read a run while it is trained. Close it: what is being written when
+    Python ends is lost.
 
     With several processes (`jax.distributed`) each calls the same methods in the same order: every process writes its
     part of the arrays, process 0 all the rest, and process 0 decides which steps there are.
@@ -128,6 +129,11 @@ class Checkpoints:
             MissingStep: there is no such step, or it does not verify.
         """
         return self._read(self._resolve(step), ocp.checkpointables_metadata).custom_metadata or {}
+
+    def read_again(self) -> None:
+        """What is asked next is answered by the files of now: any of them may have been damaged since it was read."""
+        self.wait()
+        self._folders.forget_verdicts()
 
     def protect(self, *steps: int) -> None:
         """From now on these steps stay too, however many come after them; others that were protected no longer."""

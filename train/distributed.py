@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from typing import Any, Literal, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -153,6 +155,16 @@ def _told_and_left(tell: Callable[..., object], *error: Any) -> NoReturn:
 def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process; all must ask. It waits for what the devices were given before."""
     return flag if jax.process_count() == 1 else bool(_any(flag))
+
+
+def differing(texts: Mapping[str, str]) -> list[str]:
+    """The names of the texts that are not the same in all processes, the same answer in each; all must ask."""
+    if jax.process_count() == 1:
+        return []
+    names = sorted(texts)
+    mine = np.array([[*hashlib.sha256(texts[name].encode("utf-8", "surrogatepass")).digest()] for name in names])
+    found = multihost_utils.process_allgather(mine.astype(np.uint8))
+    return [name for name, digests in zip(names, found.swapaxes(0, 1), strict=True) if (digests != digests[0]).any()]
 
 
 class Agreement:

@@ -110,7 +110,7 @@ def _parse(line: bytes, where: str) -> Row:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+        raise ValueError(f"{where} is not JSON: {error}; remove that line") from error
     if not isinstance(row, dict):
         raise ValueError(f"{where} must be a JSON object, got {line.decode()}")
     return {name: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
@@ -122,9 +122,12 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Writes a file such that a kill leaves either the old or the new one."""
+    """Writes a file such that a kill, or a machine without power, leaves either the old or the new one."""
     fresh = path.with_name(path.name + ".new")
-    fresh.write_bytes(content)
+    with fresh.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     fresh.replace(path)
 
 

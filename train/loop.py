@@ -58,14 +58,18 @@ def train(experiment: Experiment) -> int:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds a run folder for this process; a new one where nothing was written is removed again."""
+    """Holds a run folder for process 0, or refuses all; a new one where nothing was written is removed again."""
     check_folder(folder)
-    if not is_first():
-        yield
-        return
-    is_new = not folder.exists()
+    is_new, refusal = is_first() and not folder.exists(), None
     try:
-        with lock.RunLock(folder):
+        with ExitStack() as held:
+            try:
+                if is_first():
+                    held.enter_context(lock.RunLock(folder))
+            except (ValueError, OSError) as error:
+                refusal = error
+            if any_process(refusal is not None):
+                raise refusal or ValueError(f"process 0 does not train in {folder}: it says why")
             yield
     finally:
         with contextlib.suppress(OSError):
@@ -129,7 +133,8 @@ def _train(session: Session, interrupts: Interrupts) -> bool:
             # Saved before it is evaluated: an evaluation that fails loses no update.
             if due or stopped or step == experiment.steps:
                 _check_skipped(session)
-                session.save()
+                with meter.saving():
+                    session.save()
             if stopped:
                 return True
             if due:
@@ -181,6 +186,7 @@ def _is_exhausted(session: Session, say: Callable[[str], None]) -> bool:
     exhausted = patience is not None and bool(best) and len(checks) - 1 - checks.index(best[0]) >= patience
     if not any_process(is_first() and exhausted):
         return False
+    session.checkpoints.read_again()  # the best one may have been written long ago
     whole = session.checkpoints.steps
     # Another process may not have seen all evaluations.
     (step,) = agreed_numbers([next((row["step"] for row in best if row["step"] in whole), 0)] if is_first() else [0])
@@ -189,7 +195,8 @@ def _is_exhausted(session: Session, say: Callable[[str], None]) -> bool:
     session.checkpoints.forget_after(step)
     session.state = session.placed.place(session.checkpoints.restore(session.state))
     said = "".join(f", {row['loss']:.4f}" for row in best if row["step"] == step)
-    lost = "" if not best or best[0]["step"] == step else f"; what was best, after {best[0]['step']}, is damaged"
+    first = best[0]["step"] if best else step
+    lost = "" if first == step else f"; what was best, after {first}, is damaged or gone"
     say(f"stopped early: the validation loss is lowest after {step} updates{said}{lost}")
     return True
 

@@ -26,7 +26,8 @@ class Meter:
     rows those between different texts too: their MFU is not to be compared with that of one text a row.
 
     `data_wait` is the share of the time in which the loop waited for a batch, and `padding` that of the places in the
-    batches which hold none.
+    batches which hold none. `save_seconds` are those in which training waited for checkpoints since the row before: for
+    the copy of the state, and for a save that was still being written.
 
     Args:
         experiment: says when a row is due, and the learning rate.
@@ -56,6 +57,7 @@ class Meter:
         # The devices of a CPU, of which tests and trials have several, share its cores.
         count = jax.process_count() if device.platform == "cpu" else jax.device_count()
         self._peak = rate * count
+        self._saved = 0.0
         progress.print(f"mfu is of {count} x {source}")
         self.restart()
 
@@ -69,6 +71,13 @@ class Meter:
         begun = time.monotonic()
         yield
         self._waited += time.monotonic() - begun
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """What happens within is waiting for a checkpoint, between two steps; the next row has its seconds."""
+        begun = time.monotonic()
+        yield
+        self._saved += time.monotonic() - begun
 
     def add(self, step: int, batch: Batch, state: TrainState, result: dict[str, jax.Array]) -> bool:
         """Counts a batch, of which each part has as many tokens, more or less, as that here; whether a row was due."""
@@ -88,7 +97,8 @@ class Meter:
         }
         skipped = int(state.skipped)
         row = {"step": step, "kind": "train", "learning_rate": float(self._schedule(max(0, step - 1 - skipped)))}
-        self._metrics.write({**row, **values, **speed, "skipped": skipped})
+        self._metrics.write({**row, **values, **speed, "save_seconds": self._saved, "skipped": skipped})
+        self._saved = 0.0
         self._progress.update(step, loss=values["loss"], **speed, **({"skipped": skipped} if skipped else {}))
         self.restart()
         return True

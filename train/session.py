@@ -20,7 +20,7 @@ from train.batches import Example, stream
 from train.checkpoint import Checkpoints
 from train.config import Experiment
 from train.disk_space import check_space
-from train.distributed import any_process, is_first
+from train.distributed import any_process, differing, is_first
 from train.freezing import freeze
 from train.fresh import fresh
 from train.log import replace
@@ -100,6 +100,8 @@ def prepare(experiment: Experiment) -> Session:
     experiment = run.resolve(experiment, tokenizer, labels)
     texts = {"config": run.to_text(experiment), "tokenizer": tokenizer.to_json(), "data": run.fingerprint(splits)}
     texts["labels"] = json.dumps(labels, ensure_ascii=False)
+    texts["versions"] = json.dumps(_versions())
+    _check_processes(texts | {"config": run.shared(experiment)})
     changes: list[str] = []
     if checkpoints is not None and saved is not None:
         changes = run.changes(folder, saved["config"], experiment)
@@ -119,11 +121,10 @@ def prepare(experiment: Experiment) -> Session:
     rows = _examples(experiment, objective, splits, begun)
     placed = _placed(experiment, objective, graph, optimizer)
     batches = _batches(experiment, rows, placed)
-    texts["versions"] = json.dumps(_versions())
     texts["rows"] = str(placed.rows * placed.part[1] * experiment.pieces)
     if placed.lengths > 1:
         texts["rows"] += f" with lengths that are multiples of {placed.lengths}"
-    if saved is not None and saved["rows"] != texts["rows"]:
+    if saved is not None and saved.get("rows", texts["rows"]) != texts["rows"]:
         log.warning(
             "%s: the rows of a batch, a multiple of %s, are one of %s here: other batches follow",
             *(folder, saved["rows"], texts["rows"]),
@@ -204,6 +205,15 @@ def check_folder(folder: Path) -> None:
     ours = ("checkpoints", lock.NAME)
     if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in ours):
         raise ValueError(f"{folder} holds files but no run; give an empty or new folder with --run")
+
+
+def _check_processes(texts: dict[str, str]) -> None:
+    """Raises ValueError, in all processes, where one of them trains something else: they would mix their gradients."""
+    if others := differing(texts):
+        raise ValueError(
+            f"the processes do not train the same: they differ in {', '.join(others)}; give all of them the same "
+            "flags, files and versions"
+        )
 
 
 def _shapes(

@@ -23,7 +23,7 @@ _STEP, _UNFINISHED = re.compile(r"0|[1-9][0-9]*"), re.compile(r"\.(saving|remove
 
 
 class StepFolders:
-    """The steps in a folder; each is read and compared with its digests once.
+    """The steps in a folder; each is read and compared with its digests once, but for `forget_verdicts`.
 
     Args:
         folder: where the steps are; made if it is missing. Nothing else is written or removed unless a method says so.
@@ -92,6 +92,10 @@ class StepFolders:
         fresh.rename(path)
         digests.flush(self.folder)
         self._damage[step] = None
+
+    def forget_verdicts(self) -> None:
+        """Has all steps read and compared with their digests anew, when they are asked for."""
+        self._damage.clear()
 
     def prune(
         self, keep: int, protected: Collection[int], is_regular: Callable[[int], bool] = lambda step: True

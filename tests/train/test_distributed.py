@@ -17,7 +17,7 @@ import pytest
 from jax._src import clusters
 
 from train import environment
-from train.distributed import Agreement, Processes, any_process, detected, is_first
+from train.distributed import Agreement, Processes, any_process, detected, differing, is_first
 from train.parallel import Replicated, Sharded
 
 ROOT = Path(__file__).parents[2]
@@ -297,3 +297,19 @@ def test_processes_that_would_share_rows_in_part_are_refused(monkeypatch):
 
 if __name__ == "__main__":
     work(*sys.argv[1:])
+
+
+def test_c12_what_differs_between_processes_is_named(monkeypatch):
+    texts = {"config": "{}", "data": "1f", "versions": "jax"}
+    assert differing(texts) == []
+    others = {"config": "{}", "data": "2e", "versions": "jax"}
+    gathered = []
+
+    def gather(mine):
+        gathered.append(mine)
+        return np.stack(gathered) if len(gathered) == 2 else np.stack([mine, mine])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("train.distributed.multihost_utils.process_allgather", gather)
+    assert differing(others) == []
+    assert differing(texts) == ["data"]

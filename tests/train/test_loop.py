@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import train.evaluate
 import train.step
 from seqattn.models import Learned
 from train import loop, run
@@ -247,6 +248,8 @@ def test_training_uses_every_setting(finished, tiny, monkeypatch, tmp_path):
     rows = [row for row in read_metrics(finished / "metrics.jsonl") if row["kind"] == "train"]
     schedule = tiny.optimizer.schedule.schedule(tiny.steps)
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
+    # Checkpoints of steps 5 and 10; that of the last one is followed by no row.
+    assert [row["save_seconds"] > 0 for row in rows] == [False, False, True, False, False, True]
     np.testing.assert_allclose([row["learning_rate"] for row in rows], [schedule(row["step"] - 1) for row in rows])
 
 
@@ -439,7 +442,29 @@ def test_d2_a_run_whose_best_checkpoint_is_damaged_goes_back_to_the_next_best(
         interrupted(experiment, 7)
         (experiment.run / "checkpoints" / "4" / "digests.json").unlink()
         assert loop.train(experiment) == 0
-    assert "lowest after 6 updates, 1.0000; what was best, after 4, is damaged" in capsys.readouterr().out
+    assert "lowest after 6 updates, 1.0000; what was best, after 4, is damaged or gone" in capsys.readouterr().out
+    assert run.load(experiment.run).step == 6
+
+
+def test_d2_a_best_checkpoint_that_was_damaged_since_it_was_written_is_not_gone_back_to(
+    judged, monkeypatch, compiled_once, capsys
+):
+    experiment, seen = judged
+    judge, damaged = Tagging.evaluate, []
+
+    def evaluate(*given, **options):
+        scores = judge(*given, **options)
+        if len(seen) == 4 and not damaged:
+            damaged.append(max((experiment.run / "checkpoints" / "4").rglob("*"), key=lambda path: path.stat().st_size))
+            content = bytearray(damaged[0].read_bytes())
+            content[len(content) // 2] ^= 1
+            damaged[0].write_bytes(content)
+        return scores
+
+    monkeypatch.setattr(Tagging, "evaluate", evaluate)
+    with compiled_once():
+        assert loop.train(experiment) == 0
+    assert "lowest after 6 updates, 1.0000; what was best, after 4, is damaged or gone" in capsys.readouterr().out
     assert run.load(experiment.run).step == 6
 
 
@@ -485,7 +510,7 @@ def test_an_interruption_changes_no_mean_of_checkpoints(tiny, tmp_path, interrup
     assert results[0] == results[1]
 
 
-def test_the_test_split_is_judged_by_the_mean_of_checkpoints_and_a_beam(tiny, tmp_path, monkeypatch):
+def test_the_test_split_is_judged_by_the_mean_of_checkpoints_and_a_beam(tiny, tmp_path, monkeypatch, capsys):
     judged = []
 
     def evaluate(objective, model, split, **_):
@@ -502,3 +527,12 @@ def test_the_test_split_is_judged_by_the_mean_of_checkpoints_and_a_beam(tiny, tm
     assert objective._search == Beam(3)
     results = json.loads((tmp_path / "new" / "results.json").read_text())
     assert (results["average"], results["beam_size"]) == (2, 3)
+    # The same model is read, and judged in the same way, by default.
+    train.evaluate.main(train.evaluate.Arguments(tmp_path / "new"))
+    objective, again = judged[-1]
+    assert objective._search == Beam(3)
+    for found, wanted in zip(again, mean, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert "after 3 updates, the mean of 2 checkpoints, by a beam of 3" in capsys.readouterr().out
+    assert run.load(tmp_path / "new").average == 2
+    assert run.load(tmp_path / "new", average=1).average == 1

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from train import __main__ as commands
-from train import experiments
+from train import experiments, lock
 
 
 def command(*arguments):
@@ -18,6 +18,7 @@ def test_a_misspelt_flag_is_refused_with_a_hint():
     code, text = command("train", "dates", "--stepz", "3")
     assert code != 0
     assert "--steps" in text
+    assert "Traceback" not in text
 
 
 def test_help_lists_the_experiments_with_a_sentence():
@@ -84,6 +85,28 @@ def test_what_cannot_run_is_one_sentence_and_not_a_traceback(flags, words, tmp_p
     assert words in text
     assert "Traceback" not in text
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_a_first_time_user_gets_wrong_is_told_in_a_sentence(tmp_path):
+    (tmp_path / "train.en").write_text("a b\nb c\nc d\n")
+    (tmp_path / "train.de").write_text("b a\nc b\n")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.tex").touch()
+    texts = ("--task.source", f"{tmp_path}/train.en", "--task.target", f"{tmp_path}/train.de")
+    told = {
+        ("translation", *texts, "--run", f"{tmp_path}/run"): "has 3 lines",
+        ("reverse", "--run", f"{tmp_path}/used"): "holds files but no run; give an empty or new folder with --run",
+        ("reverse", "--run", f"{tmp_path}/train.en"): "is a file; give a folder with --run",
+    }
+    for arguments, words in told.items():
+        code, text = command("train", *arguments)
+        assert (code, text.count("\n")) == (2, 1), text
+        assert words in text
+    with lock.RunLock(tmp_path / "locked"):
+        code, text = command("train", "reverse", "--run", f"{tmp_path}/locked")
+    assert (code, text.count("\n")) == (2, 1), text
+    assert "is being trained" in text
 
 
 @pytest.mark.parametrize("module", ["train.translate", "train.evaluate", "train.plot"])

@@ -1,18 +1,23 @@
 """The whole of training in two processes: one run folder, one curve, one end."""
 
 import json
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from train import lock, run
 from train.log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
-import dataclasses, sys
+import dataclasses, json, sys
 import jax
 
 index, count, port, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
@@ -24,33 +29,41 @@ from train import environment, loop
 from train.distributed import Processes
 
 processes = Processes(f"127.0.0.1:{port}", count, index, timeout=60) if count > 1 else Processes()
-settings = {"keep_checkpoints": 3, "average": 2, "beam_size": 2, "keep_best": 1}
+settings = json.loads(sys.argv[5])
 experiment = dataclasses.replace(TINY, run=Path(folder), processes=processes, **settings)
 environment.command(lambda: loop.train(experiment))
 """
 
 
-def train(folder, count):
-    """A run in so many processes, over two devices in all; what each of them printed."""
+def start(folder, *settings):
+    """A run over two devices in all, with a process for each of these settings."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    commands = [[sys.executable, "-c", PROGRAM, str(index), str(count), port, str(folder)] for index in range(count)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    processes = [subprocess.Popen(command, cwd=ROOT, **pipes) for command in commands]
+    common = [str(len(settings)), port, str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+    return [
+        subprocess.Popen([sys.executable, "-c", PROGRAM, str(index), *common, json.dumps(given)], **pipes)
+        for index, given in enumerate(settings)
+    ]
+
+
+def ended(processes, code=0):
+    """What each of them printed until all ended, with this code."""
     try:
         shown = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * count, "\n".join(shown)
+    assert [process.returncode for process in processes] == [code] * len(processes), "\n".join(shown)
     return shown
 
 
 @pytest.mark.slow
-def test_c10_e2_two_processes_train_evaluate_save_and_end_as_one(tmp_path):
-    train(tmp_path / "one", 1)
-    first, second = train(tmp_path / "two", 2)
+def test_c10_two_processes_train_evaluate_save_and_end_as_one(tmp_path):
+    settings = {"keep_checkpoints": 3, "average": 2, "beam_size": 2, "keep_best": 1}
+    ended(start(tmp_path / "one", settings))
+    first, second = ended(start(tmp_path / "two", settings, settings))
     assert "test exact match" in first
     assert "step" not in second  # it is the first one that tells
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
@@ -63,3 +76,46 @@ def test_c10_e2_two_processes_train_evaluate_save_and_end_as_one(tmp_path):
     )
     assert [row[:2] for row in one] == [row[:2] for row in two]
     assert [row[2] for row in two] == pytest.approx([row[2] for row in one], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_e2_a_signal_to_one_of_two_processes_saves_the_same_step_of_both_and_the_run_goes_on(tmp_path):
+    settings = {"steps": 601, "evaluate_every": 200, "log_every": 1}
+    ended(start(tmp_path / "whole", settings, settings))
+    stopped, metrics = tmp_path / "stopped", tmp_path / "stopped" / "metrics.jsonl"
+    processes = start(stopped, settings, settings)
+    while all(process.poll() is None for process in processes):
+        if metrics.exists() and any(row["step"] >= 20 for row in read_metrics(metrics)):
+            processes[1].send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.01)
+    first, _ = ended(processes, 128 + signal.SIGTERM)
+    assert "stopped by" in first
+    (step,) = (int(path.name) for path in (stopped / "checkpoints").iterdir() if int(path.name) % 200)
+    assert 20 <= step < 601
+    first, _ = ended(start(stopped, settings, settings))
+    assert f"resuming after {step} updates" in first
+    one, two = (jax.tree.leaves(run.load(tmp_path / name).model) for name in ("whole", "stopped"))
+    for before, after in zip(one, two, strict=True):
+        np.testing.assert_array_equal(before, after)
+    one, two = (
+        [(row["step"], row["kind"], row["loss"]) for row in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("whole", "stopped")
+    )
+    assert one == two
+
+
+@pytest.mark.slow
+def test_processes_that_were_given_other_settings_are_all_refused(tmp_path):
+    shown = ended(start(tmp_path / "run", {}, {"label_smoothing": 0.2}), 2)
+    for text in shown:
+        assert "the processes do not train the same: they differ in config; give all of them the same flags" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_where_process_0_is_refused_the_others_do_not_wait(tmp_path):
+    with lock.RunLock(tmp_path / "run"):
+        first, second = ended(start(tmp_path / "run", {}, {}), 2)
+    assert "is being trained" in first
+    assert "process 0 does not train in" in second
