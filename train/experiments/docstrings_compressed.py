@@ -3,8 +3,9 @@
 Reads the Python standard library of this machine, split by file (Liu 2018: T-DMCA without experts).
 
 Command: `python -m train docstrings_compressed`.
-Time: 13 min 21 s on 2 CPU cores (AVX2, float32).
-Result: perplexity 177 and ROUGE-L 12.2 on 507 functions of files that were never trained on (seed 0, 300 updates).
+Time: 14 min 26 s on 2 CPU cores (AVX2, float32).
+Result: perplexity 177, 2.45 bits a character and ROUGE-L 12.2 on 507 functions of files that were never trained on
+(seed 0, 300 updates).
 """
 
 import dataclasses

@@ -3,8 +3,9 @@
 Reads the Python standard library of this machine, split by file (Liu 2018: Transformer-D, L = 4000).
 
 Command: `python -m train docstrings_stream`.
-Time: 12 min 3 s on 2 CPU cores (AVX2, float32).
-Result: perplexity 175 and ROUGE-L 10.9 on 507 functions of files that were never trained on (seed 0, 300 updates).
+Time: 13 min 6 s on 2 CPU cores (AVX2, float32).
+Result: perplexity 175, 2.45 bits a character and ROUGE-L 11.5 on 507 functions of files that were never trained on
+(seed 0, 300 updates).
 """
 
 import dataclasses

@@ -5,8 +5,9 @@ Of the body the first 1,500 characters, about 500 tokens.
 Reads the Python standard library of this machine, split by file (Liu 2018: Transformer-ED, L = 500).
 
 Command: `python -m train docstrings_transformer`.
-Time: 6 min 26 s on 2 CPU cores (AVX2, float32).
-Result: perplexity 170 and ROUGE-L 10.6 on 507 functions of files that were never trained on (seed 0, 300 updates).
+Time: 5 min 9 s on 2 CPU cores (AVX2, float32).
+Result: perplexity 170, 2.43 bits a character and ROUGE-L 10.6 on 507 functions of files that were never trained on
+(seed 0, 300 updates).
 """
 
 import dataclasses
