@@ -16,6 +16,7 @@ from train.config import Experiment
 from train.exported import Exported
 from train.log import read_metrics
 from train.objectives.choice import COMMANDS
+from train.run import RESULTS
 
 _WHAT = {
     "SequenceToSequence": ("text2text-generation", "It writes a text, given a source text."),
@@ -103,8 +104,8 @@ class Results:
 
 def _results(folder: Path) -> Results | None:
     """The figures on the test split, where training came to its end; else the latest on the validation split."""
-    if (folder / "results.json").exists():
-        row = json.loads((folder / "results.json").read_text("utf-8"))
+    if (folder / RESULTS).exists():
+        row = json.loads((folder / RESULTS).read_text("utf-8"))
     elif (folder / "metrics.jsonl").exists():
         rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get("kind") == "validation"]
         row = rows[-1] if rows else {}

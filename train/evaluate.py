@@ -36,7 +36,9 @@ def main(arguments: Arguments) -> None:
         if arguments.examples < 1:
             raise ValueError(f"--examples ({arguments.examples}) must be at least 1")
         split = split.select(range(min(len(split), arguments.examples)))
-    beam_size = trained.experiment.beam_size if arguments.beam_size is None else arguments.beam_size
+    beam_size = arguments.beam_size
+    if beam_size is None:
+        beam_size = run.judged_by(arguments.run, trained.step)[1]
     objective = objectives.make(trained.experiment, trained.tokenizer, trained.labels, beam_size=beam_size)
     scores = objective.evaluate(trained.model, split)
     how = "" if trained.average == 1 else f", the mean of {trained.average} checkpoints"

@@ -44,7 +44,7 @@ def _put_vectors(model: Any, file: Path, tokenizer: Tokenizer) -> None:
 def _filled(model: nnx.Module, folder: Path) -> nnx.Module:
     """The model with the parameters of the run in a folder, where path and shape are the same."""
     params = nnx.state(model, nnx.Param)
-    given = dict(nnx.to_flat_state(nnx.state(run.load(folder).model, nnx.Param)))
+    given = dict(nnx.to_flat_state(nnx.state(run.load(folder, average=1).model, nnx.Param)))
     flat, taken = [], 0
     for path, leaf in list(nnx.to_flat_state(params)):
         fits = path in given and given[path].shape == leaf.shape

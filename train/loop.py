@@ -58,18 +58,21 @@ def train(experiment: Experiment) -> int:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds a run folder for process 0, or refuses all; a new one where nothing was written is removed again."""
-    check_folder(folder)
+    """Holds a run folder for process 0, or refuses all; a new one where nothing was written is removed again.
+
+    What a folder must not hold is asked of each process: it may be another one there.
+    """
     is_new, refusal = is_first() and not folder.exists(), None
     try:
         with ExitStack() as held:
             try:
+                check_folder(folder)
                 if is_first():
                     held.enter_context(lock.RunLock(folder))
             except (ValueError, OSError) as error:
                 refusal = error
             if any_process(refusal is not None):
-                raise refusal or ValueError(f"process 0 does not train in {folder}: it says why")
+                raise refusal or ValueError(f"another process does not train in {folder}: it says why")
             yield
     finally:
         with contextlib.suppress(OSError):
@@ -252,8 +255,9 @@ def _described(scores: Scores) -> str:
 def _finish(session: Session) -> None:
     """Scores on the test split, pictures, and where everything is."""
     experiment, folder, test = session.experiment, session.experiment.run, session.splits["test"]
-    # What follows asks all processes. Going back to the best checkpoint leaves no later ones, and other settings before
-    # kept fewer.
+    # What follows asks all processes. Any checkpoint may have been damaged since it was written. Going back to the best
+    # one leaves no later ones, and other settings before kept fewer.
+    session.checkpoints.read_again()
     average = min(experiment.average, len(run.regular(session.checkpoints.steps, experiment)))
     model = run.load(folder, average=average).model if average > 1 else session.model
     if not is_first():
@@ -268,7 +272,7 @@ def _finish(session: Session) -> None:
     results |= {"average": average, "beam_size": experiment.beam_size}
     if scores.signatures:
         results["sacrebleu"] = scores.signatures
-    replace(folder / "results.json", json.dumps(results, indent=2).encode())
+    replace(folder / run.RESULTS, json.dumps(results, indent=2).encode())
     learning_curves(read_metrics(folder / _METRICS), folder / "curves")
     objective.draw(model, test, folder / "attention")
     print(f"test  {_described(scores)}")

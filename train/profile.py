@@ -12,6 +12,9 @@ import jax
 from jax.profiler import ProfileData, ProfileOptions, StepTraceAnnotation, TraceAnnotation
 
 _STEP, _WAIT, _START = "update", "wait for the batch", "start the update"
+_PROGRAM = "ThunkExecutor::Execute (wait for completion)"
+"""What XLA's CPU client calls the run of a whole program, of which traces lack what no operation of it does: calls of
+libraries, threads that hand over."""
 _KINDS = 8
 
 Span = tuple[float, float]
@@ -26,7 +29,7 @@ class Summary:
         updates: how many.
         seconds: from the begin of the first to the end of the last, with whatever is done between them.
         computing: share of the time in which any operation ran on the devices of this process, one that waits for other
-            devices too; the rest is overhead.
+            devices too, or on CPU devices a program; the rest is overhead.
         waiting: share of the time in which the loop waited for batches.
         starting: share of the time in which it started updates, beside which devices compute; of several CPU devices
             updates are waited for there, too.
@@ -142,33 +145,33 @@ def newest(folder: Path) -> ProfileData:
 
 def summary(trace: ProfileData) -> Summary:
     """What a trace says."""
-    loop: dict[str, list[Span]] = {name: [] for name in (_STEP, _WAIT, _START)}
+    whole: dict[str, list[Span]] = {name: [] for name in (_STEP, _WAIT, _START, _PROGRAM)}
     operations: list[Span] = []
     kinds: defaultdict[str, float] = defaultdict(float)
     for plane in trace.planes:
         for line in plane.lines:
-            found = sorted(_operations(line.events, loop))
+            found = sorted(_operations(line.events, whole))
             operations += [span for span, _ in found]
             for name, own in _own_times(found):
                 kinds[_kind(name)] += own
-    begin, end = min(begin for begin, _ in loop[_STEP]), max(end for _, end in loop[_STEP])
+    begin, end = min(begin for begin, _ in whole[_STEP]), max(end for _, end in whole[_STEP])
     total, computed = end - begin, max(1.0, sum(kinds.values()))
     return Summary(
-        updates=len(loop[_STEP]),
+        updates=len(whole[_STEP]),
         seconds=total / 1e9,
-        computing=_covered(operations, begin, end) / total,
-        waiting=_covered(loop[_WAIT], begin, end) / total,
-        starting=_covered(loop[_START], begin, end) / total,
+        computing=_covered([*operations, *whole[_PROGRAM]], begin, end) / total,
+        waiting=_covered(whole[_WAIT], begin, end) / total,
+        starting=_covered(whole[_START], begin, end) / total,
         kinds=tuple((name, kinds[name] / computed) for name in sorted(kinds, key=lambda name: -kinds[name])),
     )
 
 
-def _operations(events: Iterable[Any], loop: dict[str, list[Span]]) -> Iterator[tuple[Span, str]]:
-    """The operations of devices among the events of a thread or stream; what the loop did is put where it belongs."""
+def _operations(events: Iterable[Any], whole: dict[str, list[Span]]) -> Iterator[tuple[Span, str]]:
+    """The operations of devices among the events of a thread or stream; what they are part of is put under its name."""
     for event in events:
         span = event.start_ns, event.start_ns + event.duration_ns
-        if event.name in loop:
-            loop[event.name].append(span)
+        if event.name in whole:
+            whole[event.name].append(span)
         elif any(name == "hlo_op" for name, _ in event.stats) and event.duration_ns:
             yield span, event.name
 

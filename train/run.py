@@ -25,6 +25,9 @@ from train.tokenizer import Tokenizer
 PARAMETERS = "model.safetensors"
 """What the folder of an exported model holds, and no run folder."""
 
+RESULTS = "results.json"
+"""What a run that came to its end has found on the test split."""
+
 _TRIES = 5
 
 _SHOWN = (
@@ -124,9 +127,15 @@ def to_text(experiment: Experiment) -> str:
 
 
 def shared(experiment: Experiment) -> str:
-    """As JSON what all processes of a run must have been given alike: all but where they are, and where files lie."""
-    config = encode(dataclasses.replace(experiment, run=Path(), processes=Processes()))
-    return json.dumps(config | {"task": _without_paths(config["task"])})
+    """As JSON what all processes of a run must have been given alike: all but who they are, and where files lie."""
+    return json.dumps(_without_places(encode(dataclasses.replace(experiment, processes=Processes()))))
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        inner = {name: _without_places(item) for name, item in value.items()}
+        return "a path" if value.get("type") == "Path" else inner
+    return list(map(_without_places, value)) if isinstance(value, list) else value
 
 
 def changes(folder: Path, saved: str, experiment: Experiment) -> list[str]:
@@ -165,13 +174,23 @@ def regular(steps: Iterable[int], experiment: Experiment) -> list[int]:
     return [step for step in steps if step % experiment.evaluate_every == 0 or step == experiment.steps]
 
 
+def judged_by(folder: Path, step: int) -> tuple[int, int]:
+    """By the mean of how many checkpoints, and how many hypotheses, a run judged the test split after so many updates.
+
+    1 and 1 where it did not: it goes on, or was stopped.
+    """
+    file = folder / RESULTS
+    found = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    return (found.get("average", 1), found.get("beam_size", 1)) if found.get("steps") == step else (1, 1)
+
+
 def load(folder: Path, *, average: int | None = None) -> Run:
     """The latest model of a run folder, also while it is being trained.
 
     Args:
         folder: the run folder.
         average: the parameters are the mean of those of so many of the latest checkpoints; by default of as many as the
-            experiment judges the test split by, so far as there are so many.
+            run's figures are of, and the latest alone before it has some.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
@@ -196,10 +215,9 @@ def _load(folder: Path, average: int | None) -> Run:
             f"{folder} holds no checkpoint; train it with python -m train EXPERIMENT --run {folder}"
         )
     experiment: Experiment = decode(json.loads(checkpoints.texts(latest)["config"]))
-    steps = regular(checkpoints.steps, experiment)
     if average is None:
-        average = max(1, min(experiment.average, len(steps)))
-    steps = [latest] if average == 1 else steps[-average:]
+        average = judged_by(folder, latest)[0]
+    steps = [latest] if average == 1 else regular(checkpoints.steps, experiment)[-average:]
     if len(steps) < average:
         raise ValueError(
             f"average ({average}) must be at most {len(steps)}, the number of checkpoints that {folder} holds; more of "

@@ -1,6 +1,7 @@
 """What one process needs to train: an experiment brought to life, or refused before anything is compiled or written."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -10,6 +11,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 import optax
 from datasets import Dataset
 from flax import nnx
@@ -88,7 +90,9 @@ def prepare(experiment: Experiment) -> Session:
     Raises:
         ValueError: the run folder holds something else, or the settings do not fit the data or the devices.
     """
-    folder = experiment.run
+    folder, versions = experiment.run, json.dumps(_versions())
+    # Before anything that one process may do and another not.
+    _check_processes({"settings": run.shared(experiment), "versions": versions})
     check_folder(folder)
     splits = experiment.task.load()
     # Process 0 decides: it may be ahead of another, or the only one that sees the folder.
@@ -100,8 +104,8 @@ def prepare(experiment: Experiment) -> Session:
     experiment = run.resolve(experiment, tokenizer, labels)
     texts = {"config": run.to_text(experiment), "tokenizer": tokenizer.to_json(), "data": run.fingerprint(splits)}
     texts["labels"] = json.dumps(labels, ensure_ascii=False)
-    texts["versions"] = json.dumps(_versions())
-    _check_processes(texts | {"config": run.shared(experiment)})
+    texts["versions"] = versions
+    _check_processes({name: texts[name] for name in ("tokenizer", "data", "labels")})
     changes: list[str] = []
     if checkpoints is not None and saved is not None:
         changes = run.changes(folder, saved["config"], experiment)
@@ -114,6 +118,7 @@ def prepare(experiment: Experiment) -> Session:
     if saved is None:
         begun = fresh(experiment, tokenizer)
         graph, state = start(begun, optimizer, average=experiment.ema is not None)
+        _check_processes({"what the model begins with": _digest(state.params)})
     else:
         # A run that goes on takes everything from its checkpoint: what it began with need not be there any more.
         begun = nnx.eval_shape(lambda: run.build(experiment.model, seed=experiment.seed))
@@ -178,7 +183,7 @@ def _objective(experiment: Experiment, split: Dataset, saved: dict[str, str] | N
         return objectives.make(experiment, Tokenizer.from_json(saved["tokenizer"]), labels)
     kind = objectives.kind(experiment)
     if experiment.start_from is not None:
-        tokenizer = run.load(experiment.start_from).tokenizer
+        tokenizer = run.load(experiment.start_from, average=1).tokenizer
     else:
         tokenizer = Tokenizer.train(experiment.tokenizer, kind.texts(split))
     return objectives.make(experiment, tokenizer, kind.find_labels(split))
@@ -214,6 +219,14 @@ def _check_processes(texts: dict[str, str]) -> None:
             f"the processes do not train the same: they differ in {', '.join(others)}; give all of them the same "
             "flags, files and versions"
         )
+
+
+def _digest(params: Any) -> str:
+    """A digest of parameters, where there are processes to compare."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params) if jax.process_count() > 1 else ():
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _shapes(

@@ -35,9 +35,9 @@ def last_step(folder: Path) -> int:
     return max((row["step"] for row in read_metrics(file)), default=0) if file.exists() else 0
 
 
-def saving(folder: Path) -> bool:
-    """Whether a checkpoint is being written, or was by a process that was killed."""
-    return any((folder / "checkpoints").glob(".saving-*"))
+def saving(folder: Path) -> set[Path]:
+    """The checkpoints that are being written, or were by processes that were killed."""
+    return set((folder / "checkpoints").glob(".saving-*"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,19 +60,22 @@ class Runs:
             shown, _ = process.communicate()
         assert process.returncode == 0, shown
 
-    def kill(self, folder: Path, number: signal.Signals, steps: int, seconds: float | None) -> bool:
-        """Trains so many steps more, then some fraction of a second, or until it saves; whether it was killed there."""
-        begun = last_step(folder)
+    def kill(self, folder: Path, number: signal.Signals, steps: int, seconds: float | None) -> set[Path] | None:
+        """Trains so many steps more, then some fraction of a second, or until it saves.
+
+        What it was saving when it was killed; None where it came to its end before.
+        """
+        begun, before = last_step(folder), saving(folder)
         with self.start(folder) as process:
             while process.poll() is None and last_step(folder) < min(begun + steps, self.steps - 1):
                 time.sleep(0.002)
-            while seconds is None and process.poll() is None and not saving(folder):
+            while seconds is None and process.poll() is None and not saving(folder) - before:
                 time.sleep(0.0005)
             time.sleep(seconds or 0)
             process.send_signal(number)
             shown, _ = process.communicate()
         assert process.returncode in (0, -number, 128 + number), shown
-        return process.returncode != 0
+        return saving(folder) - before if process.returncode else None
 
 
 def leaves(folder: Path) -> list[np.ndarray]:
@@ -88,22 +91,21 @@ def test_d1_d15_d16_a_run_that_is_killed_ends_as_one_that_is_not(kills, steps, t
 
     A run that comes to its end before it was killed often enough is followed by another one.
     """
-    runs, generator, folders = Runs(steps, tmp_path / "cache"), random.Random(5), [tmp_path / "killed"]
-    runs.finish(tmp_path / "whole")
+    runs, generator = Runs(steps, tmp_path / "cache"), random.Random(5)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    runs.finish(whole)
     count = within_saves = 0
     while count < kills:
         number = signal.SIGTERM if count % 4 == 2 else signal.SIGKILL
         more = generator.randrange(1, 2 * steps // (kills + 2))
-        if runs.kill(folders[-1], number, more, None if count % 4 == 1 else generator.uniform(0, 0.1)):
-            count += 1
-            within_saves += number == signal.SIGKILL and saving(folders[-1])
-        else:
-            folders.append(tmp_path / f"killed-{len(folders)}")
+        left = runs.kill(killed, number, more, None if count % 4 == 1 else generator.uniform(0, 0.1))
+        count += left is not None
+        within_saves += bool(left)
+        if left is None or count == kills or last_step(killed) >= steps - 1:
+            runs.finish(killed)
+            assert_equal(whole, killed)
+            killed = tmp_path / f"killed-after-{count}"
     assert within_saves > kills / 10
-    if (folders[-1] / "checkpoints").exists():
-        runs.finish(folders[-1])
-    for folder in filter(Path.exists, folders):
-        assert_equal(tmp_path / "whole", folder)
 
 
 def assert_equal(whole: Path, killed: Path) -> None:

@@ -510,6 +510,22 @@ def test_an_interruption_changes_no_mean_of_checkpoints(tiny, tmp_path, interrup
     assert results[0] == results[1]
 
 
+def test_d2_a_checkpoint_that_was_damaged_since_it_was_written_is_in_no_mean(tiny, tmp_path, monkeypatch, capsys):
+    finish = loop._finish
+
+    def damaged(session):
+        session.checkpoints.wait()
+        (session.checkpoints.folder / "2" / "digests.json").write_text("{}")
+        finish(session)
+
+    monkeypatch.setattr(loop, "_finish", damaged)
+    settings = {"steps": 3, "evaluate_every": 1, "keep_checkpoints": 2, "average": 2, "bleu": False}
+    assert loop.train(dataclasses.replace(tiny, run=tmp_path / "new", **settings)) == 0
+    assert "the mean is of 1 checkpoints, not of 2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "new" / "results.json").read_text())["average"] == 1
+    assert run.load(tmp_path / "new").average == 1
+
+
 def test_the_test_split_is_judged_by_the_mean_of_checkpoints_and_a_beam(tiny, tmp_path, monkeypatch, capsys):
     judged = []
 
@@ -536,3 +552,8 @@ def test_the_test_split_is_judged_by_the_mean_of_checkpoints_and_a_beam(tiny, tm
     assert "after 3 updates, the mean of 2 checkpoints, by a beam of 3" in capsys.readouterr().out
     assert run.load(tmp_path / "new").average == 2
     assert run.load(tmp_path / "new", average=1).average == 1
+    (tmp_path / "new" / "results.json").write_text('{"steps": 2, "average": 2, "beam_size": 3}')
+    assert run.load(tmp_path / "new").average == 1  # figures of an earlier model say nothing of this one
+    # Judged anew, it is what was asked for last.
+    assert loop.train(dataclasses.replace(tiny, run=tmp_path / "new", **settings | {"average": 1, "beam_size": 1})) == 0
+    assert (run.load(tmp_path / "new").average, run.judged_by(tmp_path / "new", 3)) == (1, (1, 1))

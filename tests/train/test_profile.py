@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,21 @@ def test_an_operation_within_another_is_not_counted_twice():
         ("dot.4", 30),
         ("while.1", 60),
     ]
+
+
+def test_devices_compute_while_any_operation_or_program_runs():
+    def event(name, begin, end, **stats):
+        return SimpleNamespace(name=name, start_ns=begin, duration_ns=end - begin, stats=stats.items())
+
+    operation = {"hlo_op": "dot"}
+    loop = [event(profile._STEP, 0, 100), event(profile._WAIT, 0, 5), event(profile._START, 5, 15)]
+    device = [event("dot.1", 20, 40, **operation), event("dot.2", 60, 80, **operation), event("a library", 85, 90)]
+    lines = [SimpleNamespace(events=events) for events in (loop, device)]
+    assert summary(SimpleNamespace(planes=[SimpleNamespace(lines=lines)])).computing == 0.4
+    lines.append(SimpleNamespace(events=[event(profile._PROGRAM, 20, 90)]))
+    found = summary(SimpleNamespace(planes=[SimpleNamespace(lines=lines)]))
+    assert (found.computing, found.waiting, found.starting) == (0.7, 0.05, 0.1)
+    assert found.kinds == (("dot", 1.0),)
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ Reads the Python standard library of this machine, split by file (Liu 2018: T-DM
 
 Command: `python -m train docstrings_experts`.
 Time: 17 min 17 s on 2 CPU cores (AVX2, float32).
-Result: perplexity 219, 2.55 bits a character and ROUGE-L 11.0 on 507 functions of files that were never trained on; 1.5 %
-of the choices found no room in the last updates (seed 0, 300 updates).
+Result: perplexity 219, 2.55 bits a character and ROUGE-L 11.0 on 507 functions of files that were never trained on;
+1.5 % of the choices found no room in the last updates (seed 0, 300 updates).
 """
 
 import dataclasses
