@@ -6,6 +6,7 @@ Figures are drawn without pyplot, which would keep them in global state and look
 import functools
 import math
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ _STYLE: dict[Any, Any] = {
 }
 _CELL, _LABEL = 0.22, 0.12  # inches that a token takes, and that a label needs so as not to touch the next one
 _LONGEST_LABEL = 14  # letters
+_LETTERS_AN_INCH = 10  # of a title
 
 
 def learning_curves(metrics: Iterable[Mapping[str, Any]], path_stem: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -164,7 +166,7 @@ def attention_map(
         source_tokens: S texts.
         target_tokens: T texts.
         path_stem: the pictures' path without a suffix.
-        title: stands above the picture.
+        title: stands above the picture, in several lines if it is long.
 
     Returns:
         The paths of the PNG and of the SVG.
@@ -180,7 +182,8 @@ def attention_map(
     with matplotlib.rc_context(_STYLE | {"font.family": families, "text.parse_math": False}):
         source, target = ([_label(token, missing) for token in tokens] for tokens in (source_tokens, target_tokens))
         figure = _draw_heads(heads.reshape(-1, *shape), source, target)
-        figure.suptitle(_drawable(title, missing))
+        width = int(_LETTERS_AN_INCH * figure.get_figwidth())
+        figure.suptitle(textwrap.fill(_drawable(title, missing), width))
         return _save(figure, path_stem)
 
 
@@ -213,7 +216,7 @@ def _draw_scores(ax: Axes, rows: Rows) -> None:
             ax.plot(steps, scale * score, "o-", color=color, markersize=3, label=label)
     ax.set_ylim(0, 102)
     ax.set_ylabel("validation score")
-    ax.legend(loc="lower right")
+    ax.legend(loc="best")
 
 
 def _draw_rate(ax: Axes, rows: Rows) -> None:

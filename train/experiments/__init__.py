@@ -13,6 +13,7 @@ from train.experiments.few_tags import FEW_TAGS
 from train.experiments.in_between import IN_BETWEEN
 from train.experiments.language import LANGUAGE
 from train.experiments.masked import MASKED
+from train.experiments.multi30k import MULTI30K
 from train.experiments.reading import READING
 from train.experiments.recurrent_language import RECURRENT_LANGUAGE
 from train.experiments.reverse import REVERSE
@@ -34,6 +35,7 @@ __all__ = [
     "IN_BETWEEN",
     "LANGUAGE",
     "MASKED",
+    "MULTI30K",
     "READING",
     "RECURRENT_LANGUAGE",
     "REVERSE",
