@@ -147,3 +147,12 @@ def test_weights_that_do_not_fit_the_tokens_are_refused(tmp_path, shape):
     with pytest.raises(ValueError, match=r"must be \[T, S\] or \[N, T, S\] with T, S = \(2, 3\)"):
         attention_map(np.ones(shape), ["a", "b", "c"], ["x", "y"], tmp_path / "map")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_long_title_takes_several_lines(tmp_path):
+    title = " ".join(["a man in an orange hat"] * 6)
+    _, svg = attention_map(np.eye(11), "abcdefghijk", "lmnopqrstuv", tmp_path / "map", title=title)
+    lines = [text for text in texts(svg) if "orange" in text or "man" in text]
+    assert " ".join(lines) == title
+    assert len(lines) > 1
+    assert max(map(len, lines)) < 60
