@@ -153,7 +153,7 @@ class Experiment:
     word_vectors: Path | None = None
     """A text file of word2vec or GloVe: the tokens that it has begin with its vectors."""
     start_from: Path | None = None
-    """A run whose tokenizer is taken over, and every parameter that has the same path and shape here."""
+    """A run whose tokenizer is taken over, and of its latest checkpoint all parameters with the same path and shape."""
     frozen: tuple[str, ...] = ()
     """Patterns of paths, such as `embedding/*`: parameters that training leaves as they are."""
     parallel: Parallel = Replicated()

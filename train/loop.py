@@ -258,7 +258,7 @@ def _finish(session: Session) -> None:
     # What follows asks all processes. Any checkpoint may have been damaged since it was written. Going back to the best
     # one leaves no later ones, and other settings before kept fewer.
     session.checkpoints.read_again()
-    average = min(experiment.average, len(run.regular(session.checkpoints.steps, experiment)))
+    average = max(1, min(experiment.average, len(run.regular(session.checkpoints.steps, experiment))))
     model = run.load(folder, average=average).model if average > 1 else session.model
     if not is_first():
         return

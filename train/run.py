@@ -190,7 +190,7 @@ def load(folder: Path, *, average: int | None = None) -> Run:
     Args:
         folder: the run folder.
         average: the parameters are the mean of those of so many of the latest checkpoints; by default of as many as the
-            run's figures are of, and the latest alone before it has some.
+            run's figures are of, so far as there are so many that verify, and the latest alone before it has figures.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
@@ -216,7 +216,9 @@ def _load(folder: Path, average: int | None) -> Run:
         )
     experiment: Experiment = decode(json.loads(checkpoints.texts(latest)["config"]))
     if average is None:
-        average = judged_by(folder, latest)[0]
+        wanted = judged_by(folder, latest)[0]
+        # What was damaged since is in no mean; a warning has named it.
+        average = 1 if wanted == 1 else max(1, min(wanted, len(regular(checkpoints.steps, experiment))))
     steps = [latest] if average == 1 else regular(checkpoints.steps, experiment)[-average:]
     if len(steps) < average:
         raise ValueError(

@@ -552,6 +552,11 @@ def test_the_test_split_is_judged_by_the_mean_of_checkpoints_and_a_beam(tiny, tm
     assert "after 3 updates, the mean of 2 checkpoints, by a beam of 3" in capsys.readouterr().out
     assert run.load(tmp_path / "new").average == 2
     assert run.load(tmp_path / "new", average=1).average == 1
+    shutil.copytree(tmp_path / "new", tmp_path / "damaged")
+    (tmp_path / "damaged" / "checkpoints" / "2" / "digests.json").write_text("{}")
+    assert run.load(tmp_path / "damaged").average == 1
+    with pytest.raises(ValueError, match=r"average \(2\) must be at most 1"):
+        run.load(tmp_path / "damaged", average=2)
     (tmp_path / "new" / "results.json").write_text('{"steps": 2, "average": 2, "beam_size": 3}')
     assert run.load(tmp_path / "new").average == 1  # figures of an earlier model say nothing of this one
     # Judged anew, it is what was asked for last.
