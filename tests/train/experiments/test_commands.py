@@ -1,9 +1,8 @@
-"""Every command of training that the documents show is one that the command line takes."""
+"""Every command that the docstring of an experiment shows is one that the command line takes."""
 
 import re
 import shlex
 import sys
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -12,8 +11,6 @@ from seqattn.models import Rotary
 from seqattn.models.positions import Positions
 from train import experiments
 from train.__main__ import parse
-
-README = (Path(__file__).parents[3] / "README.md").read_text("utf-8")
 
 
 def in_docstring(name):
@@ -30,14 +27,6 @@ def test_commands_of_an_experiment_are_taken_and_differ(name):
     folders = {parsed[command].run for command in own}
     # Without data of its own, the experiment has no result that another command would write over.
     assert len(folders) == (1 if name == "TRANSLATION" else len(own))
-
-
-def test_commands_of_the_readme_are_taken():
-    commands = re.findall(r"^\.venv/bin/python -m train (.*)$", README, re.MULTILINE)
-    shown = [words for command in commands if "--help" not in (words := shlex.split(command, comments=True))]
-    assert len(shown) > 1
-    for words in shown:
-        parse(words)
 
 
 def test_flags_of_a_choice_that_is_not_written_are_taken_in_any_order():
