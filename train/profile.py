@@ -29,7 +29,7 @@ class Summary:
         updates: how many.
         seconds: from the begin of the first to the end of the last, with whatever is done between them.
         computing: share of the time in which any operation ran on the devices of this process, one that waits for other
-            devices too, or on CPU devices a program; the rest is overhead.
+            devices too, or on CPU devices a program; the rest is overhead, of the loop or of XLA.
         waiting: share of the time in which the loop waited for batches.
         starting: share of the time in which it started updates, beside which devices compute; of several CPU devices
             updates are waited for there, too.

@@ -128,14 +128,7 @@ def to_text(experiment: Experiment) -> str:
 
 def shared(experiment: Experiment) -> str:
     """As JSON what all processes of a run must have been given alike: all but who they are, and where files lie."""
-    return json.dumps(_without_places(encode(dataclasses.replace(experiment, processes=Processes()))))
-
-
-def _without_places(value: Any) -> Any:
-    if isinstance(value, dict):
-        inner = {name: _without_places(item) for name, item in value.items()}
-        return "a path" if value.get("type") == "Path" else inner
-    return list(map(_without_places, value)) if isinstance(value, list) else value
+    return json.dumps(_without_paths(encode(dataclasses.replace(experiment, processes=Processes())), "a path"))
 
 
 def changes(folder: Path, saved: str, experiment: Experiment) -> list[str]:
@@ -163,10 +156,12 @@ def changes(folder: Path, saved: str, experiment: Experiment) -> list[str]:
     return wrong
 
 
-def _without_paths(task: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: None if isinstance(value, dict) and value.get("type") == "Path" else value for name, value in task.items()
-    }
+def _without_paths(value: Any, instead: str | None = None) -> Any:
+    """An encoded config with something else in place of every path."""
+    if isinstance(value, dict):
+        inner = {name: _without_paths(item, instead) for name, item in value.items()}
+        return instead if value.get("type") == "Path" else inner
+    return [_without_paths(item, instead) for item in value] if isinstance(value, list) else value
 
 
 def regular(steps: Iterable[int], experiment: Experiment) -> list[int]:
