@@ -85,7 +85,7 @@ def leaves(folder: Path) -> list[np.ndarray]:
         return [np.asarray(leaf) for leaf in jax.tree.leaves(made.state)]
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(3, 120), pytest.param(20, 300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps"), [(3, 120), pytest.param(20, 1200, marks=pytest.mark.slow)])
 def test_d1_d15_d16_a_run_that_is_killed_ends_as_one_that_is_not(kills, steps, tmp_path):
     """By SIGKILL at random moments and, one time in four, within a save, and by SIGTERM, which saves where it stops.
 
@@ -97,7 +97,7 @@ def test_d1_d15_d16_a_run_that_is_killed_ends_as_one_that_is_not(kills, steps, t
     count = ended = 0
     while count < kills:
         number = signal.SIGTERM if count % 4 == 2 else signal.SIGKILL
-        more, within_save = generator.randrange(1, 2 * steps // (kills + 2)), count % 4 == 1
+        more, within_save = generator.randrange(1, 27), count % 4 == 1
         left = runs.kill(killed, number, more, None if within_save else generator.uniform(0, 0.1))
         count += bool(left) if within_save else left is not None
         if left is None or count == kills or last_step(killed) >= steps - 1:
