@@ -1,5 +1,6 @@
 """The README keeps its word: its Python runs, its map is the tree, its links lead somewhere."""
 
+import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -7,14 +8,17 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from train import experiments
 from train.__main__ import parse
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 TEXT = README.read_text("utf-8") if README.exists() else ""
+EXPERIMENTS = [name.lower() for name in experiments.__all__]
 
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"""\]\(([^)\s]+)|\b(?:src|srcset|href)="([^"\s]+)""")
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _ENTRY = re.compile(r"[\w.-]+(/|\.py|\.md|\.toml)|Makefile|LICENSE")
 
 
@@ -146,6 +150,76 @@ def test_every_training_command_is_understood(arguments):
     with pytest.raises(SystemExit) as ended:
         parse(arguments)
     assert ended.value.code == 0
+
+
+Row = dict[str, str]
+
+
+def tables(text: str) -> Iterator[list[Row]]:
+    """The rows of each table by the names of their columns, the first of which may be empty."""
+    for match in re.finditer(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
+        header, _, *rows = (
+            [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in match[0].splitlines()
+        )
+        yield [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def measured(text: str) -> list[tuple[str, Row]]:
+    """The command of each table's row that names an experiment, and what the row has from its time on."""
+    found = []
+    for rows in tables(text):
+        for row in rows:
+            words = [match for cell in row.values() for match in re.findall(r"`([^`]+)`", cell)]
+            commands = [word for word in words if word.split()[0] in EXPERIMENTS]
+            if commands and "time" in row:
+                columns = list(row)
+                # One before it says of what the row is a variant.
+                found.append((commands[-1], {name: row[name] for name in columns[columns.index("time") :]}))
+    return found
+
+
+def unsaid(figures: Row, docstring: str) -> list[str]:
+    """The times and numbers that a docstring does not have, be it with more digits."""
+    said = [float(number.replace(",", "")) for number in _NUMBER.findall(docstring)]
+    docstring = " ".join(docstring.split())
+    wrong = [figures["time"]] if figures["time"] not in docstring else []
+    for name, cell in figures.items():
+        numbers = [] if name == "time" else [number.replace(",", "") for number in _NUMBER.findall(cell)]
+        digits = [(number, len(number.partition(".")[2])) for number in numbers]
+        wrong += [number for number, after in digits if all(round(each, after) != float(number) for each in said)]
+    return wrong
+
+
+def docstring(experiment: str) -> str:
+    return importlib.import_module(f"train.experiments.{experiment}").__doc__
+
+
+def test_every_experiment_has_a_row():
+    listed = {command.split()[0] for command, _ in measured(TEXT)}
+    assert listed == set(EXPERIMENTS) - {"ablations"}  # it has a table of its own
+
+
+@pytest.mark.parametrize(
+    ("command", "figures"), [pytest.param(command, figures, id=command) for command, figures in measured(TEXT)]
+)
+def test_a_row_has_a_command_that_is_understood_and_the_figures_of_its_file(command, figures):
+    assert parse(shlex.split(command)).run
+    assert not unsaid(figures, docstring(command.split()[0]))
+
+
+def test_choices_have_the_figures_of_ablations():
+    (rows,) = [rows for rows in tables(TEXT) if "choice" in rows[0]]
+    for row in rows:
+        assert not unsaid({"time": "", "result": row["exact match"]}, docstring("ablations"))
+
+
+def test_a_figure_that_was_not_measured_is_caught():
+    header = "| system | command | time | result |\n|---|---|---|---|\n"
+    ((command, figures),) = measured(header + "| ours | `dates --seed 3` | 4 min 5 s | 98.9 % of 1,000 |\n")
+    assert command == "dates --seed 3"
+    said = "Time: 4 min\n5 s on 2 CPU cores.\nResult: 98.94 % of 1,000 dates."
+    assert unsaid(figures, said) == []
+    assert unsaid(figures, said.replace("98.94", "98.84").replace("4 min", "3 min")) == ["4 min 5 s", "98.9"]
 
 
 def test_no_figure_is_left_open():

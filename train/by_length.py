@@ -37,9 +37,12 @@ def by_length(folder: Path) -> dict[int, float]:
 def main(arguments: Arguments) -> None:
     """Prints a row for each length, and where the picture is."""
     stem = arguments.plot.with_suffix("") if arguments.plot.suffix in (".png", ".svg") else arguments.plot
+    names = [folder.name for folder in arguments.run]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"two runs of {', '.join(map(str, arguments.run))} have the same name, by which lines are told"
+        )
     lines = {folder.name: by_length(folder) for folder in arguments.run}
-    if len(lines) < len(arguments.run):
-        raise ValueError("the folders of two runs have the same name")
     print("length", *lines, sep="\t")
     for length in sorted({length for line in lines.values() for length in line}):
         print(length, *(f"{line.get(length, float('nan')):.3f}" for line in lines.values()), sep="\t")

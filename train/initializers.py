@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal, Protocol, TypeVar, get_args
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal, variance_scaling
 from jaxtyping import Array
@@ -106,7 +107,9 @@ def redraw(model: Model, initializer: Initializer, *, seed: int) -> Model:
     What is drawn is a function of seed, path and shape alone: a layer more changes no other layer. A matrix is
     `[in, out]`, as jax.nn.initializers has it. The kernel of a flax convolution is `[*window, in, out]`, and its fans
     count the window; so do those of the filters of compressed attention, `[stride, heads, in, out]`, which are one for
-    each head. Of any other array of more axes, as of the weights of experts `[E, D, F]`, each `[D, F]` is one.
+    each head. A table of vectors, `[V, D]`, is `[out, in]`, since its logits are products with its rows, and relative
+    keys likewise: their fan in is the size of a vector. Of any other array of more axes, as of the weights of experts
+    `[E, D, F]`, each `[D, F]` is one.
 
     Args:
         model: an `nnx.Module`, since only the modules say which kernels are convolutions; it is not changed.
@@ -121,11 +124,13 @@ def redraw(model: Model, initializer: Initializer, *, seed: int) -> Model:
     graph, params, *others = nnx.split(model, nnx.Param, ...)
 
     def anew(value: Array, name: str, is_matrix: bool) -> Array:
-        # What a model begins with as zeros does nothing at first, and is meant so: scores of T5, noise of a gate.
+        # What a model begins with as zeros does nothing at first, and is meant so: the noise of a gate.
         if not is_matrix or not value.any():
             return value
-        stack = stacks.get(name, range(value.ndim - 2))
-        return initializer.draw(_key(seed, name), value.shape, stack).astype(value.dtype)
+        stack, rows = stacks.get(name, range(value.ndim - 2)), _rows(name, value.ndim)
+        shape = value.shape if rows is None else (*value.shape[:rows], *value.shape[rows + 1 :], value.shape[rows])
+        matrix = initializer.draw(_key(seed, name), shape, stack)
+        return (matrix if rows is None else jnp.moveaxis(matrix, -1, rows)).astype(value.dtype)
 
     drawn = jax.tree.map(anew, params, paths(params), matrices(params))
     return nnx.merge(graph, drawn, *others)
@@ -141,6 +146,12 @@ def _stacks(model: nnx.Module) -> dict[str, Sequence[int]]:
             heads = 1
             found |= {"/".join([*map(str, path), name]): (heads,) for name in ("key_filter", "value_filter")}
     return found
+
+
+def _rows(name: str, ndim: int) -> int | None:
+    """The axis that counts the vectors of a table: `[V, D]`, or of relative keys `[layers, distances, (heads,) H]`."""
+    last = name.rpartition("/")[-1]
+    return {"table": ndim - 2, "tables": 1}.get(last)
 
 
 def _key(seed: int, path: str) -> Array:

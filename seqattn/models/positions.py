@@ -159,29 +159,27 @@ class PositionScores(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.positions, self.bidirectional = positions, bidirectional
-        init = nnx.initializers.normal(stddev=0.02)
+        bias, tables = None, None
         if isinstance(positions, BucketBiases):
             _check_buckets(positions, 2 if bidirectional else 1)
-            self.tables: nnx.Param | None = nnx.Param(jnp.zeros((positions.num_buckets, num_heads), param_dtype))
+            bias = nnx.Param(jnp.zeros((positions.num_buckets, num_heads), param_dtype))
         elif isinstance(positions, RelativeKeys):
             if positions.max_distance < 1:
                 raise ValueError(f"max_distance ({positions.max_distance}) must be at least 1")
             heads = (num_heads,) if positions.by_head else ()
             shape = (num_layers, 2 * positions.max_distance + 1, *heads, head_dim)
-            self.tables = nnx.Param(init(rngs.params(), shape, param_dtype))
-        else:
-            self.tables = None
+            tables = nnx.Param(nnx.initializers.normal(stddev=0.02)(rngs.params(), shape, param_dtype))
+        # By its name an optimizer knows a bias, which it does not decay.
+        self.bias: nnx.Param | None = bias
+        self.tables: nnx.Param | None = tables
 
     def of(self, layer: int) -> ScoreMod | None:
         """The score modification of a layer's self attention, counted from 0."""
         if isinstance(self.positions, LinearBiases):
             return Alibi()
-        if self.tables is None:
-            return None
-        if isinstance(self.positions, BucketBiases):
-            table, distance = self.tables[...], self.positions.max_distance
-            return RelativeBuckets(table, self.bidirectional, distance)
-        return RelativePositions(self.tables[layer])
+        if isinstance(self.positions, BucketBiases) and self.bias is not None:
+            return RelativeBuckets(self.bias[...], self.bidirectional, self.positions.max_distance)
+        return None if self.tables is None else RelativePositions(self.tables[layer])
 
 
 def _check_buckets(positions: BucketBiases, sides: int) -> None:

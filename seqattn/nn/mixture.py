@@ -35,8 +35,9 @@ class MixtureOfExperts(nnx.Module):
 
     In a call with a dropout key, that is in training, an expert that more tokens choose than its capacity takes the
     earlier ones, in the order of `x` with its leading dims joined; to the others it adds nothing. Its room is a share
-    of all tokens of the call, later ones and those of other texts included, so the texts of a batch are then not
-    independent, and no text is strictly causal. Without a key there is no capacity, and no token depends on another.
+    of all tokens of the call. So then the texts of a batch are not independent: what an earlier one chose may leave no
+    room to a later one. Of the tokens behind it a token depends on their number, never on what they are. Without a key
+    there is no capacity, and no token depends on another.
 
     Where there is no capacity every expert computes every token: without a key and with more than 4096 tokens one
     expert after the other, so that memory is that of one, else all at once. One after the other, experts that are

@@ -7,7 +7,18 @@ import math
 import pytest
 
 from benchmarks import long_sequences, machine
-from benchmarks.long_sequences import COMPRESSED, KEPT, NAMES, TILED, Arguments, UpdateRow, attempt, compare, main
+from benchmarks.long_sequences import (
+    COMPRESSED,
+    COMPRESSED_KEPT,
+    KEPT,
+    NAMES,
+    TILED,
+    Arguments,
+    UpdateRow,
+    attempt,
+    compare,
+    main,
+)
 from benchmarks.row import CHECKED, REFUSED, TIMED, WRONG
 from seqattn.models import LanguageModelConfig, Sinusoidal
 from seqattn.nn import BlockConfig
@@ -34,16 +45,21 @@ def test_every_kind_is_compared_planned_and_timed(small, tmp_path, capsys):
         row["status"] == TIMED and row["median_seconds"] > 0 and row["length"] == LENGTH for row in rows.values()
     )
     assert rows[KEPT]["loss"] == pytest.approx(rows[TILED]["loss"], abs=1e-5)
+    assert rows[COMPRESSED_KEPT]["loss"] == pytest.approx(rows[COMPRESSED]["loss"], abs=1e-5)
     assert abs(rows[COMPRESSED]["loss"] - rows[TILED]["loss"]) > 1e-5
     # Two heads of so many scores, forward or backward, which the tiles never hold.
     assert rows[KEPT]["planned_bytes"] - rows[TILED]["planned_bytes"] > 2 * 4 * LENGTH**2
+    # Of two layers one is compressed, to a third.
+    assert rows[KEPT]["planned_bytes"] - rows[COMPRESSED_KEPT]["planned_bytes"] > 2 * 4 * LENGTH**2 * 2 / 3
     printed = capsys.readouterr().out
     assert all(name in printed for name in NAMES)
 
 
-def test_full_attention_with_two_losses_is_wrong_and_not_timed():
-    rows = [UpdateRow(KEPT, 5, CHECKED, loss=7.0), UpdateRow(TILED, 5, CHECKED, loss=7.01)]
-    other = UpdateRow(COMPRESSED, 5, CHECKED, loss=9.0)
+@pytest.mark.parametrize("names", [(KEPT, TILED), (COMPRESSED_KEPT, COMPRESSED)])
+@pytest.mark.parametrize("loss", [7.01, math.nan])
+def test_an_attention_with_two_losses_is_wrong_and_not_timed(names, loss):
+    rows = [UpdateRow(names[0], 5, CHECKED, loss=7.0), UpdateRow(names[1], 5, CHECKED, loss=loss)]
+    other = UpdateRow(COMPRESSED if KEPT in names else TILED, 5, CHECKED, loss=9.0)
     assert [row.status for row in compare([*rows, other])] == [WRONG, WRONG, CHECKED]
     assert compare([rows[0], other]) == [rows[0], other]
 

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seqattn.nn import MemoryCompressedAttention
+from seqattn.models import RelativeKeys
+from seqattn.models.positions import PositionScores
+from seqattn.nn import MemoryCompressedAttention, TokenEmbedding
 from tests.parameters import drawn
 from train.initializers import Kaiming, Normal, Uniform, Xavier, redraw
 
-D, F, E, WINDOW, COMPRESSED = 37, 61, 11, 5, 13
+D, F, E, WINDOW, COMPRESSED, DISTANCE = 37, 61, 11, 5, 13, 9
 
 
 class Model(nnx.Module):
@@ -25,6 +27,9 @@ class Model(nnx.Module):
         self.conv = nnx.Conv(D, F, kernel_size=(WINDOW,), **options)
         self.norm = nnx.LayerNorm(D, **options)
         self.buckets = nnx.Param(jnp.zeros((7, 3), dtype))
+        self.embedding = TokenEmbedding(F, D, **options)
+        sizes = {"num_heads": E, "head_dim": D, "bidirectional": True}
+        self.scores = PositionScores(RelativeKeys(DISTANCE, by_head=True), 2, **sizes, **options)
         self.compressed = MemoryCompressedAttention(COMPRESSED * 7, COMPRESSED, stride=WINDOW, **options)
         self.count = nnx.BatchStat(jnp.zeros((2, 3)))
 
@@ -38,12 +43,13 @@ def model():
 
 def kernels(model):
     found = {"layer": model.layers[0].kernel, "experts": model.experts.kernel, "conv": model.conv.kernel}
-    found["filter"] = model.compressed.key_filter
+    found |= {"filter": model.compressed.key_filter, "table": model.embedding.table, "keys": model.scores.tables}
     return {name: np.asarray(kernel[...], np.float64) for name, kernel in found.items()}
 
 
 FANS = {"layer": (D, F), "experts": (D, F), "conv": (WINDOW * D, WINDOW * F), "filter": (WINDOW * 7, WINDOW * 7)}
-"""Fan in and fan out of each kind of kernel."""
+FANS |= {"table": (D, F), "keys": (D, 2 * DISTANCE + 1)}
+"""Fan in and fan out of each kind of kernel; a table of vectors makes logits."""
 
 
 def assert_distributed(values, distribution, variance, name):
@@ -83,10 +89,9 @@ def test_only_matrices_of_parameters_that_are_not_zero_change(model):
         assert path == same_path
         assert type(old) is type(new)
         changed[path[-1]] = not np.array_equal(old[...], new[...])
-    assert changed == {"kernel": True, "bias": False, "scale": False, "buckets": False, "count": False} | {
-        "key_filter": True,
-        "value_filter": True,
-    }
+    drawn_anew = ("kernel", "key_filter", "value_filter", "table", "tables")
+    kept = ("bias", "scale", "buckets", "count")
+    assert changed == dict.fromkeys(drawn_anew, True) | dict.fromkeys(kept, False)
 
 
 def test_the_model_itself_is_not_changed():

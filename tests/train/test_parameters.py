@@ -1,10 +1,29 @@
 """Paths, and what counts as a matrix, in models as well as in their states."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from seqattn.models import (
+    BucketBiases,
+    Captioner,
+    CaptionerConfig,
+    Compressed,
+    Encoder,
+    EncoderConfig,
+    Full,
+    LanguageModel,
+    LanguageModelConfig,
+    MaskedTokens,
+    RelativeKeys,
+    Seq2Seq,
+    Seq2SeqConfig,
+    TransformerConfig,
+)
+from seqattn.nn import BatchNorm, BlockConfig, MixtureConfig
 from train.parameters import check_patterns, matching, matrices, paths
 
 
@@ -48,6 +67,34 @@ def test_globs_match_whole_paths(state, patterns, names):
 
 def test_matrices_are_no_vectors(state):
     assert chosen(state, matrices) == [NAMES[1], NAMES[3]]
+
+
+def test_what_is_a_matrix_in_a_model():
+    """What weight decay takes hold of: no norm, no bias, those of scores, experts and logits included."""
+    block = BlockConfig(model_dim=4, hidden_dim=3, num_heads=2, qk_norm=True, gated=True)
+    mixed = dataclasses.replace(block, mixture=MixtureConfig(num_experts=3, top_k=2))
+    models = {
+        "language": lambda rngs: LanguageModel(
+            LanguageModelConfig(7, 2, mixed, BucketBiases(4, 3), (Full(), Compressed(2))), rngs=rngs
+        ),
+        "encoder": lambda rngs: Encoder(EncoderConfig(7, 1, block, RelativeKeys(2), head=MaskedTokens()), rngs=rngs),
+        "recurrent": lambda rngs: Seq2Seq(Seq2SeqConfig(7, embedding_dim=4, hidden_dim=6), rngs=rngs),
+        "reader": lambda rngs: Captioner(CaptionerConfig(7, decoder=TransformerConfig(0, 0, 1, block)), rngs=rngs),
+        "batch": lambda rngs: BatchNorm(5, rngs=rngs),
+    }
+    others = set()
+    for make in models.values():
+        state = nnx.eval_shape(lambda make=make: nnx.state(make(nnx.Rngs(0)), nnx.Param))
+        names, are_matrices = (jax.tree.leaves(tree) for tree in (paths(state), matrices(state)))
+        for name, is_matrix in zip(names, are_matrices, strict=True):
+            last = name.rpartition("/")[-1]
+            assert is_matrix != last.endswith(("bias", "scale", "shift")), name
+            others |= set() if is_matrix else {last}
+    assert others >= {"bias", "scale", "shift"}
+    language = nnx.eval_shape(lambda: nnx.state(models["language"](nnx.Rngs(0)), nnx.Param))
+    chosen = dict(zip(jax.tree.leaves(paths(language)), jax.tree.leaves(matrices(language)), strict=True))
+    assert chosen["stack/scores/bias"] is False
+    assert chosen["stack/blocks/0/feed_forward/experts/hidden/kernel"] is True
 
 
 def test_stacked_biases_are_no_matrices():

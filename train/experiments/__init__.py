@@ -15,6 +15,7 @@ from train.experiments.language import LANGUAGE
 from train.experiments.masked import MASKED
 from train.experiments.multi30k import MULTI30K
 from train.experiments.reading import READING
+from train.experiments.reading_transformer import READING_TRANSFORMER
 from train.experiments.recurrent_language import RECURRENT_LANGUAGE
 from train.experiments.reverse import REVERSE
 from train.experiments.tags import TAGS
@@ -37,6 +38,7 @@ __all__ = [
     "MASKED",
     "MULTI30K",
     "READING",
+    "READING_TRANSFORMER",
     "RECURRENT_LANGUAGE",
     "REVERSE",
     "TAGS",

@@ -1,4 +1,4 @@
-"""The first line of a function's docstring from its body, by Bahdanau's recurrent encoder-decoder.
+"""The first line of a function's docstring from its body, by a recurrent encoder-decoder with additive attention.
 
 Of the body the first 1,500 characters, about 500 tokens.
 

@@ -110,7 +110,8 @@ def test_the_tables_of_a_stack(positions, shape):
     config = EncoderConfig(V, 4, BLOCK, positions)
     found = _shapes(nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(0))))
     plain = _shapes(nnx.eval_shape(lambda: Encoder(dataclasses.replace(config, positions=None), rngs=nnx.Rngs(0))))
-    tables = {} if shape is None else {"stack.scores.tables": shape}
+    name = "bias" if isinstance(positions, BucketBiases) else "tables"
+    tables = {} if shape is None else {f"stack.scores.{name}": shape}
     tables |= {"learned.table": (23, 12)} if isinstance(positions, Learned) else {}
     assert found == plain | tables
 
@@ -122,7 +123,7 @@ def test_all_layers_share_the_biases_and_each_has_keys_of_its_own():
         assert np.array_equal(first, second) == shared
     # Biases start at zero, so that a fresh model has none; fresh keys are small.
     sizes = {"num_heads": 2, "head_dim": 6, "bidirectional": True, "rngs": nnx.Rngs(0)}
-    assert not np.any(PositionScores(BucketBiases(8, 5), 2, **sizes).tables[...])
+    assert not np.any(PositionScores(BucketBiases(8, 5), 2, **sizes).bias[...])
     assert 0.01 < np.std(PositionScores(RelativeKeys(3), 2, **sizes).tables[...]) < 0.04
 
 
@@ -164,7 +165,7 @@ def test_an_odd_number_of_buckets_has_no_two_sides():
         sizes = {"num_heads": 2, "head_dim": 6, "bidirectional": bidirectional}
         return nnx.eval_shape(lambda: PositionScores(BucketBiases(7, 8), 1, **sizes, rngs=nnx.Rngs(0)))
 
-    assert build(False).tables.shape == (7, 2)
+    assert build(False).bias.shape == (7, 2)
     with pytest.raises(ValueError, match=r"num_buckets \(7\) must be even and at least 4 in an encoder"):
         build(True)
 

@@ -109,6 +109,24 @@ def test_without_a_key_no_token_depends_on_another():
     np.testing.assert_allclose(_run(layer, others, ALL)[0][1, :4], alone[:4], atol=1e-6)
 
 
+def test_in_training_later_tokens_matter_by_their_number_alone():
+    """In the order of all tokens of the call; with noise, and too little room for all."""
+    layer, flat = _layer(), X.reshape(-1, D)
+
+    def slopes(count):
+        real = jnp.arange(B * T) < count
+        return jax.jacobian(lambda x: layer(x, real=real, dropout_key=KEY))(jnp.asarray(flat))
+
+    for slope in jax.jit(lambda: (slopes(B * T), slopes(B * T - 3)))():
+        reached = np.abs(slope).max(axis=(1, 3)) > 0
+        assert reached.any()
+        np.testing.assert_array_equal(reached, reached & np.eye(B * T, dtype=bool))
+    later, begun = np.where(np.arange(B * T)[:, None] < 9, flat, -flat), _run(layer, flat, None, KEY)[0][:9]
+    np.testing.assert_array_equal(_run(layer, later, None, KEY)[0][:9], begun)
+    fewer = _run(layer, flat, jnp.arange(B * T) < 10, KEY)[0][:9]
+    assert np.abs(fewer - begun).max() > 1e-3
+
+
 def test_without_a_key_many_tokens_go_through_one_expert_after_the_other():
     layer, many = _layer(), np.resize(X, (4097, D))
     output, found = jax.jit(lambda layer, x: routings(lambda layer, x: layer(x), layer, x))(layer, many)
@@ -134,11 +152,14 @@ def test_the_room_of_an_expert():
     assert found == [(2 * (tokens - room), tokens) for _, tokens, room in rooms]
 
 
-def test_one_expert_is_the_feed_forward_network():
-    layer = _layer(MixtureConfig(1, 1, None), gated=True)
+@pytest.mark.parametrize("key", [None, KEY], ids=["evaluation", "training"])
+def test_one_expert_is_the_feed_forward_network(key):
+    """Noise and room for a share of the tokens included."""
+    layer = _layer(MixtureConfig(1, 1), gated=True)
     network = drawn(lambda: FeedForward(D, F, gated=True, rngs=nnx.Rngs(0)))
     nnx.update(network, jax.tree.map(lambda x: x[0], nnx.state(layer.experts)))
-    output, expected = jax.jit(lambda x, *modules: [module(x) for module in modules])(X, layer, network)
+    run = jax.jit(lambda x, *modules: [module(x, dropout_key=key) for module in modules])
+    output, expected = run(X, layer, network)
     np.testing.assert_allclose(output, expected, atol=1e-6)
 
 

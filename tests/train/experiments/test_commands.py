@@ -1,5 +1,6 @@
 """Every command that the docstring of an experiment shows is one that the command line takes."""
 
+import dataclasses
 import re
 import shlex
 import sys
@@ -48,7 +49,9 @@ def test_all_positions_that_the_docstring_of_language_names_are_taken():
     assert positions | {Rotary()} == {choice() if choice is not type(None) else None for choice in get_args(Positions)}
 
 
-def test_by_a_transformer_pictures_are_read_without_encoder_layers():
-    (command,) = [command for command in in_docstring("READING") if "transformer-config" in command]
-    decoder = parse(shlex.split(command)).model.decoder
-    assert (decoder.num_encoder_layers, decoder.num_decoder_layers, decoder.block.model_dim) == (0, 2, 64)
+def test_convolutions_are_read_without_encoder_layers():
+    (command,) = [command for command in in_docstring("READING_TRANSFORMER") if "convolutional" in command]
+    model = parse(shlex.split(command)).model
+    assert model.image == experiments.READING.model.image
+    own = experiments.READING_TRANSFORMER.model.decoder
+    assert model.decoder == dataclasses.replace(own, num_encoder_layers=0)

@@ -1,0 +1,31 @@
+"""Pictures of strings read by a Transformer, which sees them as strips of pixels (Dosovitskiy 2020).
+
+Commands: `python -m train reading_transformer`, and over convolutions, at which its decoder looks without layers
+between, `python -m train reading_transformer model.image:convolutional --model.image.channels 16 32 64
+--model.decoder.num-encoder-layers 0 --run runs/reading_transformer_convolutions`.
+TO BE MEASURED
+"""
+
+import dataclasses
+from pathlib import Path
+
+from seqattn.models import CaptionerConfig, Patches, TransformerConfig
+from seqattn.nn import BlockConfig
+from train.config import FROM_TOKENIZER
+from train.experiments.reading import READING
+
+READING_TRANSFORMER = dataclasses.replace(
+    READING,
+    model=CaptionerConfig(
+        vocab_size=FROM_TOKENIZER,
+        # As high as a picture: a strip holds a quarter to a half of a letter.
+        image=Patches((32, 4)),
+        decoder=TransformerConfig(
+            vocab_size=FROM_TOKENIZER,
+            num_encoder_layers=3,
+            num_decoder_layers=2,
+            block=BlockConfig(model_dim=96, hidden_dim=384, num_heads=4, norm_first=True, dropout_rate=0.0),
+        ),
+    ),
+    run=Path("runs/reading_transformer"),
+)
