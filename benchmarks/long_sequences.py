@@ -25,14 +25,14 @@ from benchmarks import command, machine, table
 from benchmarks.program import Program, planned
 from benchmarks.row import CHECKED, REFUSED, TIMED, WRONG
 from benchmarks.timing import Times, interleaved
-from seqattn.models import Compressed, LanguageModelConfig, Local
+from seqattn.models import LanguageModelConfig
 from seqattn.nn import MemoryCompressedAttention, MultiHeadAttention
 from train import environment, experiments, run
 from train.objectives import SequenceToSequence
 from train.step import make_update, start
 
 KEPT, TILED = "full-scores-kept", "full-tiled"
-COMPRESSED_KEPT, COMPRESSED = "local-compressed-scores-kept", "local-compressed"
+COMPRESSED_KEPT, COMPRESSED = "local-compressed-scores-kept", "local-compressed-tiled"
 NAMES = (KEPT, COMPRESSED_KEPT, TILED, COMPRESSED)
 _SAME = ((KEPT, TILED), (COMPRESSED_KEPT, COMPRESSED))
 """What is the same function, computed in two ways."""
@@ -52,8 +52,8 @@ class Arguments:
     lengths: command.Words = ("1000", "4000", "16000")
     """Tokens of the text that is read."""
     attentions: command.Words = NAMES
-    """Of full-scores-kept, local-compressed-scores-kept (those of its compressed layers), full-tiled (neither scores
-    nor weights are kept) and local-compressed (by the usual choice of kernels), in turn."""
+    """Of full-scores-kept, local-compressed-scores-kept (those of its compressed layers), full-tiled and
+    local-compressed-tiled (neither scores nor weights are kept), in turn."""
     rounds: int = 5
     """How many turns each has; 0 plans and compares and times nothing."""
     json: Path | None = None
@@ -148,14 +148,14 @@ def attempt(name: str, length: int, config: Any) -> tuple[UpdateRow, Program | N
 def build(name: str, config: LanguageModelConfig) -> nnx.Module:
     """The decoder with one kind of attention, without dropout."""
     block = replace(config.block, dropout_rate=0.0)
-    compressed = name in (COMPRESSED_KEPT, COMPRESSED)
-    pattern = (Local(256), Compressed(3)) if compressed else config.pattern
+    compressed: Any = experiments.DOCSTRINGS_COMPRESSED.model
+    pattern = compressed.pattern if name in (COMPRESSED_KEPT, COMPRESSED) else config.pattern
     model = run.build(replace(config, block=block, pattern=pattern), seed=0)
     # Local attention has few scores to keep, T x 256, but as one product the xla kernel would make all of T x T.
-    kernel = {KEPT: "xla", COMPRESSED_KEPT: "xla", TILED: "chunked", COMPRESSED: None}[name]
+    kept = {KEPT: MultiHeadAttention, COMPRESSED_KEPT: MemoryCompressedAttention}.get(name, ())
     for _, module in nnx.iter_modules(model):
-        if isinstance(module, MultiHeadAttention) and isinstance(module, MemoryCompressedAttention) == compressed:
-            module.implementation = kernel
+        if isinstance(module, MultiHeadAttention):
+            module.implementation = "xla" if isinstance(module, kept) else "chunked"
     return model
 
 

@@ -171,7 +171,7 @@ def measured(text: str) -> list[tuple[str, Row]]:
         for row in rows:
             words = [match for cell in row.values() for match in re.findall(r"`([^`]+)`", cell)]
             commands = [word for word in words if word.split()[0] in EXPERIMENTS]
-            if commands and "time" in row:
+            if "time" in row:
                 columns = list(row)
                 # One before it says of what the row is a variant.
                 found.append((commands[-1], {name: row[name] for name in columns[columns.index("time") :]}))
@@ -179,10 +179,10 @@ def measured(text: str) -> list[tuple[str, Row]]:
 
 
 def unsaid(figures: Row, docstring: str) -> list[str]:
-    """The times and numbers that a docstring does not have, be it with more digits."""
-    said = [float(number.replace(",", "")) for number in _NUMBER.findall(docstring)]
-    docstring = " ".join(docstring.split())
-    wrong = [figures["time"]] if figures["time"] not in docstring else []
+    """The times that a docstring does not have, and the numbers that its results are not, be it with more digits."""
+    times, _, results = " ".join(docstring.split()).partition(" Result")
+    said = [float(number.replace(",", "")) for number in _NUMBER.findall(results)]
+    wrong = [] if re.search(rf"(?<!\d)(?<!h |n ){re.escape(figures['time'])}\b", times) else [figures["time"]]
     for name, cell in figures.items():
         numbers = [] if name == "time" else [number.replace(",", "") for number in _NUMBER.findall(cell)]
         digits = [(number, len(number.partition(".")[2])) for number in numbers]
@@ -220,6 +220,7 @@ def test_a_figure_that_was_not_measured_is_caught():
     said = "Time: 4 min\n5 s on 2 CPU cores.\nResult: 98.94 % of 1,000 dates."
     assert unsaid(figures, said) == []
     assert unsaid(figures, said.replace("98.94", "98.84").replace("4 min", "3 min")) == ["4 min 5 s", "98.9"]
+    assert unsaid(figures, said.replace("4 min", "14 min").replace("CPU cores", "98.9")) == ["4 min 5 s"]
 
 
 def test_no_figure_is_left_open():

@@ -20,6 +20,8 @@ Distribution = Literal["normal", "uniform"]
 Fan = Literal["fan_in", "fan_out"]
 """What one output of a matrix is summed from, or what one input goes into."""
 Model = TypeVar("Model", bound=nnx.Module)
+_TRANSPOSED = ("table", "query_weight", "key_weight", "weight")
+"""The names in seqattn of matrices `[out, in]`: of embeddings, scores and predicted windows."""
 
 
 class Initializer(Protocol):
@@ -107,9 +109,9 @@ def redraw(model: Model, initializer: Initializer, *, seed: int) -> Model:
     What is drawn is a function of seed, path and shape alone: a layer more changes no other layer. A matrix is
     `[in, out]`, as jax.nn.initializers has it. The kernel of a flax convolution is `[*window, in, out]`, and its fans
     count the window; so do those of the filters of compressed attention, `[stride, heads, in, out]`, which are one for
-    each head. A table of vectors, `[V, D]`, is `[out, in]`, since its logits are products with its rows, and relative
-    keys likewise: their fan in is the size of a vector. Of any other array of more axes, as of the weights of experts
-    `[E, D, F]`, each `[D, F]` is one.
+    each head. A table of vectors `[V, D]` is `[out, in]`, as if its rows made logits, tied or not, and so are relative
+    keys and the matrices of a recurrent model's scores: their fan in is the size of a vector. Of any other array of
+    more axes, as of the weights of experts `[E, D, F]`, each `[D, F]` is one.
 
     Args:
         model: an `nnx.Module`, since only the modules say which kernels are convolutions; it is not changed.
@@ -149,9 +151,9 @@ def _stacks(model: nnx.Module) -> dict[str, Sequence[int]]:
 
 
 def _rows(name: str, ndim: int) -> int | None:
-    """The axis that counts the vectors of a table: `[V, D]`, or of relative keys `[layers, distances, (heads,) H]`."""
+    """The axis that counts outputs where it is not the last: of relative keys `[layers, distances, (heads,) H]` 1."""
     last = name.rpartition("/")[-1]
-    return {"table": ndim - 2, "tables": 1}.get(last)
+    return 1 if last == "tables" else ndim - 2 if last in _TRANSPOSED else None
 
 
 def _key(seed: int, path: str) -> Array:

@@ -5,6 +5,7 @@ import json
 import math
 
 import pytest
+from flax import nnx
 
 from benchmarks import long_sequences, machine
 from benchmarks.long_sequences import (
@@ -21,7 +22,7 @@ from benchmarks.long_sequences import (
 )
 from benchmarks.row import CHECKED, REFUSED, TIMED, WRONG
 from seqattn.models import LanguageModelConfig, Sinusoidal
-from seqattn.nn import BlockConfig
+from seqattn.nn import BlockConfig, MemoryCompressedAttention, MultiHeadAttention
 from train import experiments
 
 LENGTH = 331
@@ -53,6 +54,23 @@ def test_every_kind_is_compared_planned_and_timed(small, tmp_path, capsys):
     assert rows[KEPT]["planned_bytes"] - rows[COMPRESSED_KEPT]["planned_bytes"] > 2 * 4 * LENGTH**2 * 2 / 3
     printed = capsys.readouterr().out
     assert all(name in printed for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        (KEPT, ["xla", "xla"]),
+        (TILED, ["chunked", "chunked"]),
+        (COMPRESSED_KEPT, ["chunked", "xla"]),
+        (COMPRESSED, ["chunked", "chunked"]),
+    ],
+)
+def test_the_layers_that_keep_their_scores(name, kernels):
+    model = long_sequences.build(name, dataclasses.replace(SMALL, vocab_size=11))
+    layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, MultiHeadAttention)]
+    assert [layer.implementation for layer in layers] == kernels
+    compressed = [isinstance(layer, MemoryCompressedAttention) for layer in layers]
+    assert compressed == [False, name in (COMPRESSED_KEPT, COMPRESSED)]
 
 
 @pytest.mark.parametrize("names", [(KEPT, TILED), (COMPRESSED_KEPT, COMPRESSED)])

@@ -1,10 +1,11 @@
 """Exact match by length: each source counts at its own, and the picture shows what is printed."""
 
-from collections import Counter
+from pathlib import Path
 
 import matplotlib.image
 import pytest
 
+from seqattn.models import Transformer
 from train import by_length, run
 from train.by_length import Arguments, main
 
@@ -13,7 +14,8 @@ class RightWhenShort:
     """A translator that reverses what has at most three letters, and of longer texts only those that begin with "a"."""
 
     def __init__(self, model, tokenizer):
-        del model, tokenizer
+        assert isinstance(model, Transformer)
+        assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
 
     def __call__(self, texts):
         return [text[::-1] if len(text) <= 3 or text[0] == "a" else "?" for text in texts]
@@ -41,15 +43,17 @@ def test_rows_and_picture(run_of_reverse, tmp_path, capsys):
     assert run_of_reverse.name in (tmp_path / "lengths.svg").read_text()
 
 
-def test_the_test_split_of_a_run(finished):
-    """By its own model, on all examples that were kept from training."""
-    trained = run.load(finished)
-    lengths = Counter(map(len, trained.splits()["test"]["source"]))
-    found = by_length.by_length(finished)
-    assert found.keys() == lengths.keys()
-    assert all(share * lengths[length] % 1 == 0 and 0 <= share <= 1 for length, share in found.items())
+def test_two_runs_in_one_picture(tmp_path, monkeypatch, capsys):
+    """Their lengths need not be the same."""
+    shares = {"one": {2: 1.0, 3: 0.25}, "other": {3: 0.5, 7: 0.0}}
+    monkeypatch.setattr(by_length, "by_length", lambda folder: shares[folder.name])
+    main(Arguments((Path("a/one"), Path("b/other")), tmp_path / "both"))
+    rows = capsys.readouterr().out.splitlines()[:-1]
+    assert rows == ["length\tone\tother", "2\t1.000\tnan", "3\t0.250\t0.500", "7\tnan\t0.000"]
+    drawn = (tmp_path / "both.svg").read_text()
+    assert all(name in drawn for name in ("one", "other", "characters of the source", "exact match"))
 
 
 def test_two_runs_of_one_name_are_refused_before_anything_is_read(tmp_path):
     with pytest.raises(ValueError, match="two runs of a/x, b/x have the same name"):
-        main(Arguments((by_length.Path("a/x"), by_length.Path("b/x")), tmp_path / "y"))
+        main(Arguments((Path("a/x"), Path("b/x")), tmp_path / "y"))

@@ -10,11 +10,12 @@ from flax import nnx
 
 from seqattn.models import RelativeKeys
 from seqattn.models.positions import PositionScores
-from seqattn.nn import MemoryCompressedAttention, TokenEmbedding
+from seqattn.nn import MemoryCompressedAttention, Predictive, Score, ScoredAttention, TokenEmbedding
+from seqattn.nn.local import LocalWindow
 from tests.parameters import drawn
 from train.initializers import Kaiming, Normal, Uniform, Xavier, redraw
 
-D, F, E, WINDOW, COMPRESSED, DISTANCE = 37, 61, 11, 5, 13, 9
+D, F, E, WINDOW, COMPRESSED, DISTANCE, QUERY, KEY = 37, 61, 11, 5, 13, 9, 23, 41
 
 
 class Model(nnx.Module):
@@ -28,6 +29,8 @@ class Model(nnx.Module):
         self.norm = nnx.LayerNorm(D, **options)
         self.buckets = nnx.Param(jnp.zeros((7, 3), dtype))
         self.embedding = TokenEmbedding(F, D, **options)
+        self.attention = ScoredAttention(Score.ADDITIVE, QUERY, KEY, hidden_dim=F, **options)
+        self.window = LocalWindow(Predictive(2), QUERY, F, **options)
         sizes = {"num_heads": E, "head_dim": D, "bidirectional": True}
         self.scores = PositionScores(RelativeKeys(DISTANCE, by_head=True), 2, **sizes, **options)
         self.compressed = MemoryCompressedAttention(COMPRESSED * 7, COMPRESSED, stride=WINDOW, **options)
@@ -43,12 +46,13 @@ def model():
 
 def kernels(model):
     found = {"layer": model.layers[0].kernel, "experts": model.experts.kernel, "conv": model.conv.kernel}
+    found |= {"query": model.attention.query_weight, "key": model.attention.key_weight, "window": model.window.weight}
     found |= {"filter": model.compressed.key_filter, "table": model.embedding.table, "keys": model.scores.tables}
     return {name: np.asarray(kernel[...], np.float64) for name, kernel in found.items()}
 
 
 FANS = {"layer": (D, F), "experts": (D, F), "conv": (WINDOW * D, WINDOW * F), "filter": (WINDOW * 7, WINDOW * 7)}
-FANS |= {"table": (D, F), "keys": (D, 2 * DISTANCE + 1)}
+FANS |= {"table": (D, F), "keys": (D, 2 * DISTANCE + 1), "query": (QUERY, F), "key": (KEY, F), "window": (QUERY, F)}
 """Fan in and fan out of each kind of kernel; a table of vectors makes logits."""
 
 
@@ -89,8 +93,8 @@ def test_only_matrices_of_parameters_that_are_not_zero_change(model):
         assert path == same_path
         assert type(old) is type(new)
         changed[path[-1]] = not np.array_equal(old[...], new[...])
-    drawn_anew = ("kernel", "key_filter", "value_filter", "table", "tables")
-    kept = ("bias", "scale", "buckets", "count")
+    drawn_anew = ("kernel", "key_filter", "value_filter", "table", "tables", "query_weight", "key_weight", "weight")
+    kept = ("bias", "scale", "projection", "buckets", "count")
     assert changed == dict.fromkeys(drawn_anew, True) | dict.fromkeys(kept, False)
 
 

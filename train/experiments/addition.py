@@ -1,7 +1,7 @@
 """Sums of numbers read and written digit by digit, by a recurrent encoder-decoder with additive attention.
 
 Command: `python -m train addition`.
-Time: 4 min 41 s on 2 CPU cores (AVX2, float32).
+Time: 3 min 32 s on 2 CPU cores (AVX2, float32).
 Result: 99.8 % exact match on 1,000 sums whose operands were never trained on, in either order (seed 0, 4,000 updates).
 """
 

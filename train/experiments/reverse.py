@@ -1,7 +1,7 @@
 """Random strings to their reverse, by a small Transformer with rotary positions.
 
 Command: `python -m train reverse`.
-Time: 3 min 12 s on 2 CPU cores (AVX2, float32).
+Time: 2 min 20 s on 2 CPU cores (AVX2, float32).
 Result: 99.8 % exact match on 1,000 strings that were never trained on (seed 0, 1,500 updates).
 """
 

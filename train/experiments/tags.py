@@ -3,7 +3,7 @@
 Reads the Python standard library of this machine, split by file.
 
 Command: `python -m train tags`.
-Time: 2 min 14 s on 2 CPU cores (AVX2, float32).
+Time: 1 min 25 s on 2 CPU cores (AVX2, float32).
 Result: 96.3 % of the characters of 1,000 pieces of files that were never trained on (seed 0, 200 updates).
 """
 

@@ -107,7 +107,7 @@ def test_steps_and_prefill_are_decode(name):
         np.testing.assert_allclose(np.asarray(found)[REAL], expected[REAL], atol=1e-5)
 
 
-@one_of_each
+@every_model
 def test_causality_by_gradients(name):
     """By what is added to the vector of each target token where it is read."""
     model, images, read = _model(name), _images(name)[:1], TokenEmbedding.__call__

@@ -370,7 +370,7 @@ def _slopes(name: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "cached"),
+    ("name", "stepwise"),
     [
         *((name, False) for name in CONFIGS if name in _SELDOM and name not in _CACHED),
         *(
@@ -379,7 +379,7 @@ def _slopes(name: str):
         ),
     ],
 )
-def test_causality_by_gradients(name, cached):
+def test_causality_by_gradients(name, stepwise):
     """By what is added to the vector of each target token where it is read: of whole texts, packs, steps and pieces."""
     model, read = _model(name), TokenEmbedding.__call__
     source, target = jnp.arange(T, T + S)[None], jnp.arange(T)[None]
@@ -395,13 +395,14 @@ def test_causality_by_gradients(name, cached):
             # The same table also makes the logits.
             patch.setattr(TokenEmbedding, "__call__", lambda self, tokens: read(self, tokens) + shift[tokens])
             memory = model.encode(source, Coordinates.from_lengths([S], S))
-            found = {"decode": model.decode(target, Coordinates.from_lengths([T], T), memory)[0]}
-            if cached:
-                state = model.start(memory, T)
-                first, begun = model.prefill(target[:, :2], jnp.array([2]), state)
-                second, _ = model.prefill(target[:, 2:], jnp.array([3]), begun)
+            state = model.start(memory, T)
+            first, begun = model.prefill(target[:, :2], jnp.array([2]), state)
+            found = {
+                "decode": model.decode(target, Coordinates.from_lengths([T], T), memory)[0],
+                "pieces": jnp.concatenate([first, model.prefill(target[:, 2:], jnp.array([3]), begun)[0]], axis=1)[0],
+            }
+            if stepwise:
                 found["steps"] = jax.lax.scan(step, state, target.T)[1]
-                found["pieces"] = jnp.concatenate([first, second], axis=1)[0]
             if isinstance(model, Transformer | LanguageModel):
                 found["packed"] = model.decode(target, packs[1], model.encode(source, packs[0]))[0]
         return jax.tree.map(lambda logits: logits @ direction, found)

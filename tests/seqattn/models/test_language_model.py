@@ -173,6 +173,24 @@ def test_a_tight_capacity_does_not_reach_decoding():
         np.testing.assert_allclose(found[row, :kept], expected[row, :kept], atol=1e-6)
 
 
+def test_in_training_experts_of_tight_capacity_tell_no_text_what_comes_after():
+    """Neither what its own later tokens are, nor what the texts behind it in the batch are."""
+    model, key = _model(None, (Local(4),), mixture=MixtureConfig(3, 2, capacity_factor=0.5), dropout_rate=0.3), 7
+
+    @jax.jit
+    def trained(target):
+        keys = jax.random.split(jax.random.key(key))
+        memory = model.encode(jnp.asarray(SOURCE), AT[0], dropout_key=keys[0])
+        return model.decode(target, AT[1], memory, dropout_key=keys[1])
+
+    expected, later = np.asarray(trained(jnp.asarray(TARGET))), TARGET.copy()
+    later[1, 1], later[2] = (later[1, 1] + 1) % V, (later[2] + 1) % V
+    found = np.asarray(trained(jnp.asarray(later)))
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1, :1], expected[1, :1])
+    assert np.abs(found[1, 1] - expected[1, 1]).max() > 1e-3
+
+
 def test_alignment_is_what_targets_see_of_their_source():
     model = _model()
     memory = model.encode(jnp.asarray(SOURCE), AT[0])

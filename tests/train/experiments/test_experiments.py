@@ -89,4 +89,5 @@ def test_the_docstring_says_command_time_and_result(name):
     said = importlib.import_module(f"train.experiments.{name.lower()}").__doc__
     assert f"`python -m train {name.lower()}" in said
     assert re.search(r"^Time.*\d+ s\b.* 2 CPU cores", said, re.MULTILINE)
-    assert re.search(r"[Rr]esult\b.*\d", said, re.DOTALL)
+    assert re.search(r"^Result\b.*\d", said, re.DOTALL | re.MULTILINE)
+    assert not re.findall(r"\b[A-Z]{7,}\b", said), "a figure that is left open"
