@@ -182,7 +182,7 @@ def unsaid(figures: Row, docstring: str) -> list[str]:
     """The times that a docstring does not have, and the numbers that its results are not, be it with more digits."""
     times, _, results = " ".join(docstring.split()).partition(" Result")
     said = [float(number.replace(",", "")) for number in _NUMBER.findall(results)]
-    wrong = [] if re.search(rf"(?<!\d)(?<!h |n ){re.escape(figures['time'])}\b", times) else [figures["time"]]
+    wrong = [] if re.search(rf"(?<!\d)(?<!h )(?<!min ){re.escape(figures['time'])}\b", times) else [figures["time"]]
     for name, cell in figures.items():
         numbers = [] if name == "time" else [number.replace(",", "") for number in _NUMBER.findall(cell)]
         digits = [(number, len(number.partition(".")[2])) for number in numbers]
