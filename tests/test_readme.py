@@ -1,6 +1,7 @@
 """The README keeps its word: its Python runs, its map is the tree, its links lead somewhere."""
 
 import importlib
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from benchmarks import long_sequences
 from train import experiments
 from train.__main__ import parse
 
@@ -18,7 +20,7 @@ EXPERIMENTS = [name.lower() for name in experiments.__all__]
 
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"""\]\(([^)\s]+)|\b(?:src|srcset|href)="([^"\s]+)""")
-_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+_TIME = re.compile(r"(?:\d+ h )?\d+ min \d+ s\b")
 _ENTRY = re.compile(r"[\w.-]+(/|\.py|\.md|\.toml)|Makefile|LICENSE")
 
 
@@ -164,30 +166,37 @@ def tables(text: str) -> Iterator[list[Row]]:
         yield [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def measured(text: str) -> list[tuple[str, Row]]:
-    """The command of each table's row that names an experiment, and what the row has from its time on."""
-    found = []
-    for rows in tables(text):
-        for row in rows:
-            words = [match for cell in row.values() for match in re.findall(r"`([^`]+)`", cell)]
-            commands = [word for word in words if word.split()[0] in EXPERIMENTS]
-            if "time" in row:
-                columns = list(row)
-                # One before it says of what the row is a variant.
-                found.append((commands[-1], {name: row[name] for name in columns[columns.index("time") :]}))
+def measured(text: str) -> dict[str, list[tuple[str, Row]]]:
+    """By experiment, the command of each row of a table with times, and what the row has from its time on."""
+    found: dict[str, list[tuple[str, Row]]] = {}
+    for row in (row for rows in tables(text) for row in rows if "time" in row):
+        words = [match for cell in row.values() for match in re.findall(r"`([^`]+)`", cell)]
+        commands = [word for word in words if word.split()[0] in EXPERIMENTS]
+        assert commands, f"no experiment in {row}"
+        columns = list(row)
+        # A command before the last says of what the row is a variant.
+        figures = {name: row[name] for name in columns[columns.index("time") :]}
+        found.setdefault(commands[-1].split()[0], []).append((commands[-1], figures))
     return found
 
 
-def unsaid(figures: Row, docstring: str) -> list[str]:
-    """The times that a docstring does not have, and the numbers that its results are not, be it with more digits."""
-    times, _, results = " ".join(docstring.split()).partition(" Result")
-    said = [float(number.replace(",", "")) for number in _NUMBER.findall(results)]
-    wrong = [] if re.search(rf"(?<!\d)(?<!h )(?<!min ){re.escape(figures['time'])}\b", times) else [figures["time"]]
-    for name, cell in figures.items():
-        numbers = [] if name == "time" else [number.replace(",", "") for number in _NUMBER.findall(cell)]
-        digits = [(number, len(number.partition(".")[2])) for number in numbers]
-        wrong += [number for number, after in digits if all(round(each, after) != float(number) for each in said)]
+def unsaid(rows: list[Row], docstring: str) -> list[str]:
+    """The times and numbers of the rows of an experiment that its docstring does not have in the same order.
+
+    A docstring may have more of them, and more digits; its numbers are those of its results.
+    """
+    said, _, results = " ".join(docstring.split()).partition(" Result")
+    times, numbers = iter(_TIME.findall(said)), iter(_numbers(results))
+    wrong = [row["time"] for row in rows if row["time"] not in times]
+    for number in (number for row in rows for name, cell in row.items() if name != "time" for number in _numbers(cell)):
+        after = len(number.partition(".")[2])
+        if not any(round(float(each), after) == float(number) for each in numbers):
+            wrong.append(number)
     return wrong
+
+
+def _numbers(text: str) -> list[str]:
+    return [number.replace(",", "") for number in re.findall(r"\d[\d,]*(?:\.\d+)?", text)]
 
 
 def docstring(experiment: str) -> str:
@@ -195,32 +204,52 @@ def docstring(experiment: str) -> str:
 
 
 def test_every_experiment_has_a_row():
-    listed = {command.split()[0] for command, _ in measured(TEXT)}
-    assert listed == set(EXPERIMENTS) - {"ablations"}  # it has a table of its own
+    assert measured(TEXT).keys() == set(EXPERIMENTS) - {"ablations"}  # it has a table of its own
 
 
-@pytest.mark.parametrize(
-    ("command", "figures"), [pytest.param(command, figures, id=command) for command, figures in measured(TEXT)]
-)
-def test_a_row_has_a_command_that_is_understood_and_the_figures_of_its_file(command, figures):
-    assert parse(shlex.split(command)).run
-    assert not unsaid(figures, docstring(command.split()[0]))
+@pytest.mark.parametrize("experiment", measured(TEXT))
+def test_rows_have_commands_that_are_understood_and_the_figures_of_their_file(experiment):
+    rows = measured(TEXT)[experiment]
+    assert all(parse(shlex.split(command)).run for command, _ in rows)
+    assert not unsaid([figures for _, figures in rows], docstring(experiment))
 
 
 def test_choices_have_the_figures_of_ablations():
     (rows,) = [rows for rows in tables(TEXT) if "choice" in rows[0]]
-    for row in rows:
-        assert not unsaid({"time": "", "result": row["exact match"]}, docstring("ablations"))
+    said = set(re.findall(r"^ {4}\S.* (\d+\.\d) %  \d", docstring("ablations"), re.MULTILINE))
+    shown = {_numbers(part)[-1] for row in rows for part in row["exact match"].split(",")}
+    assert len(said) > 20
+    assert shown <= said, shown - said
 
 
 def test_a_figure_that_was_not_measured_is_caught():
     header = "| system | command | time | result |\n|---|---|---|---|\n"
-    ((command, figures),) = measured(header + "| ours | `dates --seed 3` | 4 min 5 s | 98.9 % of 1,000 |\n")
-    assert command == "dates --seed 3"
-    said = "Time: 4 min\n5 s on 2 CPU cores.\nResult: 98.94 % of 1,000 dates."
-    assert unsaid(figures, said) == []
-    assert unsaid(figures, said.replace("98.94", "98.84").replace("4 min", "3 min")) == ["4 min 5 s", "98.9"]
-    assert unsaid(figures, said.replace("4 min", "14 min").replace("CPU cores", "98.9")) == ["4 min 5 s"]
+    first, second = (
+        f"| ours | `dates --seed {seed}` | {time} | {share} % of 1,000 |\n"
+        for seed, time, share in ((3, "4 min 5 s", "98.9"), (4, "0 min 7 s", "62.3"))
+    )
+
+    def wrong(text, said):
+        return unsaid([figures for _, figures in measured(header + text)["dates"]], said)
+
+    said = "Time: 4 min\n5 s on 2 CPU cores, and 0 min 7 s.\nResult: 98.94 % of 1,000 dates, and 62.3 % of 1,000."
+    assert wrong(first + second, said) == []
+    assert wrong(first, said.replace("98.94", "98.84").replace("4 min", "14 min"))[0] == "4 min 5 s"
+    assert wrong(first, said.replace("98.94", "98.84").replace("cores", "98.9")) == ["98.9", "1000"]
+    assert wrong(second + first, said) == ["4 min 5 s", "98.9", "1000"]
+    with pytest.raises(AssertionError, match="no experiment"):
+        measured(header + first.replace("`dates", "`date"))
+
+
+def test_long_texts_have_the_figures_of_their_rows():
+    (shown,) = [rows for rows in tables(TEXT) if "16,000" in rows[0]]
+    lines = (ROOT / "benchmarks" / "results" / "long-sequences.jsonl").read_text("utf-8").splitlines()
+    rows = {(row["attention"], row["length"]): row for row in map(json.loads, lines)}
+    for name, cells in zip(long_sequences.NAMES, shown, strict=True):
+        for length, cell in zip((1_000, 4_000, 16_000), list(cells.values())[1:], strict=True):
+            row = rows[name, length]
+            milliseconds = f", {1e3 * row['median_seconds']:,.0f} ms" if row["status"] == "timed" else ": refused"
+            assert cell == f"{row['planned_bytes'] / 2**20:,.0f} MiB{milliseconds}"
 
 
 def test_no_figure_is_left_open():

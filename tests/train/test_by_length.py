@@ -1,5 +1,7 @@
 """Exact match by length: each source counts at its own, and the picture shows what is printed."""
 
+import json
+from collections import Counter
 from pathlib import Path
 
 import matplotlib.image
@@ -45,13 +47,22 @@ def test_rows_and_picture(run_of_reverse, tmp_path, capsys):
 
 def test_two_runs_in_one_picture(tmp_path, monkeypatch, capsys):
     """Their lengths need not be the same."""
-    shares = {"one": {2: 1.0, 3: 0.25}, "other": {3: 0.5, 7: 0.0}}
+    shares = {"first-run": {2: 1.0, 3: 0.25}, "second-run": {3: 0.5, 7: 0.0}}
     monkeypatch.setattr(by_length, "by_length", lambda folder: shares[folder.name])
-    main(Arguments((Path("a/one"), Path("b/other")), tmp_path / "both"))
+    main(Arguments((Path("a/first-run"), Path("b/second-run")), tmp_path / "both"))
     rows = capsys.readouterr().out.splitlines()[:-1]
-    assert rows == ["length\tone\tother", "2\t1.000\tnan", "3\t0.250\t0.500", "7\tnan\t0.000"]
+    assert rows == ["length\tfirst-run\tsecond-run", "2\t1.000\tnan", "3\t0.250\t0.500", "7\tnan\t0.000"]
     drawn = (tmp_path / "both.svg").read_text()
-    assert all(name in drawn for name in ("one", "other", "characters of the source", "exact match"))
+    assert all(name in drawn for name in ("first-run", "second-run", "characters of the source", "exact match"))
+
+
+def test_the_whole_test_split_by_the_weights_of_the_run(finished):
+    """The mean over all lengths is the exact match that the run ended with."""
+    lengths = Counter(map(len, run.load(finished).splits()["test"]["source"]))
+    shares = by_length.by_length(finished)
+    assert shares.keys() == lengths.keys()
+    mean = sum(shares[length] * count for length, count in lengths.items()) / lengths.total()
+    assert mean == pytest.approx(json.loads((finished / run.RESULTS).read_text())["exact_match"])
 
 
 def test_two_runs_of_one_name_are_refused_before_anything_is_read(tmp_path):

@@ -9,7 +9,7 @@ Time: 2 min 21 s on 2 CPU cores (AVX2, float32), and without attention 0 min 56 
 Result: 100.0 % exact match on 1,000 strings that were never trained on, and 35.6 % without attention. With states of
 192 in place of 128, about as many parameters as with attention, 45.0 %; after four times the updates 62.5 % (seed 0,
 1,500 and 6,000 updates).
-Other choices, after 500 updates (`--steps 500`), some 60 to 80 s each; one seed, so that 99 and 100 % are alike.
+Other choices, after 500 updates (`--steps 500`), some 57 to 80 s each; one seed, so that 99 and 100 % are alike.
 Luong's monotonic windows take the source to be in the order of the target, which here is the other way round:
 
     dot                             99.2 %  --model.attention dot

@@ -24,7 +24,7 @@ from seqattn.models import (
     Sinusoidal,
     Window,
 )
-from seqattn.nn import BlockConfig, MixtureConfig
+from seqattn.nn import BlockConfig, MixtureConfig, routings
 from tests.parameters import drawn
 
 V, B, S, T = 13, 3, 7, 5
@@ -177,18 +177,27 @@ def test_in_training_experts_of_tight_capacity_tell_no_text_what_comes_after():
     """Neither what its own later tokens are, nor what the texts behind it in the batch are."""
     model, key = _model(None, (Local(4),), mixture=MixtureConfig(3, 2, capacity_factor=0.5), dropout_rate=0.3), 7
 
-    @jax.jit
-    def trained(target):
+    def logits(model, target):
         keys = jax.random.split(jax.random.key(key))
         memory = model.encode(jnp.asarray(SOURCE), AT[0], dropout_key=keys[0])
         return model.decode(target, AT[1], memory, dropout_key=keys[1])
 
-    expected, later = np.asarray(trained(jnp.asarray(TARGET))), TARGET.copy()
+    @jax.jit
+    def trained(target):
+        found, shares = routings(logits, model, target)
+        return found, sum(routing.dropped for routing in shares)
+
+    (expected, dropped), later = trained(jnp.asarray(TARGET)), TARGET.copy()
+    expected = np.asarray(expected)
+    assert dropped > 3
     later[1, 1], later[2] = (later[1, 1] + 1) % V, (later[2] + 1) % V
-    found = np.asarray(trained(jnp.asarray(later)))
+    found = np.asarray(trained(jnp.asarray(later))[0])
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1, :1], expected[1, :1])
     assert np.abs(found[1, 1] - expected[1, 1]).max() > 1e-3
+    # What comes before decides who finds room.
+    earlier = np.asarray(trained(jnp.asarray((TARGET + np.array([[1], [0], [0]])) % V))[0])
+    assert np.abs(earlier[1:] - expected[1:]).max() > 1e-3
 
 
 def test_alignment_is_what_targets_see_of_their_source():
