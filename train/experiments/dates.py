@@ -1,7 +1,7 @@
 """Human-written dates in 40 languages to ISO 8601, by a small Transformer: the default experiment.
 
 Command: `make train`, or `python -m train dates`.
-Time: 4 min 26 s on 2 CPU cores (AVX2, float32), without the installation.
+Time: 4 min 16 s on 2 CPU cores (AVX2, float32), without the installation.
 Result: 98.9 % exact match on 1,000 dates of days that were never trained on (seed 0, 1,500 updates).
 """
 
