@@ -175,10 +175,10 @@ def test_a_tight_capacity_does_not_reach_decoding():
 
 def test_in_training_experts_of_tight_capacity_tell_no_text_what_comes_after():
     """Neither what its own later tokens are, nor what the texts behind it in the batch are."""
-    model, key = _model(None, (Local(4),), mixture=MixtureConfig(3, 2, capacity_factor=0.5), dropout_rate=0.3), 7
+    model = _model(None, (Local(4),), mixture=MixtureConfig(3, 2, capacity_factor=0.5), dropout_rate=0.3)
 
     def logits(model, target):
-        keys = jax.random.split(jax.random.key(key))
+        keys = jax.random.split(jax.random.key(7))
         memory = model.encode(jnp.asarray(SOURCE), AT[0], dropout_key=keys[0])
         return model.decode(target, AT[1], memory, dropout_key=keys[1])
 
