@@ -32,6 +32,10 @@ from seqattn.masks import Mask
 from seqattn.precision import accumulator, lowest
 from seqattn.score_mod import ScoreMod
 
+_EMPTY = -1e30
+"""The log of the total of an empty row. Others are about 0 at least, and nothing is lost where `lowest` is added."""
+
+
 Carry = Any
 """A pytree of arrays that a loop over tiles updates in place."""
 
@@ -229,13 +233,13 @@ def finish(plan: Plan, leaves: Leaves, state: State) -> tuple[Array, Array, Arra
     """The output, the largest logit of each row, and the log of the sum of `exp(logit - largest)`.
 
     The two parts of the log-sum-exp stay apart: their sum would round the small one away where logits are huge. The
-    largest logit of an empty row is `lowest`, and its log is negative, as that of no other row.
+    largest logit of an empty row is `lowest`, and its log is `_EMPTY`, as that of no other row.
     """
     call, grid = plan.call(leaves), plan.grid
     output, peak, total = state
     empty = total == 0
     total = jnp.where(empty, jnp.ones_like(total), total)
-    log_total = jnp.log(total) - empty.astype(total.dtype)
+    log_total = jnp.where(empty, _EMPTY, jnp.log(total))
     output = layouts.from_columns(grid, output / total[:, :, None]).astype(call["query"].dtype)
     peak, log_total = (layouts.from_columns(grid, x[:, :, None])[..., 0] for x in (peak, log_total))
     return output, peak, log_total
@@ -243,7 +247,7 @@ def finish(plan: Plan, leaves: Leaves, state: State) -> tuple[Array, Array, Arra
 
 def lse_of(peak: Array, log_total: Array) -> Array:
     """The log-sum-exp of what `finish` gives."""
-    return log_sum_exp(peak + log_total, log_total < 0)
+    return log_sum_exp(peak + log_total, log_total == _EMPTY)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
