@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from seqattn.decoding import ForcedPrefix, generate
-from seqattn.decoding.beam import Beams, Stopping, beam_search
+from seqattn.decoding.beam import Beams, beam_search
 from seqattn.decoding.candidates import DiverseGroups
 from seqattn.decoding.penalties import GNMT, AverageLength, CoveragePenalty, NoPenalty
 from seqattn.decoding.state import Shared
+from seqattn.decoding.stopping import Stopping
 
 V, END, PAD, S = 5, 3, 1, 3
 FIRST = jnp.array([0, 2, 4])
@@ -139,7 +140,14 @@ def test_b10_a_wide_beam_is_exhaustive_search(seed, penalty, beta):
     logits, weights = _tables(seed, end=1.0)
     # 4 * 4 hypotheses run into the third step and have 80 continuations.
     found = _search(
-        _state(logits, weights), FIRST, 80, 3, 5, aligned=True, length_penalty=penalty, coverage=CoveragePenalty(beta)
+        _state(logits, weights),
+        FIRST,
+        80,
+        3,
+        5,
+        aligned=True,
+        length_penalty=penalty,
+        coverage=CoveragePenalty(beta, present=True),
     )
     for row, first in enumerate(FIRST):
         model = _Model(logits[row], weights[row], first)
@@ -181,7 +189,11 @@ def test_the_stoppings_of_this_file_differ():
 def test_a_narrow_beam_with_a_coverage_penalty(stopping):
     for seed in range(3):
         logits, weights = _tables(seed, end=1.0)
-        options = {"length_penalty": AverageLength(1.0), "stopping": stopping, "coverage": CoveragePenalty(0.3)}
+        options = {
+            "length_penalty": AverageLength(1.0),
+            "stopping": stopping,
+            "coverage": CoveragePenalty(0.3, present=True),
+        }
         found = _search(_state(logits, weights), FIRST, 3, 7, 3, aligned=True, **options)
         for row, first in enumerate(FIRST):
             model = _Model(logits[row], weights[row], first)

@@ -47,7 +47,7 @@ def test_coverage_is_that_of_gnmt_and_padding_does_not_count():
     coverage = np.array([[[0.5, 2.0, 0.0], [1.0, 0.25, 0.0]]], np.float32)
     found = CoveragePenalty(0.2, jnp.array([[True, True, False]]))(jnp.asarray(coverage))
     np.testing.assert_allclose(found, [[0.2 * np.log(0.5), 0.2 * np.log(0.25)]], rtol=1e-6)
-    everywhere = CoveragePenalty(0.2)(jnp.asarray(coverage))
+    everywhere = CoveragePenalty(0.2, present=True)(jnp.asarray(coverage))
     assert np.all(np.isfinite(everywhere))
     assert np.all(everywhere < -10)
 
