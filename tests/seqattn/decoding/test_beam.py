@@ -60,6 +60,10 @@ def _penalised(penalty, total, length):
     return total / ((5 + length) / 6) ** float(penalty.alpha) if isinstance(penalty, GNMT) else total
 
 
+def _covered(beta):
+    return CoveragePenalty(beta, present=True)
+
+
 def _coverage(beta, weights):
     return beta * np.log(np.minimum(np.sum(weights, axis=0), 1)).sum()
 
@@ -140,14 +144,7 @@ def test_b10_a_wide_beam_is_exhaustive_search(seed, penalty, beta):
     logits, weights = _tables(seed, end=1.0)
     # 4 * 4 hypotheses run into the third step and have 80 continuations.
     found = _search(
-        _state(logits, weights),
-        FIRST,
-        80,
-        3,
-        5,
-        aligned=True,
-        length_penalty=penalty,
-        coverage=CoveragePenalty(beta, present=True),
+        _state(logits, weights), FIRST, 80, 3, 5, aligned=True, length_penalty=penalty, coverage=_covered(beta)
     )
     for row, first in enumerate(FIRST):
         model = _Model(logits[row], weights[row], first)
@@ -189,11 +186,7 @@ def test_the_stoppings_of_this_file_differ():
 def test_a_narrow_beam_with_a_coverage_penalty(stopping):
     for seed in range(3):
         logits, weights = _tables(seed, end=1.0)
-        options = {
-            "length_penalty": AverageLength(1.0),
-            "stopping": stopping,
-            "coverage": CoveragePenalty(0.3, present=True),
-        }
+        options = {"length_penalty": AverageLength(1.0), "stopping": stopping, "coverage": _covered(0.3)}
         found = _search(_state(logits, weights), FIRST, 3, 7, 3, aligned=True, **options)
         for row, first in enumerate(FIRST):
             model = _Model(logits[row], weights[row], first)
