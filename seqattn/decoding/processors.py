@@ -51,10 +51,11 @@ class LogitsProcessor(abc.ABC):
         """The logits with which to go on, of the same shape; -inf is what may not be said."""
 
     def bound(self, highest: Float[Array, "B"]) -> Float[Array, "B"]:
-        """The most that a result can be in each row, where no logit exceeds `highest`.
+        """An upper bound `[B]` of what this returns for each row, given that none of the row's logits exceeds `highest`.
 
-        `Stopping.EXACT` ends a row early by it. Here it is inf, unknown: such a search goes on to its last step. A
-        processor that adds at most 5 to a logit gives `highest + 5`; one that never raises a logit is a `Lowering`.
+        `beam_search` needs it to stop early without missing a better sequence, see `Stopping.EXACT`. By default it is
+        inf, unknown, and the search goes on to its last step. A processor that adds at most 5 to a logit returns
+        `highest + 5`. Base a processor that never raises a logit on `Lowering` instead.
         """
         return jnp.full_like(highest, jnp.inf)
 
@@ -63,7 +64,7 @@ class Lowering(LogitsProcessor):
     """A processor that never raises a logit: it forbids tokens or makes them less probable. Base your own on it."""
 
     def bound(self, highest: Float[Array, "B"]) -> Float[Array, "B"]:
-        """What it was."""
+        """`highest` itself."""
         return highest
 
 
@@ -98,7 +99,7 @@ class RepetitionPenalty(LogitsProcessor):
         return jnp.where(said, penalised, logits)
 
     def bound(self, highest: Float[Array, "B"]) -> Float[Array, "B"]:
-        """That of a token that was said or of another, whichever is more: a penalty below 1 raises what was said."""
+        """`highest`, or what the penalty makes of it where that is more: one below 1 raises negative logits."""
         penalty = by_row(self.penalty, highest[:, None, None])[:, 0, 0]
         return jnp.maximum(highest, jnp.where(highest > 0, highest / penalty, highest * penalty))
 
@@ -225,7 +226,7 @@ class ForcedPrefix(LogitsProcessor):
         return forbid(others & (history.length < length)[:, None, None], logits)
 
     def bound(self, highest: Float[Array, "B"]) -> Float[Array, "B"]:
-        """What it was; at least 0 where forced tokens cost nothing."""
+        """`highest`, and at least 0 where forced tokens cost nothing."""
         return jnp.maximum(highest, 0) if self.cost is PrefixCost.NOTHING else highest
 
     def is_free(self, history: History) -> Bool[Array, "B"]:

@@ -1,7 +1,5 @@
 """A length limit for each row: what a row finds alone with that limit, by every search."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +23,7 @@ from seqattn.decoding import (
 )
 
 V, END, PAD, MAX_LENGTH, S = 7, 3, 5, 7, 3
-LIMITS = np.array([3, 1, 7])
+LIMITS = np.array([5, 1, 7])
 ROWS = len(LIMITS)
 PENALTIES = np.linspace(0.6, 2, ROWS).astype(np.float32)
 PREFIX = np.array([[1, 2], [0, 6], [6, 4]]), np.array([2, 1, 0])
@@ -33,7 +31,8 @@ PREFIX = np.array([[1, 2], [0, 6], [6, 4]]), np.array([2, 1, 0])
 
 def _tables(seed):
     draw = np.random.default_rng(seed)
-    logits = draw.normal(size=(ROWS, V, V)).astype(np.float32)
+    logits = 2 * draw.normal(size=(ROWS, V, V)).astype(np.float32)
+    logits[..., END] += seed % 3
     return jnp.asarray(logits), jnp.asarray(draw.uniform(size=(ROWS, V, S)).astype(np.float32))
 
 
@@ -70,10 +69,15 @@ def _early_beams(rows):
 
 
 def _groups(rows):
-    """A group that is done no longer steers the others, so that it matters when it is."""
     present = np.arange(S)[None] < np.arange(1, ROWS + 1)[:, None]
     coverage = {"coverage": CoveragePenalty(0.2, present[rows]), "alignment": lambda state: state["weights"]}
-    return beam_search, {"beam_size": 4, "n_best": 4, "groups": DiverseGroups(2, 0.7), **coverage}
+    return beam_search, {
+        "beam_size": 4,
+        "n_best": 4,
+        "groups": DiverseGroups(2, 3.0),
+        "length_penalty": AverageLength(2.0),
+        **coverage,
+    }
 
 
 SEARCHES = [_greedy, _sampled, _beams, _early_beams, _groups]
@@ -95,7 +99,7 @@ def _find(search, rows, tables, max_length, row_limit=None):
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_a_row_with_a_length_limit_finds_what_it_finds_alone_with_it(search):
-    tables = [_tables(seed) for seed in range(3)]
+    tables = [_tables(seed) for seed in range(4)]
     limited = _find(search, slice(None), tables, MAX_LENGTH, jnp.asarray(LIMITS))
     for row, limit in enumerate(LIMITS.tolist()):
         for together, alone in zip(limited, _find(search, slice(row, row + 1), tables, limit), strict=True):
@@ -106,6 +110,30 @@ def test_a_row_with_a_length_limit_finds_what_it_finds_alone_with_it(search):
             np.testing.assert_allclose(together.log_probability[row], alone.log_probability[0], rtol=1e-5)
             if search not in (_greedy, _sampled):
                 np.testing.assert_allclose(together.score[row], alone.score[0], rtol=1e-5)
+
+
+def test_a_group_is_done_when_it_would_be_with_that_limit_alone():
+    """A group that is done no longer steers the others: of 401 rows a few would find something else."""
+    rows, draw = 401, np.random.default_rng(0)
+    table = 2 * draw.normal(size=(rows, V, V)).astype(np.float32)
+    table[..., END] += 2
+
+    def run(max_length, row_limit):
+        sizes = {"max_length": max_length, "end_token": END, "pad_token": PAD, "beam_size": 4, "n_best": 4}
+
+        @jax.jit
+        def search(table, row_limit):
+            def step(tokens, state):
+                return table[state, tokens], state
+
+            first = jnp.zeros(rows, jnp.int32)
+            return beam_search(
+                step, jnp.arange(rows), first, row_limit=row_limit, groups=DiverseGroups(2, 2.0), **sizes
+            )
+
+        return search(table, row_limit)
+
+    np.testing.assert_array_equal(run(7, 5).tokens[..., :5], run(5, None).tokens)
 
 
 def _reach(find, row_limit, **options):
@@ -138,10 +166,23 @@ def test_a_search_ends_with_the_longest_limit(find, options, row_limit, lengths)
     assert _reach(find, row_limit, **options) == (lengths, max(lengths))
 
 
+@pytest.mark.parametrize(("find", "options"), [(generate, {}), (beam_search, {"beam_size": 2})])
+def test_what_a_model_says_behind_the_limit_of_a_row_is_not_looked_at(find, options):
+    def step(tokens, state):
+        return jnp.where((tokens == PAD)[:, None], jnp.nan, jax.nn.one_hot(0 * tokens, V)), state
+
+    sizes = {"max_length": 4, "end_token": END, "pad_token": PAD, "row_limit": np.array([1, 4])}
+    found = find(step, (), jnp.array([0, 0]), **sizes, **options)
+    assert not np.any(found.failed)
+    assert np.all(np.isfinite(found.log_probability))
+    assert found.length.reshape(-1).tolist() == [1, 4]
+
+
 def test_vmap_over_limits_is_a_loop_over_them():
     logits = _tables(4)[0][0]
 
-    @functools.partial(jax.vmap, in_axes=0)
+    @jax.jit
+    @jax.vmap
     def run(limit):
         sizes = {"max_length": MAX_LENGTH, "end_token": END, "pad_token": PAD, "row_limit": limit, "beam_size": 2}
         return beam_search(lambda tokens, state: (logits[tokens], state), (), jnp.array([0, 1]), **sizes).tokens
