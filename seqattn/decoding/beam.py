@@ -100,14 +100,14 @@ def beam_search(
         n_best: how many sequences of a row to return.
         length_penalty: how lengths compare; a leaf.
         stopping: when a row is done.
-        processors: applied in turn to the log probabilities, which are not normalised again. The tokens of a
-            `ForcedPrefix` cost what the model says; with `PrefixCost.NOTHING` they cost nothing, as they do in Hugging
-            Face, t5x and JoeyNMT.
+        processors: applied in turn to the log probabilities, which are not normalised again. By default the tokens of
+            a `ForcedPrefix` cost what the model says. In Hugging Face, t5x and JoeyNMT they cost nothing, which is
+            `PrefixCost.NOTHING`.
         row_limit: most tokens of a sequence, one number or one for each row `[B]`, integers from 1 to `max_length`,
-            which is the size of the result. A row finds what it finds alone with this `max_length`. Traced values
-            outside that range count as the nearest in it.
-        min_log_probability: a hypothesis whose tokens have less log probability together is dropped; one number or
-            `[B]`, in nats. `MinLogProbability` as a processor drops single tokens instead.
+            which is the size of the result. A row finds what it finds alone with that `max_length`. Traced values
+            are clipped to this range.
+        min_log_probability: hypotheses with a lower total log probability are dropped; one number or one for each row
+            `[B]`, in nats. The processor `MinLogProbability` forbids single tokens instead.
         groups: diverse beam search.
         alignment: `alignment(state) -> [R, S]`, the weights of the step that led to this state, to be returned.
         coverage: penalty for a source that was not read, by the sum of `alignment` over the steps.

@@ -77,8 +77,8 @@ def generate(
         pad_token: fills a row behind its end.
         processors: change the float32 logits in this order: penalties, bans, prefixes.
         row_limit: most tokens, one number or one for each row `[B]`, integers from 1 to `max_length`, which is the size
-            of the result. A row finds what it finds alone with this `max_length`. Traced values outside that range
-            count as the nearest in it.
+            of the result. A row finds what it finds alone with that `max_length`. Traced values are clipped to this
+            range.
         sampling: `Greedy()`, or `Sample((Temperature(0.7), TopP(0.9)))`, whose filters come behind the processors.
         key: for `Sample`, one random key, or one for each row `[B]`. A row's tokens depend on its own key and logits
             alone: one key is folded with the index of the row, see `row_keys`, and that with the index of the step.

@@ -51,7 +51,7 @@ class LogitsProcessor(abc.ABC):
         """The logits with which to go on, of the same shape; -inf is what may not be said."""
 
     def bound(self, highest: Float[Array, "B"]) -> Float[Array, "B"]:
-        """An upper bound `[B]` of what this returns for each row, given that none of the row's logits exceeds `highest`.
+        """An upper bound of what this returns for each row, given that none of the row's logits exceeds `highest`.
 
         `beam_search` needs it to stop early without missing a better sequence, see `Stopping.EXACT`. By default it is
         inf, unknown, and the search goes on to its last step. A processor that adds at most 5 to a logit returns
@@ -175,9 +175,9 @@ class PrefixCost(enum.Enum):
     """What a forced token adds to the log probability of its sequence."""
 
     MODEL = "model"
-    """What the model says: the sequence is scored as if it had been chosen."""
+    """What the model says, as if the search had chosen it."""
     NOTHING = "nothing"
-    """0, as in Hugging Face, t5x and JoeyNMT: a sequence is scored by what was chosen after its prefix."""
+    """0, as in Hugging Face, t5x and JoeyNMT: only what follows the prefix is scored."""
 
 
 @pytree
