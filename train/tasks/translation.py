@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 from numpy.random import Generator
 
 from train.tasks.lines import read_pairs
-from train.tasks.task import Pair, generator, splits
+from train.tasks.task import Pair, generator, normalized, splits
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class TranslationTask:
     test_examples: int = 1_000
     """examples to hold out of the training text where there is no test text"""
     max_characters: int = 1_000
-    """training pairs with a longer text on either side are left out; validation and test text is kept whole"""
+    """training pairs with a longer text on either side, in NFC, are left out; validation and test text is kept whole"""
     seed: int = 0
     """any integer; it decides which examples are held out"""
 
@@ -37,9 +37,10 @@ class TranslationTask:
 
         Pairs with a blank side are skipped, and in training those that are too long; the counts are logged. What was
         not found is held out of training: so many distinct sources, none of which stays in training with another
-        target. Raises ValueError, naming the counts, where too little is left.
+        target. Characters are counted, and sources compared, in NFC. Raises ValueError, naming the counts, where too
+        little is left.
         """
-        kept = {split: self._usable(split, pairs) for split, pairs in found.items()}
+        kept = {split: self._usable(split, normalized(pairs)) for split, pairs in found.items()}
         random = generator(self.seed)
         for split, examples in (("test", self.test_examples), ("validation", self.validation_examples)):
             if split not in kept:

@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import tarfile
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -99,6 +100,47 @@ def test_a_source_that_is_held_out_leaves_training_with_all_its_targets(files):
     assert (len(train), len(validation), len(test)) == (5, 2, 3)
     assert len(train | validation | test) == 10
     assert [len(loaded[split]) for split in ("train", "validation", "test")] == [15, 2, 3]
+
+
+def in_two_forms(count):
+    """Pairs whose sources are the same sentences twice, with the umlauts of NFC and of NFD, and other targets."""
+    sentences = [f"{number} Häuser für Jürgen" for number in range(count)]
+    forms = [[unicodedata.normalize(form, text) for text in sentences] for form in ("NFC", "NFD")]
+    return [(text, f"{form} {number}") for form, texts in enumerate(forms) for number, text in enumerate(texts)]
+
+
+def read_from_files(found, files, folder, **settings):
+    sources, targets = zip(*found, strict=True)
+    return ParallelFiles(source=files("s", sources), target=files("t", targets), **settings).load()
+
+
+def read_from_hub(found, files, folder, **settings):
+    write_rows(folder / "train.jsonl", [dict(zip(("source", "target"), pair, strict=True)) for pair in found])
+    return HubTranslation(name=str(folder), **FLAT | settings).load()
+
+
+@pytest.mark.parametrize("read", [read_from_files, read_from_hub])
+def test_no_held_out_source_stays_in_training_in_another_unicode_form(read, files, folder):
+    loaded = read(in_two_forms(30), files, folder, validation_examples=5, test_examples=7)
+    train, validation, test = ({*loaded[split]["source"]} for split in ("train", "validation", "test"))
+    assert (len(train), len(validation), len(test)) == (18, 5, 7)
+    assert len(train | validation | test) == 30
+    assert [len(loaded[split]) for split in ("train", "validation", "test")] == [36, 5, 7]
+
+
+@pytest.mark.parametrize("read", [read_from_files, read_from_hub])
+def test_sources_to_hold_out_are_counted_after_normalisation(read, files, folder):
+    with pytest.raises(ValueError, match=r"test_examples \(5\) must be .* fewer than the 5 different sources"):
+        read(in_two_forms(5), files, folder, validation_examples=1, test_examples=5)
+
+
+@pytest.mark.parametrize("read", [read_from_files, read_from_hub])
+def test_max_characters_counts_after_normalisation(read, files, folder, caplog):
+    found = [(unicodedata.normalize("NFD", text), text) for text in ("äöü", "ßäö", "öäü", "äöüß")]
+    with caplog.at_level(logging.INFO):
+        loaded = read(found, files, folder, max_characters=3, validation_examples=1, test_examples=1)
+    assert sorted(text for rows in loaded.values() for text in rows["source"]) == ["ßäö", "äöü", "öäü"]
+    assert "3 of 4 pairs kept, 0 have a blank side, 1 are longer" in caplog.text
 
 
 def test_c1_blank_lines_skip_both_sides_and_are_counted(files, caplog):
