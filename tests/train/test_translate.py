@@ -45,6 +45,15 @@ def test_without_texts_the_command_reads_standard_input(finished, capsys, monkey
     assert capsys.readouterr().out == f"{first}\n\n{second}\n"
 
 
+def test_a_byte_order_mark_of_standard_input_is_no_part_of_the_first_text(finished, capsys, monkeypatch):
+    printed = []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        monkeypatch.setattr("sys.stdin", standard_input(mark + b"ab\ncde\n"))
+        translate.main(Arguments(finished))
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
 def test_n_best_prints_score_tab_text_as_many_lines_for_each_text(finished, capsys):
     translate.main(Arguments(finished, (*TEXTS, ""), beam_size=3, n_best=2, length_penalty=GNMT(0.6)))
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
@@ -113,33 +122,6 @@ def test_flags_become_choices(tmp_path):
 def test_a_length_penalty_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match=r"length_penalty \(.*\) must be average:NUMBER, gnmt:NUMBER or none"):
         translate.penalty_of(text)
-
-
-def test_lines_that_are_there_do_not_wait_for_later_ones(monkeypatch):
-    monkeypatch.setattr(translate, "_PATIENCE", 0)
-    reading, writing = os.pipe()
-    with open(reading, "rb") as stream:
-        chunks = translate.lines_as_they_come(stream, 100)
-        for sent, expected in ((b"a\nb\nun", ["a", "b"]), (b"finished\r\n\n", ["unfinished", ""])):
-            os.write(writing, sent)
-            assert next(chunks) == expected
-        os.write(writing, b"end")
-        os.close(writing)
-        assert list(chunks) == [["end"]]
-
-
-def test_a_long_input_comes_in_bounded_chunks(monkeypatch):
-    monkeypatch.setattr(translate, "_BYTES_READ", 10)
-    content = io.BytesIO(b"".join(b"%d\n" % number for number in range(100)))
-    chunks = list(translate.lines_as_they_come(content, 7))
-    assert [line for chunk in chunks for line in chunk] == [str(number) for number in range(100)]
-    assert max(map(len, chunks)) <= 7 + 10 // 2
-    assert len(chunks) > 8
-
-
-def test_a_line_that_is_no_utf_8_is_named():
-    with pytest.raises(ValueError, match="line 3 of standard input must be UTF-8"):
-        list(translate.lines_as_they_come(io.BytesIO(b"a\nb\n\xff\n"), 100))
 
 
 def test_the_reader_may_leave(finished, monkeypatch):
