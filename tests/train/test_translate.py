@@ -45,13 +45,9 @@ def test_without_texts_the_command_reads_standard_input(finished, capsys, monkey
     assert capsys.readouterr().out == f"{first}\n\n{second}\n"
 
 
-def test_a_byte_order_mark_of_standard_input_is_no_part_of_the_first_text(finished, capsys, monkeypatch):
-    printed = []
-    for mark in (b"", b"\xef\xbb\xbf"):
-        monkeypatch.setattr("sys.stdin", standard_input(mark + b"ab\ncde\n"))
-        translate.main(Arguments(finished))
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1]
+def test_a_byte_order_mark_of_standard_input_is_no_part_of_the_first_text(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", standard_input(b"\xef\xbb\xbfab\ncde\n"))
+    assert list(translate._chunks(Arguments(tmp_path))) == [["ab", "cde"]]
 
 
 def test_n_best_prints_score_tab_text_as_many_lines_for_each_text(finished, capsys):
