@@ -139,6 +139,9 @@ def search_of(arguments: Arguments) -> Search:
         ValueError: a value out of its range, or flags that exclude each other.
     """
     beam = Beam(arguments.beam_size, arguments.n_best, arguments.length_penalty, arguments.stopping)
+    for name in ("length_penalty", "stopping") if beam.size == 1 else ():
+        if getattr(arguments, name) != getattr(Arguments, name):
+            raise ValueError(f"--{name} is of a beam of hypotheses, and beam_size is 1: it would do nothing")
     values = {name: getattr(arguments, name) for name in (*_FILTERS, "seed")}
     given = [name for name, value in values.items() if value is not None]
     if not given:

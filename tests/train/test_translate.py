@@ -75,6 +75,8 @@ def test_a_translation_stays_on_its_line(capsys):
         ({"n_best": 2, "top_k": 5}, r"n_best \(2\) must be from 1 to beam_size \(1\)"),
         ({"beam_size": 2, "seed": 1}, r"--seed: sampling has one hypothesis, beam_size \(2\) must be 1"),
         ({"beam_size": 2, "top_k": 1, "top_p": 0.5}, r"--top_k, --top_p: sampling has one hypothesis"),
+        ({"length_penalty": GNMT(0.6)}, r"--length_penalty is of a beam .* beam_size is 1: it would do nothing"),
+        ({"stopping": Stopping.LIKELY, "top_k": 5}, r"--stopping is of a beam .* beam_size is 1: it would do nothing"),
         ({"temperature": -1.0}, r"--temperature: temperature \(-1\) must be finite and at least 0"),
         ({"top_k": 0}, r"--top_k: count \(0\) must be an integer of at least 1"),
         ({"top_p": 1.5}, r"--top_p: .* \(1.5\) must be finite and at least 0 and at most 1"),

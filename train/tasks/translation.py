@@ -156,6 +156,13 @@ class HubTranslation(TranslationTask):
         ):
             if not given:
                 raise ValueError(f"set {flag}: translation from the hub needs a dataset, a source and a target")
+        for side in ("source", "target"):
+            column, language = getattr(self, f"{side}_column"), getattr(self, f"{side}_language")
+            if column and language:
+                raise ValueError(
+                    f"--task.{side}-column ({column}) and --task.{side}-language ({language}) exclude each other: a "
+                    "language is one of the translation column"
+                )
         # What was once read from a folder is known by the times of its files, which may stay where their texts change.
         with tempfile.TemporaryDirectory() as fresh:
             found = self._tables(fresh if Path(self.name).is_dir() else None)

@@ -38,6 +38,12 @@ def test_a_folder_that_is_missing_is_named(tmp_path):
         Multi30k(data=tmp_path / "nowhere").load()
 
 
+@pytest.mark.parametrize("setting", [{"revision": "v1"}, {"name": "other/multi30k"}])
+def test_settings_of_the_hub_beside_a_folder_are_refused(setting, data):
+    with pytest.raises(ValueError, match=r"--task.data \(.*\) excludes --task.name \(.*\) and --task.revision \(.*\)"):
+        Multi30k(data=data, **setting).load()
+
+
 def test_without_a_folder_it_comes_from_the_hub(tmp_path, monkeypatch):
     for split in translation.SPLITS:
         (tmp_path / f"{split}.jsonl").write_text('{"en": "a dog", "de": "ein Hund"}\n{"en": "2", "de": "zwei"}\n')

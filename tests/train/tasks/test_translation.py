@@ -518,6 +518,13 @@ def test_hub_settings_that_are_missing_name_their_flags(settings, flag):
         HubTranslation(**settings).load()
 
 
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_a_column_and_a_language_of_one_side_exclude_each_other(side, folder):
+    write_rows(folder / "train.jsonl", [{"source": "a", "target": "b"}])
+    with pytest.raises(ValueError, match=rf"--task.{side}-column \({side}\) and --task.{side}-language \(de\) exclude"):
+        HubTranslation(name=str(folder), **FLAT, **{f"{side}_language": "de"}).load()
+
+
 def test_hub_folder_that_is_not_there(folder):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         HubTranslation(name=str(folder / "nowhere"), **FLAT).load()
