@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+Size = Any
+"""The size of a dim: an integer, or what stands for one in a program that `jax.export` compiles for any size."""
+
 _Class = TypeVar("_Class", bound=type)
 
 

@@ -148,7 +148,7 @@ class MultiHeadAttention(nnx.Module):
     ) -> Array:
         mask, visible = _among_written(self.mask), None if kv.visible is None else kv.visible[:, None]
         q_at, kv_at = (jax.tree.map(jnp.atleast_2d, each) for each in (at, kv.at))
-        allowed = mask.over(q_at, kv_at, batch=len(query), num_heads=self.num_heads)
+        allowed = mask.over(q_at, kv_at, batch=query.shape[0], num_heads=self.num_heads)
         visible = allowed if visible is None else visible & allowed
         scale = self.head_dim**-0.5
         modify = None if score_mod is None else _modifier(score_mod, query, scale, at, kv.at)

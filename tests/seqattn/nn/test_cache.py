@@ -10,7 +10,7 @@ from flax import nnx
 
 from seqattn.coordinates import Coordinates
 from seqattn.decoding.state import branch, select
-from seqattn.masks import Causal, SameSegment, SlidingWindow
+from seqattn.masks import Causal, MaskMod, NotPadding, SameSegment, SlidingWindow
 from seqattn.nn import KeyColumns, KeyValue, MultiHeadAttention, PagedCache, RingCache, StaticCache
 
 B, T, D, N, K, H, WINDOW = 3, 11, 6, 4, 2, 2, 3
@@ -227,3 +227,47 @@ def test_what_the_dtype_of_a_cache_cannot_hold_is_not_finite_and_leaves_no_trace
 def test_a_negative_size_is_refused():
     with pytest.raises(ValueError, match="a cache must have at least 0 slots, got -1"):
         StaticCache.empty(B, -1, K, H)
+
+
+ANY_MASK = {
+    "none": None,
+    "causal": Causal(),
+    "window": SlidingWindow(3, ahead=2),
+    "not_padding": NotPadding(),
+    "all_but_none": ~MaskMod(lambda query, key: jnp.asarray(False)),
+}
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["columns", "rows"])
+@pytest.mark.parametrize("mask", ANY_MASK.values(), ids=ANY_MASK)
+def test_unwritten_slots_of_a_cache_are_hidden_whatever_the_mask(mask, few):
+    """A step sees what it would see of the written tokens alone, by the kernel of steps and by any other one."""
+    implementation = None if few else "reference"
+    attention = MultiHeadAttention(
+        D, N, num_kv_heads=K, head_dim=H, mask=mask, implementation=implementation, rngs=nnx.Rngs(0)
+    )
+    x = jnp.asarray(X[:, :5])
+    expected = attention(x[:, 3:], Coordinates.range(2, start=3), attention.project(x, Coordinates.range(5)))
+    for cache in (StaticCache.empty(B, T, K, H), RingCache.empty(B, T, K, H)):
+        cache, _ = _append(attention, cache, x[:, :3], Coordinates.range(3))
+        _, output = _append(attention, cache, x[:, 3:], Coordinates.range(2, start=3))
+        np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, Causal()], ids=["none", "causal"])
+def test_unwritten_slots_are_hidden_from_hypotheses_that_branch_inside_jit(mask):
+    """Where the cache cannot say how much of it is taken, all its slots become pages."""
+    attention = MultiHeadAttention(D, N, num_kv_heads=K, head_dim=H, mask=mask, rngs=nnx.Rngs(0))
+    x, at = jnp.asarray(X[:, :3]), Coordinates.range(3)
+
+    @jax.jit
+    def step(attention, cache, x):
+        now = Coordinates(jnp.full((B, 2), 3, jnp.int32), jnp.ones((B, 2), jnp.int32))
+        return _append(attention, cache.branch(2), x, now)[1]
+
+    cache, _ = _append(attention, StaticCache.empty(B, T, K, H), x, at)
+    output = step(attention, cache, jnp.asarray(X[:, 3:5]))
+    for beam in range(2):
+        own = jnp.concatenate([x, jnp.asarray(X[:, 3 + beam : 4 + beam])], axis=1)
+        expected = attention(own[:, 3:], Coordinates.range(1, start=3), attention.project(own, Coordinates.range(4)))
+        np.testing.assert_allclose(output[:, beam : beam + 1], expected, atol=1e-5)
