@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from seqattn.coordinates import Coordinates
+from seqattn.nn.initializers import xavier_uniform
 from seqattn.precision import accumulator
 from seqattn.static import check_integer
 
@@ -69,7 +70,7 @@ class LocalWindow(nnx.Module):
     ) -> None:
 
         def draw(*shape: int) -> Array:
-            return nnx.initializers.xavier_uniform()(rngs.params(), shape, param_dtype)
+            return xavier_uniform(rngs.params(), shape, param_dtype)
 
         self.radius, predicts = local.radius, isinstance(local, Predictive)
         self.weight = nnx.Param(draw(hidden_dim, query_dim)) if predicts else None

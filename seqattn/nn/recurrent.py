@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import check_rate, drop, split
-from seqattn.precision import accumulator
+from seqattn.nn.initializers import lecun_normal, orthogonal
 
 Carry = Any
 """The state of a cell: one array `[*batch, H]`, or for an LSTM two (cell, hidden)."""
@@ -69,8 +69,9 @@ class Recurrent(nnx.Module):
     ) -> None:
         self.hidden_dim, self.backward, self.is_lstm = hidden_dim, backward, cell is Cell.LSTM
         # Without dtype=None flax's simple cell computes in float32 whatever its parameters are.
-        dtypes: dict[str, Any] = {"dtype": None, "param_dtype": param_dtype}
-        self.cell = _CELLS[cell](input_dim, hidden_dim, recurrent_kernel_init=_orthogonal, rngs=rngs, **dtypes)
+        options: dict[str, Any] = {"dtype": None, "param_dtype": param_dtype, "rngs": rngs}
+        options |= {"kernel_init": lecun_normal, "recurrent_kernel_init": orthogonal}
+        self.cell = _CELLS[cell](input_dim, hidden_dim, **options)
 
     def start(self, batch: tuple[int, ...]) -> Carry:
         """The initial state: zeros `[*batch, H]` in the dtype of the parameters."""
@@ -104,11 +105,6 @@ class Recurrent(nnx.Module):
         state = (initial, jnp.zeros(x.shape[:-2], segment.dtype))
         (last_carry, _), outputs = jax.lax.scan(advance, state, tokens, reverse=self.backward)
         return jnp.moveaxis(outputs, 0, -2), last_carry
-
-
-def _orthogonal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """flax's initializer of recurrent weights; the decomposition behind it knows no dtype below float32."""
-    return nnx.initializers.orthogonal()(key, shape, accumulator(dtype)).astype(dtype)
 
 
 def _select(where: Array, new: Carry, old: Carry) -> Carry:

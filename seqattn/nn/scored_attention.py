@@ -12,6 +12,7 @@ from seqattn import scores
 from seqattn.attention import attend_scores
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Mask, NotPadding
+from seqattn.nn.initializers import xavier_uniform
 from seqattn.nn.key_value import KeyValue
 from seqattn.nn.local import LocalWindow, Monotonic, Predictive
 
@@ -136,7 +137,7 @@ def _draw(
     query_dim, key_dim, hidden_dim = dims
 
     def draw(*shape: int) -> Array:
-        return nnx.initializers.xavier_uniform()(rngs.params(), shape, param_dtype)
+        return xavier_uniform(rngs.params(), shape, param_dtype)
 
     if score in (Score.DOT, Score.SCALED_DOT):
         return None, None, None
