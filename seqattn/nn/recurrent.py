@@ -1,4 +1,4 @@
-"""Recurrent layers over sequences with padding anywhere, on flax's cells."""
+"""Recurrent layers over sequences with padding anywhere, on Flax's cells."""
 
 import enum
 from typing import Any
@@ -18,7 +18,10 @@ Carry = Any
 
 
 class Cell(enum.Enum):
-    """The recurrence of a layer: simple (Elman 1990), GRU (Cho 2014), LSTM (Hochreiter 1997)."""
+    """The recurrence of a layer: simple (Elman 1990), GRU (Cho 2014), LSTM (Hochreiter 1997).
+
+    The GRU resets behind the product with its weights and has a bias inside its reset gate, as PyTorch's and cuDNN's.
+    """
 
     SIMPLE = "simple"
     GRU = "gru"
@@ -33,7 +36,29 @@ class Direction(enum.Enum):
     BOTH = "both"
 
 
-_CELLS = {Cell.SIMPLE: nnx.SimpleCell, Cell.GRU: nnx.GRUCell, Cell.LSTM: nnx.OptimizedLSTMCell}
+class _GRUCell(nnx.GRUCell):
+    """Flax's cell with the bias that it lacks: `n = tanh(W_in x + b_in + r * (W_hn h + b_hn))`, b_hn `hidden_bias`.
+
+    Flax's linen and PyTorch have it, so that their weights can be used. It starts at zero.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int, *, param_dtype: DTypeLike, **options: Any) -> None:
+        super().__init__(in_features, hidden_features, param_dtype=param_dtype, **options)
+        self.hidden_bias = nnx.Param(jnp.zeros(hidden_features, param_dtype))
+
+    def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
+        """The next state, as state and as output."""
+        r_in, z_in, n_in = jnp.split(self.dense_i(inputs), 3, axis=-1)
+        r_hidden, z_hidden, n_hidden = jnp.split(self.dense_h(carry), 3, axis=-1)
+        r, z = self.gate_fn(r_in + r_hidden), self.gate_fn(z_in + z_hidden)
+        bias = self.hidden_bias[...].reshape((1,) * (n_hidden.ndim - 1) + (-1,))
+        n_hidden, bias = self.promote_dtype((n_hidden, bias), dtype=self.dtype)
+        n = self.activation_fn(n_in + r * (n_hidden + bias))
+        state = (1.0 - z) * n + z * carry
+        return state, state
+
+
+_CELLS = {Cell.SIMPLE: nnx.SimpleCell, Cell.GRU: _GRUCell, Cell.LSTM: nnx.OptimizedLSTMCell}
 
 
 class Recurrent(nnx.Module):
