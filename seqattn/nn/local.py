@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 from seqattn.coordinates import Coordinates
 from seqattn.nn.initializers import xavier_uniform
 from seqattn.precision import accumulator
-from seqattn.static import check_integer
+from seqattn.static import check_integer, check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +68,7 @@ class LocalWindow(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        check_sizes(query_dim=query_dim, hidden_dim=hidden_dim)
 
         def draw(*shape: int) -> Array:
             return xavier_uniform(rngs.params(), shape, param_dtype)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import check_rate, drop, split
 from seqattn.nn.initializers import lecun_normal, orthogonal
+from seqattn.static import check_sizes
 
 Carry = Any
 """The state of a cell: one array `[*batch, H]`, or for an LSTM two (cell, hidden)."""
@@ -76,6 +77,9 @@ class Recurrent(nnx.Module):
         param_dtype: dtype of the parameters.
         rngs: initialises the parameters; not kept.
 
+    Raises:
+        ValueError: a size is below 1.
+
     >>> layer = Recurrent(3, 4, cell=Cell.LSTM, rngs=nnx.Rngs(0))
     >>> output, (cell, hidden) = layer(jnp.ones((2, 5, 3)), Coordinates.from_lengths([5, 2], 5))
     >>> output.shape, hidden.shape
@@ -92,6 +96,7 @@ class Recurrent(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        check_sizes(input_dim=input_dim, hidden_dim=hidden_dim)
         self.hidden_dim, self.backward, self.is_lstm = hidden_dim, backward, cell is Cell.LSTM
         # Without dtype=None flax's simple cell computes in float32 whatever its parameters are.
         options: dict[str, Any] = {"dtype": None, "param_dtype": param_dtype, "rngs": rngs}

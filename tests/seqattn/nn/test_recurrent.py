@@ -234,7 +234,7 @@ def test_recurrent_weights_start_orthogonal():
 
 
 def test_the_gru_has_a_bias_inside_its_reset_gate():
-    """Zero at first, so that nothing is drawn otherwise than without it; `n = tanh(W_in x + b_in + r (W_hn h + b_hn))`."""
+    """It is zero at first, and nothing else is drawn than without it; `n = tanh(W_in x + b_in + r (W_hn h + b_hn))`."""
     fresh = Recurrent(D, H, rngs=nnx.Rngs(0))
     assert not np.any(fresh.cell.hidden_bias[...])
     plain = nnx.GRUCell(D, H, rngs=nnx.Rngs(0))
@@ -269,3 +269,10 @@ def test_no_random_state_is_stored():
 def test_wrong_sizes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         RecurrentEncoder(**({"input_dim": D, "hidden_dim": H} | options), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", ["input_dim", "hidden_dim"])
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_below_1_are_refused_by_name(name, size):
+    with pytest.raises(ValueError, match=rf"{name} \({size}\) must be an integer of at least 1"):
+        Recurrent(**{"input_dim": D, "hidden_dim": H, name: size}, rngs=nnx.Rngs(0))
