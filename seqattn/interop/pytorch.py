@@ -4,6 +4,8 @@ PyTorch has two biases for each gate and adds them. Ours have one, but for the n
 inside the reset gate.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -55,9 +57,9 @@ def recurrent_from_torch(
     for (name, shape), array in zip(wanted.items(), (weight_ih, weight_hh, bias_ih, bias_hh), strict=True):
         if np.shape(array) != shape:
             raise ValueError(f"{name} of {cell.name} must be {list(shape)}, got {list(np.shape(array))}")
-    arrays = {("dense_i", "kernel"): np.asarray(weight_ih).T, ("dense_h", "kernel"): np.asarray(weight_hh).T}
-    arrays |= _biases(cell, bias_ih, bias_hh)
-    options = {"cell": cell, "backward": backward, "param_dtype": param_dtype}
+    arrays = _biases(cell, bias_ih, bias_hh)
+    arrays |= {("dense_i", "kernel"): np.asarray(weight_ih).T, ("dense_h", "kernel"): np.asarray(weight_hh).T}
+    options: dict[str, Any] = {"cell": cell, "backward": backward, "param_dtype": param_dtype}
     graph, state = nnx.split(nnx.eval_shape(lambda: Recurrent(dim, hidden, **options, rngs=nnx.Rngs(0))))
     filled = nnx.map_state(lambda path, empty: empty.replace(jnp.asarray(arrays[path[1:]], empty.dtype)), state)
     return nnx.merge(graph, filled)

@@ -4,12 +4,12 @@
 one of 128 values, none beyond 2.9 standard deviations, with a mean of -0.015 standard deviations.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer
-from jax.typing import DTypeLike
 from jaxtyping import Array, PRNGKeyArray
 
 from seqattn.precision import accumulator
@@ -27,7 +27,9 @@ def drawn_wide(initializer: Initializer) -> Initializer:
     float16 True
     """
 
-    def draw(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike | None = None, **options: Any) -> Array:
+    def draw(key: PRNGKeyArray, shape: Sequence[Any], dtype: Any = None, out_sharding: Any = None) -> Array:
+        # Few initializers of users know of shardings.
+        options = {} if out_sharding is None else {"out_sharding": out_sharding}
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits >= 32:
             return initializer(key, shape, dtype, **options)
         return initializer(key, shape, accumulator(dtype), **options).astype(dtype)

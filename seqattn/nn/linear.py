@@ -38,8 +38,8 @@ class Linear(nnx.Linear):
         bias_init: Initializer = nnx.initializers.zeros,
         **options: Any,
     ) -> None:
-        inits = {"kernel_init": drawn_wide(kernel_init), "bias_init": drawn_wide(bias_init)}
-        super().__init__(in_features, out_features, **inits, **options)
+        options |= {"kernel_init": drawn_wide(kernel_init), "bias_init": drawn_wide(bias_init)}
+        super().__init__(in_features, out_features, **options)
 
     def __call__(self, inputs: Float[Array, "*batch D"], out_sharding: object = None) -> Float[Array, "*batch F"]:
         """`inputs @ kernel + bias`; `out_sharding` as in `nnx.Linear`."""
