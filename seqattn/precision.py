@@ -1,5 +1,8 @@
 """In which precision sums, exponentials and angles are computed."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -25,3 +28,17 @@ def lowest(dtype: DTypeLike) -> float:
     True
     """
     return float(jnp.finfo(dtype).min)
+
+
+def widened(tree: Any) -> Any:
+    """The same tree, its floating arrays in float32 at least; all others, and float32 and float64 ones, as they are.
+
+    >>> widened({"kernel": jnp.ones(2, jnp.bfloat16), "count": jnp.arange(2)})
+    {'count': Array([0, 1], dtype=int32), 'kernel': Array([1., 1.], dtype=float32)}
+    """
+
+    def wide(leaf: Any) -> Any:
+        is_small = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != accumulator(leaf.dtype)
+        return leaf.astype(accumulator(leaf.dtype)) if is_small else leaf
+
+    return jax.tree.map(wide, tree)

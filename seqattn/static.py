@@ -62,3 +62,14 @@ def check_integer(name: str, value: int, minimum: int) -> None:
     """
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} ({value!r}) must be an integer of at least {minimum}")
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises ValueError unless every size is an integer of at least 1.
+
+    >>> check_sizes(model_dim=4, num_heads=0)
+    Traceback (most recent call last):
+    ValueError: num_heads (0) must be an integer of at least 1
+    """
+    for name, value in sizes.items():
+        check_integer(name, value, minimum=1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from seqattn.precision import widened
 from train.parameters import matching, matrices
 
 
@@ -270,13 +271,35 @@ class Optimizer:
     """Most that the norm of all gradients together may be; None for no limit."""
 
     def make(self, steps: int) -> optax.GradientTransformation:
-        """The optax transformation for a run of `steps` updates."""
+        """The optax transformation for a run of `steps` updates.
+
+        Its state is float32 at least, whatever the dtype of the parameters; updates have that of the gradients.
+        """
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm ({self.clip_norm}) must be positive, or None for no limit")
         update = self.algorithm.transformation(self.schedule.schedule(steps))
         # With a limit or without one, the state has the same leaves: a run may go on with the other.
         limit = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
-        return optax.chain(limit, update)
+        return _wide(optax.chain(limit, update))
+
+
+def _wide(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same with gradients, parameters and so its own state in float32 at least.
+
+    Optax keeps second moments in the dtype of the parameters. In bfloat16 a decay of 0.999 is 1, so that they never
+    fall, and what one step adds to them is soon less than half of their last bit.
+    """
+
+    def init(params: optax.Params) -> optax.OptState:
+        return transformation.init(widened(params))
+
+    def update(
+        gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, state = transformation.update(widened(gradients), state, widened(params))
+        return jax.tree.map(lambda update, gradient: update.astype(gradient.dtype), updates, gradients), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _last_two_axes(params: optax.Params) -> optax.Params:

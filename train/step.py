@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from seqattn.nn import MixtureOfExperts, routings
+from seqattn.precision import widened
 from seqattn.static import pytree
 
 Metrics = dict[str, jax.Array]
@@ -32,7 +33,7 @@ class TrainState:
         opt_state: the state of the optax transformation.
         skipped: how many of the updates were left out, an int32 scalar.
         skipped_in_a_row: how many of the latest ones, an int32 scalar.
-        average: the exponential moving average of the parameters; None in a run without.
+        average: the exponential moving average of the parameters, float32 at least; None in a run without.
     """
 
     step: jax.Array
@@ -68,7 +69,8 @@ def start(
 ) -> tuple[nnx.GraphDef, TrainState]:
     """The structure of a model, and the state before the first update; with an average of the parameters if asked."""
     graph, params = nnx.split(model, nnx.Param)
-    copy = jax.tree.map(jnp.array, params) if average else None
+    # Wide, since in bfloat16 what a step adds to an average is lost.
+    copy = jax.tree.map(jnp.array, widened(params)) if average else None
     return graph, TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average=copy)
 
 
@@ -99,7 +101,8 @@ def make_update(
         seed: of dropout.
         label_smoothing: epsilon of Szegedy 2016.
         pieces: the batch is computed in so many pieces, one after the other: less memory, the same update.
-        compute_dtype: what the loss computes in; parameters, gradients and their sums stay what they are.
+        compute_dtype: what the loss computes in; parameters stay what they are, and gradients, their sums and their
+            norm are float32 at least.
         decay: of the exponential moving average of the parameters (Polyak 1992), at most: after n updates it is
             (1 + n) / (10 + n) where that is less; None where the state has no average.
         patience: after so many updates in a row that were left out, no other is made.
@@ -178,7 +181,8 @@ def _sums_and_gradients(
         return total + count * sum(routing.loss for routing in found), sums
 
     (_, sums), gradients = jax.value_and_grad(total_loss, has_aux=True)(params)
-    return sums, gradients
+    # Sums over pieces and devices and the norm are wide, also where the parameters are not.
+    return sums, widened(gradients)
 
 
 def _cast(tree: Any, dtype: DTypeLike | None) -> Any:

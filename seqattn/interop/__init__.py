@@ -1,6 +1,7 @@
 """Models as plain values and named arrays, ours and those of other libraries, and back; files are the caller's."""
 
 from seqattn.interop.marian import from_marian, marian_config, to_marian
+from seqattn.interop.pytorch import recurrent_from_torch
 from seqattn.interop.saved import ModelConfig, from_arrays, from_dict, model_type, to_arrays, to_dict
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "from_marian",
     "marian_config",
     "model_type",
+    "recurrent_from_torch",
     "to_arrays",
     "to_dict",
     "to_marian",

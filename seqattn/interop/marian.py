@@ -16,6 +16,7 @@ from seqattn.models.positions import Sinusoidal
 from seqattn.models.transformer import Transformer, TransformerConfig
 from seqattn.nn.blocks import BlockConfig
 from seqattn.nn.feed_forward import Activation
+from seqattn.static import check_integer
 
 Path = tuple[str | int, ...]
 """Where a parameter is in our model."""
@@ -45,6 +46,10 @@ _MUST_BE = {
     "share_encoder_decoder_embeddings": True,
     "tie_word_embeddings": True,
 }
+_SMALLEST = {
+    **dict.fromkeys(("vocab_size", "d_model", "decoder_layers", "encoder_attention_heads", "encoder_ffn_dim"), 1),
+    "encoder_layers": 0,
+}
 _TABLES = {"model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"}
 _LAYER_NORM_EPSILON = 1e-5
 _NOT_PARAMETERS = ("embed_positions.weight", "embed_tokens.weight", "lm_head.weight")
@@ -56,18 +61,20 @@ def marian_config(config: Mapping[str, Any]) -> TransformerConfig:
 
     Raises:
         NotImplementedError: a choice that our `Transformer` does not have.
+        ValueError: a number that no MarianMT model has: a size below 1 or one that heads or positions do not share.
     """
     config = {**_DEFAULTS, **config}
     for name, value in _MUST_BE.items():
         if config.get(name, value) != value:
             raise NotImplementedError(f"{name} must be {value}, got {config[name]}")
     activation = config["activation_function"]
-    if activation not in _ACTIVATIONS:
+    if activation not in list(_ACTIVATIONS):
         raise NotImplementedError(f"activation_function must be one of {', '.join(_ACTIVATIONS)}, got {activation}")
     for ours in ("attention_heads", "ffn_dim"):
         encoder, decoder = (config[f"{side}_{ours}"] for side in ("encoder", "decoder"))
         if encoder != decoder:
             raise NotImplementedError(f"encoder_{ours} ({encoder}) and decoder_{ours} ({decoder}) must be equal")
+    _check_numbers(config)
     block = BlockConfig(
         model_dim=config["d_model"],
         hidden_dim=config["encoder_ffn_dim"],
@@ -84,6 +91,20 @@ def marian_config(config: Mapping[str, Any]) -> TransformerConfig:
     )
 
 
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """Refuses by its name in the config what would fail in a reshape, or make no model."""
+    for name, smallest in _SMALLEST.items():
+        check_integer(name, config[name], smallest)
+    model_dim, heads = config["d_model"], config["encoder_attention_heads"]
+    if model_dim % 2:
+        raise ValueError(f"d_model ({model_dim}) must be even: half of each vector of positions are sines")
+    if model_dim % heads:
+        raise ValueError(f"d_model ({model_dim}) must be a multiple of encoder_attention_heads ({heads})")
+    for name in ("dropout", "attention_dropout", "activation_dropout"):
+        if not (isinstance(config[name], int | float) and 0 <= config[name] < 1):
+            raise ValueError(f"{name} ({config[name]!r}) must be in [0, 1)")
+
+
 def from_marian(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Transformer:
     """Our model with the parameters of a MarianMT model.
 
@@ -93,7 +114,7 @@ def from_marian(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
 
     Raises:
         NotImplementedError: a choice that our `Transformer` does not have.
-        ValueError: parameters are missing, unknown or of another shape.
+        ValueError: parameters are missing, unknown or of another shape, or a number of the config is out of its range.
     """
     ours = marian_config(config)
     given = {name: x for name, x in arrays.items() if not name.endswith(_NOT_PARAMETERS)}

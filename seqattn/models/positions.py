@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from seqattn.coordinates import Coordinates
 from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
+from seqattn.nn.initializers import normal
 from seqattn.positions import sinusoidal
 from seqattn.score_mod import ScoreMod
 from seqattn.score_mods import Alibi, RelativeBuckets, RelativePositions
@@ -168,7 +169,7 @@ class PositionScores(nnx.Module):
                 raise ValueError(f"max_distance ({positions.max_distance}) must be at least 1")
             heads = (num_heads,) if positions.by_head else ()
             shape = (num_layers, 2 * positions.max_distance + 1, *heads, head_dim)
-            tables = nnx.Param(nnx.initializers.normal(stddev=0.02)(rngs.params(), shape, param_dtype))
+            tables = nnx.Param(normal(0.02)(rngs.params(), shape, param_dtype))
         # By its name an optimizer knows a bias, which it does not decay.
         self.bias: nnx.Param | None = bias
         self.tables: nnx.Param | None = tables

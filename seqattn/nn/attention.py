@@ -19,6 +19,7 @@ from seqattn.nn.key_value import KeyColumns, KeyValue, Written
 from seqattn.nn.linear import Linear
 from seqattn.positions import angular_frequencies, rotate
 from seqattn.score_mod import ScoreMod, for_kernel
+from seqattn.static import check_sizes
 
 _FEW = 64
 """So many queries compute all their scores at once; more read a cache in tiles."""
@@ -74,12 +75,16 @@ class MultiHeadAttention(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_sizes(model_dim=model_dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
         check_heads(num_heads, num_kv_heads)
         check_rate(dropout_rate)
         if head_dim is None and model_dim % num_heads:
             raise ValueError(f"model_dim ({model_dim}) must be a multiple of num_heads ({num_heads}), or give head_dim")
         self.head_dim = model_dim // num_heads if head_dim is None else head_dim
+        check_sizes(head_dim=self.head_dim)
         if rotary_base is not None:
+            if self.head_dim % 2:
+                raise ValueError(f"head_dim ({self.head_dim}) must be even to be rotated, a pair of features at a time")
             angular_frequencies(self.head_dim, base=rotary_base)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         # A mask that captures arrays is data for NNX; one of static sizes must not become a leaf of the module.

@@ -1,6 +1,7 @@
 """Encoder and decoder blocks of the Transformer, with the norm first or last."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.nn.mixture import MixtureOfExperts
 from seqattn.nn.routing import MixtureConfig
 from seqattn.score_mod import ScoreMod
+from seqattn.static import check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +75,19 @@ class BlockConfig:
                 f"remat ({self.remat}) and scan_layers ({self.scan_layers}) must be False where blocks have experts: "
                 "what experts tell of their routing cannot leave a block that is computed again or in a loop"
             )
+        if not 0 <= self.norm_epsilon < math.inf:
+            raise ValueError(f"norm_epsilon ({self.norm_epsilon}) must be at least 0 and finite")
 
     @property
     def head_dim(self) -> int:
-        """Size of each head."""
+        """Size of each head.
+
+        Raises:
+            ValueError: the heads do not share model_dim.
+        """
+        check_sizes(model_dim=self.model_dim, num_heads=self.num_heads)
+        if self.model_dim % self.num_heads:
+            raise ValueError(f"model_dim ({self.model_dim}) must be a multiple of num_heads ({self.num_heads})")
         return self.model_dim // self.num_heads
 
     def attention(

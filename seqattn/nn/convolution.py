@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from seqattn.nn.initializers import lecun_normal
 from seqattn.nn.linear import Linear
 from seqattn.positions import sinusoidal
 
@@ -78,10 +79,11 @@ class ConvolutionalEncoder(nnx.Module):
             )
         self.image_channels = image_channels
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        convolution = {"strides": _STRIDE, "padding": "SAME", "kernel_init": lecun_normal, **sizes}
         inputs = (image_channels, *channels[:-1])
         self.convolutions = nnx.List(
             [
-                nnx.Conv(before, after, kernel_size=(3, 3), strides=_STRIDE, padding="SAME", **sizes)
+                nnx.Conv(before, after, kernel_size=(3, 3), **convolution)
                 for before, after in zip(inputs, channels, strict=True)
             ]
         )

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from seqattn.nn.initializers import normal
 from seqattn.nn.linear import product
 
 
@@ -54,7 +55,7 @@ class TokenEmbedding(nnx.Module):
     ) -> None:
         if vocab_size < 1 or model_dim < 1:
             raise ValueError(f"vocab_size ({vocab_size}) and model_dim ({model_dim}) must be at least 1")
-        init = nnx.initializers.normal(stddev=1 / math.sqrt(model_dim))
+        init = normal(1 / math.sqrt(model_dim))
         self.table = nnx.Param(init(rngs.params(), (vocab_size, model_dim), param_dtype))
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
@@ -86,7 +87,7 @@ class PositionEmbedding(nnx.Module):
     ) -> None:
         if max_length < 1:
             raise ValueError(f"max_length ({max_length}) must be at least 1")
-        init = nnx.initializers.normal(stddev=0.02)
+        init = normal(0.02)
         self.table = nnx.Param(init(rngs.params(), (max_length, model_dim), param_dtype))
 
     def __call__(self, position: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:

@@ -8,19 +8,38 @@ cores that takes a seventh off an update of a Transformer of 3 + 3 layers of 256
 Several CPU devices are there to try what a mesh of others will do, and get the same program as these.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
+
+from seqattn.nn.initializers import drawn_wide, lecun_normal
 
 
 class Linear(nnx.Linear):
     """`nnx.Linear`: its parameters, its values and its derivatives, of which those of parameters are faster on a CPU.
 
+    Its arguments are those of `nnx.Linear`. Parameters below float32 are drawn in float32 and rounded.
+
     >>> layer = Linear(3, 5, rngs=nnx.Rngs(0))
     >>> layer(jnp.ones((2, 7, 3))).shape
     (2, 7, 5)
     """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        kernel_init: Initializer = lecun_normal,
+        bias_init: Initializer = nnx.initializers.zeros,
+        **options: Any,
+    ) -> None:
+        options |= {"kernel_init": drawn_wide(kernel_init), "bias_init": drawn_wide(bias_init)}
+        super().__init__(in_features, out_features, **options)
 
     def __call__(self, inputs: Float[Array, "*batch D"], out_sharding: object = None) -> Float[Array, "*batch F"]:
         """`inputs @ kernel + bias`; `out_sharding` as in `nnx.Linear`."""

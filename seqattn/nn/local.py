@@ -8,8 +8,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from seqattn.coordinates import Coordinates
+from seqattn.nn.initializers import xavier_uniform
 from seqattn.precision import accumulator
-from seqattn.static import check_integer
+from seqattn.static import check_integer, check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +68,10 @@ class LocalWindow(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        check_sizes(query_dim=query_dim, hidden_dim=hidden_dim)
 
         def draw(*shape: int) -> Array:
-            return nnx.initializers.xavier_uniform()(rngs.params(), shape, param_dtype)
+            return xavier_uniform(rngs.params(), shape, param_dtype)
 
         self.radius, predicts = local.radius, isinstance(local, Predictive)
         self.weight = nnx.Param(draw(hidden_dim, query_dim)) if predicts else None

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from seqattn.decoding.largest import largest
 from seqattn.dropout import split
 from seqattn.nn.feed_forward import Activation, FeedForward
+from seqattn.nn.initializers import drawn_wide
 from seqattn.nn.routing import Choice, MixtureConfig, Routing, part_of
 from seqattn.precision import accumulator
 
@@ -80,7 +81,8 @@ class MixtureOfExperts(nnx.Module):
         self.config = config
         options: dict[str, Any] = {"activation": activation, "gated": gated, "dropout_rate": dropout_rate}
         linear: dict[str, Any] = {"use_bias": False, "param_dtype": param_dtype, "rngs": rngs}
-        small, zeros = nnx.initializers.variance_scaling(0.1, "fan_in", "truncated_normal"), nnx.initializers.zeros
+        small = drawn_wide(nnx.initializers.variance_scaling(0.1, "fan_in", "truncated_normal"))
+        zeros = nnx.initializers.zeros
 
         def expert(key: PRNGKeyArray) -> FeedForward:
             return FeedForward(model_dim, hidden_dim, **options, param_dtype=param_dtype, rngs=nnx.Rngs(key))

@@ -1,6 +1,7 @@
 """Batch normalisation as a pure function of a batch, or of statistics that were gathered from batches before."""
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 from flax import nnx
@@ -47,7 +48,7 @@ class BatchNorm(nnx.Module):
         rngs: as every module takes them; scale starts at 1 and shift at 0.
 
     Raises:
-        ValueError: `dim` is below 1.
+        ValueError: `dim` is below 1, or `epsilon` negative or not finite.
 
     >>> norm, x = BatchNorm(2, rngs=nnx.Rngs(0)), jnp.array([[1.0, 0.0], [3.0, 4.0], [jnp.nan, 7.0]])
     >>> y, statistics = norm(x, jnp.array([True, True, False]))
@@ -62,6 +63,8 @@ class BatchNorm(nnx.Module):
     ) -> None:
         if dim < 1:
             raise ValueError(f"dim ({dim}) must be at least 1")
+        if not 0 <= epsilon < math.inf:
+            raise ValueError(f"epsilon ({epsilon}) must be at least 0 and finite")
         self.epsilon = epsilon
         self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (dim,), param_dtype))
         self.shift = nnx.Param(nnx.initializers.zeros(rngs.params(), (dim,), param_dtype))

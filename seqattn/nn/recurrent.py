@@ -1,4 +1,4 @@
-"""Recurrent layers over sequences with padding anywhere, on flax's cells."""
+"""Recurrent layers over sequences with padding anywhere, on Flax's cells."""
 
 import enum
 from typing import Any
@@ -11,14 +11,18 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import check_rate, drop, split
-from seqattn.precision import accumulator
+from seqattn.nn.initializers import lecun_normal, orthogonal
+from seqattn.static import check_sizes
 
 Carry = Any
 """The state of a cell: one array `[*batch, H]`, or for an LSTM two (cell, hidden)."""
 
 
 class Cell(enum.Enum):
-    """The recurrence of a layer: simple (Elman 1990), GRU (Cho 2014), LSTM (Hochreiter 1997)."""
+    """The recurrence of a layer: simple (Elman 1990), GRU (Cho 2014), LSTM (Hochreiter 1997).
+
+    The GRU resets behind the product with its weights and has a bias inside its reset gate, as PyTorch's and cuDNN's.
+    """
 
     SIMPLE = "simple"
     GRU = "gru"
@@ -33,7 +37,29 @@ class Direction(enum.Enum):
     BOTH = "both"
 
 
-_CELLS = {Cell.SIMPLE: nnx.SimpleCell, Cell.GRU: nnx.GRUCell, Cell.LSTM: nnx.OptimizedLSTMCell}
+class _GRUCell(nnx.GRUCell):
+    """Flax's cell with the bias that it lacks: `n = tanh(W_in x + b_in + r * (W_hn h + b_hn))`, b_hn `hidden_bias`.
+
+    Flax's linen and PyTorch have it, so that their weights can be used. It starts at zero.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int, *, param_dtype: DTypeLike, **options: Any) -> None:
+        super().__init__(in_features, hidden_features, param_dtype=param_dtype, **options)
+        self.hidden_bias = nnx.Param(jnp.zeros(hidden_features, param_dtype))
+
+    def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
+        """The next state, as state and as output."""
+        r_in, z_in, n_in = jnp.split(self.dense_i(inputs), 3, axis=-1)
+        r_hidden, z_hidden, n_hidden = jnp.split(self.dense_h(carry), 3, axis=-1)
+        r, z = self.gate_fn(r_in + r_hidden), self.gate_fn(z_in + z_hidden)
+        bias = self.hidden_bias[...].reshape((1,) * (n_hidden.ndim - 1) + (-1,))
+        n_hidden, bias = self.promote_dtype((n_hidden, bias), dtype=self.dtype)
+        n = self.activation_fn(n_in + r * (n_hidden + bias))
+        state = (1.0 - z) * n + z * carry
+        return state, state
+
+
+_CELLS = {Cell.SIMPLE: nnx.SimpleCell, Cell.GRU: _GRUCell, Cell.LSTM: nnx.OptimizedLSTMCell}
 
 
 class Recurrent(nnx.Module):
@@ -51,6 +77,9 @@ class Recurrent(nnx.Module):
         param_dtype: dtype of the parameters.
         rngs: initialises the parameters; not kept.
 
+    Raises:
+        ValueError: a size is below 1.
+
     >>> layer = Recurrent(3, 4, cell=Cell.LSTM, rngs=nnx.Rngs(0))
     >>> output, (cell, hidden) = layer(jnp.ones((2, 5, 3)), Coordinates.from_lengths([5, 2], 5))
     >>> output.shape, hidden.shape
@@ -67,10 +96,12 @@ class Recurrent(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        check_sizes(input_dim=input_dim, hidden_dim=hidden_dim)
         self.hidden_dim, self.backward, self.is_lstm = hidden_dim, backward, cell is Cell.LSTM
         # Without dtype=None flax's simple cell computes in float32 whatever its parameters are.
-        dtypes: dict[str, Any] = {"dtype": None, "param_dtype": param_dtype}
-        self.cell = _CELLS[cell](input_dim, hidden_dim, recurrent_kernel_init=_orthogonal, rngs=rngs, **dtypes)
+        options: dict[str, Any] = {"dtype": None, "param_dtype": param_dtype, "rngs": rngs}
+        options |= {"kernel_init": lecun_normal, "recurrent_kernel_init": orthogonal}
+        self.cell = _CELLS[cell](input_dim, hidden_dim, **options)
 
     def start(self, batch: tuple[int, ...]) -> Carry:
         """The initial state: zeros `[*batch, H]` in the dtype of the parameters."""
@@ -104,11 +135,6 @@ class Recurrent(nnx.Module):
         state = (initial, jnp.zeros(x.shape[:-2], segment.dtype))
         (last_carry, _), outputs = jax.lax.scan(advance, state, tokens, reverse=self.backward)
         return jnp.moveaxis(outputs, 0, -2), last_carry
-
-
-def _orthogonal(key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
-    """flax's initializer of recurrent weights; the decomposition behind it knows no dtype below float32."""
-    return nnx.initializers.orthogonal()(key, shape, accumulator(dtype)).astype(dtype)
 
 
 def _select(where: Array, new: Carry, old: Carry) -> Carry:

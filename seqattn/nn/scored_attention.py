@@ -12,8 +12,10 @@ from seqattn import scores
 from seqattn.attention import attend_scores
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Mask, NotPadding
+from seqattn.nn.initializers import xavier_uniform
 from seqattn.nn.key_value import KeyValue
 from seqattn.nn.local import LocalWindow, Monotonic, Predictive
+from seqattn.static import check_sizes
 
 
 class Score(enum.Enum):
@@ -45,7 +47,7 @@ class ScoredAttention(nnx.Module):
         rngs: initialises the parameters (Xavier uniform); not kept.
 
     Raises:
-        ValueError: a dot product of different sizes.
+        ValueError: a dot product of different sizes, or a size below 1.
 
     >>> attention = ScoredAttention(Score.ADDITIVE, query_dim=3, key_dim=4, rngs=nnx.Rngs(0))
     >>> memory = attention.project(jnp.ones((2, 5, 4)), Coordinates.from_lengths([5, 0], 5))
@@ -66,12 +68,12 @@ class ScoredAttention(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        hidden_dim = key_dim if hidden_dim is None else hidden_dim
+        check_sizes(query_dim=query_dim, key_dim=key_dim, hidden_dim=hidden_dim)
         if score in (Score.DOT, Score.SCALED_DOT) and query_dim != key_dim:
             raise ValueError(f"{score.value} needs query_dim ({query_dim}) equal to key_dim ({key_dim}); use general")
         # NotPadding asks nothing of positions, which in source and target are not comparable.
         self.score, self.mask = score, NotPadding() if mask is None else mask
-
-        hidden_dim = key_dim if hidden_dim is None else hidden_dim
         self.query_weight, self.key_weight, self.projection = _draw(
             score, (query_dim, key_dim, hidden_dim), param_dtype, rngs
         )
@@ -136,7 +138,7 @@ def _draw(
     query_dim, key_dim, hidden_dim = dims
 
     def draw(*shape: int) -> Array:
-        return nnx.initializers.xavier_uniform()(rngs.params(), shape, param_dtype)
+        return xavier_uniform(rngs.params(), shape, param_dtype)
 
     if score in (Score.DOT, Score.SCALED_DOT):
         return None, None, None

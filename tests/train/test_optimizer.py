@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ from train.optimizer import (
     AdaGrad,
     Adam,
     AdamW,
+    Algorithm,
     Constant,
     Cosine,
     InverseSquareRoot,
@@ -235,6 +237,67 @@ def test_a_quadratic_falls(algorithm):
     for _ in range(STEPS):
         params, state = step(params, state)
     assert loss(params) < 0.5 * before
+
+
+SLOW = {Momentum: {"momentum": 0.999}, Adam: {"beta2": 0.999}, AdamW: {"beta2": 0.999}}
+SLOW |= {Muon: {"momentum": 0.999, "beta2": 0.999}}
+ALGORITHMS = [kind(**SLOW.get(kind, {})) for kind in get_args(Algorithm)]
+
+
+def moved(optimizer, gradients, dtype, param_dtype=None):
+    """Parameters and state after updates by gradients of a dtype, one after the other."""
+
+    def body(loop, gradient):
+        params, state = loop
+        updates, state = optimizer.update(jax.tree.map(lambda x: x.astype(dtype), gradient), state, params)
+        assert {update.dtype for update in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+        return (optax.apply_updates(params, updates), state), None
+
+    params = jax.tree.map(lambda x: jnp.asarray(x, param_dtype or dtype), START)
+    return jax.jit(lambda given: jax.lax.scan(body, (params, optimizer.init(params)), given)[0])(gradients)
+
+
+def rounded_gradients(count):
+    """Large ones, then small ones: 1 and 1/16 of a normal number, each a number of bfloat16 too."""
+    random = np.random.default_rng(7)
+    large = np.where(np.arange(count) < count // 4, 1, 1 / 16)
+    drawn = {name: random.normal(size=(count, *value.shape)) for name, value in START.items()}
+    scaled = {name: large.reshape(-1, *[1] * (x.ndim - 1)) * x for name, x in drawn.items()}
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), scaled)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: type(algorithm).__name__)
+def test_moments_are_float32_whatever_the_parameters_are(algorithm, dtype):
+    """In bfloat16 a decay of 0.999 is 1: nothing would be forgotten, and soon nothing added."""
+    optimizer, gradients = Optimizer(algorithm, Constant(rate=1e-3)).make(STEPS), rounded_gradients(400)
+    (params, small), (_, exact) = moved(optimizer, gradients, dtype), moved(optimizer, gradients, jnp.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+    assert not {leaf.dtype for leaf in jax.tree.leaves(small)} - {np.dtype(np.float32), np.dtype(np.int32)}
+    for (path, ours), wanted in zip(jax.tree_util.tree_leaves_with_path(small), jax.tree.leaves(exact), strict=True):
+        # Float16 has no small numbers: gradients below 6e-5 lose bits.
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-6, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("algorithm", [Adam(beta2=0.999), AdamW(beta2=0.999)], ids=["Adam", "AdamW"])
+def test_the_second_moment_of_bfloat16_parameters_is_that_of_numpy(algorithm):
+    optimizer, gradients = Optimizer(algorithm, Constant(rate=1e-3), clip_norm=None).make(STEPS), rounded_gradients(400)
+    _, state = moved(optimizer, gradients, jnp.bfloat16)
+    for name, given in gradients.items():
+        square = np.zeros(given.shape[1:])
+        for gradient in np.asarray(given, np.float64):
+            square = 0.999 * square + 0.001 * gradient**2
+        np.testing.assert_allclose(optax.tree.get(state, "nu")[name], square, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: type(algorithm).__name__)
+def test_float32_updates_and_state_are_those_of_optax_bitwise(algorithm):
+    """Saved runs go on: the state has the same leaves, names and numbers."""
+    optimizer, gradients = Optimizer(algorithm, Constant(rate=1e-3)).make(STEPS), rounded_gradients(3)
+    plain = optax.chain(optax.clip_by_global_norm(1.0), algorithm.transformation(Constant(rate=1e-3).schedule(STEPS)))
+    ours, theirs = (moved(each, gradients, jnp.float32) for each in (optimizer, plain))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 @pytest.mark.parametrize("algorithm", [Muon(), AdaGrad(), Momentum()], ids=lambda algorithm: type(algorithm).__name__)

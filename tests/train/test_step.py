@@ -286,6 +286,31 @@ def test_bfloat16_computes_nearly_the_same_with_parameters_in_float32():
     assert np.dot(first, second) / np.linalg.norm(first) / np.linalg.norm(second) > 0.99
 
 
+BFLOAT16 = {"param_dtype": jax.numpy.bfloat16, "rngs": nnx.Rngs(0)}
+
+
+def test_the_moving_average_of_bfloat16_parameters_is_float32():
+    """Half of the last bit of a bfloat16 is a 512th of it: a thousandth of the way to new parameters would be lost."""
+    graph, state = start(Transformer(CONFIG, **BFLOAT16), SGD, average=True)
+    late = dataclasses.replace(state, step=jax.numpy.array(10**6, np.int32))
+    after, _ = jax.jit(make_update(graph, SGD, LOSS, seed=0, decay=0.999))(late, collate(rows(3)))
+    old, new = (jax.tree.map(lambda x: np.asarray(x, np.float64), each.params) for each in (state, after))
+    expected = jax.tree.map(lambda old, new: old + 0.001 * (new - old), old, new)
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.average)} == {np.dtype(np.float32)}
+    assert closest(after.average, expected) < 1e-6 < 0.001 * closest(new, old)
+
+
+def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
+    """A bfloat16 sum of 256 pieces that are alike loses all that is below a 512th of it."""
+    batch = jax.tree.map(lambda array: np.repeat(array, 256, axis=0), collate(rows(1)))
+    graph, state = start(Transformer(CONFIG, **BFLOAT16), SGD)
+    norms = [
+        float(jax.jit(make_update(graph, SGD, LOSS, seed=0, pieces=pieces))(state, given)[1]["gradient_norm"])
+        for pieces, given in ((256, batch), (1, collate(rows(1))))
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
 def test_a_model_without_experts_says_nothing_of_them():
     graph, state = fresh()
     _, metrics = jax.eval_shape(make_update(graph, SGD, LOSS, seed=0), state, collate(rows(3)))

@@ -44,6 +44,16 @@ def test_draws_have_the_probabilities_of_the_filtered_logits(filters):
     assert _chi_square(counts, chances) < CHI_SQUARE[(chances > 0).sum() - 1]
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_draws_from_small_logits_are_not_of_the_lowest_ids(dtype):
+    """Noise of bfloat16 has so few values that many tokens have the largest one, of which the lowest would be taken."""
+    size = 1009
+    keys = row_keys(jax.random.key(5), ROWS)
+    tokens = np.asarray(jax.jit(Sample().choose)(jnp.zeros((ROWS, size), dtype), keys))
+    assert abs(tokens.mean() - (size - 1) / 2) < 5 * size / (12 * ROWS) ** 0.5
+    assert len(np.unique(tokens)) == size
+
+
 def test_chi_square_notices_other_probabilities():
     counts = np.bincount(_draw(Sample(), LOGITS, row_keys(jax.random.key(5), ROWS)), minlength=V)
     assert _chi_square(counts, probabilities(1.1 * LOGITS)) > CHI_SQUARE[3]

@@ -166,6 +166,7 @@ def test_what_a_config_leaves_out_is_what_transformers_means():
     ("choice", "message"),
     [
         ({"activation_function": "gelu"}, "activation_function must be one of .*, got gelu"),
+        ({"activation_function": ["relu"]}, r"activation_function must be one of .*, got \['relu'\]"),
         ({"scale_embedding": False}, "scale_embedding must be True, got False"),
         ({"static_position_embeddings": False}, "static_position_embeddings"),
         ({"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings"),
@@ -177,6 +178,39 @@ def test_what_a_config_leaves_out_is_what_transformers_means():
 def test_a_choice_that_our_model_lacks_is_refused(choice, message):
     with pytest.raises(NotImplementedError, match=message):
         from_marian(CONFIG | choice, arrays())
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"d_model": 15}, r"d_model \(15\) must be even"),
+        ({"d_model": 0}, r"d_model \(0\) must be an integer of at least 1"),
+        ({"d_model": "14"}, r"d_model \('14'\) must be an integer"),
+        ({"d_model": 14.0}, r"d_model \(14.0\) must be an integer"),
+        ({"encoder_attention_heads": 3}, r"d_model \(14\) must be a multiple of encoder_attention_heads \(3\)"),
+        ({"encoder_attention_heads": 0}, r"encoder_attention_heads \(0\) must be"),
+        ({"encoder_attention_heads": -2}, r"encoder_attention_heads \(-2\) must be"),
+        ({"encoder_ffn_dim": 0}, r"encoder_ffn_dim \(0\) must be"),
+        ({"vocab_size": None}, r"vocab_size \(None\) must be"),
+        ({"encoder_layers": -1}, r"encoder_layers \(-1\) must be an integer of at least 0"),
+        ({"decoder_layers": 0}, r"decoder_layers \(0\) must be an integer of at least 1"),
+        ({"decoder_layers": 1.5}, r"decoder_layers \(1.5\) must be"),
+        ({"dropout": 1}, r"dropout \(1\) must be in \[0, 1\)"),
+        ({"attention_dropout": -0.1}, r"attention_dropout \(-0.1\) must be in"),
+        ({"activation_dropout": float("nan")}, r"activation_dropout \(nan\) must be in"),
+        ({"activation_dropout": None}, r"activation_dropout \(None\) must be in"),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("as_users_call_it")
+def test_an_odd_d_model_and_other_numbers_that_make_no_model_are_refused_by_name(numbers, message):
+    others = {name.replace("encoder", "decoder"): x for name, x in numbers.items() if "heads" in name or "ffn" in name}
+    with pytest.raises(ValueError, match=message):
+        marian_config(CONFIG | numbers | others)
+
+
+def test_a_model_without_encoder_layers_is_one():
+    assert marian_config(CONFIG | {"encoder_layers": 0}).num_encoder_layers == 0
 
 
 @pytest.mark.parametrize("name", ["activation_function", "scale_embedding"])

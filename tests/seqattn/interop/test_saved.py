@@ -149,6 +149,14 @@ def test_parameters_may_be_of_another_dtype_where_that_is_said():
         from_arrays(CONFIGS["between"], arrays)
 
 
+def test_a_gru_that_was_saved_without_its_hidden_bias_is_refused_by_name():
+    config = RecurrentLanguageModelConfig(11, embedding_dim=5, hidden_dim=7, num_layers=1, cell=Cell.GRU)
+    arrays = to_arrays(RecurrentLanguageModel(config, rngs=nnx.Rngs(0)))
+    del arrays["layers.0.cell.hidden_bias"]
+    with pytest.raises(ValueError, match=r"layers.0.cell.hidden_bias': none given, float32\[7\] wanted"):
+        from_arrays(config, arrays)
+
+
 def test_d23_a_tied_embedding_is_one_leaf_after_jit_and_back():
     config = CONFIGS["recurrent language model"]
     model = jax.jit(lambda model: model)(made(config))

@@ -183,6 +183,7 @@ def test_no_layers_change_nothing():
     ("changes", "message"),
     [
         ({"pattern": ()}, r"pattern must name what at least one layer sees, got \(\)"),
+        ({"num_layers": 0, "block": BlockConfig(num_heads=0)}, r"num_heads \(0\) must be an integer of at least 1"),
         ({"num_layers": -1}, r"num_layers \(-1\) must not be negative"),
         ({"causal": False, "pattern": (Full(), Compressed())}, "compressed attention is causal"),
         ({"pattern": (Compressed(0),)}, r"stride \(0\) must be at least 1"),
@@ -193,6 +194,6 @@ def test_no_layers_change_nothing():
     ids=str,
 )
 def test_what_cannot_be_is_refused(changes, message):
-    options = {"num_layers": 1, "causal": True, "positions": None} | changes
+    options = {"block": BLOCK, "num_layers": 1, "causal": True, "positions": None} | changes
     with pytest.raises(ValueError, match=message):
-        nnx.eval_shape(lambda: Stack(BLOCK, **options, rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: Stack(**options, rngs=nnx.Rngs(0)))

@@ -296,8 +296,11 @@ def test_model_dim_is_divided_among_the_heads_unless_head_dim_is_given():
     [
         ({"num_heads": 5, "head_dim": None}, r"model_dim \(11\) must be a multiple of num_heads \(5\)"),
         ({"num_kv_heads": 4}, r"num_heads \(6\) must be a multiple of num_kv_heads \(4\)"),
-        ({"num_heads": 0}, r"num_heads \(0\) must be a multiple of num_kv_heads"),
-        ({"num_kv_heads": 0}, r"num_kv_heads \(0\)"),
+        ({"num_heads": 0}, r"num_heads \(0\) must be an integer of at least 1"),
+        ({"num_kv_heads": 0}, r"num_kv_heads \(0\) must be an integer of at least 1"),
+        ({"num_heads": -2, "num_kv_heads": -2}, r"num_heads \(-2\) must be"),
+        ({"head_dim": 0}, r"head_dim \(0\) must be an integer of at least 1"),
+        ({"head_dim": -3}, r"head_dim \(-3\) must be"),
     ],
     ids=str,
 )
@@ -307,7 +310,7 @@ def test_a28_heads_that_do_not_divide_are_refused(options, message):
 
 
 def test_a21_an_odd_head_dim_cannot_be_rotated():
-    with pytest.raises(ValueError, match=r"dim \(3\) must be even"):
+    with pytest.raises(ValueError, match=r"head_dim \(3\) must be even"):
         _attention(head_dim=3, rotary_base=10_000.0)
     _attention(head_dim=3)
 

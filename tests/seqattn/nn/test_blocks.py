@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -220,6 +221,26 @@ def test_a27_a_rate_that_is_no_probability_is_refused(rate):
     config = dataclasses.replace(CONFIG, **{rate: 1.5})
     with pytest.raises(ValueError, match=r"dropout rate \(1.5\) must be in \[0, 1\)"):
         nnx.eval_shape(lambda: EncoderBlock(config, mask=None, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize("epsilon", [-1e-6, math.inf, math.nan])
+def test_an_epsilon_that_makes_no_norm_is_refused(epsilon):
+    with pytest.raises(ValueError, match=rf"norm_epsilon \({epsilon}\) must be at least 0 and finite"):
+        dataclasses.replace(CONFIG, norm_epsilon=epsilon)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_heads": 0}, r"num_heads \(0\) must be an integer of at least 1"),
+        ({"model_dim": 0}, r"model_dim \(0\) must be an integer of at least 1"),
+        ({"model_dim": 13, "num_heads": 3}, r"model_dim \(13\) must be a multiple of num_heads \(3\)"),
+    ],
+    ids=str,
+)
+def test_a28_heads_that_share_no_vector_have_no_size(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        _ = dataclasses.replace(CONFIG, **sizes).head_dim
 
 
 def test_a28_heads_that_do_not_divide_are_refused():

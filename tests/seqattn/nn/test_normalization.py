@@ -93,3 +93,6 @@ def test_a_norm_starts_as_one_and_keeps_no_statistics():
     assert not jax.tree.leaves(nnx.state(norm, nnx.Not(nnx.Param)))
     with pytest.raises(ValueError, match=r"dim \(0\) must be at least 1"):
         BatchNorm(0, rngs=nnx.Rngs(0))
+    for epsilon in (-1e-6, np.nan, np.inf):
+        with pytest.raises(ValueError, match=rf"epsilon \({epsilon}\) must be at least 0 and finite"):
+            BatchNorm(D, epsilon=epsilon, rngs=nnx.Rngs(0))

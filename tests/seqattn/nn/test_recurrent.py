@@ -233,6 +233,23 @@ def test_recurrent_weights_start_orthogonal():
         np.testing.assert_allclose(kernel @ kernel.T, np.eye(H), atol=tolerance)
 
 
+def test_the_gru_has_a_bias_inside_its_reset_gate():
+    """It is zero at first, and nothing else is drawn than without it; `n = tanh(W_in x + b_in + r (W_hn h + b_hn))`."""
+    fresh = Recurrent(D, H, rngs=nnx.Rngs(0))
+    assert not np.any(fresh.cell.hidden_bias[...])
+    plain = nnx.GRUCell(D, H, rngs=nnx.Rngs(0))
+    for name in ("dense_i", "dense_h"):
+        np.testing.assert_array_equal(getattr(fresh.cell, name).kernel[...], getattr(plain, name).kernel[...])
+    x, state = jnp.asarray(X[:, 0]), jnp.asarray(X[:, 1, :1] + np.arange(H, dtype=np.float32))
+    np.testing.assert_array_equal(_step(fresh.cell, state, x)[0], _step(plain, state, x)[0])
+    cell = _layer().cell
+    with jax.enable_x64(True):
+        i, h = (np.asarray(dense(y), np.float64) for dense, y in ((cell.dense_i, x), (cell.dense_h, state)))
+    r, z = (1 / (1 + np.exp(-(i + h)[:, part * H : (part + 1) * H])) for part in (0, 1))
+    n = np.tanh(i[:, 2 * H :] + r * (h[:, 2 * H :] + np.asarray(cell.hidden_bias[...], np.float64)))
+    np.testing.assert_allclose(_step(cell, state, x)[0], (1 - z) * n + z * np.asarray(state), atol=1e-5)
+
+
 def test_no_random_state_is_stored():
     for cell in Cell:
         assert not jax.tree.leaves(nnx.state(_encoder(Direction.BOTH, cell), nnx.Not(nnx.Param)))
@@ -252,3 +269,10 @@ def test_no_random_state_is_stored():
 def test_wrong_sizes_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         RecurrentEncoder(**({"input_dim": D, "hidden_dim": H} | options), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", ["input_dim", "hidden_dim"])
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_below_1_are_refused_by_name(name, size):
+    with pytest.raises(ValueError, match=rf"{name} \({size}\) must be an integer of at least 1"):
+        Recurrent(**{"input_dim": D, "hidden_dim": H, name: size}, rngs=nnx.Rngs(0))

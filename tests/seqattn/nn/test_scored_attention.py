@@ -265,3 +265,9 @@ def test_the_matrix_of_concat_is_drawn_whole():
 def test_a_dot_product_of_different_sizes_is_refused(score):
     with pytest.raises(ValueError, match=rf"{score.value} needs query_dim \(5\) equal to key_dim \(4\); use general"):
         ScoredAttention(score, Q, D, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", ["query_dim", "key_dim", "hidden_dim"])
+def test_sizes_below_1_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=rf"{name} \(0\) must be an integer of at least 1"):
+        ScoredAttention(Score.ADDITIVE, **{"query_dim": Q, "key_dim": D, "hidden_dim": F, name: 0}, rngs=nnx.Rngs(0))
