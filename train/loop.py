@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from train.drawing import learning_curves
 from train.log import MetricsFile, Progress, Row, read_metrics, replace
 from train.meter import Meter
 from train.objectives import Scores
+from train.patience import Patience
 from train.profile import Profile
 from train.session import Session, check_folder, prepare
 from train.signals import Interrupts
@@ -102,8 +102,13 @@ def _train(session: Session, interrupts: Interrupts) -> bool:
     if session.changed and is_first() and (logs / _METRICS).exists():
         with MetricsFile(logs / _METRICS) as metrics:  # evaluations of what is not gone on with end nothing
             metrics.truncate_after(first)
-    missed = any_process(is_first() and _missed_validation(session, first))
-    if _is_exhausted(session, print) or (first == experiment.steps and not missed):
+    history = _checks(session)
+    missed = any_process(is_first() and _missed_validation(session, first, history))
+    _protect_best(session, history)
+    if _is_over(session, history):
+        _go_back_to_best(session, history, print)
+        return False
+    if first == experiment.steps and not missed:
         return False
     placed, agreed = session.placed, Agreement()
     with ExitStack() as files:
@@ -115,9 +120,12 @@ def _train(session: Session, interrupts: Interrupts) -> bool:
         _greet(session, progress)
         metrics.truncate_after(first)
         samples.truncate_after(first - missed)
+        history = [row for row in history if row["step"] <= first]
         if missed:
-            _validate(session, first, metrics, samples, progress)
-            if _is_exhausted(session, progress.print):
+            history.append(_validate(session, first, metrics, samples, progress))
+            _protect_best(session, history)
+            if _is_over(session, history):
+                _go_back_to_best(session, history, progress.print)
                 return False
         meter = Meter(experiment, session.objective, session.graph, metrics, progress, placed.part[1])
         profile = Profile(experiment.profile, logs / "profile", progress.print)
@@ -141,9 +149,11 @@ def _train(session: Session, interrupts: Interrupts) -> bool:
             if stopped:
                 return True
             if due:
-                _validate(session, step, metrics, samples, progress)
+                history.append(_validate(session, step, metrics, samples, progress))
                 meter.restart()
-                if _is_exhausted(session, progress.print):
+                _protect_best(session, history)
+                if _is_over(session, history):
+                    _go_back_to_best(session, history, progress.print)
                     return False
     return False
 
@@ -168,40 +178,37 @@ def _checks(session: Session) -> list[Row]:
     return [row for row in read_metrics(file) if row["kind"] == "validation"] if file.exists() else []
 
 
-def _missed_validation(session: Session, step: int) -> bool:
+def _missed_validation(session: Session, step: int, history: list[Row]) -> bool:
     """Whether a run was stopped between the checkpoint of a step and its evaluation."""
     if not step or step % session.experiment.evaluate_every:
         return False
-    return (_logs(session.experiment.run) / _METRICS).exists() and all(row["step"] != step for row in _checks(session))
+    return (_logs(session.experiment.run) / _METRICS).exists() and all(row["step"] != step for row in history)
 
 
-def _is_exhausted(session: Session, say: Callable[[str], None]) -> bool:
-    """Whether patience is at its end; then the best checkpoint is the latest, and its state that of the session.
+def _is_over(session: Session, history: list[Row]) -> bool:
+    """Whether patience is at its end, in the eyes of process 0: another one may not have seen all evaluations."""
+    return any_process(is_first() and Patience(history, session.experiment.patience).exhausted)
 
-    The best checkpoints stay: an interrupted run saves more often than it evaluates, which would push them out.
-    """
-    experiment, checks = session.experiment, _checks(session)
-    best = sorted((row for row in checks if math.isfinite(row["loss"])), key=lambda row: row["loss"])
-    session.checkpoints.protect(
-        *(row["step"] for row in best[: max(experiment.keep_best, experiment.patience is not None)])
-    )
-    patience = experiment.patience
-    exhausted = patience is not None and bool(best) and len(checks) - 1 - checks.index(best[0]) >= patience
-    if not any_process(is_first() and exhausted):
-        return False
-    session.checkpoints.read_again()  # the best one may have been written long ago
-    whole = session.checkpoints.steps
-    # Another process may not have seen all evaluations.
-    (step,) = agreed_numbers([next((row["step"] for row in best if row["step"] in whole), 0)] if is_first() else [0])
+
+def _protect_best(session: Session, history: list[Row]) -> None:
+    """Keeps the best checkpoints: an interrupted run saves more often than it evaluates, which would push them out."""
+    experiment = session.experiment
+    kept = max(experiment.keep_best, experiment.patience is not None)
+    session.checkpoints.protect(*Patience(history).best(kept))
+
+
+def _go_back_to_best(session: Session, history: list[Row], say: Callable[[str], None]) -> None:
+    """Makes the best checkpoint that is whole the latest, and its state that of the session."""
+    session.checkpoints.read_again()  # it may have been written long ago
+    patience, whole = Patience(history), session.checkpoints.steps
+    (step,) = agreed_numbers([next((step for step in patience.best() if step in whole), 0)] if is_first() else [0])
     if not step:
         raise ValueError(f"{session.checkpoints.folder} holds none of the evaluated steps as it was written")
-    session.checkpoints.forget_after(step)
-    session.state = session.placed.place(session.checkpoints.restore(session.state))
-    said = "".join(f", {row['loss']:.4f}" for row in best if row["step"] == step)
-    first = best[0]["step"] if best else step
-    lost = "" if first == step else f"; what was best, after {first}, is damaged or gone"
+    session.go_back_to(step)
+    loss, best = patience.loss(step), (patience.best(1) or [step])[0]
+    said = "" if loss is None else f", {loss:.4f}"
+    lost = "" if best == step else f"; what was best, after {best}, is damaged or gone"
     say(f"stopped early: the validation loss is lowest after {step} updates{said}{lost}")
-    return True
 
 
 def _greet(session: Session, progress: Progress) -> None:
@@ -234,7 +241,8 @@ def _check_skipped(session: Session) -> None:
     )
 
 
-def _validate(session: Session, step: int, metrics: MetricsFile, samples: MetricsFile, progress: Progress) -> None:
+def _validate(session: Session, step: int, metrics: MetricsFile, samples: MetricsFile, progress: Progress) -> Row:
+    """Scores on the validation split: the row that is written of them."""
     experiment = session.experiment
     split = session.splits["validation"]
     split = split.select(range(min(len(split), experiment.evaluate_examples)))
@@ -245,7 +253,9 @@ def _validate(session: Session, step: int, metrics: MetricsFile, samples: Metric
         row = split[int(index)]
         samples.write({"step": step, **row, "output": scores.outputs[index]})
         progress.print(f"  {row['source']}\n    reference {row['target']}\n    output    {scores.outputs[index]}")
-    metrics.write({"step": step, "kind": "validation", **scores.numbers})
+    written: Row = {"step": step, "kind": "validation", **scores.numbers}
+    metrics.write(written)
+    return written
 
 
 def _described(scores: Scores) -> str:

@@ -83,6 +83,11 @@ class Session:
             log.warning("%s", error)
             self.checkpoints.save(self.state, self.texts)
 
+    def go_back_to(self, step: int) -> None:
+        """Goes on from an earlier checkpoint, which becomes the latest: later ones are removed."""
+        self.checkpoints.forget_after(step)
+        self.state = self.placed.place(self.checkpoints.restore(self.state))
+
 
 def prepare(experiment: Experiment) -> Session:
     """Examples, tokenizer, model and state; from the latest checkpoint where the run folder holds one.
