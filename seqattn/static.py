@@ -59,3 +59,17 @@ def check_integer(name: str, value: int, minimum: int) -> None:
     """
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} ({value!r}) must be an integer of at least {minimum}")
+
+
+def may_exceed(size: int, limit: int) -> bool:
+    """Whether `size > limit`, and True where they are symbolic dimensions of `jax.export` that leave it open.
+
+    >>> from jax import export
+    >>> (length,) = export.symbolic_shape("length")
+    >>> may_exceed(3, 5), may_exceed(length, 5), may_exceed(length, length + 1)
+    (False, True, False)
+    """
+    try:
+        return bool(size > limit)
+    except jax.errors.InconclusiveDimensionOperation:
+        return True

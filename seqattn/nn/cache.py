@@ -176,7 +176,7 @@ class RingCache(Cache):
         cache = dataclasses.replace(self, columns=columns)
         if several:
             own = jnp.repeat(jnp.eye(self.beam_size, dtype=bool), self.window, axis=1)
-            return cache, dataclasses.replace(columns, visible=jnp.broadcast_to(own, (len(slot), *own.shape)))
+            return cache, dataclasses.replace(columns, visible=jnp.broadcast_to(own, (slot.shape[0], *own.shape)))
         return cache, columns if fresh.size == 1 else self.columns.then(fresh)
 
     def branch(self, beam_size: int) -> "RingCache":
@@ -229,7 +229,7 @@ class PagedCache(Cache):
             room = [(0, steps * beam_size if i == axis else 0) for i in range(x.ndim)]
             return jnp.pad(taken, room)
 
-        table = jnp.full((len(cache.overflowed), beam_size, steps), -1, jnp.int32)
+        table = jnp.full((*cache.overflowed.shape, beam_size, steps), -1, jnp.int32)
         return PagedCache(cache.columns.over_slots(pool), table, np.int32(0), cache.overflowed, prompt)
 
     @property

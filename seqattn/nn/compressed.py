@@ -138,7 +138,7 @@ class CompressedCache(Cache):
             ValueError: there is no room for a block. Inside `jit`, where that cannot be raised, the row is NaN.
         """
         recent, seen = self.recent.append(new)
-        batch, beams = len(self.overflowed), self.beams
+        batch, beams = self.overflowed.shape[0], self.beams
 
         def apart(x: Array) -> Array:
             return x.reshape(batch * beams, x.shape[1] // beams, *x.shape[2:])
@@ -188,7 +188,7 @@ def _blocks(at: Coordinates, stride: int) -> tuple[Int[Array, "B blocks stride"]
     # Those that end a block first, in order.
     last = jnp.argsort(~ends, axis=-1, stable=True).astype(jnp.int32)[:, : position.shape[-1] // stride]
     tokens = jnp.maximum(last[..., None] + jnp.arange(1 - stride, 1, dtype=jnp.int32)[None, None], 0)
-    rows = jnp.arange(len(order))[:, None, None]
+    rows = jnp.arange(order.shape[0])[:, None, None]
     return order[rows, tokens], jnp.take_along_axis(ends, last, axis=-1)
 
 
@@ -198,7 +198,7 @@ def _convolve(
     complete: Bool[Array, "B blocks"],
     weight: Float[Array, "stride K H H"],
 ) -> Float[Array, "B blocks K H"]:
-    windows = x[jnp.arange(len(x))[:, None, None], tokens]
+    windows = x[jnp.arange(x.shape[0])[:, None, None], tokens]
     windows = jnp.where(complete[..., None, None, None], windows, jnp.zeros_like(windows))
     weight = weight.astype(x.dtype)
     made = jnp.einsum("bnjkh,jkhv->bnkv", windows, weight, preferred_element_type=accumulator(x.dtype))
