@@ -61,7 +61,7 @@ def check_integer(name: str, value: int, minimum: int) -> None:
         raise ValueError(f"{name} ({value!r}) must be an integer of at least {minimum}")
 
 
-def may_exceed(size: int, limit: int) -> bool:
+def may_exceed(size: Any, limit: Any) -> bool:
     """Whether `size > limit`, and True where they are symbolic dimensions of `jax.export` that leave it open.
 
     >>> from jax import export

@@ -14,7 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import export, lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
@@ -87,7 +87,7 @@ class StaticCache(Cache):
         """
         fresh = KeyColumns.of(new, self.columns.key.dtype)
         columns, length = self.columns.write(fresh, self.length), self.length + fresh.size
-        overflowed = self.overflowed | (length > columns.size)
+        overflowed = self.overflowed | (jnp.asarray(length) > columns.size)
         return StaticCache(columns, length, overflowed), _lost(columns, overflowed)
 
     def branch(self, beam_size: int) -> "PagedCache":
@@ -221,7 +221,7 @@ class PagedCache(Cache):
         """
         size = cache.columns.size
         known = not isinstance(cache.length, jax.core.Tracer)
-        prompt = min(int(cache.length), size) if known else size
+        prompt = _taken(cache.length, size) if known else size
         steps = size - prompt if known else size
 
         def pool(x: Array, axis: int) -> Array:
@@ -250,7 +250,7 @@ class PagedCache(Cache):
         columns = self.columns.write(fresh, first)
         pages = jnp.broadcast_to((first + jnp.arange(beams, dtype=jnp.int32))[:, None], (batch, beams, 1))
         table = jax.lax.dynamic_update_slice_in_dim(self.table, pages, self.length, axis=2)
-        overflowed = self.overflowed | (self.length >= steps)
+        overflowed = self.overflowed | (jnp.asarray(self.length) >= steps)
         cache = PagedCache(columns, table, self.length + 1, overflowed, self.prompt)
         return cache, dataclasses.replace(_lost(columns, overflowed), visible=cache.visible())
 
@@ -273,6 +273,11 @@ class PagedCache(Cache):
         """Hypothesis j of a row goes on from hypothesis `parent[:, j]`: lines of the table move, pages stay."""
         _check_beams(parent.shape[1], self.table.shape[1])
         return dataclasses.replace(self, table=jnp.take_along_axis(self.table, parent[:, :, None], axis=1))
+
+
+def _taken(length: Int[Array, ""] | np.int32, size: int) -> int:
+    """How many of `size` slots are taken. A symbolic dimension was found to fit when it was written."""
+    return length if export.is_symbolic_dim(length) else min(int(length), size)
 
 
 def _check_beams(given: int, beam_size: int) -> None:
