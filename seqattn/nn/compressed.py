@@ -16,7 +16,7 @@ from seqattn.nn.attention import MultiHeadAttention
 from seqattn.nn.cache import Cache, RingCache
 from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.precision import accumulator
-from seqattn.static import pytree
+from seqattn.static import may_exceed, pytree
 
 
 class MemoryCompressedAttention(MultiHeadAttention):
@@ -109,8 +109,9 @@ class CompressedCache(Cache):
     ) -> "CompressedCache":
         """Room for `size` tokens a row, of which every `stride` take one slot."""
         heads: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": dtype}
-        # One slot at least: what is lost shows in nothing where there is nothing to look at.
-        columns = KeyColumns.empty(batch, max(size // stride, 1), value_dim=head_dim, **heads)
+        blocks = size // stride
+        # One slot at least, also of a symbolic size: what is lost shows in nothing where there is nothing to look at.
+        columns = KeyColumns.empty(batch, blocks + may_exceed(1, blocks), value_dim=head_dim, **heads)
         return CompressedCache(RingCache.empty(batch, stride, **heads), columns, jnp.zeros(batch, bool))
 
     @property

@@ -1,4 +1,4 @@
-"""One model of each public class and of each kind of memory, with batches of padded rows, for tests of what all share."""
+"""A model of each public class and of each kind of memory, and padded batches, for tests of what all models share."""
 
 import functools
 from typing import Any
@@ -60,9 +60,7 @@ GENERATING = {
     "transformer_window": TransformerConfig(V, 1, 2, BLOCK, RelativeKeys(3), decoder_window=2),
     "language_mixture": LanguageModelConfig(V, 2, _MIXED, RelativeKeys(4, by_head=True), (Full(), Window(3))),
     "recurrent_language_tied": RecurrentLanguageModelConfig(V, 6, 6, tie_embeddings=True),
-    "seq2seq_fixed": Seq2SeqConfig(
-        V, 5, 6, num_layers=2, cell=Cell.LSTM, direction=Direction.BACKWARD, **_FIXED
-    ),
+    "seq2seq_fixed": Seq2SeqConfig(V, 5, 6, num_layers=2, cell=Cell.LSTM, direction=Direction.BACKWARD, **_FIXED),
     "seq2seq_monotonic": Seq2SeqConfig(
         V, 5, 6, cell=Cell.SIMPLE, direction=Direction.FORWARD, attention=Score.SCALED_DOT, local=Monotonic(1)
     ),

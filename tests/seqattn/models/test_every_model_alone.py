@@ -7,7 +7,7 @@ from flax import nnx
 
 from seqattn import models
 from seqattn.decoding import Sample, Temperature, TopP, beam_search, generate, row_keys
-from tests.model_cases import (
+from tests.every_model import (
     CLASSES,
     GENERATING,
     LABELLING,
