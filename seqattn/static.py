@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax import export
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -59,6 +60,11 @@ def check_integer(name: str, value: int, minimum: int) -> None:
     """
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} ({value!r}) must be an integer of at least {minimum}")
+
+
+def known_size(size: Any) -> Any:
+    """A size that is known at trace time as an `int`, be it an array; a symbolic dimension of `jax.export` as it is."""
+    return size if export.is_symbolic_dim(size) else int(size)
 
 
 def may_exceed(size: Any, limit: Any) -> bool:

@@ -14,13 +14,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export, lax
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from seqattn.decoding.state import Branching
 from seqattn.nn.key_value import KeyColumns, KeyValue
-from seqattn.static import pytree
+from seqattn.static import known_size, pytree
 
 
 class Cache(Branching):
@@ -221,7 +221,7 @@ class PagedCache(Cache):
         """
         size = cache.columns.size
         known = not isinstance(cache.length, jax.core.Tracer)
-        prompt = _taken(cache.length, size) if known else size
+        prompt = min(known_size(cache.length), size) if known else size
         steps = size - prompt if known else size
 
         def pool(x: Array, axis: int) -> Array:
@@ -273,11 +273,6 @@ class PagedCache(Cache):
         """Hypothesis j of a row goes on from hypothesis `parent[:, j]`: lines of the table move, pages stay."""
         _check_beams(parent.shape[1], self.table.shape[1])
         return dataclasses.replace(self, table=jnp.take_along_axis(self.table, parent[:, :, None], axis=1))
-
-
-def _taken(length: Int[Array, ""] | np.int32, size: int) -> int:
-    """How many of `size` slots are taken. A symbolic dimension was found to fit when it was written."""
-    return length if export.is_symbolic_dim(length) else min(int(length), size)
 
 
 def _check_beams(given: int, beam_size: int) -> None:

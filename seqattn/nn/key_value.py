@@ -6,12 +6,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export, lax
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from seqattn.coordinates import Coordinates
-from seqattn.static import may_exceed, pytree
+from seqattn.static import known_size, may_exceed, pytree
 
 
 @pytree
@@ -102,11 +102,11 @@ class KeyColumns:
         """
         self.check_like(new)
         known, last = not isinstance(slot, jax.core.Tracer), self.size - new.size
-        if last < 0 or (known and not _is_within(slot, last)):
+        if last < 0 or (known and not _may_be_within(known_size(slot), last)):
             place = f" at slot {slot}" if known else ""
             raise ValueError(f"{new.size} tokens do not fit{place} into a cache of {self.size}")
-        slot = jnp.asarray(slot) if export.is_symbolic_dim(slot) else slot
-        fits = (slot >= 0) & (slot <= last)
+        first = jnp.asarray(slot)
+        fits = (first >= 0) & (first <= last)
         marked = dataclasses.replace(new, finite=new.finite & fits)
         # Without the barrier XLA would make the update a second time for its reader, from a copy of the old array.
         return lax.optimization_barrier(self.over_slots(_slices(slot), marked))
@@ -160,10 +160,9 @@ class KeyColumns:
                 raise ValueError(f"{name} {fresh} does not fit the cache's {old}: all dims but axis {axis} must agree")
 
 
-def _is_within(slot: Int[Array, ""] | int | np.integer, last: int) -> bool:
-    """Whether a slot that is known at trace time is from 0 to `last`; a symbolic dimension counts where it may be."""
-    slot = slot if export.is_symbolic_dim(slot) else int(slot)
-    return bool(slot >= 0) and may_exceed(last + 1, slot)
+def _may_be_within(slot: int, last: int) -> bool:
+    """Whether a slot is from 0 to `last`, or may be where it is a symbolic dimension."""
+    return may_exceed(slot, -1) and may_exceed(last + 1, slot)
 
 
 def _slices(slot: Int[Array, ""] | int | np.integer) -> Callable[..., Array]:
