@@ -11,7 +11,16 @@ from seqattn.choice import first_able, to_try
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout, check_dropout
 from seqattn.kernels import reference
-from seqattn.kernels.call import Visible, arguments, check_dtypes, check_heads, check_sinks, flatten, locate
+from seqattn.kernels.call import (
+    Visible,
+    arguments,
+    check_dtypes,
+    check_heads,
+    check_sinks,
+    flatten,
+    infinite_where_empty,
+    locate,
+)
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreModLike
 
@@ -139,7 +148,7 @@ def attend(
         output, lse = _with_sinks(output, lse, sinks.reshape(1, 1, -1))
     batch = query.shape[:-3]
     output = output.reshape(*batch, *output.shape[1:])
-    return (output, lse.reshape(*batch, *lse.shape[1:])) if return_lse else output
+    return (output, infinite_where_empty(lse).reshape(*batch, *lse.shape[1:])) if return_lse else output
 
 
 def attention_weights(
@@ -175,9 +184,10 @@ def attention_weights(
     given = arguments(
         query, key, key, mask=mask, bias=bias, score_mod=score_mod, q_at=q_at, kv_at=kv_at, scale=scale, dropout=None
     )
-    visible = reference.visibility(given.pop("mask"), given["bias"], given["q_at"], given["kv_at"])
+    at = (given["q_at"], given["kv_at"])
+    visible = reference.visibility(given["query"].shape, given.pop("mask"), given["bias"], *at)
     del given["value"], given["dropout"]
-    weights, lse = reference.softmax(reference.logits(**given, visible=visible))
+    weights, lse = reference.softmax(*reference.logits(**given, visible=visible))
     if (sinks := check_sinks(sinks, query)) is not None:
         weights *= _share(lse, sinks.reshape(1, -1, 1))[..., None]
     return weights.reshape(*query.shape[:-3], *weights.shape[1:])
@@ -216,12 +226,12 @@ def attend_scores(
     check_heads(scores.shape[-3], value.shape[-2])
     num_heads, length, size = scores.shape[-3:]
     located = locate((*batch, length, num_heads, 1), (*batch, size, 1, 1), mask, None, q_at, kv_at)
-    visible = reference.visibility(**located)
-    high = accumulator(scores.dtype)
-    flat = flatten(scores, batch).astype(high)
-    if visible is not None:
-        flat = jnp.where(visible, flat, jnp.full_like(flat, -jnp.inf))
-    output, weights, _ = reference.mix(flat, flatten(value, batch), dropout=dropout)
+    flat = flatten(scores, batch).astype(accumulator(scores.dtype))
+    visible = reference.visibility((len(flat), length, num_heads, 1), **located)
+    shown = flat != -jnp.inf
+    visible = shown if visible is None else visible & shown
+    flat = jnp.where(shown, flat, jnp.zeros_like(flat))
+    output, weights, _ = reference.mix(flat, flatten(value, batch), visible, dropout=dropout)
     output = output.astype(value.dtype)
     return output.reshape(*batch, *output.shape[1:]), weights.reshape(scores.shape)
 
@@ -229,10 +239,9 @@ def attend_scores(
 def _with_sinks(output: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
     """Output `[B, T, N, V]` and log-sum-exp `[B, T, N]` with one more key for each head, whose value is 0."""
     scaled = output.astype(lse.dtype) * _share(lse, sinks)[..., None]
-    empty, sinks = lse == -jnp.inf, jnp.broadcast_to(sinks.astype(lse.dtype), lse.shape)
-    return scaled.astype(output.dtype), jnp.where(empty, sinks, jnp.logaddexp(jnp.where(empty, 0, lse), sinks))
+    return scaled.astype(output.dtype), jnp.logaddexp(lse, jnp.broadcast_to(sinks.astype(lse.dtype), lse.shape))
 
 
 def _share(lse: Array, sinks: Array) -> Array:
-    """What part of the softmax the keys keep beside the sink; of an empty row, which keeps nothing, any finite one."""
-    return jax.nn.sigmoid(jnp.where(lse == -jnp.inf, 0, lse) - sinks.astype(lse.dtype))
+    """What part of the softmax the keys keep beside the sink; none of an empty row, which has none."""
+    return jax.nn.sigmoid(lse - sinks.astype(lse.dtype))

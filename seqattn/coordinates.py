@@ -1,7 +1,9 @@
 """Where every token is: its position inside a text, and which text it belongs to."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +25,21 @@ class Coordinates:
         position: signed integers `[*batch, length]`, counting from 0 inside the segment.
         segment: signed integers `[*batch, length]`, which text the token belongs to; 0 is padding.
 
-    Both are JAX arrays, or NumPy arrays where they are known at trace time: then `Mask.reach` is known there, too.
-    A `Mask` is written for one query and one key; there both fields are scalars.
+        axes: further positions of tokens that lie in more than one dimension, such as the row and the column of an
+            image patch: a tuple of signed integers `[*batch, length]`; see `grid`.
+        batch: inside a mask or a score modification, and there of the query alone: the index of its batch row. Leading
+            dims count as one, and each call under `jax.vmap` or on a device of a `jax.shard_map` counts from 0.
+        head: likewise the index of its head, of the N query heads. Calls give neither.
+
+    All are JAX arrays, or NumPy arrays where they are known at trace time: then `Mask.reach` is known there, too.
+    A `Mask` is written for one query and one key; there all fields are scalars.
     """
 
     position: Array | np.ndarray
     segment: Array | np.ndarray
+    axes: tuple[Any, ...] = ()
+    batch: Array | np.integer | int | None = None
+    head: Array | np.integer | int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,10 +59,27 @@ class Coordinates:
         """
         if length < 0:
             raise ValueError(f"length ({length}) must not be negative")
-        position = np.arange(length, dtype=np.int32)
-        if isinstance(start, (int, np.integer)):
+        # The length of a program that `jax.export` compiles for any length is no number.
+        if isinstance(length, (int, np.integer)) and isinstance(start, (int, np.integer)):
+            position = np.arange(length, dtype=np.int32)
             return Coordinates(position + np.int32(start), np.ones_like(position))
-        return Coordinates(position + jnp.asarray(start, jnp.int32), jnp.ones(length, jnp.int32))
+        position = jnp.arange(length, dtype=jnp.int32)
+        return Coordinates(position + jnp.asarray(start, jnp.int32), jnp.ones_like(position))
+
+    @staticmethod
+    def grid(*sizes: int) -> "Coordinates":
+        """The cells of a grid, the last axis fastest: patches of an image of `height` times `width`; shape `[length]`.
+
+        Positions count the cells, and `axes` holds the index along each axis, for masks such as `Neighborhood`.
+
+        >>> Coordinates.grid(2, 3).axes
+        (array([0, 0, 0, 1, 1, 1], dtype=int32), array([0, 1, 2, 0, 1, 2], dtype=int32))
+        """
+        if not sizes or any(size < 0 for size in sizes):
+            raise ValueError(f"a grid needs the size of each axis, none negative, got {sizes}")
+        position = np.arange(math.prod(sizes), dtype=np.int32)
+        axes = tuple(x.reshape(-1).astype(np.int32) for x in np.indices(sizes))
+        return Coordinates(position, np.ones_like(position), axes)
 
     @staticmethod
     def from_lengths(
@@ -97,11 +125,24 @@ class Coordinates:
         inverse = jnp.argsort(order, axis=-1)
         return Coordinates(jnp.take_along_axis(index - start, inverse, axis=-1), segment)
 
+    def rows(self) -> "Coordinates":
+        """These with as many rows in each field as in any: fields `[1, length]` and `[B, length]` become `[B, length]`.
+
+        Where all fields have one row, that is shared by the batch, they keep it.
+        """
+        batch = jnp.broadcast_shapes(*(x.shape for x in jax.tree.leaves(self)))
+        return jax.tree.map(lambda x: x if x.shape == batch else jnp.broadcast_to(x, batch), self)
+
     def next(self) -> "Coordinates":
         """The token that would follow the last real token of each row; shape `[*batch, 1]`.
 
         A row without tokens continues at position 0 of segment 1.
+
+        Raises:
+            ValueError: the tokens have `axes`, along which nothing says where the next one lies.
         """
+        if self.axes:
+            raise ValueError(f"the token after tokens with {len(self.axes)} axes has no known place: give its own")
         real = self.segment != 0
         index = jnp.broadcast_to(jnp.arange(self.shape[-1], dtype=jnp.int32), self.shape)
         last = jnp.max(jnp.where(real, index, 0), axis=-1, keepdims=True, initial=0)
@@ -136,10 +177,17 @@ class Tile:
     position_max: Array | np.ndarray | np.integer
     segment_min: Array | np.ndarray | np.integer
     segment_max: Array | np.ndarray | np.integer
+    axes_min: tuple[Any, ...] = ()
+    axes_max: tuple[Any, ...] = ()
 
     @staticmethod
     def of(at: Coordinates) -> "Tile":
         """The tile of each row of coordinates `[*batch, length]`; fields `[*batch]`. The length must not be 0."""
         return Tile(
-            at.position.min(axis=-1), at.position.max(axis=-1), at.segment.min(axis=-1), at.segment.max(axis=-1)
+            at.position.min(axis=-1),
+            at.position.max(axis=-1),
+            at.segment.min(axis=-1),
+            at.segment.max(axis=-1),
+            tuple(x.min(axis=-1) for x in at.axes),
+            tuple(x.max(axis=-1) for x in at.axes),
         )

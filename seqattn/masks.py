@@ -1,7 +1,10 @@
 """Who may look at whom: predicates over the coordinates of one query and one key. True means "may attend"."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -32,7 +35,8 @@ class Reach:
 class Mask:
     """A predicate over one query and one key, lifted over whole sequences with `jax.vmap`.
 
-    Compose masks with `&`, `|` and `~`. A mask is a pytree: sizes are static, arrays are its leaves.
+    Compose masks with `&`, `|` and `~`. A mask is a pytree: sizes are static, arrays are its leaves. It may also read
+    `query.batch` and `query.head`, the indices of the batch row and of the query head.
 
     >>> at = Coordinates.range(4)
     >>> print(Causal().dense(at, at).astype(int))
@@ -55,19 +59,49 @@ class Mask:
         """Whether some and whether every pair of two tiles may attend; sound, not always tight."""
         return Reach(some=np.True_, every=np.False_)
 
-    def dense(self, query: Coordinates, key: Coordinates) -> Bool[Array, "*batch T S"]:
-        """The whole matrix `[*batch, T, S]` for queries `[*batch, T]` and keys `[*batch, S]`; batches broadcast."""
-        over_keys = jax.vmap(self, in_axes=(None, 0))
-        over_pairs = jax.vmap(over_keys, in_axes=(0, None))
+    def dense(
+        self, query: Coordinates, key: Coordinates, num_heads: int | None = None
+    ) -> Bool[Array, "*batch T S"] | Bool[Array, "*batch N T S"]:
+        """The whole matrix `[*batch, T, S]` for queries `[*batch, T]` and keys `[*batch, S]`; batches broadcast.
 
-        def matrix(*leaves: Array) -> Array:
-            return over_pairs(Coordinates(*leaves[:2]), Coordinates(*leaves[2:]))
-
-        leaves = (query.position, query.segment, key.position, key.segment)
-        rank = max(leaf.ndim for leaf in leaves)
+        With `num_heads` N, which a mask that reads `query.head` needs: one for each head, `[*batch, N, T, S]`.
+        """
         # Where jax_numpy_rank_promotion is "raise", the ranks of the two batches must be equal.
-        ranked = (jnp.reshape(leaf, (1,) * (rank - leaf.ndim) + leaf.shape) for leaf in leaves)
-        return jnp.vectorize(matrix, signature="(t),(t),(s),(s)->(t,s)")(*ranked)
+        rank = max(leaf.ndim for leaf in jax.tree.leaves((query, key)))
+        at = jax.tree.map(lambda x: jnp.reshape(x, (1,) * (rank - x.ndim) + x.shape), (query, key))
+        batch = jnp.broadcast_shapes(*(leaf.shape[:-1] for leaf in jax.tree.leaves(at)))
+        rows = math.prod(batch)
+        flat = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, x.shape[-1])).reshape(rows, x.shape[-1]), at)
+        pairs = self._lifted(*flat, rows, num_heads)
+        return pairs.reshape(*batch, *pairs.shape[1:])
+
+    def over(
+        self, query: Coordinates, key: Coordinates, *, batch: int, num_heads: int
+    ) -> Bool[Array, "rows heads T S"]:
+        """The matrix of a call, `[B or 1, N or 1, T, S]`, for queries `[B or 1, T]` and keys `[B or 1, S]`.
+
+        There are N heads only where the mask reads `query.head`, and one row only where nothing differs by row.
+        """
+        query, key, read = query.rows(), key.rows(), reads(self, query, key)
+        rows = key.shape[0] if query.shape[0] == 1 else query.shape[0]
+        pairs = self._lifted(query, key, batch if read.batch else rows, num_heads if read.head else None)
+        return pairs if read.head else pairs[:, None]
+
+    def _lifted(self, query: Coordinates, key: Coordinates, rows: int, num_heads: int | None) -> Bool[Array, "..."]:
+        """The mask of all pairs, `[rows, T, S]` or `[rows, N, T, S]`; coordinates have one row or all."""
+
+        def pair(query: Coordinates, key: Coordinates, batch: Array, head: Array | None) -> Truth:
+            return self(dataclasses.replace(query, batch=batch, head=head), key)
+
+        query, key = (jax.tree.map(lambda x: x[0], at) if at.shape[0] == 1 else at for at in (query, key))
+        heads = None if num_heads is None else jnp.arange(num_heads, dtype=jnp.int32)
+        axes = [None if at.position.ndim == 1 else 0 for at in (query, key)]
+        lifted = jax.vmap(jax.vmap(pair, (None, 0, None, None)), (0, None, None, None))
+        lifted = lifted if heads is None else jax.vmap(lifted, (None, None, None, 0))
+        return jax.vmap(lifted, (*axes, 0, None))(query, key, jnp.arange(rows, dtype=jnp.int32), heads)
+
+    def check(self, batch: int, num_heads: int) -> None:
+        """Raises ValueError where the arrays of the mask do not fit a call of B rows and N heads."""
 
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, _checked(other))
@@ -77,6 +111,27 @@ class Mask:
 
     def __invert__(self) -> "Mask":
         return Not(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reads:
+    """Whether a mask depends on the batch row, and on the head, beside where query and key are."""
+
+    batch: bool
+    head: bool
+
+
+def reads(mask: Mask, query: Coordinates, key: Coordinates) -> Reads:
+    """What `mask` reads of `query.batch` and `query.head`, for coordinates of the form of these; it is traced."""
+
+    def predicate(query: Coordinates, key: Coordinates, batch: Array, head: Array) -> Truth:
+        return mask(dataclasses.replace(query, batch=batch, head=head), key)
+
+    query, key = (jax.tree.map(lambda x: np.zeros((), x.dtype), at) for at in (query, key))
+    jaxpr = jax.make_jaxpr(predicate)(query, key, np.int32(0), np.int32(0)).jaxpr
+    used = [x for equation in jaxpr.eqns for x in equation.invars] + jaxpr.outvars
+    batch, head = (any(x is y for y in used) for x in jaxpr.invars[-2:])
+    return Reads(batch, head)
 
 
 def _checked(other: object) -> Mask:
@@ -105,6 +160,10 @@ class And(Mask):
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return self.first(query, key) & self.second(query, key)
 
+    def check(self, batch: int, num_heads: int) -> None:
+        self.first.check(batch, num_heads)
+        self.second.check(batch, num_heads)
+
     def reach(self, query: Tile, key: Tile) -> Reach:
         a, b = self.first.reach(query, key), self.second.reach(query, key)
         return Reach(some=a.some & b.some, every=a.every & b.every)
@@ -121,6 +180,10 @@ class Or(Mask):
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return self.first(query, key) | self.second(query, key)
 
+    def check(self, batch: int, num_heads: int) -> None:
+        self.first.check(batch, num_heads)
+        self.second.check(batch, num_heads)
+
     def reach(self, query: Tile, key: Tile) -> Reach:
         a, b = self.first.reach(query, key), self.second.reach(query, key)
         return Reach(some=a.some | b.some, every=a.every | b.every)
@@ -135,6 +198,9 @@ class Not(Mask):
 
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return ~self.mask(query, key)
+
+    def check(self, batch: int, num_heads: int) -> None:
+        self.mask.check(batch, num_heads)
 
     def reach(self, query: Tile, key: Tile) -> Reach:
         inner = self.mask.reach(query, key)
@@ -232,7 +298,7 @@ def _all_tokens(tile: Tile) -> Truth:
 class Prefix(Mask):
     """The first `length` keys of a text, for every query: `Causal() | Prefix(n)` is a prefix language model.
 
-    `length` is a leaf: an integer or a scalar array. A length for each row is `jax.vmap` over the mask.
+    `length` is a leaf: an integer, a scalar array, or an array `[B]` with a length for each batch row.
     """
 
     length: int | Array
@@ -246,10 +312,20 @@ class Prefix(Mask):
             raise ValueError(f"the length of a prefix ({least}) must be an integer of at least 0")
 
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
-        return key.position < self.length
+        if jnp.ndim(self.length) == 0:
+            return key.position < self.length
+        if query.batch is None:
+            raise ValueError(f"a prefix with lengths {jnp.shape(self.length)} needs to know the batch row of the query")
+        return key.position < jnp.asarray(self.length)[query.batch]
+
+    def check(self, batch: int, num_heads: int) -> None:
+        if (shape := jnp.shape(self.length)) not in ((), (batch,)):
+            raise ValueError(f"the lengths {shape} of a prefix must be one for each of the {batch} rows, or a scalar")
 
     def reach(self, query: Tile, key: Tile) -> Reach:
-        return Reach(some=key.position_min < self.length, every=key.position_max < self.length)
+        # Beside the rows of the tiles, `[B or 1, tiles of queries, tiles of keys]`.
+        length = self.length if jnp.ndim(self.length) == 0 else self.length[:, None, None]
+        return Reach(some=key.position_min < length, every=key.position_max < length)
 
 
 @pytree
@@ -308,12 +384,63 @@ class SameBlock(Mask):
         return Reach(some=(first <= key_last) & (key_first <= last), every=one)
 
 
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Neighborhood(Mask):
+    """Keys within `radius` of the query along every axis of `Coordinates.axes` (Ramachandran 2019, section 3.1).
+
+    For tokens that lie in more than one dimension, such as the patches of an image. `radius` is one number for all
+    axes, or a tuple with one for each. At an edge there are fewer neighbors.
+
+    >>> image = Coordinates.grid(3, 3)
+    >>> print(Neighborhood(1).dense(image, image)[4].reshape(3, 3).astype(int))
+    [[1 1 1]
+     [1 1 1]
+     [1 1 1]]
+    >>> print(Neighborhood((0, 1)).dense(image, image)[3].reshape(3, 3).astype(int))
+    [[0 0 0]
+     [1 1 0]
+     [0 0 0]]
+    """
+
+    radius: int | tuple[int, ...] = static()
+
+    def __post_init__(self) -> None:
+        for radius in self.radius if isinstance(self.radius, tuple) else [self.radius]:
+            check_integer("the radius of a neighborhood", radius, 0)
+
+    def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
+        near = [abs(a - b) <= radius for a, b, radius in self._along(query.axes, key.axes)]
+        return functools.reduce(operator.and_, near)
+
+    def reach(self, query: Tile, key: Tile) -> Reach:
+        some, every = [], []
+        for (first, last), (key_first, key_last), radius in self._along(
+            tuple(zip(query.axes_min, query.axes_max, strict=True)), tuple(zip(key.axes_min, key.axes_max, strict=True))
+        ):
+            some.append((first - key_last <= radius) & (key_first - last <= radius))
+            every.append((last - key_first <= radius) & (key_last - first <= radius))
+        return Reach(some=functools.reduce(operator.and_, some), every=functools.reduce(operator.and_, every))
+
+    def _along(self, query: tuple[Any, ...], key: tuple[Any, ...]) -> Iterator[tuple[Any, Any, int]]:
+        """What query and key have along each axis, and the radius there."""
+        radii = self.radius if isinstance(self.radius, tuple) else (self.radius,) * max(1, len(query))
+        if not len(query) == len(key) == len(radii) > 0:
+            raise ValueError(
+                f"a neighborhood of radius {self.radius} needs coordinates with as many axes, as Coordinates.grid has "
+                f"them; got {len(query)} of the queries and {len(key)} of the keys"
+            )
+        return zip(query, key, radii, strict=True)
+
+
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, init=False)
 class MaskMod(Mask):
     """Any predicate: `fn(query, key, *arrays)` on scalar coordinates, returning a scalar boolean.
 
     The function is static: a new lambda at each call of a jitted function compiles anew. Give what changes as arrays.
+    `query.batch` and `query.head` are the indices of the batch row and of the head, for arrays that have one value for
+    each.
 
     >>> block = MaskMod(lambda query, key, size: query.position // size == key.position // size, jnp.array(2))
     >>> at = Coordinates.range(4)
@@ -322,6 +449,20 @@ class MaskMod(Mask):
      [1 1 0 0]
      [0 0 1 1]
      [0 0 1 1]]
+
+    A window for each head:
+
+    >>> window = MaskMod(lambda query, key, size: query.position - key.position < size[query.head], jnp.array([1, 3]))
+    >>> print((Causal() & window).dense(at, at, num_heads=2).astype(int))
+    [[[1 0 0 0]
+      [0 1 0 0]
+      [0 0 1 0]
+      [0 0 0 1]]
+    <BLANKLINE>
+     [[1 0 0 0]
+      [1 1 0 0]
+      [1 1 1 0]
+      [0 1 1 1]]]
     """
 
     fn: Callable[..., Any]

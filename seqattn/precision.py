@@ -14,3 +14,14 @@ def accumulator(dtype: DTypeLike) -> np.dtype:
     dtype('float32')
     """
     return np.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
+def lowest(dtype: DTypeLike) -> float:
+    """The lowest finite number of a floating dtype: in kernels, the logit of what is hidden.
+
+    -inf would do as well, but not under `jax.debug_infs`, which stops at every one that is computed.
+
+    >>> lowest(jnp.bfloat16) == -3.3895313892515355e38
+    True
+    """
+    return float(jnp.finfo(dtype).min)

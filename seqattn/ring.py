@@ -1,7 +1,6 @@
 """Attention over a sequence that is split over devices, what it costs, and an order that spreads the work evenly."""
 
 import dataclasses
-import functools
 from collections.abc import Hashable
 from typing import Literal, overload
 
@@ -12,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from seqattn.coordinates import Coordinates
 from seqattn.kernels import ring, tiles
-from seqattn.kernels.call import Shaped, check_arrays, flatten, locate, scale_of
+from seqattn.kernels.call import Shaped, check_arrays, flatten, infinite_where_empty, locate, scale_of
 from seqattn.masks import Mask
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreMod, ScoreModLike, for_kernel
@@ -144,7 +143,7 @@ def ring_attend(
         query, key, value, **located, score_mod=mod, rows=rows, scale=scale, dropout=None, axis_name=axis_name
     )
     output = output.reshape(*batch, *output.shape[1:])
-    return (output, lse.reshape(*batch, *lse.shape[1:])) if return_lse else output
+    return (output, infinite_where_empty(lse).reshape(*batch, *lse.shape[1:])) if return_lse else output
 
 
 def _devices(axis_name: Hashable) -> int:
@@ -301,7 +300,6 @@ def _parts(at: Coordinates, devices: int) -> Coordinates:
     return jax.tree.map(lambda x: jnp.moveaxis(jnp.asarray(x).reshape(x.shape[0], devices, -1), 1, 0), at)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _scores(
     shape: tuple[int, int, int, int, int], mask: Mask | None, q_at: Coordinates, kv_at: Coordinates
 ) -> Float[Array, "n n"]:
@@ -314,4 +312,5 @@ def _scores(
         )
         return jnp.asarray(partial + full, jnp.float32) * float(grid.lanes * grid.group * grid.queries * grid.keys)
 
-    return jax.vmap(jax.vmap(count, in_axes=(None, 0)), in_axes=(0, None))(q_at, kv_at)
+    # A new function each time: a mask of the user's may tell something else at its next call.
+    return jax.jit(jax.vmap(jax.vmap(count, in_axes=(None, 0)), in_axes=(0, None)))(q_at, kv_at)

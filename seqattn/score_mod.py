@@ -98,15 +98,19 @@ class ScoreMod:
             shared = at.shape[0] == 1
             return (jax.tree.map(lambda x: x[0], at) if shared else at), None if shared else 0
 
-        def axis(i: int) -> int | None:
-            return None if rows is None else i
+        def pair(
+            score: Array, query: Coordinates, key: Coordinates, batch: Array, head: Array, row: Array | None
+        ) -> Array:
+            return self(score, dataclasses.replace(query, batch=batch, head=head), key, head, row)
 
-        (query, by_query), (key, by_key) = each_row(query), each_row(key)
-        lifted = jax.vmap(self, in_axes=(0, None, 0, None, None))
-        lifted = jax.vmap(lifted, in_axes=(0, 0, None, None, axis(0)))
-        lifted = jax.vmap(lifted, in_axes=(0, None, None, 0, axis(1)))
-        lifted = jax.vmap(lifted, in_axes=(0, by_query, by_key, None, axis(0)))
-        return lifted(scores, query, key, heads, rows)
+        (query, by_query), (key, by_key) = each_row(query.rows()), each_row(key.rows())
+        axis = None if rows is None else 0
+        batch = jnp.arange(scores.shape[0], dtype=jnp.int32)
+        lifted = jax.vmap(pair, in_axes=(0, None, 0, None, None, None))
+        lifted = jax.vmap(lifted, in_axes=(0, 0, None, None, None, axis))
+        lifted = jax.vmap(lifted, in_axes=(0, None, None, None, 0, None if rows is None else 1))
+        lifted = jax.vmap(lifted, in_axes=(0, by_query, by_key, 0, None, axis))
+        return lifted(scores, query, key, batch, heads, rows)
 
 
 @jax.tree_util.register_pytree_node_class
@@ -114,8 +118,9 @@ class ScoreMod:
 class ScoreFunction(ScoreMod):
     """Any function: `fn(score, query, key, head, *arrays)` on scalars, returning the new score.
 
-    Gradients reach the arrays, and the arrays that the function closes over, too. The function is static: a new
-    lambda at each call of a jitted function compiles anew. Give what changes as arrays.
+    `query.batch` is the index of the batch row, for arrays that have one value for each. Gradients reach the arrays,
+    and the arrays that the function closes over, too. The function is static: a new lambda at each call of a jitted
+    function compiles anew. Give what changes as arrays.
 
     >>> learned = jnp.array([0.5, 2.0])
     >>> scaled = ScoreFunction(lambda score, query, key, head, factor: score * factor[head], learned)
@@ -222,7 +227,9 @@ def for_kernel(
     rows = _checked_rows(mod, query, scale)
     score, row = np.zeros((), accumulator(query.dtype)), None if rows is None else np.zeros(rows.shape[-1:], rows.dtype)
     # A lambda, as JAX hashes functions, and a ScoreMod that holds arrays has no hash.
-    result = jax.eval_shape(lambda *one: mod(*one), score, *_one_pair(q_at, kv_at), np.int32(0), row)
+    query_at, key_at = _one_pair(q_at, kv_at)
+    query_at = dataclasses.replace(query_at, batch=np.int32(0), head=np.int32(0))
+    result = jax.eval_shape(lambda *one: mod(*one), score, query_at, key_at, np.int32(0), row)
     if result.shape != () or result.dtype != score.dtype:
         raise TypeError(f"{_name(mod)} must return one {score.dtype} score, got {result.dtype} of shape {result.shape}")
     return mod, rows

@@ -189,7 +189,7 @@ class RelativePositions(ScoreMod):
             table.astype(high),
             precision=jax.lax.Precision.HIGHEST,
         )
-        return jnp.where(finite, products * jnp.asarray(scale, high), jnp.full((), jnp.nan, high))
+        return jnp.where(finite, products * jnp.asarray(scale, high), jnp.nan)
 
     def prepare(self, query: Float[Array, "B T N H"], q_at: Coordinates, kv_at: Coordinates) -> ScoreMod:
         """The table fits the heads of the call."""

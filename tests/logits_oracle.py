@@ -9,8 +9,10 @@ from seqattn.decoding import (
     ForcedPrefix,
     LogitsProcessor,
     MinLength,
+    MinLogProbability,
     MinP,
     NoRepeatNgram,
+    PrefixCost,
     RepetitionPenalty,
     Temperature,
     TopK,
@@ -66,7 +68,11 @@ def _min_length(processor: MinLength, logits, said, row):
 @expected.register
 def _prefix(processor: ForcedPrefix, logits, said, row):
     step = len(said) - 1
-    return _keep(logits, [processor.tokens[row, step]]) if step < processor.length[row] else logits
+    if step >= processor.length[row]:
+        return logits
+    forced = processor.tokens[row, step]
+    free = processor.cost is PrefixCost.NOTHING
+    return _keep(np.where(np.isfinite(logits), 0.0, logits) if free else logits, [forced])
 
 
 @expected.register
@@ -96,6 +102,13 @@ def _top_p(processor: TopP, logits, said, row):
         kept.append(token)
         total += probabilities(logits)[token]
     return _keep(logits, kept)
+
+
+@expected.register
+def _min_log_probability(processor: MinLogProbability, logits, said, row):
+    with np.errstate(divide="ignore"):
+        kept = np.flatnonzero(np.log(probabilities(logits)) >= _number(processor.floor, row))
+    return _keep(logits, [*kept, _best_first(logits)[0]])
 
 
 @expected.register

@@ -242,7 +242,7 @@ def _shape(longest: tuple[int, int], tokens: int, multiple: int, lengths: int) -
     if count < 1:
         raise ValueError(
             f"batches.tokens ({tokens}) has no room for {multiple} rows of {source} and {target} tokens; "
-            f"give at least {multiple * (source + target)}"
+            f"give at least {multiple * (source + target)}: a row for each device and each of the --pieces"
         )
     return count, source, target
 

@@ -1,6 +1,7 @@
 """How a language model goes on with a text: `python -m train.complete RUN "def __init__(self"`."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import tyro
@@ -8,16 +9,17 @@ import tyro
 from seqattn.decoding import Sample, Temperature, TopP
 from train import environment, exported, objectives
 from train.completer import Completer
+from train.standard_input import lines_as_they_come, standard_input
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Goes on with texts by the latest model of a run."""
+    """Goes on with texts, or with each line of standard input, by the latest model of a run."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
-    text: tyro.conf.Positional[tuple[str, ...]]
-    """Texts to go on with."""
+    text: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Texts to go on with; without any, lines of standard input, once it has ended."""
     length: int = 200
     """Tokens to add, at most."""
     temperature: float = 0.8
@@ -36,8 +38,13 @@ def main(arguments: Arguments) -> None:
     completer = Completer(
         trained.model, trained.tokenizer, length=arguments.length, sampling=sampling, seed=arguments.seed
     )
-    for text, rest in zip(arguments.text, completer(arguments.text), strict=True):
+    texts = arguments.text or _lines()
+    for text, rest in zip(texts, completer(texts), strict=True):
         print(text + rest)
+
+
+def _lines() -> list[str]:
+    return [line for lines in lines_as_they_come(standard_input(), sys.maxsize) for line in lines]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def frozen(params: Any, patterns: Sequence[str]) -> Any:
         patterns: globs of whole paths, as in `train.parameters.matching`.
 
     Raises:
-        ValueError: a pattern matches no path; the message names the paths most like it.
+        ValueError: a pattern matches no path; the message names the paths most like it. Or all paths are matched.
 
     >>> params = {"encoder": {"kernel": jnp.ones((2, 3))}, "output": {"kernel": jnp.ones((3, 2))}}
     >>> frozen(params, ["encoder/*"])
@@ -28,7 +28,10 @@ def frozen(params: Any, patterns: Sequence[str]) -> Any:
     ValueError: pattern 'encode/*' matches no parameter; the nearest are encoder/kernel, output/kernel
     """
     check_patterns(params, patterns)
-    return matching(params, patterns)
+    found = matching(params, patterns)
+    if all(jax.tree.leaves(found)):
+        raise ValueError(f"frozen ({', '.join(patterns)}) matches every parameter: nothing would be trained")
+    return found
 
 
 def freeze(optimizer: optax.GradientTransformation, patterns: Sequence[str]) -> optax.GradientTransformation:
@@ -42,7 +45,7 @@ def freeze(optimizer: optax.GradientTransformation, patterns: Sequence[str]) -> 
         patterns: globs of whole paths, as in `train.parameters.matching`.
 
     Raises (when the state is made):
-        ValueError: a pattern matches no path.
+        ValueError: a pattern matches no path, or all of them every path.
 
     >>> optimizer = freeze(optax.sgd(1.0), ["query/*"])
     >>> params = {"query": {"bias": jnp.ones(2)}, "bias": jnp.ones(2)}

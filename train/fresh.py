@@ -20,7 +20,7 @@ def fresh(experiment: Experiment, tokenizer: Tokenizer) -> nnx.Module:
     """The model of a resolved experiment before its first update.
 
     Raises:
-        ValueError: nothing of the run to start from fits, or word vectors of another size.
+        ValueError: nothing of the run to start from fits, or word vectors of another size or of no token.
     """
     model: Any = run.build(experiment.model, seed=experiment.seed)
     if experiment.initializer is not None:
@@ -35,6 +35,8 @@ def _put_vectors(model: Any, file: Path, tokenizer: Tokenizer) -> None:
     tokens = [token.removeprefix("␣") or token for token in tokenizer.tokens(list(range(tokenizer.vocab_size)))]
     words = model.decoder if isinstance(model, Captioner) else model
     table, found = load_table(file, tokens, words.embedding.table.shape[1])
+    if not found.any():
+        raise ValueError(f"--word-vectors: {file} has a vector for none of the {len(tokens)} tokens")
     put_vectors(words.embedding, table, found)
     if isinstance(words, Transformer) and words.source_embedding is not None:
         put_vectors(words.source_embedding, table, found)

@@ -17,7 +17,7 @@ from datasets import Dataset
 from flax import nnx
 
 from seqattn.models import Learned
-from train import exported, lock, objectives, run
+from train import exported, lock, objectives, run, without_effect
 from train.batches import Example, stream
 from train.checkpoint import Checkpoints
 from train.config import Experiment
@@ -88,12 +88,14 @@ def prepare(experiment: Experiment) -> Session:
     """Examples, tokenizer, model and state; from the latest checkpoint where the run folder holds one.
 
     Raises:
-        ValueError: the run folder holds something else, or the settings do not fit the data or the devices.
+        ValueError: the run folder holds something else, the settings do not fit the data or the devices, or one of them
+            would do nothing.
     """
     folder, versions = experiment.run, json.dumps(_versions())
     # Before anything that one process may do and another not.
     _check_processes({"settings": run.shared(experiment), "versions": versions})
     check_folder(folder)
+    without_effect.check_settings(experiment)
     splits = experiment.task.load()
     # Process 0 decides: it may be ahead of another, or the only one that sees the folder.
     is_begun = any_process(is_first() and (folder / "checkpoints").is_dir())
@@ -123,6 +125,7 @@ def prepare(experiment: Experiment) -> Session:
         # A run that goes on takes everything from its checkpoint: what it began with need not be there any more.
         begun = nnx.eval_shape(lambda: run.build(experiment.model, seed=experiment.seed))
         graph, state = _shapes(begun, optimizer, average=experiment.ema is not None)
+    without_effect.check_parameters(experiment, state.params)
     rows = _examples(experiment, objective, splits, begun)
     placed = _placed(experiment, objective, graph, optimizer)
     batches = _batches(experiment, rows, placed)
@@ -183,7 +186,9 @@ def _objective(experiment: Experiment, split: Dataset, saved: dict[str, str] | N
         return objectives.make(experiment, Tokenizer.from_json(saved["tokenizer"]), labels)
     kind = objectives.kind(experiment)
     if experiment.start_from is not None:
-        tokenizer = run.load(experiment.start_from, average=1).tokenizer
+        origin = run.load(experiment.start_from, average=1)
+        without_effect.check_tokenizer(experiment, origin.experiment.tokenizer)
+        tokenizer = origin.tokenizer
     else:
         tokenizer = Tokenizer.train(experiment.tokenizer, kind.texts(split))
     return objectives.make(experiment, tokenizer, kind.find_labels(split))

@@ -7,17 +7,14 @@ than N were found, the score is -inf; where the model's logits were not finite, 
 A line break inside a translation becomes a space.
 """
 
-import io
 import os
-import select
 import signal
-import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import tyro
 
@@ -44,6 +41,7 @@ from train.exported import Exported
 from train.log import Progress
 from train.objectives import pictures
 from train.run import Run
+from train.standard_input import lines_as_they_come, lines_left, standard_input
 from train.tokenizer import Tokenizer
 from train.translator import Beam, Output, Search, Translator
 
@@ -54,9 +52,7 @@ _FILTERS: dict[str, Callable[[Any], LogitsProcessor]] = {
     "top_p": TopP,
     "min_p": MinP,
 }
-_BATCHES_READ, _BYTES_READ = 16, 1 << 16
-_PATIENCE = 0.05
-"""Seconds to wait for more lines before those that are there are translated."""
+_BATCHES_READ = 16
 
 
 def penalty_of(text: str) -> LengthPenalty:
@@ -143,6 +139,9 @@ def search_of(arguments: Arguments) -> Search:
         ValueError: a value out of its range, or flags that exclude each other.
     """
     beam = Beam(arguments.beam_size, arguments.n_best, arguments.length_penalty, arguments.stopping)
+    for name in ("length_penalty", "stopping") if beam.size == 1 else ():
+        if getattr(arguments, name) != getattr(Arguments, name):
+            raise ValueError(f"--{name} is of a beam of hypotheses, and beam_size is 1: it would do nothing")
     values = {name: getattr(arguments, name) for name in (*_FILTERS, "seed")}
     given = [name for name, value in values.items() if value is not None]
     if not given:
@@ -249,65 +248,15 @@ def _draw(trained: Run | Exported, texts: Sequence[str], outputs: Sequence[str],
 def _chunks(arguments: Arguments) -> Iterable[Sequence[str]]:
     if arguments.text:
         return [arguments.text]
-    return lines_as_they_come(_standard_input(), _BATCHES_READ * arguments.batch_size)
-
-
-def _standard_input() -> io.BufferedIOBase:
-    return cast(io.BufferedIOBase, sys.stdin.buffer)
-
-
-def lines_as_they_come(stream: io.BufferedIOBase, count: int) -> Iterator[list[str]]:
-    """The lines of a stream of UTF-8, without their ends: all that are there, and then again; about `count` at most.
-
-    A file gives large chunks, and a pipe or a terminal each line without waiting for the next one.
-
-    Raises:
-        ValueError: a line is not UTF-8.
-    """
-    ready: list[bytes] = []
-    number, unfinished = 1, b""
-    while piece := stream.read1(_BYTES_READ):
-        *finished, unfinished = (unfinished + piece).split(b"\n")
-        ready += finished
-        if len(ready) >= count or (ready and not _has_more(stream)):
-            yield [_decoded(line, number + index) for index, line in enumerate(ready)]
-            number, ready = number + len(ready), []
-    ready += [unfinished] if unfinished else []
-    if ready:
-        yield [_decoded(line, number + index) for index, line in enumerate(ready)]
-
-
-def _decoded(line: bytes, number: int) -> str:
-    try:
-        return line.decode("utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"line {number} of standard input must be UTF-8: {error}") from error
-
-
-def _has_more(stream: io.BufferedIOBase) -> bool:
-    """Whether a stream can be read at once; so it is said of what cannot tell."""
-    try:
-        return bool(select.select([stream], [], [], _PATIENCE)[0])
-    except (OSError, ValueError):
-        return True
+    return lines_as_they_come(standard_input(), _BATCHES_READ * arguments.batch_size)
 
 
 def _progress(texts: Sequence[str]) -> AbstractContextManager[Progress | None]:
     """A bar on standard error, where it is a terminal, translations go elsewhere, and their number is known."""
     if not sys.stderr.isatty() or sys.stdout.isatty():
         return nullcontext()
-    total = len(texts) or _lines_left(_standard_input())
+    total = len(texts) or lines_left(standard_input())
     return nullcontext() if total is None else Progress(total, stream=sys.stderr)
-
-
-def _lines_left(stream: io.BufferedIOBase) -> int | None:
-    """Lines from here to the end of a file; None of what cannot be read twice."""
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        return None
-    here = stream.tell()
-    count = sum(1 for _ in stream)
-    stream.seek(here)
-    return count
 
 
 if __name__ == "__main__":

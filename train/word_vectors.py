@@ -2,6 +2,7 @@
 
 import logging
 import math
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def load_table(path: Path, tokens: Sequence[str], dim: int) -> tuple[Table, Foun
 
     Args:
         path: text in UTF-8, read as gzip where the name ends in ".gz".
-        tokens: the V words to look for, as the file writes them; equal ones get the same vector.
+        tokens: the V words to look for; equal ones get the same vector. They are compared with the file's in NFC.
         dim: D, values of a vector.
 
     Returns:
@@ -48,7 +49,7 @@ def load_table(path: Path, tokens: Sequence[str], dim: int) -> tuple[Table, Foun
         raise ValueError(f"dim ({dim}) must be at least 1")
     rows: dict[str, list[int]] = {}
     for row, token in enumerate(tokens):
-        rows.setdefault(token, []).append(row)
+        rows.setdefault(unicodedata.normalize("NFC", token), []).append(row)
     table, found = np.zeros((len(tokens), dim), np.float32), np.zeros(len(tokens), bool)
     header: int | None = None
     words = repeated = number = 0
@@ -58,7 +59,7 @@ def load_table(path: Path, tokens: Sequence[str], dim: int) -> tuple[Table, Foun
             continue
         words += 1
         word, values = _split(line, dim, spaces=header is None and number > 1, where=where)
-        if (places := rows.get(word)) is None:
+        if (places := rows.get(unicodedata.normalize("NFC", word))) is None:
             continue
         if found[places[0]]:
             repeated += 1

@@ -1,9 +1,9 @@
 """From any step function to sequences."""
 
-from seqattn.decoding.beam import Beams, Stopping, beam_search
+from seqattn.decoding.beam import Beams, beam_search
 from seqattn.decoding.candidates import DiverseGroups
 from seqattn.decoding.ensemble import Average, ensemble
-from seqattn.decoding.filters import MinP, Temperature, TopK, TopP
+from seqattn.decoding.filters import MinLogProbability, MinP, Temperature, TopK, TopP
 from seqattn.decoding.generate import Generated, generate
 from seqattn.decoding.penalties import GNMT, AverageLength, CoveragePenalty, LengthPenalty, NoPenalty
 from seqattn.decoding.processors import (
@@ -11,12 +11,15 @@ from seqattn.decoding.processors import (
     ForcedPrefix,
     History,
     LogitsProcessor,
+    Lowering,
     MinLength,
     NoRepeatNgram,
+    PrefixCost,
     RepetitionPenalty,
 )
 from seqattn.decoding.sampling import Greedy, Sample, Sampling, row_keys
 from seqattn.decoding.state import Branching, Shared, branch, select
+from seqattn.decoding.stopping import Stopping
 
 __all__ = [
     "GNMT",
@@ -33,10 +36,13 @@ __all__ = [
     "History",
     "LengthPenalty",
     "LogitsProcessor",
+    "Lowering",
     "MinLength",
+    "MinLogProbability",
     "MinP",
     "NoPenalty",
     "NoRepeatNgram",
+    "PrefixCost",
     "RepetitionPenalty",
     "Sample",
     "Sampling",

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
-from seqattn.decoding.processors import LogitsProcessor
+from seqattn.decoding.candidates import DiverseGroups
+from seqattn.decoding.processors import LogitsProcessor, Number, check_range
 from seqattn.static import check_integer
 
 
@@ -16,6 +17,47 @@ def check_limits(max_length: int, end_token: int, pad_token: int) -> None:
     check_integer("end_token", end_token, minimum=0)
     if end_token == pad_token:
         raise ValueError(f"end_token and pad_token must differ, both are {end_token}")
+
+
+def check_sizes(beam_size: int, n_best: int, groups: DiverseGroups | None, alignment: Any, coverage: Any) -> None:
+    """Raises ValueError unless the sizes of a beam go together, and a coverage penalty has what it needs."""
+    check_integer("beam_size", beam_size, minimum=1)
+    if not 1 <= n_best <= beam_size:
+        raise ValueError(f"n_best ({n_best}) must be from 1 to beam_size ({beam_size})")
+    if groups is not None and beam_size % groups.count:
+        raise ValueError(f"beam_size ({beam_size}) must be a multiple of the count of groups ({groups.count})")
+    if coverage is not None and alignment is None:
+        raise ValueError("a coverage penalty needs alignment, the function that says what a step attended to")
+
+
+def checked_row_limit(row_limit: Number | None, max_length: int, num_rows: int) -> Int[Array, "num_rows"]:
+    """Most tokens of each row: `max_length` where there is no limit.
+
+    Raises:
+        TypeError: a limit that is no integer.
+        ValueError: it is neither one number nor one for each row, or known and not from 1 to `max_length`.
+    """
+    if row_limit is None:
+        return jnp.full(num_rows, max_length, jnp.int32)
+    if not jnp.issubdtype(jnp.result_type(row_limit), jnp.integer):
+        raise TypeError(f"row_limit must be integers, got {jnp.result_type(row_limit)}")
+    if jnp.shape(row_limit) not in ((), (num_rows,)):
+        raise ValueError(f"row_limit must be one number or [B] for {num_rows} rows, got {jnp.shape(row_limit)}")
+    check_range("row_limit", row_limit, minimum=1, maximum=max_length)
+    # What is traced is not known to be in that range.
+    limit = jnp.asarray(row_limit)
+    limit = jnp.clip(limit, 1, min(max_length, jnp.iinfo(limit.dtype).max)).astype(jnp.int32)
+    return jnp.broadcast_to(limit, (num_rows,))
+
+
+def checked_floor(floor: Number | None, num_rows: int) -> Float[Array, "#num_rows"] | None:
+    """The least log probability, for all rows or for each; ValueError where it is neither or known and not finite."""
+    if floor is None:
+        return None
+    check_range("min_log_probability", floor)
+    if jnp.shape(floor) not in ((), (num_rows,)):
+        raise ValueError(f"min_log_probability must be one number or [B] for {num_rows} rows, got {jnp.shape(floor)}")
+    return jnp.asarray(floor, jnp.float32).reshape(-1)
 
 
 def checked_first_token(first_token: Any) -> Int[Array, "B"]:

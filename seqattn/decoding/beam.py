@@ -1,7 +1,6 @@
 """Beam search over any step function, in one jitted loop."""
 
 import dataclasses
-import enum
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,25 +9,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from seqattn.decoding import state as states
-from seqattn.decoding.arguments import check_limits, check_logits, checked_first_token, checked_processors
+from seqattn.decoding.arguments import (
+    check_limits,
+    check_logits,
+    check_sizes,
+    checked_first_token,
+    checked_floor,
+    checked_processors,
+    checked_row_limit,
+)
 from seqattn.decoding.candidates import Candidates, DiverseGroups, choose, take
 from seqattn.decoding.generate import Step
 from seqattn.decoding.largest import Normaliser, largest
 from seqattn.decoding.penalties import AverageLength, CoveragePenalty, LengthPenalty
-from seqattn.decoding.processors import History, LogitsProcessor, process
+from seqattn.decoding.processors import History, LogitsProcessor, Number, highest_after, process
+from seqattn.decoding.stopping import Stopping, reachable
 from seqattn.decoding.trace import Trace, of_hypotheses
-from seqattn.static import check_integer, pytree
-
-
-class Stopping(enum.Enum):
-    """When a row is done although some of its hypotheses could go on. In every case `beam_size` have ended by then."""
-
-    FIRST = "first"
-    """At once: Hugging Face's `early_stopping=True`."""
-    LIKELY = "likely"
-    """When the best running one, at its present length, scores no more than the worst ended one: `False` there."""
-    EXACT = "exact"
-    """When no running one can still score more than the worst ended one, whatever the penalty: `"never"` there."""
+from seqattn.static import pytree
 
 
 @pytree
@@ -43,9 +40,9 @@ class Beams:
         length: tokens of each `[B, n_best]`, the end token counted.
         score: log probability after all penalties `[B, n_best]`, float32.
         log_probability: the sum over the tokens `[B, n_best]`, float32, in nats.
-        ended: `[B, n_best]`, whether it has its end token; otherwise `max_length` cut it.
-        failed: `[B]`, whether every hypothesis met logits with NaN or inf, or of -inf alone, before any had ended; such
-            a row has found nothing.
+        ended: `[B, n_best]`, whether it has its end token; otherwise its limit cut it.
+        failed: `[B]`, whether every hypothesis met logits with NaN or inf, or of -inf alone, or fell below
+            `min_log_probability`, before any had ended; such a row has found nothing.
         alignment: what `alignment` said of each step `[B, n_best, max_length, S]`, 0 behind the end; or None.
     """
 
@@ -74,6 +71,8 @@ def beam_search(
     length_penalty: LengthPenalty = _AVERAGE,
     stopping: Stopping = Stopping.EXACT,
     processors: Sequence[LogitsProcessor] = (),
+    row_limit: Number | None = None,
+    min_log_probability: Number | None = None,
     groups: DiverseGroups | None = None,
     alignment: Callable[[Any], Float[Array, "R S"]] | None = None,
     coverage: CoveragePenalty | None = None,
@@ -82,7 +81,10 @@ def beam_search(
 
     One `lax.while_loop`, for any pure step function; it ends when every row is done, and what a row finds does not
     depend on the others. The `beam_size` best hypotheses by log probability run on; those that end are kept by their
-    penalised score, and so are those that `max_length` cuts. With `beam_size` 1 it is greedy: `generate`.
+    penalised score, and so are those that the limit cuts. With `beam_size` 1 it is greedy: `generate`.
+
+    What was cut competes with what ended by the score alone, as in Hugging Face: a cut sequence may come first, and
+    `Beams.ended` tells them apart. (t5x returns what ended, and what was cut only where nothing ended.)
 
     Equal scores: the earlier hypothesis, then the lower token. A hypothesis with logits of NaN or inf dies.
     Like `generate` it compiles anew at every call outside `jit`.
@@ -98,14 +100,21 @@ def beam_search(
         n_best: how many sequences of a row to return.
         length_penalty: how lengths compare; a leaf.
         stopping: when a row is done.
-        processors: applied in turn to the log probabilities, which are not normalised again: a forced token costs what
-            the model says.
+        processors: applied in turn to the log probabilities, which are not normalised again. By default the tokens of
+            a `ForcedPrefix` cost what the model says. In Hugging Face, t5x and JoeyNMT they cost nothing, which is
+            `PrefixCost.NOTHING`.
+        row_limit: most tokens of a sequence, one number or one for each row `[B]`, integers from 1 to `max_length`,
+            which is the size of the result. A row finds what it finds alone with that `max_length`. Traced values
+            are clipped to this range.
+        min_log_probability: hypotheses with a lower total log probability are dropped; one number or one for each row
+            `[B]`, in nats. The processor `MinLogProbability` forbids single tokens instead.
         groups: diverse beam search.
         alignment: `alignment(state) -> [R, S]`, the weights of the step that led to this state, to be returned.
         coverage: penalty for a source that was not read, by the sum of `alignment` over the steps.
 
     Raises:
-        ValueError: a size is out of its range, end and pad token are the same, or an array of the state has not B rows.
+        ValueError: a size or limit is out of its range, end and pad token are the same, or an array of the state has
+            not B rows.
 
     Going on with 4 is the most probable first step, but all that follows it is worse:
 
@@ -120,8 +129,9 @@ def beam_search(
     """
     first_token = checked_first_token(first_token)
     check_limits(max_length, end_token, pad_token)
-    _check_sizes(beam_size, n_best, groups, alignment, coverage)
+    check_sizes(beam_size, n_best, groups, alignment, coverage)
     states.check_rows(state, len(first_token))
+    processors = checked_processors(processors)
     search = _Search(
         step=step,
         max_length=max_length,
@@ -129,7 +139,10 @@ def beam_search(
         pad_token=pad_token,
         length_penalty=length_penalty,
         stopping=stopping,
-        processors=checked_processors(processors),
+        processors=processors,
+        limit=checked_row_limit(row_limit, max_length, len(first_token)),
+        floor=checked_floor(min_log_probability, len(first_token)),
+        gain=highest_after(processors, len(first_token)),
         groups=groups,
         alignment=alignment,
         coverage=coverage,
@@ -137,16 +150,6 @@ def beam_search(
     )
     loop = jax.lax.while_loop(search.is_unfinished, search.advance, search.start(state))
     return search.result(loop, n_best)
-
-
-def _check_sizes(beam_size: int, n_best: int, groups: DiverseGroups | None, alignment: Any, coverage: Any) -> None:
-    check_integer("beam_size", beam_size, minimum=1)
-    if not 1 <= n_best <= beam_size:
-        raise ValueError(f"n_best ({n_best}) must be from 1 to beam_size ({beam_size})")
-    if groups is not None and beam_size % groups.count:
-        raise ValueError(f"beam_size ({beam_size}) must be a multiple of the count of groups ({groups.count})")
-    if coverage is not None and alignment is None:
-        raise ValueError("a coverage penalty needs alignment, the function that says what a step attended to")
 
 
 @pytree
@@ -212,6 +215,9 @@ class _Search:
     length_penalty: LengthPenalty
     stopping: Stopping
     processors: tuple[LogitsProcessor, ...]
+    limit: Int[Array, "B"]
+    floor: Float[Array, "#B"] | None
+    gain: Float[Array, "B"]
     groups: DiverseGroups | None
     alignment: Callable[[Any], Array] | None
     coverage: CoveragePenalty | None
@@ -274,7 +280,8 @@ class _Search:
             loop.running.log_probability,
             groups=self.groups,
             end_token=self.end_token,
-            is_last=loop.index + 1 == self.max_length,
+            is_last=loop.index + 1 >= self.limit,
+            floor=self.floor,
         )
         ended = self._merge(loop, candidates, adjustment)
         done = loop.done | self._is_done(loop.index + 1, going_on, ended, adjustment)
@@ -325,7 +332,7 @@ class _Search:
         _, _, size = self.group_shape
         length = loop.index + 1
         is_among_best = jnp.arange(candidates.token.shape[-1])[None, None] < size
-        has_ended = (candidates.token == self.end_token) | (length == self.max_length)
+        has_ended = (candidates.token == self.end_token) | (length >= self.limit)[:, None, None]
         counts = has_ended & is_among_best & (candidates.objective > -jnp.inf) & ~loop.done[..., None]
         score = self._score(candidates, length, adjustment)
         new = _Ended(
@@ -359,7 +366,7 @@ class _Search:
             return nothing_left | (scores.max(axis=-1) <= worst)
         # The coverage penalty is never above 0, and may come to be that.
         best = jnp.where(alive, running.log_probability, -jnp.inf).max(axis=-1)
-        bound = self.length_penalty.bound(best, length, self.max_length)
+        bound = reachable(self.length_penalty, best, length, self.max_length, limit=self.limit, gain=self.gain)
         return nothing_left | (bound <= worst)
 
     def _run_on(self, loop: _Loop, going_on: Candidates, covered: Array | None, done: Bool[Array, "B G"]) -> _Running:

@@ -77,7 +77,8 @@ def choose(
     *,
     groups: DiverseGroups | None,
     end_token: int,
-    is_last: Bool[Array, ""],
+    is_last: Bool[Array, "B"],
+    floor: Float[Array, "#B"] | None,
 ) -> tuple[Candidates, Candidates]:
     """The best continuations of each group `[B, G, C]`, and those that go on `[B, G, K]`, of a beam of G * K.
 
@@ -92,7 +93,8 @@ def choose(
         log_probability: of the hypotheses.
         groups: diversity, if wanted.
         end_token: ends a hypothesis.
-        is_last: whether this step ends all.
+        is_last: whether this step ends all hypotheses of a row.
+        floor: the least log probability of a hypothesis, if there is one; what has less cannot be.
     """
     num_groups, strength = (1, 0.0) if groups is None else (groups.count, groups.strength)
     size, vocab_size = scores.shape[1] // num_groups, scores.shape[-1]
@@ -103,9 +105,10 @@ def choose(
         of_group = slice(group * size, (group + 1) * size)
         own = Normaliser(normaliser.peak[:, of_group], normaliser.log_total[:, of_group])
         continued = _continue(scores[:, of_group], own, crowd, min(count, vocab_size))
-        best = _best(continued, objective[:, of_group], log_probability[:, of_group], count)
+        best = _best(continued, objective[:, of_group], log_probability[:, of_group], count, floor)
         best = dataclasses.replace(best, parent=best.parent + group * size)
-        going_on = best.take(jnp.where((best.token == end_token) | is_last, -jnp.inf, best.objective), size)
+        is_over = (best.token == end_token) | is_last[:, None]
+        going_on = best.take(jnp.where(is_over, -jnp.inf, best.objective), size)
         candidates.append(best)
         running.append(going_on)
         if group + 1 < num_groups:
@@ -134,6 +137,7 @@ def _best(
     objective: Float[Array, "B K"],
     log_probability: Float[Array, "B K"],
     count: int,
+    floor: Float[Array, "#B"] | None,
 ) -> Candidates:
     """Of all continuations of one group."""
     gain, plain, tokens = continued
@@ -145,7 +149,10 @@ def _best(
         parent=jnp.broadcast_to(parent, gain.shape).reshape(rows, hypotheses * each),
         token=tokens.astype(jnp.int32).reshape(rows, hypotheses * each),
     )
-    return every.take(every.objective, min(count, hypotheses * each))
+    possible = every.objective
+    if floor is not None:
+        possible = jnp.where(every.log_probability < floor[:, None], -jnp.inf, possible)
+    return every.take(possible, min(count, hypotheses * each))
 
 
 def _count_tokens(running: Candidates, vocab_size: int) -> Float[Array, "B V"]:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from seqattn.decoding.processors import History, LogitsProcessor, Number, by_row, check_range, forbid
+from seqattn.decoding.largest import Normaliser
+from seqattn.decoding.processors import History, LogitsProcessor, Lowering, Number, by_row, check_range, forbid
 from seqattn.static import check_integer, pytree
 
 
@@ -41,13 +42,16 @@ class Temperature(LogitsProcessor):
         largest = logits.max(axis=-1, keepdims=True)
         shifted = (logits - jnp.where(jnp.isneginf(largest), jnp.zeros_like(largest), largest)).astype(jnp.float32)
         divided = (shifted / jnp.where(greedy, jnp.ones_like(value), value)).astype(logits.dtype)
-        best = _index(logits) == jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32)
-        return forbid(greedy & ~best, divided)
+        return forbid(greedy & ~_is_best(logits), divided)
+
+    def bound(self, highest: Float[Array, "B"]) -> Float[Array, "B"]:
+        """0, since the largest is taken as 0."""
+        return jnp.zeros_like(highest)
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class TopK(LogitsProcessor):
+class TopK(Lowering):
     """Keeps the `count` most probable tokens, exactly: of equal ones the lowest (Fan 2018, section 5.4).
 
     Attributes:
@@ -73,7 +77,7 @@ class TopK(LogitsProcessor):
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class TopP(LogitsProcessor):
+class TopP(Lowering):
     """Keeps the smallest set of most probable tokens whose probability reaches `probability` (Holtzman 2020, 3.1).
 
     The token that crosses it is kept, and so at least one always; of equal tokens the lowest.
@@ -107,7 +111,7 @@ class TopP(LogitsProcessor):
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class MinP(LogitsProcessor):
+class MinP(Lowering):
     """Keeps tokens at least `probability` times as probable as the best one (Nguyen 2024, section 3).
 
     Attributes:
@@ -127,6 +131,39 @@ class MinP(LogitsProcessor):
         # By probabilities, not their logs: no comparison with the log of 0.
         ratio = jnp.exp(logits.astype(jnp.float32) - logits.max(axis=-1, keepdims=True).astype(jnp.float32))
         return forbid(ratio < by_row(self.probability, logits, jnp.float32), logits)
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class MinLogProbability(Lowering):
+    """Keeps tokens with a log probability of at least `floor`, and the best one always.
+
+    This is epsilon sampling (Hewitt 2022, section 4) with `floor = log(epsilon)`; as a processor of `beam_search` it
+    keeps improbable tokens out of all hypotheses. Log probabilities are those of the logits that it is given: as the
+    first processor those of the model. Of equal best tokens below the floor the lowest is kept.
+
+    Attributes:
+        floor: at most 0, in nats; a leaf, one number or `[B]`.
+
+    >>> history = History(tokens=jnp.zeros((1, 1, 3), jnp.int32), length=jnp.array(0), first=jnp.array([[0]]))
+    >>> print(jnp.exp(MinLogProbability(-2.0)(jnp.log(jnp.array([[[0.125, 0.5, 0.125, 0.25]]])), history)))
+    [[[0.   0.5  0.   0.25]]]
+    """
+
+    floor: Number
+
+    def __post_init__(self) -> None:
+        check_range("the floor of MinLogProbability", self.floor, maximum=0)
+
+    def __call__(self, logits: Float[Array, "B beams V"], history: History) -> Float[Array, "B beams V"]:
+        values = logits.astype(jnp.float32)
+        below = Normaliser.of(values).log_probabilities(values) < by_row(self.floor, logits, jnp.float32)
+        return forbid(below & ~_is_best(logits), logits)
+
+
+def _is_best(logits: Float[Array, "B beams V"]) -> Bool[Array, "B beams V"]:
+    """Of equal ones the lowest alone."""
+    return _index(logits) == jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32)
 
 
 def _index(logits: Float[Array, "B beams V"]) -> Int[Array, "1 1 V"]:

@@ -8,9 +8,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
-from seqattn.decoding.arguments import check_limits, check_logits, checked_first_token, checked_processors
+from seqattn.decoding.arguments import (
+    check_limits,
+    check_logits,
+    checked_first_token,
+    checked_processors,
+    checked_row_limit,
+)
 from seqattn.decoding.largest import Normaliser
-from seqattn.decoding.processors import History, LogitsProcessor, process
+from seqattn.decoding.processors import ForcedPrefix, History, LogitsProcessor, Number, process
 from seqattn.decoding.sampling import Greedy, Sampling, row_keys
 from seqattn.static import pytree
 
@@ -26,7 +32,8 @@ class Generated:
     Attributes:
         tokens: `[B, max_length]` int32, without the first token; the end token is included, `pad_token` follows.
         length: tokens of each row `[B]`, the end token counted.
-        log_probability: of those tokens `[B]`, float32, in nats: the model's own, whatever chose them.
+        log_probability: of those tokens `[B]`, float32, in nats: the model's own, whatever chose them. Only the tokens
+            of a `ForcedPrefix` of `PrefixCost.NOTHING` count 0.
         ended: `[B]`, whether the row reached its end token.
         failed: `[B]`, whether the row met logits with NaN or inf, or of -inf alone, be it that processors forbid all
             that the model allows; it stops before that token.
@@ -51,6 +58,7 @@ def generate(
     end_token: int,
     pad_token: int = 0,
     processors: Sequence[LogitsProcessor] = (),
+    row_limit: Number | None = None,
     sampling: Sampling = _GREEDY,
     key: Shaped[Array, "..."] | None = None,
 ) -> Generated:
@@ -68,15 +76,18 @@ def generate(
         end_token: ends a row.
         pad_token: fills a row behind its end.
         processors: change the float32 logits in this order: penalties, bans, prefixes.
+        row_limit: most tokens, one number or one for each row `[B]`, integers from 1 to `max_length`, which is the size
+            of the result. A row finds what it finds alone with that `max_length`. Traced values are clipped to this
+            range.
         sampling: `Greedy()`, or `Sample((Temperature(0.7), TopP(0.9)))`, whose filters come behind the processors.
         key: for `Sample`, one random key, or one for each row `[B]`. A row's tokens depend on its own key and logits
             alone: one key is folded with the index of the row, see `row_keys`, and that with the index of the step.
 
     Raises:
         TypeError: the key is no random key.
-        ValueError: `max_length` is below 1; end and pad token are the same: a row could not be told from padding;
-            the end token is not in the vocabulary; `sampling` needs a key and there is none, or not one for each row;
-            the logits are not `[B, V]`.
+        ValueError: `max_length` is below 1, or `row_limit` is not from 1 to it; end and pad token are the same: a row
+            could not be told from padding; the end token is not in the vocabulary; `sampling` needs a key and there is
+            none, or not one for each row; the logits are not `[B, V]`.
 
     A user's own step function, which counts down from 3:
 
@@ -105,12 +116,13 @@ def generate(
     first_token = checked_first_token(first_token)
     if not isinstance(sampling, Sampling):
         raise TypeError(f"sampling must be Greedy() or Sample(filters), got {sampling!r}")
+    limit = checked_row_limit(row_limit, max_length, first_token.shape[0])
     keys = _keys(sampling, key, first_token.shape[0])
     processors = (*checked_processors(processors), *sampling.filters)
 
     def unfinished(loop: tuple[Array, Array, Any, Generated]) -> Array:
-        index, _, _, found = loop
-        return (index < max_length) & ~jnp.all(found.ended | found.failed)
+        found = loop[-1]
+        return ~jnp.all(_is_over(found, limit))
 
     def advance(loop: tuple[Array, Array, Any, Generated]) -> tuple[Array, Array, Any, Generated]:
         index, tokens, state, found = loop
@@ -124,7 +136,8 @@ def generate(
         normaliser = Normaliser.of(logits)
         works = normaliser.is_finite & Normaliser.of(allowed).is_finite if processors else normaliser.is_finite
         gained = normaliser.log_probabilities(jnp.take_along_axis(logits, chosen[:, None], axis=-1))[:, 0]
-        tokens, found = _extend(found, chosen, gained, ~works, index, end_token, pad_token)
+        gained = _without_free(gained, processors, history)
+        tokens, found = _extend(found, chosen, gained, ~works, index, limit, end_token, pad_token)
         return index + 1, tokens, state, found
 
     start = _nothing(first_token.shape[0], max_length, pad_token)
@@ -154,18 +167,33 @@ def _step_keys(keys: Key[Array, "B"] | None, index: Int[Array, ""]) -> Key[Array
     return None if keys is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
 
 
+def _is_over(found: Generated, limit: Int[Array, "B"]) -> Bool[Array, "B"]:
+    return found.ended | found.failed | (found.length >= limit)
+
+
+def _without_free(
+    gained: Float[Array, "B"], processors: Sequence[LogitsProcessor], history: History
+) -> Float[Array, "B"]:
+    for processor in processors:
+        if isinstance(processor, ForcedPrefix):
+            gained = jnp.where(processor.is_free(history), 0.0, gained)
+    return gained
+
+
 def _extend(
     found: Generated,
     chosen: Int[Array, "B"],
     gained: Float[Array, "B"],
     broken: Bool[Array, "B"],
     index: Int[Array, ""],
+    limit: Int[Array, "B"],
     end_token: int,
     pad_token: int,
 ) -> tuple[Array, Generated]:
     """The next token of each row, and what was found with it."""
-    failed = found.failed | (broken & ~found.ended)
-    running = ~(found.ended | failed)
+    running = ~_is_over(found, limit)
+    failed = found.failed | (broken & running)
+    running = running & ~broken
     token = jnp.where(running, chosen, pad_token)
     return token, Generated(
         tokens=found.tokens.at[:, index].set(token),

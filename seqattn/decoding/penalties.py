@@ -4,6 +4,7 @@ import abc
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from seqattn.decoding.processors import Number, check_range
@@ -20,17 +21,38 @@ class LengthPenalty(abc.ABC):
     def __call__(self, log_probability: Float[Array, "*B"], length: Int[Array, "*#B"]) -> Float[Array, "*B"]:
         """The score; `length` counts the end token."""
 
-    def bound(self, log_probability: Float[Array, "*B"], length: Int[Array, ""], max_length: int) -> Float[Array, "*B"]:
-        """The best score that can still come of a sequence of `length` tokens: with certainty from here, at any end.
+    def bound(
+        self,
+        log_probability: Float[Array, "*B"],
+        length: Int[Array, ""],
+        max_length: int,
+        *,
+        limit: Int[Array, "*#B"] | None = None,
+        gain: Float[Array, "*#B"] | float = 0.0,
+    ) -> Float[Array, "*B"]:
+        """The best score that can still come of a sequence of `length` tokens, whichever its length will be.
+
+        Args:
+            log_probability: of the sequence so far.
+            length: its tokens so far.
+            max_length: most tokens of any sequence.
+            limit: most tokens of this one, at most `max_length`, which it is by default.
+            gain: the most that a token can add to the log probability, finite. Certain tokens add 0.
 
         >>> print(AverageLength(1.0).bound(jnp.array([-6.0]), jnp.array(2), max_length=12))
         [-0.5]
         >>> print(AverageLength(-1.0).bound(jnp.array([-6.0]), jnp.array(2), max_length=12))
         [-18.]
         """
-        lengths = jnp.arange(1, max_length + 1).reshape((1,) * log_probability.ndim + (-1,))
-        certain = jnp.broadcast_to(log_probability[..., None], (*log_probability.shape, max_length))
-        return jnp.max(jnp.where(lengths > length, self(certain, lengths), -jnp.inf), axis=-1)
+        each = (1,) * log_probability.ndim
+        lengths = jnp.arange(1, max_length + 1).reshape(*each, max_length)
+        gain, last = (
+            jnp.broadcast_to(value, log_probability.shape)[..., None]
+            for value in (gain, max_length if limit is None else limit)
+        )
+        highest = log_probability[..., None] + gain * (lengths - length).astype(log_probability.dtype)
+        is_possible = (lengths > length) & (lengths <= last)
+        return jnp.max(jnp.where(is_possible, self(highest, lengths), -jnp.inf), axis=-1)
 
 
 @pytree
@@ -94,23 +116,44 @@ class CoveragePenalty:
 
     Attributes:
         beta: at least 0, 0.2 in the paper; a leaf.
-        present: where the source has tokens `[B, S]`; padding is to be left out of the sum. None: everywhere; a leaf.
+        present: where the source has tokens, a bool array `[B, S]`; or `True`, where no source of the batch is padded;
+            a leaf. There is no default: padding is never read, so to count it would lower all scores of a row by how
+            far it is padded.
 
-    >>> print(CoveragePenalty(beta=2.0)(jnp.array([[[0.5, 1.5], [1.0, 1.0]]])))
+    Raises:
+        TypeError: when it is called, `present` is not bool.
+        ValueError: when it is called, `present` is missing, or has another shape than the source.
+
+    >>> coverage = jnp.array([[[0.5, 1.5, 0.0], [1.0, 1.0, 0.0]]])
+    >>> print(CoveragePenalty(beta=2.0, present=jnp.array([[True, True, False]]))(coverage))
     [[-1.3862944  0.       ]]
     """
 
     beta: Number = 0.2
-    present: Bool[Array, "B S"] | None = None
+    present: Bool[Array, "..."] | Bool[np.ndarray, "..."] | bool | None = None
 
     def __post_init__(self) -> None:
         check_range("beta", self.beta, minimum=0)
 
     def __call__(self, coverage: Float[Array, "B beams S"]) -> Float[Array, "B beams"]:
         read = jnp.log(jnp.clip(coverage, jnp.finfo(coverage.dtype).tiny, 1.0))
-        if self.present is not None:
-            read = jnp.where(self.present[:, None], read, 0.0)
-        return scalar(self.beta) * read.sum(axis=-1)
+        return scalar(self.beta) * jnp.where(self._present_in(coverage), read, 0.0).sum(axis=-1)
+
+    def _present_in(self, coverage: Float[Array, "B beams S"]) -> Bool[Array, "#B 1 #S"]:
+        rows, _, source = coverage.shape
+        if self.present is None or self.present is False:
+            raise ValueError(
+                "a coverage penalty needs `present`, where the source has tokens: padding would count as unread; "
+                "present=True says that no source is padded"
+            )
+        present = jnp.asarray(self.present)
+        if present.dtype != jnp.bool_:
+            raise TypeError(f"present must be bool, got {present.dtype}")
+        if present.ndim == 0:
+            return present.reshape(1, 1, 1)
+        if present.shape != (rows, source):
+            raise ValueError(f"present must be [B, S], {(rows, source)}, as the alignment is, got {present.shape}")
+        return present[:, None]
 
 
 def _power(length: Float[Array, "*B"], power: Number) -> Float[Array, "*B"]:

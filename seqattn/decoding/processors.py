@@ -6,6 +6,7 @@ They are applied in the order in which they are given. What a processor forbids 
 
 import abc
 import dataclasses
+import enum
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from seqattn.static import check_integer, pytree
+from seqattn.static import check_integer, pytree, static
 
 Number = float | int | np.number | np.ndarray | Array
 """A number for all rows, or an array `[B]` with one for each."""
@@ -49,6 +50,23 @@ class LogitsProcessor(abc.ABC):
     def __call__(self, logits: Float[Array, "B beams V"], history: History) -> Float[Array, "B beams V"]:
         """The logits with which to go on, of the same shape; -inf is what may not be said."""
 
+    def bound(self, highest: Float[Array, "B"]) -> Float[Array, "B"]:
+        """An upper bound of what this returns for each row, given that none of the row's logits exceeds `highest`.
+
+        `beam_search` needs it to stop early without missing a better sequence, see `Stopping.EXACT`. By default it is
+        inf, unknown, and the search goes on to its last step. A processor that adds at most 5 to a logit returns
+        `highest + 5`. Base a processor that never raises a logit on `Lowering` instead.
+        """
+        return jnp.full_like(highest, jnp.inf)
+
+
+class Lowering(LogitsProcessor):
+    """A processor that never raises a logit: it forbids tokens or makes them less probable. Base your own on it."""
+
+    def bound(self, highest: Float[Array, "B"]) -> Float[Array, "B"]:
+        """`highest` itself."""
+        return highest
+
 
 @pytree
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +98,15 @@ class RepetitionPenalty(LogitsProcessor):
         said = _tokens_at(jnp.arange(length) <= history.length, history.fed(), logits.shape[-1])
         return jnp.where(said, penalised, logits)
 
+    def bound(self, highest: Float[Array, "B"]) -> Float[Array, "B"]:
+        """`highest`, or what the penalty makes of it where that is more: one below 1 raises negative logits."""
+        penalty = by_row(self.penalty, highest[:, None, None])[:, 0, 0]
+        return jnp.maximum(highest, jnp.where(highest > 0, highest / penalty, highest * penalty))
+
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class NoRepeatNgram(LogitsProcessor):
+class NoRepeatNgram(Lowering):
     """Forbids what would say the same `size` tokens in a row a second time (Paulus 2018, section 2.5).
 
     The first token that was fed is part of the text, as Hugging Face has it: with size 1 it is never said, so a model
@@ -119,7 +142,7 @@ class NoRepeatNgram(LogitsProcessor):
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class MinLength(LogitsProcessor):
+class MinLength(Lowering):
     """No text has fewer than `length` tokens, the end token counted, as in `Generated.length`.
 
     Attributes:
@@ -148,10 +171,19 @@ class MinLength(LogitsProcessor):
         return forbid(too_short & _one_token(self.end_token, logits), logits)
 
 
+class PrefixCost(enum.Enum):
+    """What a forced token adds to the log probability of its sequence."""
+
+    MODEL = "model"
+    """What the model says, as if the search had chosen it."""
+    NOTHING = "nothing"
+    """0, as in Hugging Face, t5x and JoeyNMT: only what follows the prefix is scored."""
+
+
 @pytree
 @dataclasses.dataclass(frozen=True)
 class ForcedPrefix(LogitsProcessor):
-    """The first tokens of each row are given: all others are forbidden, and what they cost is what the model says.
+    """The first tokens of each row are given: all others are forbidden.
 
     A row is free behind its `length`. A prefix that holds the end token ends the row there. A token that the model, or
     a processor before this one, holds for impossible, or that is not in the vocabulary, fails its row.
@@ -159,6 +191,7 @@ class ForcedPrefix(LogitsProcessor):
     Attributes:
         tokens: `[B, P]`, a leaf; what is at or behind `length` means nothing.
         length: how many of them are forced `[B]`, a leaf.
+        cost: what they add to the log probability, static. They count in the length of a sequence in either case.
 
     >>> history = History(tokens=jnp.zeros((2, 1, 3), jnp.int32), length=jnp.array(1), first=jnp.array([[0], [0]]))
     >>> print(ForcedPrefix(jnp.array([[1, 2], [1, 0]]), jnp.array([2, 1]))(jnp.zeros((2, 1, 3)), history)[:, 0])
@@ -168,8 +201,11 @@ class ForcedPrefix(LogitsProcessor):
 
     tokens: Int[Array, "*batch P"] | Int[np.ndarray, "*batch P"]
     length: Int[Array, "*batch"] | Int[np.ndarray, "*batch"]
+    cost: PrefixCost = static(default=PrefixCost.MODEL)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.cost, PrefixCost):
+            raise TypeError(f"cost must be a PrefixCost, got {self.cost!r}")
         if is_known(self.length) and isinstance(self.tokens, (np.ndarray, jax.Array)):
             check_range("a length of a forced prefix", self.length, minimum=0, maximum=self.tokens.shape[-1])
 
@@ -184,12 +220,23 @@ class ForcedPrefix(LogitsProcessor):
             return logits
         forced = jax.lax.dynamic_index_in_dim(tokens, history.length, axis=1)[..., None]
         others = forced != jnp.arange(logits.shape[-1], dtype=forced.dtype)[None, None]
+        if self.cost is PrefixCost.NOTHING:
+            is_free = ~others & self.is_free(history)[:, None, None] & jnp.isfinite(logits)
+            logits = jnp.where(is_free, jnp.zeros_like(logits), logits)
         return forbid(others & (history.length < length)[:, None, None], logits)
+
+    def bound(self, highest: Float[Array, "B"]) -> Float[Array, "B"]:
+        """`highest`, and at least 0 where forced tokens cost nothing."""
+        return jnp.maximum(highest, 0) if self.cost is PrefixCost.NOTHING else highest
+
+    def is_free(self, history: History) -> Bool[Array, "B"]:
+        """In which rows the next token is forced and costs nothing."""
+        return (history.length < jnp.asarray(self.length)) & (self.cost is PrefixCost.NOTHING)
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Banned(LogitsProcessor):
+class Banned(Lowering):
     """Tokens that are never said.
 
     Attributes:
@@ -232,6 +279,24 @@ def process(
             )
         logits = result
     return logits
+
+
+def highest_after(processors: Sequence[LogitsProcessor], num_rows: int) -> Float[Array, "num_rows"]:
+    """The most that a step can add to the log probability of each row, inf where a processor does not say.
+
+    Raises:
+        ValueError: a bound that is not one number for each row.
+    """
+    highest = jnp.zeros(num_rows, jnp.float32)
+    for processor in processors:
+        bound = jnp.asarray(processor.bound(highest), jnp.float32)
+        if bound.shape != highest.shape:
+            raise ValueError(
+                f"the bound of {type(processor).__name__} must be one number for each of {num_rows} rows, "
+                f"got the shape {bound.shape}"
+            )
+        highest = bound
+    return highest
 
 
 def forbid(where: Bool[Array, "#B #beams V"], logits: Float[Array, "B beams V"]) -> Float[Array, "B beams V"]:

@@ -11,6 +11,7 @@ from jaxtyping import Array
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout, check_dropout
 from seqattn.masks import Mask
+from seqattn.precision import lowest
 from seqattn.score_mod import ScoreMod, ScoreModLike, for_kernel
 
 Visible = Mask | Array | None
@@ -70,6 +71,12 @@ def arguments(
 def flatten(x: Array, batch: tuple[int, ...]) -> Array:
     """`[*batch, ...]` as `[B, ...]`."""
     return x.reshape(math.prod(batch), *x.shape[len(batch) :])
+
+
+def infinite_where_empty(lse: Array) -> Array:
+    """The log-sum-exp of a kernel with -inf in the place of the lowest number, which stands for an empty row."""
+    # As a sum, in which no -inf is computed where no row is empty: `jax.debug_infs` would stop at it.
+    return lse + jnp.log((lse != lowest(lse.dtype)).astype(lse.dtype))
 
 
 def scale_of(scale: float | Array | None, head_dim: int) -> float | Array:
@@ -144,6 +151,8 @@ def locate(
         )
     if isinstance(mask, type):
         raise TypeError(f"mask must be a mask, not its class: write {mask.__name__}(...)")
+    if isinstance(mask, Mask):
+        mask.check(math.prod(batch), pairs[0])
     if (q_at is None) != (kv_at is None):
         raise ValueError("give q_at and kv_at both or neither: how one aligns with the other would be a guess")
     if matter and q_at is None and pairs[1] != pairs[2]:
@@ -196,7 +205,9 @@ def _coordinates(name: str, at: Coordinates | None, batch: tuple[int, ...], leng
     """Coordinates with one batch dim, `[B or 1, length]`, of at least 32 bits: in int8 a window of 300 would be 44."""
     if at is None:
         at = Coordinates.range(length)
-    for x in (at.position, at.segment):
+    if at.batch is not None or at.head is not None:
+        raise ValueError(f"{name} must not give batch and head: attention counts both itself")
+    for x in jax.tree.leaves(at):
         if not jnp.issubdtype(x.dtype, jnp.signedinteger):
             raise TypeError(f"{name} must hold signed integers (masks take differences), got {x.dtype}")
         if x.shape not in ((length,), (*batch, length)):

@@ -1,7 +1,10 @@
-"""Functions of scalars that close over arrays, as programs that have these arrays as leaves.
+"""Functions of scalars, as programs that have the arrays with which they compute as leaves.
 
-Derivative rules of kernels forbid closures over traced arrays: JAX must see an array to map over it and to bring it a
-gradient. Inside `jax.shard_map` it must also vary over the same mesh axes as all else in the kernel.
+A kernel that JAX compiles must not hold a function of the user's: the same function may compute something else at its
+next call, as the arrays and numbers that it closes over change. So each call traces it. What is compiled belongs to
+instructions, which are equal where the function would do the same, and every array is an operand. An array that JAX
+traces must be one anyway: derivative rules forbid closures over it. Inside `jax.shard_map` it must also vary over the
+same mesh axes as all else in the kernel.
 """
 
 import dataclasses
@@ -11,11 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.extend import core
 from jaxtyping import Array
 
 from seqattn.coordinates import Coordinates
+from seqattn.kernels.instructions import Instructions, Once
+from seqattn.kernels.varying import mesh_axes, over
 from seqattn.masks import Mask
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreMod
@@ -31,116 +35,200 @@ def capture(
     q_at: Coordinates,
     kv_at: Coordinates,
     like: Any,
-) -> tuple[Mask | Array | None, ScoreMod | None]:
-    """Mask and score modification with all the traced arrays that they compute with as leaves.
+) -> tuple["TracedMask | Array | None", "TracedMod | None"]:
+    """Mask and score modification of a call as programs. What is one stays as it is, as does a mask that is an array.
 
     Args:
         mask, score_mod: those of a call, as are the query `[B, T, N, H]`, its rows `[B, T, N, R]` and the coordinates.
         like: a tree; inside `jax.shard_map` the scalars will vary over the mesh axes of all its leaves together.
     """
-    pair = [np.zeros((), x.dtype) for at in (q_at, kv_at) for x in (at.position, at.segment)]
-    row = [] if rows is None else [np.zeros(rows.shape[-1:], rows.dtype)]
-    score, head = np.zeros((), accumulator(query.dtype)), np.int32(0)
-    functions: dict[type, tuple[Callable[..., Any], list[Any]]] = {}
-    if isinstance(mask, Mask):
-        functions[_Mask] = (_function_of_mask(mask), pair)
-    if score_mod is not None:
-        functions[_ScoreMod] = (_function_of_mod(score_mod), [score, *pair, head, *row])
-    known = {id(x) for x in jax.tree.leaves((mask, score_mod))}
-    axes, traced = mesh_axes(like), {kind: _trace(*each, mesh_axes(like)) for kind, each in functions.items()}
-    hidden = {kind for kind, program in traced.items() if any(_is_hidden(x, known) for x in program.consts)}
-    all_axes = axes | mesh_axes([x for kind in hidden for x in traced[kind].consts])
-    for kind in hidden:
-        program = traced[kind] if axes == all_axes else _trace(*functions[kind], all_axes)
-        captured = kind(_split(program, functions[kind][1], all_axes) if all_axes else _Program.of(program))
-        mask, score_mod = (captured, score_mod) if kind is _Mask else (mask, captured)
-    return mask, score_mod
-
-
-def varying(tree: Any, like: Any) -> Any:
-    """`tree` as different on each device of a `jax.shard_map` as the leaves of `like` are together.
-
-    A loop keeps the type of its carry there, and what is the same on all devices gets the sum of their gradients.
-    """
-    axes = mesh_axes(like)
-    return jax.tree.map(lambda x: _over(x, axes), tree)
-
-
-def mesh_axes(tree: Any) -> frozenset[str]:
-    """The mesh axes of a surrounding `jax.shard_map` over which some leaf of the tree varies."""
-    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
-
-
-def _over(x: Any, axes: frozenset[str]) -> Any:
-    missing = axes - mesh_axes(x)
-    return lax.pcast(x, tuple(missing), to="varying") if missing else x
+    index, score = np.int32(0), np.zeros((), accumulator(query.dtype))
+    at = [jax.tree.map(lambda x: np.zeros((), x.dtype), each) for each in (q_at, kv_at)]
+    pair = (dataclasses.replace(at[0], batch=index, head=index), at[1])
+    row = () if rows is None else (np.zeros(rows.shape[-1:], rows.dtype),)
+    functions: dict[str, _Function] = {}
+    if isinstance(mask, Mask) and not isinstance(mask, TracedMask):
+        functions["mask"] = _Function.of(mask, pair)
+    if score_mod is not None and not isinstance(score_mod, TracedMod):
+        functions["score_mod"] = _Function.of(score_mod, (score, *pair, index, *row))
+    programs = _programs(functions, mesh_axes(like))
+    traced = {"mask": mask, "score_mod": score_mod}
+    for name, kind in (("mask", TracedMask), ("score_mod", TracedMod)):
+        if name in programs:
+            traced[name] = kind(programs[name])
+    return traced["mask"], traced["score_mod"]
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class _Program:
-    """A function of scalars that JAX traced, with the arrays that it computes with as leaves."""
+class Program:
+    """A function that JAX traced, with the arrays that it computes with as leaves.
+
+    Attributes:
+        arrays: those that a gradient may have to reach.
+        fixed: all others.
+        instructions: what is done with them and with the arguments.
+    """
 
     arrays: tuple[Any, ...]
-    jaxpr: core.Jaxpr = dataclasses.field(metadata={"static": True})
+    fixed: tuple[Any, ...]
+    instructions: Instructions | Once = dataclasses.field(metadata={"static": True})
 
     @staticmethod
-    def of(closed: core.ClosedJaxpr) -> "_Program":
-        return _Program(tuple(closed.consts), closed.jaxpr)
+    def of(closed: core.ClosedJaxpr) -> "Program":
+        """The program that JAX traced."""
+        constants = list(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+        arrays, fixed = ([x for x in constants if _may_differ(x[1]) is differs] for differs in (True, False))
+        jaxpr = closed.jaxpr.replace(constvars=[variable for variable, _ in (*arrays, *fixed)])
+        return Program(tuple(x for _, x in arrays), tuple(_own(x) for _, x in fixed), Instructions(jaxpr))
 
-    def __call__(self, *scalars: Any) -> Array:
-        types: list[Any] = [x.aval for x in self.jaxpr.invars]
-        typed = (
-            _over(jnp.asarray(x, t.dtype), t.manual_axis_type.varying) for x, t in zip(scalars, types, strict=True)
-        )
-        (result,) = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, self.arrays))(*typed)
-        return result
+    def __call__(self, *arguments: Any) -> Array:
+        return self.instructions.run((*self.arrays, *self.fixed), jax.tree.leaves(arguments))
+
+    def reads(self, argument: int) -> bool:
+        """Whether the result depends on an argument, one leaf of all."""
+        return self.instructions.reads(argument)
+
+
+def _may_differ(x: Any) -> bool:
+    """Whether a gradient may be asked for an array: JAX would trace it."""
+    return isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _own(x: Any) -> Any:
+    """An array that nobody writes over: a NumPy array may change before a device has read it."""
+    return x if isinstance(x, jax.Array) else np.array(x)
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class _Mask(Mask):
-    program: _Program
+class TracedMask(Mask):
+    """A mask as a program; `query.batch` and `query.head` are always given to it."""
+
+    program: Program
 
     def __call__(self, query: Coordinates, key: Coordinates) -> Array:
-        return self.program(query.position, query.segment, key.position, key.segment)
+        return self.program(query, key)
+
+    @property
+    def reads_batch(self) -> bool:
+        """Whether it differs by batch row."""
+        return self.program.reads(2 + self._axes)
+
+    @property
+    def reads_head(self) -> bool:
+        """Whether it differs by head."""
+        return self.program.reads(3 + self._axes)
+
+    @property
+    def _axes(self) -> int:
+        """How many axes the coordinates have: query and key have position, segment and axes, a query two more."""
+        return (len(self.program.instructions.jaxpr.invars) - 6) // 2
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class _ScoreMod(ScoreMod):
-    program: _Program
+class TracedMod(ScoreMod):
+    """A score modification as a program; `query.batch` and `query.head` are always given to it."""
+
+    program: Program
 
     def __call__(
         self, score: Array, query: Coordinates, key: Coordinates, head: Array | int, row: Array | None = None
     ) -> Array:
-        scalars = (score, query.position, query.segment, key.position, key.segment, head)
-        return self.program(*scalars, *(() if row is None else (row,)))
+        return self.program(score, query, key, head, row)
+
+    @property
+    def uses_coordinates(self) -> bool:
+        """Whether it reads more than the score: where query and key are, or which head it is."""
+        return any(self.program.reads(i) for i in range(1, len(self.program.instructions.jaxpr.invars) - 1))
+
+    @property
+    def arrays(self) -> list[Array]:
+        """The arrays that have gradients."""
+        return list(self.program.arrays)
+
+    def with_arrays(self, arrays: Sequence[Array]) -> "TracedMod":
+        """The same with other arrays."""
+        return TracedMod(dataclasses.replace(self.program, arrays=tuple(arrays)))
 
 
-def _function_of_mask(mask: Mask) -> Callable[..., Array]:
-    return lambda qp, qs, kp, ks: jnp.asarray(mask(Coordinates(qp, qs), Coordinates(kp, ks)))
+@dataclasses.dataclass(frozen=True)
+class _Function:
+    """A mask or a score modification, and arguments of the form that it will get.
+
+    Attributes:
+        leaves: its own arrays, and numbers as arrays: a number would be an instruction.
+        tree: its structure.
+        arguments: flat.
+        arguments_tree: their structure.
+    """
+
+    leaves: tuple[Any, ...]
+    tree: jax.tree_util.PyTreeDef
+    arguments: tuple[Any, ...]
+    arguments_tree: jax.tree_util.PyTreeDef
+
+    @staticmethod
+    def of(fn: Mask | ScoreMod, arguments: tuple[Any, ...]) -> "_Function":
+        leaves, tree = jax.tree.flatten(fn)
+        known = (bool, int, float, np.generic, np.ndarray)
+        arrays = tuple(jnp.array(x) if isinstance(x, known) else x for x in leaves)
+        flat, arguments_tree = jax.tree.flatten(arguments)
+        return _Function(arrays, tree, tuple(flat), arguments_tree)
+
+    def __call__(self, leaves: Sequence[Any], arguments: Sequence[Any]) -> Array:
+        fn = jax.tree.unflatten(self.tree, leaves)
+        return jnp.asarray(fn(*jax.tree.unflatten(self.arguments_tree, arguments)))
+
+    def trace(self, axes: frozenset[str]) -> core.ClosedJaxpr:
+        """The function of arguments that vary over mesh axes."""
+        return _trace(lambda *arguments: self(self.leaves, arguments), self.arguments, axes)
+
+    def hides(self, closed: core.ClosedJaxpr) -> bool:
+        """Whether it closes over arrays that JAX traces, beside its leaves."""
+        known = {id(x) for x in self.leaves}
+        return any(isinstance(x, jax.core.Tracer) and id(x) not in known for x in closed.consts)
+
+    def traced_once_more(self, closed: core.ClosedJaxpr) -> Program:
+        """It as a program that traces it anew, from its leaves, and is equal to no other one."""
+        order = sorted(range(len(self.leaves)), key=lambda i: not _may_differ(self.leaves[i]))
+        sorted_leaves = [self.leaves[i] for i in order]
+        count = sum(map(_may_differ, self.leaves))
+
+        def run(operands: Sequence[Any], arguments: Sequence[Any]) -> Array:
+            leaves = dict(zip(order, operands, strict=True))
+            return self([leaves[i] for i in range(len(order))], arguments)
+
+        return Program(tuple(sorted_leaves[:count]), tuple(sorted_leaves[count:]), Once(run, closed.jaxpr))
 
 
-def _function_of_mod(mod: ScoreMod) -> Callable[..., Array]:
-    return lambda score, qp, qs, kp, ks, head, *row: mod(score, Coordinates(qp, qs), Coordinates(kp, ks), head, *row)
+def _trace(fn: Callable[..., Array], arguments: Sequence[Any], axes: frozenset[str]) -> core.ClosedJaxpr:
+    # `fn` must be a new function: JAX remembers what an equal one did.
+    return jax.make_jaxpr(fn)(*(over(x, axes) for x in arguments))
 
 
-def _is_hidden(x: Any, known: set[int]) -> bool:
-    return isinstance(x, jax.core.Tracer) and id(x) not in known
+def _programs(functions: dict[str, _Function], axes: frozenset[str]) -> dict[str, Program]:
+    """The functions as programs of arguments that vary over the mesh axes `axes`, and over those of their arrays."""
+    traced = {name: function.trace(axes) for name, function in functions.items()}
+    hidden = {name for name, function in functions.items() if function.hides(traced[name])}
+    all_axes = axes | mesh_axes([x for name in hidden for x in traced[name].consts])
+    if not all_axes:
+        return {name: Program.of(closed) for name, closed in traced.items()}
+    programs = {name: functions[name].traced_once_more(traced[name]) for name in functions.keys() - hidden}
+    for name in hidden:
+        closed = traced[name] if axes == all_axes else functions[name].trace(all_axes)
+        programs[name] = _split(closed, functions[name].arguments, all_axes)
+    return programs
 
 
-def _trace(fn: Callable[..., Array], scalars: Sequence[Any], axes: frozenset[str]) -> core.ClosedJaxpr:
-    return jax.make_jaxpr(fn)(*(_over(x, axes) for x in scalars))
-
-
-def _split(closed: core.ClosedJaxpr, scalars: Sequence[Any], axes: frozenset[str]) -> _Program:
+def _split(closed: core.ClosedJaxpr, arguments: Sequence[Any], axes: frozenset[str]) -> Program:
     """The program of scalars that vary over `axes`, as one whose arrays vary over them too.
 
     JAX casts an array where it meets a scalar that varies over more axes, in the middle of the program. So what comes
     of arrays alone is computed here, casts included, and the program begins with its results.
     """
-    closed = _trace(lambda *scalars: _without_jits(closed.jaxpr, closed.consts, scalars)[0], scalars, axes)
+    closed = _trace(lambda *scalars: _without_jits(closed.jaxpr, closed.consts, scalars)[0], arguments, axes)
     of_arrays: set[core.Var] = set(closed.jaxpr.constvars)
     of_nothing: set[core.Var] = set()
     early, late = [], []
@@ -164,7 +252,7 @@ def _split(closed: core.ClosedJaxpr, scalars: Sequence[Any], axes: frozenset[str
         )
     before = closed.jaxpr.replace(constvars=[], invars=closed.jaxpr.constvars, outvars=border, eqns=early)
     arrays = core.jaxpr_as_fun(core.ClosedJaxpr(before, ()))(*closed.consts)
-    return _Program(tuple(arrays), closed.jaxpr.replace(constvars=border, eqns=late))
+    return Program.of(core.ClosedJaxpr(closed.jaxpr.replace(constvars=border, eqns=late), arrays))
 
 
 def _variables(atoms: Sequence[Any]) -> Iterator[Any]:

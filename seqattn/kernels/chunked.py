@@ -18,17 +18,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout, kept
 from seqattn.kernels import layouts, tiles
-from seqattn.kernels.captured import capture, varying
+from seqattn.kernels.captured import TracedMask, TracedMod, capture
 from seqattn.kernels.layouts import At
+from seqattn.kernels.reference import log_sum_exp
 from seqattn.kernels.tiles import Grid, Schedule, Steps
+from seqattn.kernels.varying import varying
 from seqattn.masks import Mask
-from seqattn.precision import accumulator
+from seqattn.precision import accumulator, lowest
 from seqattn.score_mod import ScoreMod
+
+_EMPTY = -1e30
+"""The log of the total of an empty row. Others are about 0 at least, and nothing is lost where `lowest` is added."""
+
 
 Carry = Any
 """A pytree of arrays that a loop over tiles updates in place."""
@@ -51,8 +57,8 @@ class Call(TypedDict):
     scale: Array
     bias: Array | None
     rows: Array | None
-    score_mod: ScoreMod | None
-    mask: Mask | Array | None
+    score_mod: TracedMod | None
+    mask: TracedMask | Array | None
     q_at: Coordinates
     kv_at: Coordinates
     words: Array | None
@@ -96,7 +102,7 @@ def attend(
         raise NotImplementedError("a value dim of 0 leaves nothing to add up in tiles")
     if 0 in (*query.shape[:2], key.shape[1]):
         shape, high = query.shape[:3], accumulator(query.dtype)
-        return jnp.zeros((*shape, value.shape[-1]), query.dtype), jnp.full(shape, -jnp.inf, high)
+        return jnp.zeros((*shape, value.shape[-1]), query.dtype), jnp.full(shape, lowest(high), high)
     plan, leaves = prepare(
         query,
         key,
@@ -144,15 +150,17 @@ def prepare(
         "scale": jnp.asarray(scale, accumulator(query.dtype)),
         "bias": bias,
         "rows": rows,
-        "score_mod": score_mod,
-        "mask": mask,
+        "score_mod": None,
+        "mask": None,
         "q_at": q_at,
         "kv_at": kv_at,
         "words": None if dropout is None else dropout.words(),
         "schedule": schedule,
     }
     at = {"q_at": q_at, "kv_at": kv_at}
-    call["mask"], call["score_mod"] = capture(mask, score_mod, query=query, rows=rows, **at, like=call)
+    call["mask"], call["score_mod"] = capture(
+        mask, score_mod, query=query, rows=rows, **at, like=[call, mask, score_mod]
+    )
     leaves, tree = jax.tree.flatten(call)
     return Plan(grid, 0.0 if dropout is None else dropout.rate, tree), leaves
 
@@ -160,12 +168,12 @@ def prepare(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan: Plan, leaves: Leaves) -> tuple[Array, Array]:
     output, peak, log_total = _results(plan, leaves)
-    return output, peak + log_total
+    return output, lse_of(peak, log_total)
 
 
 def _forward(plan: Plan, leaves: Leaves) -> tuple[tuple[Array, Array], tuple]:
     output, peak, log_total = _results(plan, leaves)
-    return (output, peak + log_total), (leaves, output, peak, log_total)
+    return (output, lse_of(peak, log_total)), (leaves, output, peak, log_total)
 
 
 def _backward(plan: Plan, residuals: tuple, directions: tuple) -> tuple[list[Array | np.ndarray]]:
@@ -187,7 +195,7 @@ def start(plan: Plan, leaves: Leaves) -> State:
     columns = grid.group * grid.queries
     return (
         jnp.zeros((*shape, call["value"].shape[-1], columns), high),
-        jnp.full((*shape, columns), -jnp.inf, high),
+        jnp.full((*shape, columns), lowest(high), high),
         jnp.zeros((*shape, columns), high),
     )
 
@@ -208,8 +216,8 @@ def absorb(plan: Plan, leaves: Leaves, state: State) -> State:
         scores, *_ = _scores(plan, call, operands, at, partial, gradients=False)
         top = jnp.maximum(peak, scores.max(axis=1))
         # Without the barrier the exponentials would be computed twice, for their sum and for the product.
-        weights = lax.optimization_barrier(jnp.exp(scores - _finite(top)[:, None]))
-        shrink = jnp.exp(peak - _finite(top))
+        weights = lax.optimization_barrier(jnp.exp(scores - top[:, None]))
+        shrink = jnp.exp(peak - top)
         total = total * shrink + weights.sum(axis=1)
         weights = _dropped(plan, call, weights, at).astype(value.dtype)
         values = layouts.take_key_columns(grid, operands["value"], at[0], at[2])
@@ -222,16 +230,24 @@ def absorb(plan: Plan, leaves: Leaves, state: State) -> State:
 
 
 def finish(plan: Plan, leaves: Leaves, state: State) -> tuple[Array, Array, Array]:
-    """The output, the largest logit of each row (-inf where empty), and the log of the sum of `exp(logit - largest)`.
+    """The output, the largest logit of each row, and the log of the sum of `exp(logit - largest)`.
 
-    The two parts of the log-sum-exp stay apart: their sum would round the small one away where logits are huge.
+    The two parts of the log-sum-exp stay apart: their sum would round the small one away where logits are huge. The
+    largest logit of an empty row is `lowest`, and its log is `_EMPTY`, as that of no other row.
     """
     call, grid = plan.call(leaves), plan.grid
     output, peak, total = state
-    total = jnp.where(total == 0, jnp.ones_like(total), total)
+    empty = total == 0
+    total = jnp.where(empty, jnp.ones_like(total), total)
+    log_total = jnp.where(empty, _EMPTY, jnp.log(total))
     output = layouts.from_columns(grid, output / total[:, :, None]).astype(call["query"].dtype)
-    peak, log_total = (layouts.from_columns(grid, x[:, :, None])[..., 0] for x in (peak, jnp.log(total)))
+    peak, log_total = (layouts.from_columns(grid, x[:, :, None])[..., 0] for x in (peak, log_total))
     return output, peak, log_total
+
+
+def lse_of(peak: Array, log_total: Array) -> Array:
+    """The log-sum-exp of what `finish` gives."""
+    return log_sum_exp(peak + log_total, log_total == _EMPTY)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -242,9 +258,15 @@ def _gradients(
     """The gradients by all floating leaves of the call."""
     call = plan.call(leaves)
     gradients = backward(plan, leaves, output, peak, log_total, d_output, d_lse)
-    gradients["score_mod"] = with_floating(call["score_mod"], gradients["score_mod"])
-    everything = jax.tree.leaves(jax.tree.map(jnp.zeros_like, call) | gradients)
+    everything = jax.tree.leaves(with_gradients(call, gradients))
     return [d.astype(x.dtype) for d, x in zip(everything, leaves, strict=True) if is_floating(x)]
+
+
+def with_gradients(call: Any, gradients: dict[str, Any]) -> Any:
+    """A call with what `backward` returns in the place of its arrays, and zeros elsewhere."""
+    zeros = jax.tree.map(jnp.zeros_like, call)
+    mod = None if zeros["score_mod"] is None else zeros["score_mod"].with_arrays(gradients["score_mod"])
+    return zeros | gradients | {"score_mod": mod}
 
 
 def backward(
@@ -263,7 +285,7 @@ def backward(
     }
     by_key = {name: jnp.zeros(operands[name].shape, high) for name in ("key", "value")}
     by_pair = None if call["bias"] is None else jnp.zeros(operands["bias"].shape, high)
-    whole = [jnp.zeros(jnp.shape(x), high) for x in _floating(call["score_mod"])]
+    whole = [jnp.zeros(x.shape, high) for x in arrays_of(call["score_mod"])]
 
     def step(carry: Carry, at: At, partial: bool) -> Carry:
         by_query, by_key, by_pair, whole = carry
@@ -307,7 +329,7 @@ def _operands_of_backward(
         "d_output": layouts.query_columns(grid, d_output),
         "d_output_rows": layouts.query_rows(grid, d_output),
         "delta": layouts.query_columns(grid, delta[..., None])[:, :, 0],
-        "peak": layouts.query_columns(grid, _finite(peak)[..., None], filler=jnp.inf)[:, :, 0],
+        "peak": layouts.query_columns(grid, peak[..., None], filler=jnp.inf)[:, :, 0],
         "log_total": layouts.query_columns(grid, log_total[..., None])[:, :, 0],
     } | _operands(grid, call, key)
 
@@ -386,19 +408,20 @@ def _scores(
     if bias is not None:
         scores = (layouts.by_head(grid, scores) + bias).reshape(scores.shape)
 
-    def modify(scores: Array, floating: list[Array], rows: Array | None) -> Array:
+    def modify(scores: Array, mod: TracedMod, rows: Array | None) -> Array:
         tile = layouts.by_head(grid, scores)
         shown = tile if visible is None else jnp.where(visible, tile, jnp.zeros_like(tile))
-        return _modified(grid, call, with_floating(call["score_mod"], floating), shown, rows, at).reshape(scores.shape)
+        return _modified(grid, call, mod, shown, rows, at).reshape(scores.shape)
 
-    pull_mod = None
-    if call["score_mod"] is not None:
+    mod, pull_mod = call["score_mod"], None
+    if mod is not None:
         rows = None if call["rows"] is None else layouts.take(grid, operands["rows"], i, lanes)
-        floating = _floating(call["score_mod"])
         if gradients:
-            scores, pull_mod = jax.vjp(modify, scores, floating, rows)
+            scores, pull_mod = jax.vjp(
+                lambda scores, arrays, rows: modify(scores, mod.with_arrays(arrays), rows), scores, mod.arrays, rows
+            )
         else:
-            scores = modify(scores, floating, rows)
+            scores = modify(scores, mod, rows)
         bad = layouts.take_key_rows(grid, operands["bad_keys"], lanes, block)
         bad = bad + layouts.take(grid, operands["bad_queries"], i, lanes)
         scores = jnp.where(scores == -jnp.inf, scores, scores + bad)
@@ -428,15 +451,26 @@ def _visible(grid: Grid, call: Call, operands: dict[str, Array], at: At) -> Bool
         visible = visible & real[None, None, None, None]
     if call["bias"] is not None:
         visible = visible & (layouts.pairs(grid, operands["bias"], at) != -jnp.inf)
-    if isinstance(call["mask"], Mask):
-        q_at, kv_at = _coordinates(grid, call, at)
-        mask = call["mask"]
-        over_queries = jax.vmap(lambda key, query: mask(query, key), in_axes=(None, 0))
-        pairs = jax.vmap(jax.vmap(over_queries, in_axes=(0, None)))(kv_at, q_at)
-        visible = visible & pairs[:, None, :, None, :]
+    if isinstance(call["mask"], TracedMask):
+        visible = visible & _allowed(grid, call, call["mask"], at)
     elif call["mask"] is not None:
         visible = visible & layouts.pairs(grid, operands["mask"], at)
     return visible
+
+
+def _allowed(grid: Grid, call: Call, mask: TracedMask, at: At) -> Bool[Array, "..."]:
+    """What the mask says of a tile: `[rows, 1 or heads, keys, 1 or group, queries]`."""
+
+    def pair(query: Coordinates, key: Coordinates, head: Array) -> Array:
+        return mask(dataclasses.replace(query, head=head), key)
+
+    lifted = jax.vmap(pair, in_axes=(0, None, None))  # queries
+    heads = _heads(grid, at)
+    heads = heads if mask.reads_head else heads[:1, :1]
+    lifted = jax.vmap(lifted, in_axes=(None, None, 0))  # group
+    lifted = jax.vmap(lifted, in_axes=(None, 0, None))  # keys
+    lifted = jax.vmap(lifted, in_axes=(None, None, 0))  # heads
+    return jax.vmap(lifted, in_axes=(0, 0, None))(*_coordinates(grid, call, at), heads)
 
 
 def _modified(
@@ -444,21 +478,29 @@ def _modified(
 ) -> Float[Array, "..."]:
     """The scores `[rows, heads, keys, group, queries]` of a tile after the score modification."""
     q_at, kv_at = _coordinates(grid, call, at)
-    first = at[0] * grid.lanes % grid.num_kv_heads
-    head = (first + lax.iota(jnp.int32, grid.heads))[:, None] * grid.group + lax.iota(jnp.int32, grid.group)[None]
     if rows is not None:
         rows = rows.reshape(grid.rows, grid.heads, grid.group, grid.queries, rows.shape[-1])
+
+    def pair(score: Array, query: Coordinates, key: Coordinates, head: Array, row: Array | None) -> Array:
+        return mod(score, dataclasses.replace(query, head=head), key, head, row)
+
     axis = None if rows is None else 0
-    lifted = jax.vmap(mod, in_axes=(0, 0, None, None, axis))  # queries
+    lifted = jax.vmap(pair, in_axes=(0, 0, None, None, axis))  # queries
     lifted = jax.vmap(lifted, in_axes=(0, None, None, 0, axis))  # group
     lifted = jax.vmap(lifted, in_axes=(0, None, 0, None, None))  # keys
     lifted = jax.vmap(lifted, in_axes=(0, None, None, 0, axis))  # heads
     lifted = jax.vmap(lifted, in_axes=(0, 0, 0, None, axis))  # rows
-    return lifted(scores, q_at, kv_at, head, rows)
+    return lifted(scores, q_at, kv_at, _heads(grid, at), rows)
+
+
+def _heads(grid: Grid, at: At) -> Int[Array, "heads group"]:
+    """The indices of the query heads in a tile."""
+    first = at[0] * grid.lanes % grid.num_kv_heads
+    return (first + lax.iota(jnp.int32, grid.heads))[:, None] * grid.group + lax.iota(jnp.int32, grid.group)[None]
 
 
 def _coordinates(grid: Grid, call: Call, at: At) -> tuple[Coordinates, Coordinates]:
-    """Of the queries and of the keys in a tile: `[rows, queries]` and `[rows, keys]`."""
+    """Of the queries and of the keys in a tile: `[rows, queries]`, with their batch rows, and `[rows, keys]`."""
     row = at[0] * grid.lanes // grid.num_kv_heads
 
     def take(coordinates: Coordinates, start: Array, padded: int, size: int) -> Coordinates:
@@ -472,10 +514,10 @@ def _coordinates(grid: Grid, call: Call, at: At) -> tuple[Coordinates, Coordinat
         return jax.tree.map(field, tiles.pad(coordinates, padded))
 
     queries, keys = grid.padded
-    return (
-        take(call["q_at"], at[1] * grid.queries, queries, grid.queries),
-        take(call["kv_at"], at[2] * grid.block, keys, grid.keys),
-    )
+    query = take(call["q_at"], at[1] * grid.queries, queries, grid.queries)
+    batch = jnp.broadcast_to((row + lax.iota(jnp.int32, grid.rows))[:, None], (grid.rows, grid.queries))
+    key = take(call["kv_at"], at[2] * grid.block, keys, grid.keys)
+    return dataclasses.replace(query, batch=batch), key
 
 
 def _dropped(plan: Plan, call: Call, x: Float[Array, "..."], at: At) -> Float[Array, "..."]:
@@ -521,11 +563,6 @@ def _zero_unless_finite(x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]
     return jnp.where(jnp.isnan(_nan_unless_finite(x)), jnp.zeros_like(x), x)
 
 
-def _finite(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """0 in the place of -inf, so that -inf minus it is -inf."""
-    return jnp.where(x == -jnp.inf, jnp.zeros_like(x), x)
-
-
 def _where(visible: Bool[Array, "..."] | None, x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x if visible is None else jnp.where(visible, x, jnp.zeros_like(x))
 
@@ -558,15 +595,9 @@ def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
     return x.sum(axis=[i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1], keepdims=True).reshape(shape)
 
 
-def _floating(tree: Any) -> list[Array]:
-    """The leaves of a tree that have gradients."""
-    return [x for x in jax.tree.leaves(tree) if is_floating(x)]
-
-
-def with_floating(tree: Any, floating: list[Array]) -> Any:
-    """The tree with other leaves in the place of those that have gradients."""
-    others = iter(floating)
-    return jax.tree.map(lambda x: next(others) if is_floating(x) else x, tree)
+def arrays_of(mod: TracedMod | None) -> list[Array]:
+    """The arrays of a score modification that have gradients."""
+    return [] if mod is None else mod.arrays
 
 
 def is_floating(x: Any) -> bool:

@@ -21,7 +21,7 @@ def attend(
     value: Float[Array, "B K S V"],
     *,
     finite: Bool[Array, "B S"],
-    visible: Bool[Array, "B T S"] | None,
+    visible: Bool[Array, "rows heads T S"] | None,
     scale: float,
     modify: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T N V"]:
@@ -32,28 +32,26 @@ def attend(
         key: finite keys.
         value: finite values.
         finite: False where key or value have zeros for what was not finite.
-        visible: which pairs may attend; None for all.
+        visible: which pairs may attend, `[B or 1, N or 1, T, S]`; None for all.
         scale: multiplies the scores.
         modify: what is done to the scores `[B, N, T, S]` of visible pairs after that.
     """
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads, size = key.shape[1], key.shape[3]
     group, high = num_heads // num_kv_heads, accumulator(query.dtype)
-    seen = jnp.broadcast_to(True if visible is None else visible, (batch, length, size))
-    # The query of an empty row may hold anything.
-    query = jnp.where(seen.any(axis=-1)[..., None, None], query, jnp.zeros_like(query))
+    if visible is not None:
+        # The query of an empty row may hold anything.
+        query = jnp.where(visible.any(axis=-1).swapaxes(1, 2)[..., None], query, jnp.zeros_like(query))
     columns = query.reshape(batch, length, num_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     columns = columns.reshape(batch, num_kv_heads, group * length, head_dim)
-    scores = _product("bkth,bkhs->bkts", columns, key, high).reshape(batch, num_kv_heads, group, length, size)
-    scores = scores * scale
+    scores = _product("bkth,bkhs->bkts", columns, key, high).reshape(batch, num_heads, length, size) * scale
     if modify is not None:
-        flat = scores.reshape(batch, num_heads, length, size)
         # As in the other kernels, a score modification never sees what a hidden pair holds.
-        flat = modify(jnp.where(seen[:, None], flat, jnp.zeros_like(flat)))
-        scores = flat.reshape(scores.shape)
-    known = finite[:, None, None, None] if modify is None else finite[:, None, None, None] | (scores == -jnp.inf)
-    scores = jnp.where(known, scores, jnp.nan)
-    weights, _ = softmax(jnp.where(seen[:, None, None], scores, -jnp.inf))
+        scores = modify(scores if visible is None else jnp.where(visible, scores, jnp.zeros_like(scores)))
+        allowed = scores != -jnp.inf
+        visible = allowed if visible is None else visible & allowed
+    bad = jnp.where(finite, 0.0, jnp.nan).astype(high)
+    weights, _ = softmax(scores + bad[:, None, None], visible)
     weights = weights.reshape(batch, num_kv_heads, group * length, size).astype(value.dtype)
     output = _product("bkts,bksv->bktv", weights, value, high)
     output = output.reshape(batch, num_kv_heads, group, length, value.shape[-1]).transpose(0, 3, 1, 2, 4)

@@ -7,7 +7,9 @@ modification comes prepared, with its rows `[B, T, N, R]` or None. The order is 
 score modification, then the mask. A kernel that cannot serve a call raises NotImplementedError with the reason.
 
 The contract, which every kernel keeps:
-- a row that may attend to nothing gives zeros, a log-sum-exp of -inf, and zero gradients;
+- a row that may attend to nothing gives zeros, zero gradients, and the lowest number as its log-sum-exp, which
+  `seqattn.attend` turns into -inf;
+- nothing that is computed of finite numbers is NaN or infinite, for `jax.debug_nans` and `jax.debug_infs`;
 - what a masked key, a masked value or the query of an empty row holds (NaN, Inf) leaves no trace, forward or backward;
 - a visible key or value that is not finite makes the row NaN, also where dropout drops its weight;
 - a score of -inf, by a bias or by a score modification, masks the pair; the latter sees a score of 0 where masked;
@@ -17,12 +19,13 @@ The contract, which every kernel keeps:
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.masks import Mask
-from seqattn.precision import accumulator
+from seqattn.precision import accumulator, lowest
 from seqattn.score_mod import ScoreMod
 
 
@@ -41,17 +44,26 @@ def attend(
     dropout: Dropout | None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """The output and the log-sum-exp of the logits (see the contract above)."""
-    visible = visibility(mask, bias, q_at, kv_at)
-    scored = logits(query, key, visible, bias=bias, score_mod=score_mod, rows=rows, q_at=q_at, kv_at=kv_at, scale=scale)
-    output, _, lse = mix(scored, value, dropout=dropout)
+    visible = visibility(query.shape, mask, bias, q_at, kv_at)
+    scored, visible = logits(
+        query, key, visible, bias=bias, score_mod=score_mod, rows=rows, q_at=q_at, kv_at=kv_at, scale=scale
+    )
+    output, _, lse = mix(scored, value, visible, dropout=dropout)
     return output.astype(query.dtype), lse.swapaxes(1, 2)
 
 
 def visibility(
-    mask: Mask | Bool[Array, "..."] | None, bias: Float[Array, "..."] | None, q_at: Coordinates, kv_at: Coordinates
+    query: tuple[int, ...],
+    mask: Mask | Bool[Array, "..."] | None,
+    bias: Float[Array, "..."] | None,
+    q_at: Coordinates,
+    kv_at: Coordinates,
 ) -> Bool[Array, "..."] | None:
-    """Mask and biases of -inf as one array that broadcasts to `[B, N, T, S]`, or None where all may attend."""
-    visible = mask.dense(q_at, kv_at)[:, None] if isinstance(mask, Mask) else mask
+    """Mask and biases of -inf as one array that broadcasts to `[B, N, T, S]`, or None where all may attend.
+
+    `query` is the shape `[B, T, N, H]`.
+    """
+    visible = mask.over(q_at, kv_at, batch=query[0], num_heads=query[2]) if isinstance(mask, Mask) else mask
     if bias is None:
         return visible
     allowed = bias != -jnp.inf
@@ -69,23 +81,26 @@ def logits(
     q_at: Coordinates,
     kv_at: Coordinates,
     scale: float | Float[Array, ""],
-) -> Float[Array, "B N T S"]:
-    """Scaled products plus bias, modified; -inf where masked, NaN where a visible query or key is not finite."""
+) -> tuple[Float[Array, "B N T S"], Bool[Array, "..."] | None]:
+    """Scaled products plus bias, modified, and who may attend: a score modification may hide pairs, too.
+
+    What the logits hold where a pair is hidden means nothing; elsewhere they are NaN where query or key is not finite.
+    """
     batch, length, num_heads, _ = query.shape
     num_kv_heads = key.shape[2]
     high = accumulator(query.dtype)
-    shown = jnp.isfinite(query).all(axis=-1, keepdims=True)
-    finite = jnp.isfinite(key).all(axis=-1, keepdims=True)
-    # A score modification, too, may mask a pair: what is not finite is computed with as 0, and marked in the end.
-    unmarked = _column(finite, num_heads) & shown.swapaxes(1, 2)
+    # What is not finite is computed with as 0, and marked in the end: a score modification, too, may hide the pair.
+    bad_query, bad_key = nan_unless_finite(query), nan_unless_finite(key)
+    shown = ~jnp.isnan(bad_query)
     if visible is not None:
         shown = shown & jnp.swapaxes(visible.any(axis=-1), 1, 2)[..., None]
     query = jnp.where(shown, query, jnp.zeros_like(query))
-    key = jnp.where(finite, key, jnp.zeros_like(key))
+    key = jnp.where(jnp.isnan(bad_key), jnp.zeros_like(key), key)
     grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, query.shape[-1])
     product = _product("btkgh,bskh->bkgts", grouped.astype(high), key.astype(high)) * jnp.asarray(scale, high)
     scored = product.reshape(batch, num_heads, length, key.shape[1])
     if bias is not None:
+        bias = jnp.where(bias == -jnp.inf, jnp.zeros_like(bias), bias)
         scored = scored + jnp.broadcast_to(bias, scored.shape).astype(high)
     if score_mod is not None:
         scored = scored if visible is None else jnp.where(visible, scored, jnp.zeros_like(scored))
@@ -93,42 +108,61 @@ def logits(
         scored = score_mod.over(scored, q_at, kv_at, jnp.arange(num_heads, dtype=jnp.int32), rows)
         allowed = scored != -jnp.inf
         visible = allowed if visible is None else visible & allowed
-    scored = jnp.where(unmarked, scored, jnp.full_like(scored, jnp.nan))
-    return scored if visible is None else jnp.where(visible, scored, jnp.full_like(scored, -jnp.inf))
+    return scored + _column(bad_key, num_heads).astype(high) + bad_query.swapaxes(1, 2).astype(high), visible
 
 
 def mix(
     scored: Float[Array, "B N T S"],
     value: Float[Array, "B S K V"],
+    visible: Bool[Array, "..."] | None,
     *,
     dropout: Dropout | None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B N T S"], Float[Array, "B N T"]]:
-    """The values weighted by the softmax of the logits: output, weights (before dropout) and log-sum-exp.
+    """The values weighted by the softmax of the visible logits: output, weights (before dropout) and log-sum-exp.
 
-    Logits are -inf where masked, and what a value holds there leaves no trace.
+    What a hidden value holds leaves no trace, and a visible one that is not finite makes its row NaN.
     """
     batch, num_heads, length, size = scored.shape
-    num_kv_heads = value.shape[2]
-    finite = jnp.isfinite(value).all(axis=-1, keepdims=True)
-    value = jnp.where(finite, value, jnp.zeros_like(value)).astype(scored.dtype)
-    # A masked logit stays what it is: only a visible one of a value that is not finite makes its row NaN.
-    marked = _column(finite, num_heads) | (scored == -jnp.inf)
-    weights, lse = softmax(jnp.where(marked, scored, jnp.full_like(scored, jnp.nan)))
+    num_kv_heads, bad = value.shape[2], nan_unless_finite(value)
+    value = jnp.where(jnp.isnan(bad), jnp.zeros_like(value), value).astype(scored.dtype)
+    weights, lse = softmax(scored + _column(bad, num_heads).astype(scored.dtype), visible)
     grouped = _dropped(weights, dropout).reshape(batch, num_kv_heads, num_heads // num_kv_heads, length, size)
     output = _product("bkgts,bskv->btkgv", grouped, value)
     return output.reshape(batch, length, num_heads, value.shape[-1]), weights, lse
 
 
-def softmax(scored: Float[Array, "*batch S"]) -> tuple[Float[Array, "*batch S"], Float[Array, "*batch"]]:
-    """Softmax and log-sum-exp over the last axis; a row of -inf has weights 0 and log-sum-exp -inf."""
-    peak = jax.lax.stop_gradient(scored.max(axis=-1, keepdims=True, initial=-jnp.inf))
-    peak = jnp.where(peak == -jnp.inf, jnp.zeros_like(peak), peak)
+def softmax(
+    scored: Float[Array, "*batch S"], visible: Bool[Array, "..."] | None
+) -> tuple[Float[Array, "*batch S"], Float[Array, "*batch"]]:
+    """Softmax and log-sum-exp over what is visible on the last axis; an empty row has weights 0 and `lowest`."""
+    hidden = lowest(scored.dtype)
+    if visible is not None:
+        scored = jnp.where(visible, scored, jnp.full_like(scored, hidden))
+    peak = jax.lax.stop_gradient(scored.max(axis=-1, keepdims=True, initial=hidden))
     exponentials = jnp.exp(scored - peak)
+    if visible is not None:
+        exponentials = jnp.where(visible, exponentials, jnp.zeros_like(exponentials))
     total = exponentials.sum(axis=-1, keepdims=True)
     empty = total == 0
     total = jnp.where(empty, jnp.ones_like(total), total)
-    lse = jnp.where(empty, jnp.full_like(total, -jnp.inf), peak + jnp.log(total))
-    return exponentials / total, lse[..., 0]
+    return exponentials / total, log_sum_exp(peak + jnp.log(total), empty)[..., 0]
+
+
+def log_sum_exp(lse: Float[Array, "..."], empty: Bool[Array, "..."]) -> Float[Array, "..."]:
+    """The log-sum-exp as kernels return it: `lowest` where a row is empty, and nowhere else.
+
+    A row of logits that are all that low (by a bias, say) gets the next number, a rounding away.
+    """
+    bounds = np.finfo(lse.dtype).min, np.nextafter(np.finfo(lse.dtype).min, 0, dtype=lse.dtype)
+    lse = lse + jax.lax.stop_gradient(jnp.maximum(lse, bounds[1]) - lse)
+    return jnp.where(empty, bounds[0], lse)
+
+
+def nan_unless_finite(x: Float[Array, "*shape D"]) -> Float[Array, "*shape 1"]:
+    """0, or NaN for a vector that is not finite."""
+    # Without the barrier XLA might find the product to be 0.
+    zeros = jax.lax.optimization_barrier(jnp.zeros_like(x[..., :1]))
+    return jnp.sum(jax.lax.stop_gradient(x) * zeros, axis=-1, keepdims=True)
 
 
 def _product(subscripts: str, left: Array, right: Array) -> Array:
@@ -136,9 +170,9 @@ def _product(subscripts: str, left: Array, right: Array) -> Array:
     return jnp.einsum(subscripts, left, right, precision=jax.lax.Precision.HIGHEST)
 
 
-def _column(finite: Bool[Array, "B S K 1"], num_heads: int) -> Bool[Array, "B N 1 S"]:
+def _column(of_keys: Float[Array, "B S K 1"], num_heads: int) -> Float[Array, "B N 1 S"]:
     """What is known of each key, for each query head that reads it."""
-    return jnp.repeat(finite, num_heads // finite.shape[2], axis=2).transpose(0, 2, 3, 1)
+    return jnp.repeat(of_keys, num_heads // of_keys.shape[2], axis=2).transpose(0, 2, 3, 1)
 
 
 def _dropped(weights: Float[Array, "B N T S"], dropout: Dropout | None) -> Float[Array, "B N T S"]:

@@ -23,11 +23,12 @@ from jaxtyping import Array, Bool, Float
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels import chunked
-from seqattn.kernels.captured import capture, varying
+from seqattn.kernels.captured import capture
 from seqattn.kernels.chunked import Leaves
 from seqattn.kernels.tiles import Grid
+from seqattn.kernels.varying import varying
 from seqattn.masks import Mask
-from seqattn.precision import accumulator
+from seqattn.precision import accumulator, lowest
 from seqattn.score_mod import ScoreMod
 
 Call = dict[str, Any]
@@ -96,7 +97,7 @@ def attend(
     devices = lax.axis_size(axis_name)
     if 0 in (*query.shape[:2], key.shape[1]):
         shape, high = query.shape[:3], accumulator(query.dtype)
-        return jnp.zeros((*shape, value.shape[-1]), query.dtype), jnp.full(shape, -jnp.inf, high)
+        return jnp.zeros((*shape, value.shape[-1]), query.dtype), jnp.full(shape, lowest(high), high)
     call: Call = {
         "query": query,
         "key": key,
@@ -151,12 +152,12 @@ def _add_columns(x: Array | None, new: Array | None, source: Array, size: int) -
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(ring: Ring, leaves: Leaves) -> tuple[Array, Array]:
     output, peak, log_total = _results(ring, leaves)
-    return output, peak + log_total
+    return output, chunked.lse_of(peak, log_total)
 
 
 def _forward(ring: Ring, leaves: Leaves) -> tuple[tuple[Array, Array], tuple]:
     output, peak, log_total = _results(ring, leaves)
-    return (output, peak + log_total), (leaves, output, peak, log_total)
+    return (output, chunked.lse_of(peak, log_total)), (leaves, output, peak, log_total)
 
 
 def _backward(ring: Ring, residuals: tuple, directions: tuple) -> tuple[list[Array | np.ndarray]]:
@@ -210,14 +211,13 @@ def _gradients(
 
     travelling = zeros({name: call[name] for name in ("key", "value")})
     resting = zeros({name: call[name] for name in ("query", "bias", "rows", "scale")})
-    resting["score_mod"] = zeros([x for x in jax.tree.leaves(call["score_mod"]) if chunked.is_floating(x)])
+    resting["score_mod"] = zeros(chunked.arrays_of(call["score_mod"]))
     block, last = _block(call), ring.devices - 1
     if last:
         block, travelling, resting = lax.fori_loop(0, last, add_and_send, (block, travelling, resting))
     travelling, resting = add(last, block, travelling, resting)
     gradients = ring.send(travelling) | resting
-    gradients["score_mod"] = chunked.with_floating(call["score_mod"], gradients["score_mod"])
-    everything = jax.tree.leaves(jax.tree.map(jnp.zeros_like, call) | gradients)
+    everything = jax.tree.leaves(chunked.with_gradients(call, gradients))
     return [d.astype(x.dtype) for d, x in zip(everything, leaves, strict=True) if chunked.is_floating(x)]
 
 

@@ -25,7 +25,7 @@ from seqattn.dropout import Dropout
 from seqattn.kernels import chunked, reference
 from seqattn.kernels.call import Located
 from seqattn.masks import And, Causal, Mask, NotPadding, SameSegment, SlidingWindow
-from seqattn.precision import accumulator
+from seqattn.precision import accumulator, lowest
 from seqattn.score_mod import ScoreMod
 
 # jax.nn hides a score by putting -0.7 times the largest float32 in its place.
@@ -111,7 +111,7 @@ def xla(
     if 0 in (*query.shape, key.shape[1]):
         return _nothing(query, value)
     located: Located = {"mask": mask, "bias": bias, "q_at": q_at, "kv_at": kv_at}
-    pairs = _pairs(located)
+    pairs = _pairs(query.shape, located)
     # jax.nn asks for products of 16 bits that a CPU does not have, and that no TPU has in float16.
     here = platform(query)
     lacking = here == "cpu" or (here != "gpu" and query.dtype == jnp.float16)
@@ -123,9 +123,9 @@ def xla(
         options |= {"mask": pairs, "bias": None if bias is None else _above_hidden(bias)}
 
     def compute(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
-        visible, at = reference.visibility(**located), {"q_at": q_at, "kv_at": kv_at}
+        visible, at = reference.visibility(query.shape, **located), {"q_at": q_at, "kv_at": kv_at}
         scores = reference.logits(query, key, visible, bias=bias, score_mod=None, rows=None, **at, scale=scale)
-        _, lse = reference.softmax(scores)
+        _, lse = reference.softmax(*scores)
         wide = (x.astype(computed) for x in (query, key, value))
         return _jax_nn(*wide, **options).astype(query.dtype), lse.swapaxes(1, 2)
 
@@ -168,7 +168,7 @@ def cudnn(
             raise NotImplementedError(str(reason)) from reason
         return output, _lse(query, key, value, located, scale)
 
-    pairs = native if bias is None else _pairs(located)
+    pairs = native if bias is None else _pairs(query.shape, located)
     return _guarded(compute, query, key, value, pairs)
 
 
@@ -238,9 +238,17 @@ def splash_output(
         return jax.vmap(kernel)(*by_head).swapaxes(1, 2)
 
 
-def xla_note(*, mask: Mask | Array | None, bias: Array | None, q_at: Coordinates, kv_at: Coordinates, **_: Any) -> str:
+def xla_note(
+    *,
+    query: Array,
+    mask: Mask | Array | None,
+    bias: Array | None,
+    q_at: Coordinates,
+    kv_at: Coordinates,
+    **_: Any,
+) -> str:
     """For `explain`: what becomes of the mask."""
-    if isinstance(_pairs({"mask": mask, "bias": bias, "q_at": q_at, "kv_at": kv_at}), Native):
+    if isinstance(_pairs(query.shape, {"mask": mask, "bias": bias, "q_at": q_at, "kv_at": kv_at}), Native):
         return "computes every pair and keeps its score"
     return "computes every pair and keeps its score: the mask becomes a dense array"
 
@@ -278,7 +286,8 @@ def _refuse_other_values(query: Array, value: Array) -> None:
 def _nothing(query: Array, value: Array) -> tuple[Array, Array]:
     """Zeros where no query, or no query with a key, exists."""
     shape = query.shape[:3]
-    lse = jnp.full(shape, -jnp.inf, accumulator(query.dtype))
+    high = accumulator(query.dtype)
+    lse = jnp.full(shape, lowest(high), high)
     return jnp.zeros((*shape, value.shape[-1]), query.dtype), lse
 
 
@@ -332,12 +341,12 @@ def _native(located: Located) -> Native:
     return Native.of(mask, located["q_at"], located["kv_at"])
 
 
-def _pairs(located: Located) -> Native | Bool[Array, "..."]:
+def _pairs(query: tuple[int, ...], located: Located) -> Native | Bool[Array, "..."]:
     """Who may attend: natively where that is possible, else a dense array `[B or 1, N or 1, T or 1, S or 1]`."""
     if located["bias"] is None:  # one of -inf would mask
         with contextlib.suppress(NotImplementedError):
             return _native(located)
-    visible = reference.visibility(**located)
+    visible = reference.visibility(query, **located)
     assert visible is not None
     return visible
 
@@ -454,7 +463,7 @@ def _guarded(
     output, lse = output + mark[..., None].astype(output.dtype), lse + mark
     if empty is None:
         return output, lse
-    return jnp.where(empty[..., None], jnp.zeros_like(output), output), jnp.where(empty, -jnp.inf, lse)
+    return jnp.where(empty[..., None], jnp.zeros_like(output), output), jnp.where(empty, lowest(lse.dtype), lse)
 
 
 def _zeroed(bad: Bool[Array, "B S K"], key: Array, value: Array) -> tuple[Array, Array]:

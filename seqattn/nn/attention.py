@@ -15,7 +15,7 @@ from seqattn.kernels import columns
 from seqattn.kernels.call import check_heads
 from seqattn.masks import Mask
 from seqattn.nn.cache import Cache
-from seqattn.nn.key_value import KeyColumns, KeyValue
+from seqattn.nn.key_value import KeyColumns, KeyValue, Written
 from seqattn.nn.linear import Linear
 from seqattn.positions import angular_frequencies, rotate
 from seqattn.score_mod import ScoreMod, for_kernel
@@ -125,12 +125,13 @@ class MultiHeadAttention(nnx.Module):
         if isinstance(kv, KeyColumns) and (few or kv.visible is not None):
             output = self._attend_columns(query, at, kv, score_mod)
         else:
+            mask = _among_written(self.mask) if isinstance(kv, KeyColumns) else self.mask
             kv = kv.rows() if isinstance(kv, KeyColumns) else kv
             output = attend(
                 query,
                 kv.key,
                 kv.value,
-                **self._visible(at, kv, score_mod),
+                **self._visible(at, kv, score_mod, mask),
                 dropout=None if dropout_key is None else Dropout(self.dropout_rate, dropout_key),
                 implementation=self.implementation,
             )
@@ -141,23 +142,23 @@ class MultiHeadAttention(nnx.Module):
     ) -> Float[Array, "*batch N T S"]:
         """The attention weights of the same call, for looking at; `[*batch, N, T, S]`."""
         query = self._rotated(self._heads(self.query(x), self.query_norm), at)
-        return attention_weights(query, kv.key, **self._visible(at, kv, score_mod))
+        return attention_weights(query, kv.key, **self._visible(at, kv, score_mod, self.mask))
 
     def _attend_columns(
         self, query: Float[Array, "B T N H"], at: Coordinates, kv: KeyColumns, score_mod: ScoreMod | None
     ) -> Array:
-        visible = kv.visible
-        if self.mask is not None:
-            allowed = self.mask.dense(at, kv.at)
-            visible = allowed if visible is None else visible & allowed
+        mask, visible = _among_written(self.mask), None if kv.visible is None else kv.visible[:, None]
+        q_at, kv_at = (jax.tree.map(jnp.atleast_2d, each) for each in (at, kv.at))
+        allowed = mask.over(q_at, kv_at, batch=query.shape[0], num_heads=self.num_heads)
+        visible = allowed if visible is None else visible & allowed
         scale = self.head_dim**-0.5
         modify = None if score_mod is None else _modifier(score_mod, query, scale, at, kv.at)
         return columns.attend(query, kv.key, kv.value, finite=kv.finite, visible=visible, scale=scale, modify=modify)
 
-    def _visible(self, at: Coordinates, kv: KeyValue, score_mod: ScoreMod | None) -> dict:
-        if self.mask is None and score_mod is None:
+    def _visible(self, at: Coordinates, kv: KeyValue, score_mod: ScoreMod | None, mask: Mask | None) -> dict:
+        if mask is None and score_mod is None:
             return {}
-        return {"mask": self.mask, "score_mod": score_mod, "q_at": at, "kv_at": kv.at}
+        return {"mask": mask, "score_mod": score_mod, "q_at": at, "kv_at": kv.at}
 
     def _unrotated(self, x: Float[Array, "*batch S D"], at: Coordinates) -> KeyValue:
         key, value = self._heads(self.key(x), self.key_norm), self._heads(self.value(x), None)
@@ -169,6 +170,11 @@ class MultiHeadAttention(nnx.Module):
 
     def _rotated(self, heads: Array, at: Coordinates) -> Array:
         return heads if self.rotary_base is None else rotate(heads, jnp.asarray(at.position), base=self.rotary_base)
+
+
+def _among_written(mask: Mask | None) -> Mask:
+    """The mask over the slots of a cache: one that was never written is no key, whatever the mask says of padding."""
+    return Written() if mask is None else mask & Written()
 
 
 def _modifier(

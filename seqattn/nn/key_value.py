@@ -10,7 +10,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
-from seqattn.coordinates import Coordinates
+from seqattn.coordinates import Coordinates, Tile
+from seqattn.masks import Mask, Reach, Truth
 from seqattn.static import known_size, may_exceed, pytree
 
 
@@ -30,6 +31,22 @@ class KeyValue:
     at: Coordinates
 
 
+_NEVER = -(2**30)
+"""The position of a slot of a cache that was never written; half of the range, as masks take differences."""
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Written(Mask):
+    """The slots of a cache that were written."""
+
+    def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
+        return key.position != _NEVER
+
+    def reach(self, query: Tile, key: Tile) -> Reach:
+        return Reach(some=key.position_max != _NEVER, every=key.position_min != _NEVER)
+
+
 @pytree
 @dataclasses.dataclass(frozen=True)
 class KeyColumns:
@@ -38,7 +55,8 @@ class KeyColumns:
     Attributes:
         key: `[B, K, H, S]`, a column for each token.
         value: `[B, K, S, V]`.
-        at: coordinates `[B, S]`. A slot of a cache that was never written is padding (segment 0).
+        at: coordinates `[B, S]`. A slot of a cache that was never written is padding (segment 0), at a position that
+            no token has, by which `Written` tells it from padding that was written.
         finite: `[B, S]`, False where key or value were not finite, which then are 0 here.
         visible: `[B, T, S]`, whose keys are whose where that is not a matter of coordinates: queries that stand for
             hypotheses of one text see their own keys in a pool. None where each query may see every key.
@@ -77,10 +95,10 @@ class KeyColumns:
         """
         if size < 0:
             raise ValueError(f"a cache must have at least 0 slots, got {size}")
-        slots = jnp.zeros((batch, size), jnp.int32)
+        slots = Coordinates(jnp.full((batch, size), _NEVER, jnp.int32), jnp.zeros((batch, size), jnp.int32))
         key = jnp.zeros((batch, num_kv_heads, head_dim, size), dtype)
         value = jnp.zeros((batch, num_kv_heads, size, value_dim), dtype)
-        return KeyColumns(key, value, Coordinates(slots, slots), jnp.ones((batch, size), bool))
+        return KeyColumns(key, value, slots, jnp.ones((batch, size), bool))
 
     @property
     def size(self) -> int:

@@ -23,7 +23,7 @@ def _inputs():
 
 
 def test_what_a_function_closes_over_reaches_kernels_as_leaves():
-    """Traced integers too; a function that closes over nothing stays itself, and known to JAX's caches."""
+    """Traced integers and concrete arrays too; two programs of one meaning are equal, and known to JAX's caches."""
 
     def captured(mod):
         return capture(None, mod, query=_inputs()["query"], rows=None, q_at=Q_AT, kv_at=KV_AT, like=None)
@@ -37,8 +37,16 @@ def test_what_a_function_closes_over_reaches_kernels_as_leaves():
     leaves = sorted(map(np.asarray, hoisted(np.arange(3.0, dtype=np.float32), 2)), key=np.ndim)
     np.testing.assert_array_equal(leaves[0], 2)
     np.testing.assert_array_equal(leaves[1], [0, 1, 2])
-    plain = ScoreFunction(lambda score, query, key, head: score * 2)
-    assert captured(plain)[1] is plain
+    factors = jnp.arange(3.0)
+    mod = ScoreFunction(lambda score, query, key, head: score * factors[head])
+    before = captured(mod)[1]
+    factors = factors + 1
+    after = captured(mod)[1]
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    for program, expected in ((before, [0, 1, 2]), (after, [1, 2, 3])):
+        np.testing.assert_array_equal(jax.tree.leaves(program), [expected])
+    doubled, tripled = (captured(ScoreFunction(lambda score, *_, n=n: score * n))[1] for n in (2.0, 3.0))
+    assert jax.tree.structure(doubled) != jax.tree.structure(tripled)
 
 
 def test_no_keys_no_queries_no_rows():

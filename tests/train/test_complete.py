@@ -1,5 +1,7 @@
 """Continuations: the same as by one step after the other, each text for itself."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,3 +121,12 @@ def test_the_command_prints_each_text_with_its_continuation(language, capsys):
     complete.main(Arguments(language.folder, texts, length=7, temperature=0))
     greedy = Completer(language.model, language.tokenizer, length=7)(texts)
     assert capsys.readouterr().out == "".join(text + rest + "\n" for text, rest in zip(texts, greedy, strict=True))
+
+
+def test_without_texts_the_command_reads_standard_input_and_a_byte_order_mark_is_no_text(language, capsys, monkeypatch):
+    complete.main(Arguments(language.folder, ("x = 1", "# "), length=7))
+    expected = capsys.readouterr().out
+    for content in (b"x = 1\n# \n", b"\xef\xbb\xbfx = 1\r\n# "):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+        complete.main(Arguments(language.folder, length=7))
+        assert capsys.readouterr().out == expected

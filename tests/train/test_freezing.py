@@ -69,6 +69,12 @@ def test_a_pattern_that_matches_nothing_is_refused_before_a_step(params):
         freeze(optax.sgd(0.1), ["encoder/2/*"]).init(params)
 
 
+@pytest.mark.parametrize("patterns", [["*"], ["encoder/*", "output/*"]])
+def test_patterns_that_freeze_everything_are_refused_before_a_step(patterns, params):
+    with pytest.raises(ValueError, match=r"frozen \(.*\*\) matches every parameter: nothing would be trained"):
+        freeze(optax.sgd(0.1), patterns).init(params)
+
+
 def test_the_mask_has_the_structure_of_the_parameters(params):
     mask = frozen(params, ["*/bias"])
     assert jax.tree.structure(mask) == jax.tree.structure(params)

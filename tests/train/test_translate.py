@@ -45,6 +45,11 @@ def test_without_texts_the_command_reads_standard_input(finished, capsys, monkey
     assert capsys.readouterr().out == f"{first}\n\n{second}\n"
 
 
+def test_a_byte_order_mark_of_standard_input_is_no_part_of_the_first_text(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", standard_input(b"\xef\xbb\xbfab\ncde\n"))
+    assert list(translate._chunks(Arguments(tmp_path))) == [["ab", "cde"]]
+
+
 def test_n_best_prints_score_tab_text_as_many_lines_for_each_text(finished, capsys):
     translate.main(Arguments(finished, (*TEXTS, ""), beam_size=3, n_best=2, length_penalty=GNMT(0.6)))
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
@@ -70,6 +75,8 @@ def test_a_translation_stays_on_its_line(capsys):
         ({"n_best": 2, "top_k": 5}, r"n_best \(2\) must be from 1 to beam_size \(1\)"),
         ({"beam_size": 2, "seed": 1}, r"--seed: sampling has one hypothesis, beam_size \(2\) must be 1"),
         ({"beam_size": 2, "top_k": 1, "top_p": 0.5}, r"--top_k, --top_p: sampling has one hypothesis"),
+        ({"length_penalty": GNMT(0.6)}, r"--length_penalty is of a beam .* beam_size is 1: it would do nothing"),
+        ({"stopping": Stopping.LIKELY, "top_k": 5}, r"--stopping is of a beam .* beam_size is 1: it would do nothing"),
         ({"temperature": -1.0}, r"--temperature: temperature \(-1\) must be finite and at least 0"),
         ({"top_k": 0}, r"--top_k: count \(0\) must be an integer of at least 1"),
         ({"top_p": 1.5}, r"--top_p: .* \(1.5\) must be finite and at least 0 and at most 1"),
@@ -113,33 +120,6 @@ def test_flags_become_choices(tmp_path):
 def test_a_length_penalty_that_is_none_is_refused(text):
     with pytest.raises(ValueError, match=r"length_penalty \(.*\) must be average:NUMBER, gnmt:NUMBER or none"):
         translate.penalty_of(text)
-
-
-def test_lines_that_are_there_do_not_wait_for_later_ones(monkeypatch):
-    monkeypatch.setattr(translate, "_PATIENCE", 0)
-    reading, writing = os.pipe()
-    with open(reading, "rb") as stream:
-        chunks = translate.lines_as_they_come(stream, 100)
-        for sent, expected in ((b"a\nb\nun", ["a", "b"]), (b"finished\r\n\n", ["unfinished", ""])):
-            os.write(writing, sent)
-            assert next(chunks) == expected
-        os.write(writing, b"end")
-        os.close(writing)
-        assert list(chunks) == [["end"]]
-
-
-def test_a_long_input_comes_in_bounded_chunks(monkeypatch):
-    monkeypatch.setattr(translate, "_BYTES_READ", 10)
-    content = io.BytesIO(b"".join(b"%d\n" % number for number in range(100)))
-    chunks = list(translate.lines_as_they_come(content, 7))
-    assert [line for chunk in chunks for line in chunk] == [str(number) for number in range(100)]
-    assert max(map(len, chunks)) <= 7 + 10 // 2
-    assert len(chunks) > 8
-
-
-def test_a_line_that_is_no_utf_8_is_named():
-    with pytest.raises(ValueError, match="line 3 of standard input must be UTF-8"):
-        list(translate.lines_as_they_come(io.BytesIO(b"a\nb\n\xff\n"), 100))
 
 
 def test_the_reader_may_leave(finished, monkeypatch):

@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import unicodedata
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +46,14 @@ def test_word2vec_has_a_first_line_and_spaces_at_the_ends_of_lines(written):
 def test_words_are_told_apart_by_the_plain_space_alone(written):
     table, _ = load_table(written("a\u00a0b 1 2\n\u0085 3 4\n"), ["\u0085", "a\u00a0b"], 2)
     np.testing.assert_array_equal(table, [[3, 4], [1, 2]])
+
+
+@pytest.mark.parametrize(("file", "token"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_words_are_compared_after_normalisation(file, token, written):
+    word = [unicodedata.normalize(form, "größer") for form in (file, token)]
+    table, found = load_table(written(f"a 1 2\n{word[0]} 3 4\n"), ["b", word[1]], 2)
+    np.testing.assert_array_equal(table, [[0, 0], [3, 4]])
+    assert found.tolist() == [False, True]
 
 
 def test_of_a_word_that_occurs_twice_the_first_line_counts(written, caplog):

@@ -1,5 +1,7 @@
 """Source to target, by anything that encodes and decodes: translation, and all that can be told as one."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from seqattn.models import EncoderDecoder
 from train.batches import Example, examples
 from train.objectives.objective import Arrays, Objective, Scores, Sums, bits_per_character, perplexity
 from train.objectives.pictures import draw_texts
-from train.rouge import rouge_l
+from train.rouge import english_rouge_l, is_english, rouge_l
 from train.tokenizer import Tokenizer
 from train.translator import Beam, Search, Translator
 
@@ -54,7 +56,9 @@ class SequenceToSequence(Objective):
         """Loss under teacher forcing, and outputs: `exact_match` from 0 to 1; `bleu`, `chrf` from 0 to 100.
 
         BLEU is sacrebleu's, `bleu_lowercase` the same of lower-cased texts. With ROUGE also `perplexity` of a token,
-        `bits_per_character` (line ends included), and `rouge_l` from 0 to 100.
+        `bits_per_character` (line ends included), and `rouge_l` from 0 to 100, by the words of `train.rouge.words`;
+        where the references are English also `rouge_l_english` and `rouge_l_english_stemmed`, which can be compared
+        with published figures.
         """
         references = list(split["target"])
         longest = _LINE if self._rouge else None
@@ -70,7 +74,7 @@ class SequenceToSequence(Objective):
             numbers["perplexity"] = perplexity(loss)
             tokens = sum(len(target) - 1 for _, target in self.examples(split))
             numbers["bits_per_character"] = bits_per_character(loss, tokens, references)
-            numbers["rouge_l"] = 100 * sum(map(rouge_l, outputs, references)) / len(references)
+            numbers |= _rouge(outputs, references)
         return Scores(numbers, outputs, signatures)
 
     @staticmethod
@@ -83,6 +87,15 @@ class SequenceToSequence(Objective):
         """Where the model looks while it writes the output for each of the first few sources."""
         texts = list(split["source"][:_DRAWN])
         return draw_texts(model, self.tokenizer, texts, folder)
+
+
+def _rouge(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Means over the texts, from 0 to 100."""
+    measures: dict[str, Callable[[str, str], float]] = {"rouge_l": rouge_l}
+    if is_english(references):
+        measures["rouge_l_english"] = partial(english_rouge_l, stemmed=False)
+        measures["rouge_l_english_stemmed"] = partial(english_rouge_l, stemmed=True)
+    return {name: 100 * sum(map(of, outputs, references)) / len(references) for name, of in measures.items()}
 
 
 def _places(batch: Arrays) -> tuple[jax.Array, jax.Array, Coordinates, Coordinates]:

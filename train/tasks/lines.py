@@ -38,12 +38,26 @@ def read_lines(path: Path) -> Iterator[str]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, start=1):  # binary, because a text file has more ends of lines
-                yield _text(line.removeprefix(BOM_UTF8) if number == 1 else line, f"{path}:{number}")
+                yield decoded(line, f"{path}:{number}", number)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path}:{number + 1}: damaged gzip data: {error}") from error
 
 
-def _text(line: bytes, where: str) -> str:
+def decoded(line: bytes, where: str, number: int) -> str:
+    r"""The text of a line, without its end and, where it is the first, without a byte order mark.
+
+    Args:
+        line: as it stands in the file.
+        where: names the line in errors.
+        number: of the line, from 1.
+
+    Raises:
+        ValueError: naming the place, where the line is not UTF-8 or holds a NUL.
+
+    >>> decoded(b"\xef\xbb\xbfein Haus\r\n", "line 1 of standard input", 1)
+    'ein Haus'
+    """
+    line = line.removeprefix(BOM_UTF8) if number == 1 else line
     try:
         text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
     except UnicodeDecodeError as error:

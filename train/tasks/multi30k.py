@@ -35,6 +35,11 @@ class Multi30k(TranslationTask):
                 return dataclasses.replace(hub, source_column=self.source, target_column=target).load()
             except (ValueError, OSError) as error:
                 raise ValueError(f"{error}; the folder of its files may be given by --task.data") from error
+        if self.revision is not None or self.name != Multi30k.name:
+            raise ValueError(
+                f"--task.data ({self.data}) excludes --task.name ({self.name}) and --task.revision ({self.revision}), "
+                "which are of the hub"
+            )
         if not self.data.is_dir():
             raise FileNotFoundError(f"--task.data: there is no folder {self.data}")
         found = {

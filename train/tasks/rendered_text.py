@@ -1,6 +1,8 @@
 """Pictures of strings in many fonts, turned, sheared, blurred and noisy: to be read."""
 
 import dataclasses
+import itertools
+import unicodedata
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -108,6 +110,10 @@ class RenderedText(DrawnTask):
             )
         if len(set(self.alphabet)) < len(self.alphabet) or not self.alphabet or "|" in self.alphabet:
             raise ValueError(f"alphabet ({self.alphabet!r}) must name characters once each, and not the mark '|'")
+        for two in map("".join, itertools.product(self.alphabet, repeat=2)):
+            # Two different strings could otherwise be one text in NFC, and be in two splits.
+            if not unicodedata.is_normalized("NFC", two):
+                raise ValueError(f"alphabet ({self.alphabet!r}) must be of characters that NFC keeps, and not {two!r}")
         if min(self.height, self.width) <= 2 * _MARGIN:
             raise ValueError(f"height ({self.height}) and width ({self.width}) must be more than {2 * _MARGIN} pixels")
         if not 0 <= self.distortion <= 1:

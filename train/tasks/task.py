@@ -1,7 +1,7 @@
 """What a task is: a source of (source text, target text) examples in three splits."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,9 +36,18 @@ def splits(train: Sequence[Pair], validation: Sequence[Pair], test: Sequence[Pai
     return {"train": _dataset(train), "validation": _dataset(validation), "test": _dataset(test)}
 
 
+def normalized(pairs: Iterable[Pair]) -> list[Pair]:
+    r"""The pairs in NFC, as tokenizers write; texts are compared, counted and split in this form alone.
+
+    >>> normalized([("u\u0308ber", "over")])
+    [('über', 'over')]
+    """
+    return [(unicodedata.normalize("NFC", source), unicodedata.normalize("NFC", target)) for source, target in pairs]
+
+
 def _dataset(pairs: Sequence[Pair]) -> Dataset:
-    """In NFC, as tokenizers write: else no output could equal a reference that was typed in another form."""
-    source, target = ([unicodedata.normalize("NFC", text) for text in side] for side in zip(*pairs, strict=True))
+    """In NFC: else no output could equal a reference that was typed in another form."""
+    source, target = zip(*normalized(pairs), strict=True)
     return Dataset.from_dict({"source": source, "target": target})
 
 

@@ -1,6 +1,7 @@
 """Translation: the examples are parallel text, from local files or from the Hugging Face hub."""
 
 import logging
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ from datasets.exceptions import DatasetGenerationError
 from numpy.random import Generator
 
 from train.tasks.lines import read_pairs
-from train.tasks.task import Pair, generator, splits
+from train.tasks.tables import Table, tables
+from train.tasks.task import Pair, generator, normalized, splits
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON can write."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class TranslationTask:
     test_examples: int = 1_000
     """examples to hold out of the training text where there is no test text"""
     max_characters: int = 1_000
-    """training pairs with a longer text on either side are left out; validation and test text is kept whole"""
+    """training pairs with a longer text on either side, in NFC, are left out; validation and test text is kept whole"""
     seed: int = 0
     """any integer; it decides which examples are held out"""
 
@@ -37,9 +41,10 @@ class TranslationTask:
 
         Pairs with a blank side are skipped, and in training those that are too long; the counts are logged. What was
         not found is held out of training: so many distinct sources, none of which stays in training with another
-        target. Raises ValueError, naming the counts, where too little is left.
+        target. Characters are counted, and sources compared, in NFC. Raises ValueError, naming the counts, where too
+        little is left.
         """
-        kept = {split: self._usable(split, pairs) for split, pairs in found.items()}
+        kept = {split: self._usable(split, normalized(pairs)) for split, pairs in found.items()}
         random = generator(self.seed)
         for split, examples in (("test", self.test_examples), ("validation", self.validation_examples)):
             if split not in kept:
@@ -121,7 +126,8 @@ class HubTranslation(TranslationTask):
     """A dataset of the Hugging Face hub, or a local folder of its file formats.
 
     Its texts are either in one column of dictionaries, a text for each language (the hub's translation feature), or
-    in two columns of text. Splits other than "train", "validation" and "test" are not used.
+    in two columns of text. In JSON and CSV texts are what stands there, also where all are dates or digits; a number of
+    JSON is none. Splits other than "train", "validation" and "test" are not used.
     """
 
     name: str = ""
@@ -150,39 +156,53 @@ class HubTranslation(TranslationTask):
         ):
             if not given:
                 raise ValueError(f"set {flag}: translation from the hub needs a dataset, a source and a target")
+        for side in ("source", "target"):
+            column, language = getattr(self, f"{side}_column"), getattr(self, f"{side}_language")
+            if column and language:
+                raise ValueError(
+                    f"--task.{side}-column ({column}) and --task.{side}-language ({language}) exclude each other: a "
+                    "language is one of the translation column"
+                )
         # What was once read from a folder is known by the times of its files, which may stay where their texts change.
         with tempfile.TemporaryDirectory() as fresh:
-            return self.choose(self._found(fresh if Path(self.name).is_dir() else None))
+            found = self._tables(fresh if Path(self.name).is_dir() else None)
+            return self.choose({split: self._pairs(split, table) for split, table in found.items()})
 
-    def _found(self, cache: str | None) -> dict[str, list[Pair]]:
-        """The pairs of the splits that are there; `cache` is for what `datasets` makes of the files."""
+    def _tables(self, cache: str | None) -> dict[str, Table]:
+        """The splits that are there; `cache` is for what `datasets` makes of the files."""
         try:
-            found = datasets.load_dataset(self.name, self.config, revision=self.revision, cache_dir=cache)
-        except DatasetGenerationError as error:  # it hides what is wrong with the file in its cause
-            raise ValueError(f"{self.name} cannot be read: {error.__cause__ or error}") from error
+            builder = datasets.load_dataset_builder(self.name, self.config, revision=self.revision, cache_dir=cache)
         except RuntimeError as error:
             if "script" not in str(error):  # which is not run
                 raise
             raise ValueError(f"{self.name} cannot be used: {error}") from error
-        if "train" not in found:
+        try:
+            found = tables(builder, cache)
+            read = {split: found[split]() for split in SPLITS if split in found}
+        except DatasetGenerationError as error:  # it hides what is wrong with the file in its cause
+            raise ValueError(f"{self.name} cannot be read: {error.__cause__ or error}") from error
+        except ValueError as error:
+            raise ValueError(f"{self.name} cannot be read: {error}") from error
+        if "train" not in read:
             raise ValueError(f"{self.name} has no split 'train', it has {sorted(found)}")
-        return {split: self._pairs(split, found[split]) for split in SPLITS if split in found}
+        return read
 
-    def _pairs(self, split: str, rows: Dataset) -> list[Pair]:
+    def _pairs(self, split: str, table: Table) -> list[Pair]:
         where = f"{self.name}, split {split!r}"
-        sources = self._texts(where, rows, self.source_column, self.source_language)
-        targets = self._texts(where, rows, self.target_column, self.target_language)
+        sources = self._texts(where, table, self.source_column, self.source_language)
+        targets = self._texts(where, table, self.target_column, self.target_language)
         return list(zip(sources, targets, strict=True))
 
-    def _texts(self, where: str, rows: Dataset, column: str | None, language: str | None) -> list[str]:
+    def _texts(self, where: str, table: Table, column: str | None, language: str | None) -> list[str]:
         name = column or self.column
-        if name not in rows.column_names:
-            raise ValueError(f"{where}, has no column {name!r}, it has {rows.column_names}")
+        if name not in table.columns:
+            raise ValueError(f"{where}, has no column {name!r}, it has {list(table.columns)}")
         texts: list[str] = []
-        for number, value in enumerate(rows[name][:]):
+        for number, value in enumerate(table.columns[name][:]):
             text = value if column else value.get(language) if isinstance(value, dict) else None
-            if not isinstance(text, str):
+            if not isinstance(text, str) or _SURROGATE.search(text):
                 asked = "" if column else f" for {language!r}"
-                raise ValueError(f"{where}, row {number}, column {name!r}: no text{asked} in {value!r:.200}")
+                place = f" ({table.places[number]})" if table.places else ""
+                raise ValueError(f"{where}, row {number}, column {name!r}: no text{asked} in {value!r:.200}{place}")
             texts.append(text)
         return texts

@@ -68,7 +68,7 @@ def test_a_filter_is_no_sampling():
     [
         {"length_penalty": AverageLength(np.array([1.0, 2.0]))},
         {"groups": DiverseGroups(2, np.array([1.0, 2.0]))},
-        {"alignment": lambda state: jnp.ones((4, 3)), "coverage": CoveragePenalty(np.array([0.0, 5.0]))},
+        {"alignment": lambda state: jnp.ones((4, 3)), "coverage": CoveragePenalty(np.array([0.0, 5.0]), present=True)},
     ],
     ids=["length", "groups", "coverage"],
 )

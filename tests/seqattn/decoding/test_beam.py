@@ -11,11 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from seqattn.decoding import ForcedPrefix, generate
-from seqattn.decoding.beam import Beams, Stopping, beam_search
+from seqattn.decoding import ForcedPrefix, MinLogProbability, PrefixCost, generate
+from seqattn.decoding.beam import Beams, beam_search
 from seqattn.decoding.candidates import DiverseGroups
 from seqattn.decoding.penalties import GNMT, AverageLength, CoveragePenalty, NoPenalty
 from seqattn.decoding.state import Shared
+from seqattn.decoding.stopping import Stopping
 
 V, END, PAD, S = 5, 3, 1, 3
 FIRST = jnp.array([0, 2, 4])
@@ -34,7 +35,7 @@ def _state(logits, weights=None):
     rows = len(logits)
     if weights is None:
         weights = np.ones((*logits.shape[:3], S), np.float32)
-    before, last = jnp.zeros(rows, jnp.int32), (jnp.zeros((rows, S), jnp.float32), jnp.int32(7))
+    before, last = jnp.zeros(rows, jnp.int32), (jnp.zeros((rows, weights.shape[-1]), jnp.float32), jnp.int32(7))
     return {"tables": Shared((jnp.asarray(logits), jnp.asarray(weights))), "before": before, "weights": last}
 
 
@@ -57,6 +58,10 @@ def _penalised(penalty, total, length):
     if isinstance(penalty, AverageLength):
         return total / float(length) ** float(penalty.power)
     return total / ((5 + length) / 6) ** float(penalty.alpha) if isinstance(penalty, GNMT) else total
+
+
+def _covered(beta):
+    return CoveragePenalty(beta, present=True)
 
 
 def _coverage(beta, weights):
@@ -139,11 +144,36 @@ def test_b10_a_wide_beam_is_exhaustive_search(seed, penalty, beta):
     logits, weights = _tables(seed, end=1.0)
     # 4 * 4 hypotheses run into the third step and have 80 continuations.
     found = _search(
-        _state(logits, weights), FIRST, 80, 3, 5, aligned=True, length_penalty=penalty, coverage=CoveragePenalty(beta)
+        _state(logits, weights), FIRST, 80, 3, 5, aligned=True, length_penalty=penalty, coverage=_covered(beta)
     )
     for row, first in enumerate(FIRST):
         model = _Model(logits[row], weights[row], first)
         _agree(found, row, _all_sequences(model, 3, penalty, beta)[:5], f"{penalty}")
+
+
+@pytest.mark.parametrize("floor", [-2.0, np.array([-1.0, -6.0, -0.01], np.float32)], ids=str)
+def test_hypotheses_below_a_floor_of_log_probability_are_dropped(floor):
+    for seed in range(3):
+        logits, weights = _tables(seed, end=2.0)
+        found = _search(_state(logits, weights), FIRST, 80, 3, 9, length_penalty=NoPenalty(), min_log_probability=floor)
+        for row, first in enumerate(FIRST):
+            every = _all_sequences(_Model(logits[row], weights[row], first), 3, NoPenalty(), 0.0)
+            least = np.broadcast_to(floor, 3)[row]
+            _agree(found, row, [each for each in every if each[0] >= least][:9], f"seed {seed}")
+
+
+def test_improbable_tokens_are_kept_out_of_all_hypotheses():
+    logits, weights = _tables(3, end=1.0)
+    processors = (MinLogProbability(np.array([-1.5, -0.5, -9.0], np.float32)),)
+    found = _search(_state(logits, weights), FIRST, 80, 3, 9, processors=processors)
+    for row, first in enumerate(FIRST):
+        model = _Model(logits[row], weights[row], first)
+        low = model.log_probabilities < processors[0].floor[row]
+        model.log_probabilities[
+            low & (model.log_probabilities < model.log_probabilities.max(-1, keepdims=True))
+        ] = -np.inf
+        every = [each for each in _all_sequences(model, 3, AverageLength(1.0), 0.0) if each[0] > -np.inf]
+        _agree(found, row, every[:9])
 
 
 @pytest.mark.parametrize("penalty", PENALTIES, ids=str)
@@ -181,11 +211,28 @@ def test_the_stoppings_of_this_file_differ():
 def test_a_narrow_beam_with_a_coverage_penalty(stopping):
     for seed in range(3):
         logits, weights = _tables(seed, end=1.0)
-        options = {"length_penalty": AverageLength(1.0), "stopping": stopping, "coverage": CoveragePenalty(0.3)}
+        options = {"length_penalty": AverageLength(1.0), "stopping": stopping, "coverage": _covered(0.3)}
         found = _search(_state(logits, weights), FIRST, 3, 7, 3, aligned=True, **options)
         for row, first in enumerate(FIRST):
             model = _Model(logits[row], weights[row], first)
             _agree(found, row, _plain_beam(model, 3, 7, AverageLength(1.0), stopping, 0.3), f"seed {seed}")
+
+
+def test_a_coverage_penalty_does_not_depend_on_how_far_the_batch_is_padded():
+    logits, weights = _tables(2, end=1.0)
+    lengths, padded = np.array([3, 2, 1]), 5
+    present = np.arange(padded) < lengths[:, None]
+    # What a model attends to behind the end of a source must not matter, even if that is garbage.
+    wide = np.concatenate([weights, np.full((*weights.shape[:-1], padded - S), np.nan, np.float32)], axis=-1)
+    wide[:, ..., 1:S] = np.where(present[:, None, None, 1:S], wide[..., 1:S], np.nan)
+    options = {"aligned": True, "n_best": 3}
+    together = _search(_state(logits, wide), FIRST, 3, 7, coverage=CoveragePenalty(0.3, present), **options)
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1)
+        alone = _state(logits[one], weights[one, ..., :length])
+        found = _search(alone, FIRST[one], 3, 7, coverage=CoveragePenalty(0.3, present[one, :length]), **options)
+        np.testing.assert_array_equal(together.tokens[row], found.tokens[0])
+        np.testing.assert_allclose(together.score[row], found.score[0], rtol=1e-5)
 
 
 def test_alignments_are_those_of_the_tokens():
@@ -300,6 +347,48 @@ def test_forced_prefixes_of_any_length_cost_what_the_model_says():
         np.testing.assert_allclose(found.log_probability[0, place], total, rtol=1e-5)
 
 
+def test_what_the_limit_cut_competes_with_what_ended_by_its_score_alone():
+    """t5x would return the sequence that ended, although another scores more."""
+    logits = np.log(np.array([0.5, 0.05, 0.03, 0.4, 0.02], np.float32))
+    found = _search(_state(np.broadcast_to(logits, (1, V, V, V))), FIRST[:1], 3, 2, 3, length_penalty=NoPenalty())
+    # The end at once with 0.4; 0 and 0 with 0.25, cut; and 0 and the end with 0.2.
+    np.testing.assert_array_equal(found.tokens[0], [[END, PAD], [0, 0], [0, END]])
+    np.testing.assert_array_equal(found.ended[0], [True, False, True])
+    np.testing.assert_allclose(np.exp(found.score[0]), [0.4, 0.25, 0.2], rtol=1e-5)
+
+
+@pytest.mark.parametrize("cost", PrefixCost)
+def test_forced_prefixes_cost_what_the_model_says_or_nothing(cost):
+    logits, weights = _tables(6)
+    tokens, length = np.array([[4, 2, 0], [0, 0, 0], [2, END, 4]]), np.array([3, 0, 2])
+    found = _search(_state(logits, weights), FIRST, 3, 7, 3, processors=(ForcedPrefix(tokens, length, cost),))
+    for row, place in itertools.product(range(3), range(3)):
+        said = found.tokens[row, place, : found.length[row, place]].tolist()
+        assert said[: length[row]] == tokens[row, : length[row]].tolist() or not said
+        model = _Model(logits[row], weights[row], FIRST[row])
+        free = length[row] if cost is PrefixCost.NOTHING else 0
+        total = sum(model.at(said[:index])[0][token] for index, token in enumerate(said) if index >= free)
+        if said:
+            np.testing.assert_allclose(found.log_probability[row, place], total, rtol=1e-5)
+            # The tokens of a prefix count in the length, whatever they cost.
+            np.testing.assert_allclose(found.score[row, place], total / len(said), rtol=1e-5)
+    greedy = generate(
+        *(_step, _state(logits, weights), FIRST),
+        **{"max_length": 7, "end_token": END, "pad_token": PAD, "processors": (ForcedPrefix(tokens, length, cost),)},
+    )
+    found = _search(_state(logits, weights), FIRST, 1, 7, processors=(ForcedPrefix(tokens, length, cost),))
+    np.testing.assert_array_equal(found.tokens[:, 0], greedy.tokens)
+    np.testing.assert_allclose(found.log_probability[:, 0], greedy.log_probability, rtol=1e-5, atol=1e-6)
+
+
+def test_a_free_prefix_that_the_model_holds_for_impossible_fails_its_row():
+    logits, weights = _tables(6)
+    logits[0, 0, 0, 4], logits[1, 0, 2, 4] = -np.inf, np.nan
+    forced = ForcedPrefix(np.full((3, 1), 4), np.ones(3, np.int32), PrefixCost.NOTHING)
+    found = _search(_state(logits, weights), FIRST, 3, 7, 3, processors=(forced,))
+    np.testing.assert_array_equal(found.failed, [True, True, False])
+
+
 def test_a_limit_of_one_token_gives_the_best_tokens():
     logits, weights = _tables(7)
     found = _search(_state(logits, weights), FIRST, 3, 1, 3)
@@ -404,6 +493,11 @@ def test_a_batch_of_nothing():
     [
         ({"beam_size": 0}, r"beam_size \(0\) must be an integer of at least 1"),
         ({"max_length": 0}, r"max_length \(0\) must be an integer of at least 1"),
+        ({"min_log_probability": -np.inf}, r"min_log_probability \(-inf\) must be finite"),
+        (
+            {"min_log_probability": np.zeros(2)},
+            r"min_log_probability must be one number or \[B\] for 3 rows, got \(2,\)",
+        ),
         ({"n_best": 3}, r"n_best \(3\) must be from 1 to beam_size \(2\)"),
         ({"groups": DiverseGroups(3)}, r"beam_size \(2\) must be a multiple of the count of groups \(3\)"),
         ({"coverage": CoveragePenalty()}, "needs alignment"),

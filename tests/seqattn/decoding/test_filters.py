@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqattn.decoding import History, MinP, Temperature, TopK, TopP
+from seqattn.decoding import History, MinLogProbability, MinP, Temperature, TopK, TopP
 from tests.logits_oracle import expected
 
 B, BEAMS, V = 2, 3, 7
@@ -24,6 +24,7 @@ EDGES = [
     TopP(1.0),
     MinP(0),
     MinP(1),
+    MinLogProbability(0),
 ]
 
 
@@ -52,6 +53,7 @@ FILTERS = {
     "Temperature": st.builds(Temperature, ONE_OR_EACH(st.sampled_from([0.0, 0.25, 0.7, 1.0, 3.0]))),
     "TopK": st.builds(TopK, st.integers(1, V + 1)),
     "TopP": st.builds(TopP, ONE_OR_EACH(PROBABILITY)),
+    "MinLogProbability": st.builds(MinLogProbability, ONE_OR_EACH(PROBABILITY.map(lambda p: -7 * p - 1e-4))),
     "MinP": st.builds(MinP, ONE_OR_EACH(PROBABILITY)),
 }
 
@@ -99,6 +101,19 @@ def test_b15_of_equal_logits_the_lowest_tokens_are_kept(count, dtype):
     assert _one(TopK(count), logits).dtype == _one(TopP(0.5), logits).dtype == dtype
 
 
+@pytest.mark.parametrize(("floor", "kept"), [(-1.0, [1]), (-1.1, [0, 1]), (-9.0, [0, 1, 3]), (-1e30, [0, 1, 3])])
+def test_a_floor_of_log_probability_keeps_what_the_model_holds_for_probable(floor, kept):
+    """The logits are log probabilities plus 5: it is the first that count."""
+    logits = np.log(np.array([0.35, 0.6, 1e-38, 0.05], np.float32)) + 5
+    logits[2] = -np.inf
+    assert _kept(MinLogProbability(floor), logits) == kept
+    assert _kept(MinLogProbability(floor), logits.astype(ml_dtypes.bfloat16)) == kept
+
+
+def test_a_floor_that_no_token_reaches_keeps_the_lowest_of_the_best():
+    assert _kept(MinLogProbability(-0.5), [0.0, 1.0, 1.0, -np.inf]) == [1]
+
+
 @pytest.mark.parametrize("ratio", [0.5, 0.25])
 def test_min_p_keeps_what_equals_its_bound(ratio):
     assert _kept(MinP(ratio), np.log(np.array([1, ratio, ratio * 0.999, 1], np.float32))) == [0, 1, 3]
@@ -111,7 +126,9 @@ def test_no_temperature_overflows():
 
 
 @pytest.mark.parametrize(
-    "processor", [*EDGES, Temperature(0.5), Temperature(1e-30), TopK(2), TopP(0.6), MinP(0.4)], ids=str
+    "processor",
+    [*EDGES, Temperature(0.5), Temperature(1e-30), TopK(2), TopP(0.6), MinP(0.4), MinLogProbability(-2.0)],
+    ids=str,
 )
 def test_b14_no_filter_hides_what_says_nothing(processor):
     spoilt = np.zeros((B, BEAMS, V), np.float32)
@@ -133,6 +150,8 @@ def test_b14_no_filter_hides_what_says_nothing(processor):
         (TopP, 1.5, "the probability of TopP (1.5) must be finite and at least 0 and at most 1"),
         (TopP, jnp.array(-0.1), "the probability of TopP (-0.1) must be"),
         (MinP, 2, "the probability of MinP (2) must be"),
+        (MinLogProbability, 0.5, "the floor of MinLogProbability (0.5) must be finite and at most 0"),
+        (MinLogProbability, np.array([-1.0, -np.inf]), "the floor of MinLogProbability (-inf) must be finite"),
         (TopK, 0, "count (0) must be an integer of at least 1"),
         (TopK, 2.5, "count (2.5) must be an integer of at least 1"),
     ],

@@ -13,10 +13,15 @@ from seqattn.decoding import (
     ForcedPrefix,
     History,
     LogitsProcessor,
+    Lowering,
     MinLength,
+    MinLogProbability,
+    MinP,
     NoRepeatNgram,
+    PrefixCost,
     RepetitionPenalty,
     Temperature,
+    TopK,
     TopP,
 )
 from seqattn.decoding.processors import process
@@ -36,6 +41,7 @@ EVERY = {
     "minima": MinLength(np.array([0, 5]), end_token=0),
     "prefix": ForcedPrefix(PREFIX, np.array([4, 2])),
     "short prefix": ForcedPrefix(PREFIX, np.array([0, 1])),
+    "free prefix": ForcedPrefix(PREFIX, np.array([4, 2]), PrefixCost.NOTHING),
     "banned": Banned((0, 4)),
     "nothing banned": Banned(()),
 }
@@ -71,6 +77,25 @@ def test_it_is_a_loop_over_single_rows(processor, seed, length, alphabet):
     for row, beam in np.ndindex(B, BEAMS):
         oracle = expected(processor, logits[row, beam].astype(np.float64), _said(history, row, beam), row)
         np.testing.assert_allclose(result[row, beam], oracle, rtol=1e-6, err_msg=f"row {row}, beam {beam}")
+
+
+@pytest.mark.parametrize("name", [*EVERY, "filters"])
+@pytest.mark.parametrize("highest", [-3.0, 0.0, 2.5])
+def test_no_result_exceeds_what_a_processor_says_of_itself(name, highest):
+    filters = [Temperature(0.4), Temperature(3.0), Temperature(0), TopK(2), TopP(0.5), MinP(0.5), MinLogProbability(-2)]
+    for processor in filters if name == "filters" else [EVERY[name]]:
+        for seed in range(3):
+            logits = _logits(seed)
+            logits += highest - logits.max(axis=(1, 2), keepdims=True)
+            bound = np.asarray(processor.bound(jnp.full(B, highest)))
+            assert bound.shape == (B,)
+            result = np.asarray(_apply(processor, logits, _history(seed, 3, 4)))
+            assert np.all(result <= bound[:, None, None] + 1e-6)
+
+
+def test_only_a_processor_that_says_so_has_a_bound():
+    assert np.all(np.isposinf(_Wrong(lambda logits: logits).bound(jnp.zeros(B))))
+    assert {type(each) for each in EVERY.values() if isinstance(each, Lowering)} == {Banned, MinLength, NoRepeatNgram}
 
 
 def test_the_first_token_that_was_fed_counts_as_said():
@@ -211,6 +236,12 @@ def test_it_is_a_pytree_whose_leaves_may_be_anything(processor):
     again = jax.tree.unflatten(tree, leaves)
     assert jax.tree.structure(again) == tree
     assert all(x is y for x, y in zip(jax.tree.leaves(again), leaves, strict=True))
+
+
+@pytest.mark.usefixtures("as_users_call_it")
+def test_a_cost_of_a_prefix_is_a_choice():
+    with pytest.raises(TypeError, match="cost must be a PrefixCost, got 0"):
+        ForcedPrefix(PREFIX, np.array([1, 1]), 0)
 
 
 def test_history_with_the_first_token():

@@ -30,7 +30,7 @@ def _of(key, value) -> KeyColumns:
 def _attend(query, key, value, visible):
     laid = _of(key, value)
     scale = H**-0.5
-    return columns.attend(query, laid.key, laid.value, finite=laid.finite, visible=visible, scale=scale)
+    return columns.attend(query, laid.key, laid.value, finite=laid.finite, visible=visible[:, None], scale=scale)
 
 
 @pytest.mark.parametrize(("length", "group"), [(1, 1), (3, 2)])
@@ -96,7 +96,7 @@ def test_scores_are_modified_after_the_scale_and_what_becomes_minus_infinity_is_
 
     @jax.jit
     def attend(query, key, value, visible, bias):
-        laid, options = _of(key, value), {"visible": visible, "scale": 0.3}
+        laid, options = _of(key, value), {"visible": visible[:, None], "scale": 0.3}
         modify = lambda scores: scores + bias  # noqa: E731
         return columns.attend(query, laid.key, laid.value, finite=laid.finite, modify=modify, **options)
 

@@ -9,6 +9,7 @@ import pytest
 
 from seqattn.coordinates import Coordinates
 from seqattn.nn import KeyColumns, KeyValue
+from seqattn.nn.key_value import Written
 
 B, SIZE, K, H, V = 3, 7, 2, 3, 5
 
@@ -72,7 +73,10 @@ def test_what_was_written_before_stays(jitted):
     expected = jax.tree.map(
         lambda a, b: jnp.concatenate([jnp.zeros_like(a[:, :1]), a, b, jnp.zeros_like(a[:, :1])], axis=1), first, second
     )
-    _same(rows, expected)
+    written = Written().dense(rows.at, rows.at)[:, 0]
+    np.testing.assert_array_equal(written, [[False, True, True, True, True, True, False]] * B)
+    position = jnp.where(written, rows.at.position, 0)
+    _same(dataclasses.replace(rows, at=Coordinates(position, rows.at.segment)), expected)
 
 
 def test_a_cache_keeps_its_dtype():

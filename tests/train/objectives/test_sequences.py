@@ -62,11 +62,14 @@ def test_outputs_are_searched_as_asked_for(beam_size, search, monkeypatch):
     assert [options["search"] for options in asked] == [search]
 
 
+ENGLISH = ("rouge_l_english", "rouge_l_english_stemmed")
+
+
 @pytest.mark.parametrize(
     ("options", "names"),
     [
         ({}, set()),
-        ({"rouge": True}, {"perplexity", "bits_per_character", "rouge_l"}),
+        ({"rouge": True}, {"perplexity", "bits_per_character", "rouge_l", *ENGLISH}),
         ({"bleu": True}, {"bleu", "bleu_lowercase", "chrf"}),
     ],
 )
@@ -85,3 +88,16 @@ def test_figures(options, names, monkeypatch):
         assert scores.numbers["bits_per_character"] == pytest.approx(2.0 * 12 / 10 / math.log(2))
         assert scores.numbers["rouge_l"] == pytest.approx(100 * (0.8 + 0) / 2)
         assert rouge_l(outputs[0], "the file") == 0.8
+
+
+def test_rouge_tells_its_words_and_stems_by_name_and_english_figures_are_of_english_alone(monkeypatch):
+    monkeypatch.setattr(sequences, "Translator", lambda *_, **__: lambda texts: ["open_file opened"] * len(texts))
+    monkeypatch.setattr(SequenceToSequence, "mean_loss", lambda *_, **__: 2.0)
+    found = []
+    for target in ("file opens", "कल opens"):
+        split = Dataset.from_dict({"source": ["a"], "target": [target]})
+        found.append(SequenceToSequence(LETTERS, rouge=True).evaluate(None, split).numbers)
+    figures = [{name: value for name, value in numbers.items() if name.startswith("rouge")} for numbers in found]
+    # Two words and two; three and two of which one is the same, or two once they are stemmed.
+    assert figures[0] == pytest.approx({"rouge_l": 0, ENGLISH[0]: 40, ENGLISH[1]: 80})
+    assert figures[1] == {"rouge_l": 0}

@@ -1,5 +1,6 @@
 import gzip
 
+import datasets
 import pytest
 
 from train.tasks import Multi30k, translation
@@ -37,15 +38,23 @@ def test_a_folder_that_is_missing_is_named(tmp_path):
         Multi30k(data=tmp_path / "nowhere").load()
 
 
-def test_without_a_folder_it_comes_from_the_hub(monkeypatch):
-    asked = []
+@pytest.mark.parametrize("setting", [{"revision": "v1"}, {"name": "other/multi30k"}])
+def test_settings_of_the_hub_beside_a_folder_are_refused(setting, data):
+    with pytest.raises(ValueError, match=r"--task.data \(.*\) excludes --task.name \(.*\) and --task.revision \(.*\)"):
+        Multi30k(data=data, **setting).load()
 
-    def load_dataset(name, config, revision, cache_dir):
+
+def test_without_a_folder_it_comes_from_the_hub(tmp_path, monkeypatch):
+    for split in translation.SPLITS:
+        (tmp_path / f"{split}.jsonl").write_text('{"en": "a dog", "de": "ein Hund"}\n{"en": "2", "de": "zwei"}\n')
+    asked, load = [], datasets.load_dataset_builder
+
+    def load_dataset_builder(name, config, revision, cache_dir):
         asked.append((name, config, revision, cache_dir))
-        rows = {"en": ["a dog", "a cat"], "de": ["ein Hund", "eine Katze"]}
-        return {split: translation.Dataset.from_dict(rows) for split in translation.SPLITS}
+        return load(str(tmp_path), cache_dir=str(tmp_path / "cache"))
 
-    monkeypatch.setattr(translation.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     loaded = Multi30k(source="de", revision="v1").load()
     assert asked == [("bentrevett/multi30k", None, "v1", None)]  # in the cache of the user
     assert loaded["validation"][0] == {"source": "ein Hund", "target": "a dog"}
+    assert loaded["train"][1] == {"source": "zwei", "target": "2"}

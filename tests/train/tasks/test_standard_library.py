@@ -1,5 +1,6 @@
 """Which files are read, which split each is in, and what is drawn of the examples."""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,15 @@ def test_the_split_is_a_function_of_the_path_alone():
     shares = [SourceFile(f"{number}.py", "any").split for number in range(1000)]
     assert 70 < shares.count("test") < 130
     assert 70 < shares.count("validation") < 130
+
+
+def test_the_split_of_a_path_is_one_in_all_unicode_forms():
+    paths = [f"größe_{number}.py" for number in range(20)]
+    composed, decomposed = (
+        [SourceFile(unicodedata.normalize(form, path), "any").split for path in paths] for form in ("NFC", "NFD")
+    )
+    assert composed == decomposed
+    assert len(set(composed)) > 1
 
 
 def test_no_file_and_no_key_is_in_two_splits(root):
