@@ -1,7 +1,7 @@
 """Attention over arrays: checks the call, has the chosen implementation run it, and brings the result into shape."""
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from seqattn.kernels.call import (
     infinite_where_empty,
     locate,
 )
+from seqattn.kernels.shared_keys import Folding, fold
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreModLike
 
@@ -84,10 +85,11 @@ def attend(
 
     Args:
         query: `[*batch, T, N, H]`, floating; any number of leading dims. T, S and batch may be 0.
-        key: `[*batch, S, K, H]`, same dtype; N must be a multiple of K (grouped queries, Ainslie 2023).
+        key: `[*batch, S, K, H]`, same dtype; N must be a multiple of K (grouped queries, Ainslie 2023). A batch dim of
+            keys and values may be 1 beside any of the queries: all rows read one memory, of which no copy is made.
         value: `[*batch, S, K, V]`, same dtype; V may differ from H.
-        mask: a `Mask` over coordinates, or a boolean array, True where a query may attend: `[T, S]`, or
-            `[*batch, N, T, S]` with any dim 1.
+        mask: a `Mask` over coordinates, which may also read `query.batch` and `query.head`, or a boolean array, True
+            where a query may attend: `[T, S]`, or `[*batch, N, T, S]` with any dim 1.
         bias: added to the logits after scaling: `[T, S]`, or `[*batch, N, T, S]` with any dim 1. An entry of -inf
             masks the pair.
         score_mod: modifies each score after scale and bias and before the mask: a `ScoreMod`, or a function
@@ -130,25 +132,17 @@ def attend(
     (2, 1, 4)
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
-    given = arguments(
-        query,
-        key,
-        value,
-        mask=mask,
-        bias=bias,
-        score_mod=score_mod,
-        q_at=q_at,
-        kv_at=kv_at,
-        scale=scale,
-        dropout=dropout,
-    )
-    sinks = check_sinks(sinks, query)
-    output, lse = first_able(to_try(implementation, query, key), given)
+    sinks, folding = check_sinks(sinks, query), Folding.of(query, key, value)
+    options: dict[str, Any] = {"mask": mask, "bias": bias, "score_mod": score_mod, "q_at": q_at, "kv_at": kv_at}
+    options |= {"scale": scale, "dropout": dropout}
+    folded, key, value, options = fold(query, key, value, options)
+    output, lse = first_able(to_try(implementation, folded, key), arguments(folded, key, value, **options))
     if sinks is not None:
         output, lse = _with_sinks(output, lse, sinks.reshape(1, 1, -1))
-    batch = query.shape[:-3]
-    output = output.reshape(*batch, *output.shape[1:])
-    return (output, infinite_where_empty(lse).reshape(*batch, *lse.shape[1:])) if return_lse else output
+    output, lse = (x.reshape(*folded.shape[:-3], *x.shape[1:]) for x in (output, lse))
+    if folded is not query:
+        output, lse = folding.unfold(output), folding.unfold(lse)
+    return (output, infinite_where_empty(lse)) if return_lse else output
 
 
 def attention_weights(
@@ -227,7 +221,7 @@ def attend_scores(
     num_heads, length, size = scores.shape[-3:]
     located = locate((*batch, length, num_heads, 1), (*batch, size, 1, 1), mask, None, q_at, kv_at)
     flat = flatten(scores, batch).astype(accumulator(scores.dtype))
-    visible = reference.visibility((len(flat), length, num_heads, 1), **located)
+    visible = reference.visibility((flat.shape[0], length, num_heads, 1), **located)
     shown = flat != -jnp.inf
     visible = shown if visible is None else visible & shown
     flat = jnp.where(shown, flat, jnp.zeros_like(flat))

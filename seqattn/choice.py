@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from seqattn.kernels import call, chunked, reference, vendor
-from seqattn.kernels.call import Shaped
+from seqattn.kernels import call, chunked, reference, shared_keys, vendor
+from seqattn.kernels.call import Shaped, is_known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +54,13 @@ def to_try(implementation: str | Sequence[str] | None, query: Shaped, key: Shape
 
 def order(platform: str, query: Shaped, key: Shaped) -> tuple[str, ...]:
     """Names in the order in which `None` tries them; a name that is not there is passed over."""
+    if not is_known(query.shape, key.shape):
+        return ("xla", "reference")
     if platform in ("gpu", "cuda", "rocm"):
         return ("cudnn", "chunked", "xla", "reference")
     if platform == "tpu":
         return ("splash", "chunked", "xla", "reference")
-    tiny = query.shape[-3] * key.shape[-3] <= TINY_PAIRS or query.shape[-3] < FEW_QUERIES
+    tiny = query.shape[-3] < FEW_QUERIES or query.shape[-3] * key.shape[-3] <= TINY_PAIRS
     return ("xla", "reference", "chunked") if tiny else ("chunked", "xla", "reference")
 
 
@@ -156,7 +158,8 @@ def explain(
     notes: dict[str, str] = {}
 
     def probe(name: str, *arrays: Array) -> tuple[Array, Array]:
-        given, kernel = call.arguments(*arrays, **options), IMPLEMENTATIONS[name]
+        folded, key, value, rest = shared_keys.fold(arrays[0], arrays[1], arrays[2], options)
+        given, kernel = call.arguments(folded, key, value, **rest), IMPLEMENTATIONS[name]
         note = None if kernel.note is None else kernel.note(**given)
         result = kernel.attend(**given)
         notes.update({} if note is None else {name: note})

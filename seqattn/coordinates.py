@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from seqattn.static import pytree
+from seqattn.static import Size, pytree
 
 
 @pytree
@@ -42,12 +42,12 @@ class Coordinates:
     head: Array | np.integer | int | None = None
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[Size, ...]:
         """`(*batch, length)`."""
         return self.position.shape
 
     @staticmethod
-    def range(length: int, *, start: int | Int[Array, ""] = 0) -> "Coordinates":
+    def range(length: Size, *, start: int | Int[Array, ""] = 0) -> "Coordinates":
         """One text of `length` tokens without padding, its first token at position `start`; shape `[length]`.
 
         NumPy arrays where `start` is a number: then kernels know at trace time which tiles a mask reaches.
@@ -61,8 +61,8 @@ class Coordinates:
             raise ValueError(f"length ({length}) must not be negative")
         # The length of a program that `jax.export` compiles for any length is no number.
         if isinstance(length, (int, np.integer)) and isinstance(start, (int, np.integer)):
-            position = np.arange(length, dtype=np.int32)
-            return Coordinates(position + np.int32(start), np.ones_like(position))
+            known = np.arange(length, dtype=np.int32)
+            return Coordinates(known + np.int32(start), np.ones_like(known))
         position = jnp.arange(length, dtype=jnp.int32)
         return Coordinates(position + jnp.asarray(start, jnp.int32), jnp.ones_like(position))
 

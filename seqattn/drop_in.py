@@ -1,7 +1,7 @@
 """`jax.nn.dot_product_attention`, its parameters and its meaning, over `attend`."""
 
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -10,6 +10,7 @@ from seqattn.attention import attend
 from seqattn.coordinates import Coordinates
 from seqattn.kernels.call import Visible, check_arrays, check_pairs
 from seqattn.masks import Causal, Mask, NotPadding, SlidingWindow
+from seqattn.static import Size
 
 
 @overload
@@ -69,7 +70,8 @@ def dot_product_attention(
 
     Args:
         query: `[B, T, N, H]` or `[T, N, H]`; key and value `[B, S, K, H]` or `[S, K, H]`.
-        bias: `[T, S]`, or broadcasting to `[B, N, T, S]` with the same number of dims as the inputs.
+        bias: broadcasting to `[B, N, T, S]`, or to `[N, T, S]` for inputs of 3 dims. Where it has fewer dims than that,
+            those in front of `[T, S]` must be 1: `[3, T, S]` beside 4 dims might be for 3 rows or for 3 heads.
         mask: boolean, True where a query may attend; shapes as for `bias`.
         scale: `1 / sqrt(H)` where not given.
         is_causal: query i sees keys 0 to i, aligned at the first token also where T differs from S.
@@ -85,6 +87,7 @@ def dot_product_attention(
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     check_arrays(query, key, value)
+    bias, mask = (x if x is None else _of_call(query.ndim, jnp.asarray(x)) for x in (bias, mask))
     batch, length, size = query.shape[:-3], query.shape[-3], key.shape[-3]
     q_at = _rows("query_seq_lengths", query_seq_lengths, batch, length)
     kv_at = _rows("key_value_seq_lengths", key_value_seq_lengths, batch, size)
@@ -94,7 +97,6 @@ def dot_product_attention(
     if query_seq_lengths is not None or key_value_seq_lengths is not None:
         parts.append(NotPadding())
     if mask is not None and parts:
-        mask = jnp.asarray(mask)
         check_pairs("mask", mask, batch, (query.shape[-2], length, size))
         if mask.ndim > 2 and mask.shape[-3:-1] == (1, 1):
             # What hides the same keys from every query of a row is padding, and kernels need no dense mask.
@@ -104,21 +106,13 @@ def dot_product_attention(
     visible: Visible = mask if combined is None else combined
     if mask is not None and combined is not None:
         rest = jnp.expand_dims(combined.dense(q_at, kv_at), -3)
-        visible = _of_rank(query.ndim, mask) & _of_rank(query.ndim, rest)
+        visible = mask & _of_rank(query.ndim, rest)
     located = isinstance(visible, Mask)
-    output, lse = attend(
-        query,
-        key,
-        value,
-        mask=visible,
-        bias=bias,
-        q_at=q_at if located else None,
-        kv_at=kv_at if located else None,
-        scale=scale,
-        implementation=implementation,
-        return_lse=True,
-    )
-    return (output, lse) if return_residual else output
+    options: dict[str, Any] = {"q_at": q_at, "kv_at": kv_at} if located else {}
+    options |= {"mask": visible, "bias": bias, "scale": scale, "implementation": implementation}
+    if return_residual:
+        return attend(query, key, value, **options, return_lse=True)
+    return attend(query, key, value, **options)
 
 
 def _all(masks: list[Mask]) -> Mask | None:
@@ -133,7 +127,12 @@ def _of_rank(rank: int, x: Array) -> Array:
     return x.reshape((1,) * (rank - x.ndim) + x.shape)
 
 
-def _padded(at: Coordinates, present: Array, batch: tuple[int, ...]) -> Coordinates:
+def _of_call(rank: int, pairs: Array) -> Array:
+    """A mask or bias of fewer dims than the call has, with dims of 1 in front, where only one reading is possible."""
+    return _of_rank(rank, pairs) if pairs.ndim < rank and all(n == 1 for n in pairs.shape[:-2]) else pairs
+
+
+def _padded(at: Coordinates, present: Array, batch: tuple[Size, ...]) -> Coordinates:
     """The coordinates with padding also where `present`, `[*batch or 1, length]`, is False."""
     shape = (*batch, at.shape[-1])
     position, segment, present = (
@@ -149,7 +148,7 @@ def _window(size: int | tuple[int, int]) -> SlidingWindow:
     return SlidingWindow(left + 1, ahead=right)
 
 
-def _rows(name: str, lengths: Array | None, batch: tuple[int, ...], length: int) -> Coordinates:
+def _rows(name: str, lengths: Array | None, batch: tuple[Size, ...], length: Size) -> Coordinates:
     if lengths is None:
         return Coordinates.range(length)
     lengths = jnp.asarray(lengths)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from seqattn.coordinates import Coordinates, Tile
-from seqattn.static import check_integer, pytree, static
+from seqattn.static import Size, check_integer, pytree, static
 
 Truth = Any
 """A boolean scalar: `np.bool_` where coordinates are known at trace time, a traced boolean elsewhere."""
@@ -71,12 +71,12 @@ class Mask:
         at = jax.tree.map(lambda x: jnp.reshape(x, (1,) * (rank - x.ndim) + x.shape), (query, key))
         batch = jnp.broadcast_shapes(*(leaf.shape[:-1] for leaf in jax.tree.leaves(at)))
         rows = math.prod(batch)
-        flat = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, x.shape[-1])).reshape(rows, x.shape[-1]), at)
-        pairs = self._lifted(*flat, rows, num_heads)
+        query, key = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, x.shape[-1])).reshape(rows, x.shape[-1]), at)
+        pairs = self._lifted(query, key, rows, num_heads)
         return pairs.reshape(*batch, *pairs.shape[1:])
 
     def over(
-        self, query: Coordinates, key: Coordinates, *, batch: int, num_heads: int
+        self, query: Coordinates, key: Coordinates, *, batch: Size, num_heads: int
     ) -> Bool[Array, "rows heads T S"]:
         """The matrix of a call, `[B or 1, N or 1, T, S]`, for queries `[B or 1, T]` and keys `[B or 1, S]`.
 
@@ -87,7 +87,7 @@ class Mask:
         pairs = self._lifted(query, key, batch if read.batch else rows, num_heads if read.head else None)
         return pairs if read.head else pairs[:, None]
 
-    def _lifted(self, query: Coordinates, key: Coordinates, rows: int, num_heads: int | None) -> Bool[Array, "..."]:
+    def _lifted(self, query: Coordinates, key: Coordinates, rows: Size, num_heads: int | None) -> Bool[Array, "..."]:
         """The mask of all pairs, `[rows, T, S]` or `[rows, N, T, S]`; coordinates have one row or all."""
 
         def pair(query: Coordinates, key: Coordinates, batch: Array, head: Array | None) -> Truth:
@@ -100,7 +100,7 @@ class Mask:
         lifted = lifted if heads is None else jax.vmap(lifted, (None, None, None, 0))
         return jax.vmap(lifted, (*axes, 0, None))(query, key, jnp.arange(rows, dtype=jnp.int32), heads)
 
-    def check(self, batch: int, num_heads: int) -> None:
+    def check(self, batch: Size, num_heads: int) -> None:
         """Raises ValueError where the arrays of the mask do not fit a call of B rows and N heads."""
 
     def __and__(self, other: "Mask") -> "Mask":
@@ -160,7 +160,7 @@ class And(Mask):
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return self.first(query, key) & self.second(query, key)
 
-    def check(self, batch: int, num_heads: int) -> None:
+    def check(self, batch: Size, num_heads: int) -> None:
         self.first.check(batch, num_heads)
         self.second.check(batch, num_heads)
 
@@ -180,7 +180,7 @@ class Or(Mask):
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return self.first(query, key) | self.second(query, key)
 
-    def check(self, batch: int, num_heads: int) -> None:
+    def check(self, batch: Size, num_heads: int) -> None:
         self.first.check(batch, num_heads)
         self.second.check(batch, num_heads)
 
@@ -199,7 +199,7 @@ class Not(Mask):
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return ~self.mask(query, key)
 
-    def check(self, batch: int, num_heads: int) -> None:
+    def check(self, batch: Size, num_heads: int) -> None:
         self.mask.check(batch, num_heads)
 
     def reach(self, query: Tile, key: Tile) -> Reach:
@@ -318,13 +318,14 @@ class Prefix(Mask):
             raise ValueError(f"a prefix with lengths {jnp.shape(self.length)} needs to know the batch row of the query")
         return key.position < jnp.asarray(self.length)[query.batch]
 
-    def check(self, batch: int, num_heads: int) -> None:
+    def check(self, batch: Size, num_heads: int) -> None:
         if (shape := jnp.shape(self.length)) not in ((), (batch,)):
             raise ValueError(f"the lengths {shape} of a prefix must be one for each of the {batch} rows, or a scalar")
 
     def reach(self, query: Tile, key: Tile) -> Reach:
         # Beside the rows of the tiles, `[B or 1, tiles of queries, tiles of keys]`.
-        length = self.length if jnp.ndim(self.length) == 0 else self.length[:, None, None]
+        length: Any = self.length
+        length = length if jnp.ndim(length) == 0 else length[:, None, None]
         return Reach(some=key.position_min < length, every=key.position_max < length)
 
 

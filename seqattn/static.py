@@ -8,6 +8,9 @@ import jax
 import numpy as np
 from jax import export
 
+Size = Any
+"""The size of a dim: an integer, or what stands for one in a program that `jax.export` compiles for any size."""
+
 _Class = TypeVar("_Class", bound=type)
 
 
@@ -62,12 +65,12 @@ def check_integer(name: str, value: int, minimum: int) -> None:
         raise ValueError(f"{name} ({value!r}) must be an integer of at least {minimum}")
 
 
-def known_size(size: Any) -> Any:
+def known_size(size: Any) -> Size:
     """A size that is known at trace time as an `int`, be it an array; a symbolic dimension of `jax.export` as it is."""
     return size if export.is_symbolic_dim(size) else int(size)
 
 
-def may_exceed(size: Any, limit: Any) -> bool:
+def may_exceed(size: Size, limit: Size) -> bool:
     """Whether `size > limit`, and True where they are symbolic dimensions of `jax.export` that leave it open.
 
     >>> from jax import export

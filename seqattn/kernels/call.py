@@ -13,6 +13,7 @@ from seqattn.dropout import Dropout, check_dropout
 from seqattn.masks import Mask
 from seqattn.precision import lowest
 from seqattn.score_mod import ScoreMod, ScoreModLike, for_kernel
+from seqattn.static import Size
 
 Visible = Mask | Array | None
 """What `mask=` takes."""
@@ -68,7 +69,21 @@ def arguments(
     }
 
 
-def flatten(x: Array, batch: tuple[int, ...]) -> Array:
+def is_known(*shapes: tuple[Size, ...]) -> bool:
+    """Whether all dims are numbers: those of a program that `jax.export` compiles for any size are not.
+
+    A comparison with such a dim is False where it cannot be decided, or an error: ask this first.
+    """
+    return all(isinstance(n, int | np.integer) for shape in shapes for n in shape)
+
+
+def refuse_unknown(what: str, *shapes: tuple[Size, ...]) -> None:
+    """Raises NotImplementedError where a dim is no number."""
+    if not is_known(*shapes):
+        raise NotImplementedError(f"{what} needs all sizes as numbers, and these are {', '.join(map(str, shapes))}")
+
+
+def flatten(x: Array, batch: tuple[Size, ...]) -> Array:
     """`[*batch, ...]` as `[B, ...]`."""
     return x.reshape(math.prod(batch), *x.shape[len(batch) :])
 
@@ -133,8 +148,8 @@ def check_sinks(sinks: Array | None, query: Shaped) -> Array | None:
 
 
 def locate(
-    query: tuple[int, ...],
-    key: tuple[int, ...],
+    query: tuple[Size, ...],
+    key: tuple[Size, ...],
     mask: Mask | Array | None,
     bias: Array | None,
     q_at: Coordinates | None,
@@ -168,13 +183,13 @@ def locate(
     }
 
 
-def _visible_pairs(mask: Array, batch: tuple[int, ...], pairs: tuple[int, int, int]) -> Array:
+def _visible_pairs(mask: Array, batch: tuple[Size, ...], pairs: tuple[Size, Size, Size]) -> Array:
     mask = jnp.asarray(mask)
     check_pairs("mask", mask, batch, pairs)
     return _flatten_pairs(mask, batch)
 
 
-def _bias_pairs(bias: Array, batch: tuple[int, ...], pairs: tuple[int, int, int]) -> Array:
+def _bias_pairs(bias: Array, batch: tuple[Size, ...], pairs: tuple[Size, Size, Size]) -> Array:
     bias = jnp.asarray(bias)
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise TypeError(f"bias must be floating (what is added to the logits), got {bias.dtype}")
@@ -182,7 +197,7 @@ def _bias_pairs(bias: Array, batch: tuple[int, ...], pairs: tuple[int, int, int]
     return _flatten_pairs(bias, batch)
 
 
-def check_pairs(name: str, x: Array, batch: tuple[int, ...], pairs: tuple[int, int, int]) -> None:
+def check_pairs(name: str, x: Array, batch: tuple[Size, ...], pairs: tuple[Size, Size, Size]) -> None:
     """Raises unless a mask or bias is `[T, S]` or broadcasts to `[*batch, *pairs]` with as many dims."""
     if name == "mask" and x.dtype != jnp.bool_:
         raise TypeError(f"mask must be boolean, True where a query may attend, got {x.dtype}; numbers are a bias")
@@ -192,7 +207,7 @@ def check_pairs(name: str, x: Array, batch: tuple[int, ...], pairs: tuple[int, i
         raise ValueError(f"{name} {x.shape} must be [T, S] {full[-2:]} or [*batch, N, T, S] {full}, any dim 1")
 
 
-def _flatten_pairs(x: Array, batch: tuple[int, ...]) -> Array:
+def _flatten_pairs(x: Array, batch: tuple[Size, ...]) -> Array:
     """`[T, S]` or `[*batch, N, T, S]` as `[B or 1, N or 1, T or 1, S or 1]`."""
     if x.ndim == 2:
         return x[None, None]
@@ -201,7 +216,7 @@ def _flatten_pairs(x: Array, batch: tuple[int, ...]) -> Array:
     return flatten(jnp.broadcast_to(x, (*batch, *x.shape[-3:])), batch)
 
 
-def _coordinates(name: str, at: Coordinates | None, batch: tuple[int, ...], length: int) -> Coordinates:
+def _coordinates(name: str, at: Coordinates | None, batch: tuple[Size, ...], length: Size) -> Coordinates:
     """Coordinates with one batch dim, `[B or 1, length]`, of at least 32 bits: in int8 a window of 300 would be 44."""
     if at is None:
         at = Coordinates.range(length)

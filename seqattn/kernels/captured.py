@@ -52,11 +52,9 @@ def capture(
     if score_mod is not None and not isinstance(score_mod, TracedMod):
         functions["score_mod"] = _Function.of(score_mod, (score, *pair, index, *row))
     programs = _programs(functions, mesh_axes(like))
-    traced = {"mask": mask, "score_mod": score_mod}
-    for name, kind in (("mask", TracedMask), ("score_mod", TracedMod)):
-        if name in programs:
-            traced[name] = kind(programs[name])
-    return traced["mask"], traced["score_mod"]
+    traced: Any = TracedMask(programs["mask"]) if "mask" in programs else mask
+    traced_mod: Any = TracedMod(programs["score_mod"]) if "score_mod" in programs else score_mod
+    return traced, traced_mod
 
 
 @pytree

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout, kept
 from seqattn.kernels import layouts, tiles
+from seqattn.kernels.call import refuse_unknown
 from seqattn.kernels.captured import TracedMask, TracedMod, capture
 from seqattn.kernels.layouts import At
 from seqattn.kernels.reference import log_sum_exp
@@ -98,6 +99,7 @@ def attend(
     mode of a call that an outer `jax.jit` has traced meets JAX's own TypeError ("can't apply forward-mode autodiff"),
     as JAX differentiates that program when this function has long returned.
     """
+    refuse_unknown("a grid of tiles", query.shape, key.shape)
     if value.shape[-1] == 0:
         raise NotImplementedError("a value dim of 0 leaves nothing to add up in tiles")
     if 0 in (*query.shape[:2], key.shape[1]):

@@ -27,6 +27,7 @@ from seqattn.dropout import Dropout
 from seqattn.masks import Mask
 from seqattn.precision import accumulator, lowest
 from seqattn.score_mod import ScoreMod
+from seqattn.static import Size
 
 
 def attend(
@@ -53,7 +54,7 @@ def attend(
 
 
 def visibility(
-    query: tuple[int, ...],
+    query: tuple[Size, ...],
     mask: Mask | Bool[Array, "..."] | None,
     bias: Float[Array, "..."] | None,
     q_at: Coordinates,

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels import chunked
+from seqattn.kernels.call import refuse_unknown
 from seqattn.kernels.captured import capture
 from seqattn.kernels.chunked import Leaves
 from seqattn.kernels.tiles import Grid
@@ -94,6 +95,7 @@ def attend(
         raise NotImplementedError(
             "the ring has no dropout: that drops by the place of a weight in the whole batch, unknown to one device"
         )
+    refuse_unknown("a ring", query.shape, key.shape)
     devices = lax.axis_size(axis_name)
     if 0 in (*query.shape[:2], key.shape[1]):
         shape, high = query.shape[:3], accumulator(query.dtype)

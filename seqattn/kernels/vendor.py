@@ -23,10 +23,11 @@ from jaxtyping import Array, Bool, Float, Int
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels import chunked, reference
-from seqattn.kernels.call import Located
+from seqattn.kernels.call import Located, refuse_unknown
 from seqattn.masks import And, Causal, Mask, NotPadding, SameSegment, SlidingWindow
 from seqattn.precision import accumulator, lowest
 from seqattn.score_mod import ScoreMod
+from seqattn.static import Size
 
 # jax.nn hides a score by putting -0.7 times the largest float32 in its place.
 _ABOVE_HIDDEN = np.float32(-0.5 * np.finfo(np.float32).max)
@@ -58,9 +59,12 @@ class Native:
         >>> Native.of(Causal() & SlidingWindow(3), at, at)
         Native(left=2, right=0, query_lengths=None, key_lengths=None)
         """
+        if mask is None:
+            return Native()
         length, size = q_at.shape[-1], kv_at.shape[-1]
+        refuse_unknown("a window", (length, size))
         left, right, native = length, size, Native()
-        for part in [] if mask is None else _parts(mask):
+        for part in _parts(mask):
             if isinstance(part, Causal | SlidingWindow):
                 behind = _behind(part, q_at, kv_at)
                 if isinstance(part, SlidingWindow):
@@ -77,6 +81,13 @@ class Native:
         return dataclasses.replace(
             native, left=None if left >= length - 1 else left, right=None if right >= size - 1 else right
         )
+
+    def is_whole(self, length: Size, size: Size) -> bool:
+        """Whether every query sees every key; without a window and lengths the numbers of both may be unknown."""
+        if all(x is None for x in (self.left, self.right, self.query_lengths, self.key_lengths)):
+            return True
+        first, last = self.ends(length, size)
+        return not first.any() and bool((last == size).all())
 
     def ends(self, length: int, size: int) -> tuple[Int[np.ndarray, "rows T"], Int[np.ndarray, "rows T"]]:
         """The first key that each query sees, and the one after the last; equal where it sees none."""
@@ -148,6 +159,7 @@ def cudnn(
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """cuDNN's fused attention through `jax.nn`; see `reference.attend`. The log-sum-exp is that of `chunked`."""
     _refuse_platform("cuDNN", "gpu", query)
+    refuse_unknown("cuDNN", query.shape, key.shape)
     _refuse_modified(score_mod, dropout)
     _refuse_other_values(query, value)
     located: Located = {"mask": mask, "bias": bias, "q_at": q_at, "kv_at": kv_at}
@@ -188,6 +200,7 @@ def splash(
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """JAX's splash attention for TPUs; see `reference.attend`. The log-sum-exp is that of `chunked`."""
     _refuse_platform("splash attention", "tpu", query)
+    refuse_unknown("splash attention", query.shape, key.shape)
     _refuse_modified(score_mod, dropout)
     if bias is not None:
         raise NotImplementedError("splash attention takes no bias")
@@ -341,7 +354,7 @@ def _native(located: Located) -> Native:
     return Native.of(mask, located["q_at"], located["kv_at"])
 
 
-def _pairs(query: tuple[int, ...], located: Located) -> Native | Bool[Array, "..."]:
+def _pairs(query: tuple[Size, ...], located: Located) -> Native | Bool[Array, "..."]:
     """Who may attend: natively where that is possible, else a dense array `[B or 1, N or 1, T or 1, S or 1]`."""
     if located["bias"] is None:  # one of -inf would mask
         with contextlib.suppress(NotImplementedError):
@@ -360,9 +373,9 @@ def _window(native: Native, query: Array, key: Array) -> dict[str, Any]:
     return {"local_window_size": (left, key.shape[1] if native.right is None else native.right)}
 
 
-def _native_lengths(native: Native, batch: int) -> dict[str, Any]:
+def _native_lengths(native: Native, batch: Size) -> dict[str, Any]:
     lengths = {"query_seq_lengths": native.query_lengths, "key_value_seq_lengths": native.key_lengths}
-    return {name: jnp.asarray(np.broadcast_to(x, (batch,)), jnp.int32) for name, x in lengths.items() if x is not None}
+    return {name: jnp.broadcast_to(x.astype(np.int32), (batch,)) for name, x in lengths.items() if x is not None}
 
 
 def _above_hidden(bias: Array) -> Array:
@@ -443,10 +456,11 @@ def _guarded(
     length, size, num_heads = query.shape[1], key.shape[1], query.shape[2]
     bad = _not_finite(key) | _not_finite(value)
     if isinstance(pairs, Native):
-        first, last = pairs.ends(length, size)
-        whole = not first.any() and bool((last == size).all())
-        empty = (first == last)[..., None] if (first == last).any() else None
-        sees = _sees_between(bad, first, last, whole)
+        whole, empty, sees = pairs.is_whole(length, size), None, bad.any(axis=1, keepdims=True)
+        if not whole:
+            first, last = pairs.ends(length, size)
+            empty = (first == last)[..., None] if (first == last).any() else None
+            sees = _sees_between(bad, first, last)
         sees = jnp.repeat(sees, num_heads // key.shape[2], axis=2)
     else:
         whole, column = False, jnp.repeat(bad, num_heads // key.shape[2], axis=2).transpose(0, 2, 1)[:, :, None]
@@ -487,10 +501,8 @@ def _not_finite(x: Float[Array, "B S K D"]) -> Bool[Array, "B S K"]:
     return jnp.isnan(jnp.einsum("bskd,d->bsk", jax.lax.stop_gradient(x), zeros))
 
 
-def _sees_between(bad: Bool[Array, "B S K"], first: np.ndarray, last: np.ndarray, whole: bool) -> Bool[Array, "B T K"]:
+def _sees_between(bad: Bool[Array, "B S K"], first: np.ndarray, last: np.ndarray) -> Bool[Array, "B T K"]:
     """Whether one of the keys from `first` to before `last` is bad, for each query."""
-    if whole:
-        return bad.any(axis=1, keepdims=True)
     count = jnp.cumsum(bad, axis=1, dtype=jnp.int32)
     count = jnp.concatenate([jnp.zeros_like(count[:, :1]), count], axis=1)
     if first.shape[0] == last.shape[0] == 1:

@@ -96,13 +96,13 @@ class ScoredAttention(nnx.Module):
         # As in `project`: a masked score is 0 in the backward pass, but 0 times NaN is not.
         real = jnp.broadcast_to(at.segment, query.shape[:-1])[..., None] != 0
         query = jnp.where(real, query, jnp.zeros_like(query))
-        scored, share = self._scored(query, memory), None
-        if self.window is not None:
+        scored, share = self._scored(query, memory)[..., None, :, :], None
+        if self.window is None:
+            context, weights = attend_scores(scored, memory.value, mask=self.mask, q_at=at, kv_at=memory.at)
+        else:
             seen, share = self.window(query, at, memory.at)
-            scored = jnp.where(seen, scored, jnp.full_like(scored, -jnp.inf))
-        context, weights = attend_scores(
-            scored[..., None, :, :], memory.value, mask=self.mask, q_at=at, kv_at=memory.at
-        )
+            allowed = jnp.broadcast_to(self.mask.dense(at, memory.at, num_heads=1), scored.shape)
+            context, weights = attend_scores(scored, memory.value, mask=allowed & seen[..., None, :, :])
         context, weights = context[..., 0, :], weights[..., 0, :, :]
         return (context, weights) if share is None else _narrowed(weights * share, memory.value[..., 0, :])
 

@@ -4,6 +4,7 @@ import functools
 import inspect
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -112,3 +113,27 @@ def test_dot_product_attention_takes_the_arguments_of_jax():
     assert [(p.name, p.kind, p.default) for p in ours.values()] == [
         (p.name, p.kind, p.default) for p in theirs.values()
     ]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", [(11,), (7, 11), (1, 11), (1, 7, 11), (1, 1, 11)], ids=str)
+def test_masks_and_biases_of_fewer_dims_where_nothing_is_ambiguous(shape, causal):
+    """As jax.nn broadcasts them; jax's own tests give `(1, 1, S)` beside 4 dims."""
+    inputs = {name: jnp.asarray(x) for name, x in arrays(Shape(batch=(2,), T=7, S=11, N=6, K=2, H=5, V=5)).items()}
+    random = np.random.default_rng(0)
+    mask, bias = jnp.asarray(random.random(shape) < 0.6), jnp.asarray(random.normal(size=shape), jnp.float32)
+    pairs = np.broadcast_to(mask, (2, 6, 7, 11)) & (np.tri(7, 11, dtype=bool) if causal else True)
+    close(
+        dot_product_attention(**inputs, mask=mask, is_causal=causal), oracle.attention(**inputs, visible=pairs).output
+    )
+    allowed = np.broadcast_to(np.tri(7, 11, dtype=bool) if causal else np.True_, (2, 6, 7, 11))
+    whole = np.broadcast_to(bias, (2, 6, 7, 11))
+    expected = oracle.attention(**inputs, bias=whole, visible=allowed).output
+    close(dot_product_attention(**inputs, bias=bias, is_causal=causal), expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 11), (6, 7, 11), (6, 1, 1)], ids=str)
+def test_a_mask_of_3_dims_that_may_be_of_rows_or_heads_is_refused(shape):
+    inputs = {name: jnp.asarray(x) for name, x in arrays(Shape(batch=(2,), T=7, S=11, N=6, K=2, H=5, V=5)).items()}
+    with pytest.raises(ValueError, match="must be"):
+        dot_product_attention(**inputs, mask=jnp.ones(shape, bool))

@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqattn.coordinates import Coordinates, Tile
-from seqattn.masks import Causal, Dilated, MaskMod, NotPadding, Prefix, SameBlock, SameSegment, SlidingWindow
+from seqattn.masks import (
+    Causal,
+    Dilated,
+    MaskMod,
+    Neighborhood,
+    NotPadding,
+    Prefix,
+    SameBlock,
+    SameSegment,
+    SlidingWindow,
+)
 from tests import oracle
 from tests.mask_trees import coordinates, mask_trees
 
@@ -182,3 +192,75 @@ def test_a_predicate_must_return_a_scalar_boolean(result):
     at = Coordinates.range(2)
     with pytest.raises(TypeError, match="must return a scalar boolean"):
         MaskMod(lambda query, key: result).dense(at, at)
+
+
+def _window_of_head(sizes):
+    return MaskMod(lambda query, key: query.position - key.position < sizes[query.head])
+
+
+def _length_of_row(lengths):
+    return MaskMod(lambda query, key: key.position < lengths[query.batch])
+
+
+def test_a_mask_may_read_head_and_row():
+    """Also below `&`, `|` and `~`; only what is read makes the matrix larger."""
+    at, sizes, lengths = Coordinates.range(5), jnp.array([1, 3, 2]), jnp.array([2, 4])
+    q, k = np.arange(5)[:, None], np.arange(5)
+    near = np.stack([q - k < n for n in (1, 3, 2)])
+    real = np.stack([np.broadcast_to(k < n, (5, 5)) for n in (2, 4)])
+    one = jax.tree.map(lambda x: x[None], at)
+    by_head, by_row = _window_of_head(sizes), _length_of_row(lengths)
+    for mask, expected in (
+        (Causal(), (q >= k)[None, None]),
+        (Causal() & by_head, ((q >= k) & near)[None]),
+        (~by_row | Causal(), (~real | (q >= k))[:, None]),
+        (by_row & ~by_head, real[:, None] & ~near[None]),
+    ):
+        found = jax.jit(lambda mask=mask: mask.over(one, one, batch=2, num_heads=3))()
+        np.testing.assert_array_equal(found, expected, strict=True)
+    np.testing.assert_array_equal((Causal() & by_head).dense(at, at, num_heads=3), (q >= k) & near)
+
+
+def test_a_prefix_may_have_a_length_for_each_row():
+    lengths = jnp.array([1, 3])
+    rows = jax.tree.map(lambda x: np.stack([x, x]), Coordinates.range(4))
+    np.testing.assert_array_equal(
+        (Causal() | Prefix(lengths)).dense(rows, rows),
+        jax.vmap(lambda n: (Causal() | Prefix(n)).dense(Coordinates.range(4), Coordinates.range(4)))(lengths),
+    )
+    with pytest.raises(ValueError, match=r"lengths \(2,\) of a prefix must be one for each of the 3 rows"):
+        Prefix(lengths).check(3, 1)
+
+
+GRIDS = [(Coordinates.grid(5, 7), Coordinates.grid(5, 7)), (Coordinates.grid(3, 2), Coordinates.grid(4, 3))]
+
+
+@pytest.mark.parametrize(("query", "key"), GRIDS, ids=["alike", "apart"])
+@pytest.mark.parametrize("radius", [0, 1, (2, 1), (0, 9)], ids=str)
+def test_a_neighborhood_is_near_along_every_axis(query, key, radius):
+    expected = np.ones((query.shape[0], key.shape[0]), bool)
+    for a, b, r in zip(query.axes, key.axes, radius if isinstance(radius, tuple) else (radius,) * 2, strict=True):
+        expected &= np.abs(a[:, None] - b[None]) <= r
+    mask = Neighborhood(radius)
+    np.testing.assert_array_equal(mask.dense(query, key), expected)
+    for combined in (mask, ~mask, mask & Causal(), mask | SameSegment()):
+        whole = np.asarray(combined.dense(query, key))
+        for size in (1, 3, 6):
+            for first in range(0, query.shape[0] - size, size):
+                for at in range(0, key.shape[0] - size, size):
+                    rows, columns = slice(first, first + size), slice(at, at + size)
+                    tiles = (Tile.of(jax.tree.map(lambda x, s=s: x[s], y)) for y, s in ((query, rows), (key, columns)))
+                    reach = combined.reach(*tiles)
+                    assert reach.some or not whole[rows, columns].any()
+                    assert not reach.every or whole[rows, columns].all()
+    tight = mask.reach(Tile.of(query), Tile.of(jax.tree.map(lambda x: x + 99, key)))
+    assert not tight.some
+
+
+def test_a_neighborhood_without_as_many_axes_is_refused():
+    with pytest.raises(ValueError, match=r"needs coordinates with as many axes, .* got 0 of the queries"):
+        Neighborhood(1).dense(Coordinates.range(3), Coordinates.range(3))
+    with pytest.raises(ValueError, match=r"radius \(1, 2, 3\) needs .* got 2"):
+        Neighborhood((1, 2, 3)).dense(*GRIDS[0])
+    with pytest.raises(ValueError, match=r"radius of a neighborhood \(-1\)"):
+        Neighborhood((1, -1))

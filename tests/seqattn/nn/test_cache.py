@@ -11,7 +11,7 @@ from jax import export
 
 from seqattn.coordinates import Coordinates
 from seqattn.decoding.state import branch, select
-from seqattn.masks import Causal, SameSegment, SlidingWindow
+from seqattn.masks import Causal, MaskMod, NotPadding, SameSegment, SlidingWindow
 from seqattn.nn import KeyColumns, KeyValue, MultiHeadAttention, PagedCache, RingCache, StaticCache
 
 B, T, D, N, K, H, WINDOW = 3, 11, 6, 4, 2, 2, 3
@@ -274,3 +274,47 @@ def test_whether_tokens_fit_behind_a_symbolic_length_shows_when_they_do(as_users
     (length,) = export.symbolic_shape("length", constraints=("length >= 4", "length <= 5"))
     with pytest.raises(ValueError, match="2 tokens do not fit at slot length into a cache of 5"):
         export.export(jax.jit(fill))(jax.ShapeDtypeStruct((B, length, D), jnp.float32))
+
+
+ANY_MASK = {
+    "none": None,
+    "causal": Causal(),
+    "window": SlidingWindow(3, ahead=2),
+    "not_padding": NotPadding(),
+    "all_but_none": ~MaskMod(lambda query, key: jnp.asarray(False)),
+}
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["columns", "rows"])
+@pytest.mark.parametrize("mask", ANY_MASK.values(), ids=ANY_MASK)
+def test_unwritten_slots_of_a_cache_are_hidden_whatever_the_mask(mask, few):
+    """A step sees what it would see of the written tokens alone, by the kernel of steps and by any other one."""
+    implementation = None if few else "reference"
+    attention = MultiHeadAttention(
+        D, N, num_kv_heads=K, head_dim=H, mask=mask, implementation=implementation, rngs=nnx.Rngs(0)
+    )
+    x = jnp.asarray(X[:, :5])
+    expected = attention(x[:, 3:], Coordinates.range(2, start=3), attention.project(x, Coordinates.range(5)))
+    for cache in (StaticCache.empty(B, T, K, H), RingCache.empty(B, T, K, H)):
+        cache, _ = _append(attention, cache, x[:, :3], Coordinates.range(3))
+        _, output = _append(attention, cache, x[:, 3:], Coordinates.range(2, start=3))
+        np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, Causal()], ids=["none", "causal"])
+def test_unwritten_slots_are_hidden_from_hypotheses_that_branch_inside_jit(mask):
+    """Where the cache cannot say how much of it is taken, all its slots become pages."""
+    attention = MultiHeadAttention(D, N, num_kv_heads=K, head_dim=H, mask=mask, rngs=nnx.Rngs(0))
+    x, at = jnp.asarray(X[:, :3]), Coordinates.range(3)
+
+    @jax.jit
+    def step(attention, cache, x):
+        now = Coordinates(jnp.full((B, 2), 3, jnp.int32), jnp.ones((B, 2), jnp.int32))
+        return _append(attention, cache.branch(2), x, now)[1]
+
+    cache, _ = _append(attention, StaticCache.empty(B, T, K, H), x, at)
+    output = step(attention, cache, jnp.asarray(X[:, 3:5]))
+    for beam in range(2):
+        own = jnp.concatenate([x, jnp.asarray(X[:, 3 + beam : 4 + beam])], axis=1)
+        expected = attention(own[:, 3:], Coordinates.range(1, start=3), attention.project(own, Coordinates.range(4)))
+        np.testing.assert_allclose(output[:, beam : beam + 1], expected, atol=1e-5)

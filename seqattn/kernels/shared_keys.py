@@ -1,0 +1,129 @@
+"""Keys and values of batch 1 beside queries of a larger batch: one memory that many rows read, without copies of it.
+
+Rows that share their keys differ in nothing but their queries, so they are computed as more queries of one row.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from seqattn.coordinates import Coordinates
+from seqattn.masks import Mask, reads
+from seqattn.score_mod import ScoreMod
+from seqattn.static import Size
+
+
+@dataclasses.dataclass(frozen=True)
+class Folding:
+    """Which batch dims of the queries keys and values have once, and how the queries' dims are moved for it.
+
+    Attributes:
+        batch: batch dims of the queries.
+        shared: the axes of these that keys and values share.
+    """
+
+    batch: tuple[Size, ...]
+    shared: tuple[int, ...]
+
+    @staticmethod
+    def of(query: Array, key: Array, value: Array) -> "Folding":
+        """The folding of arrays `[*batch, length, heads, dim]`; dims of the keys that fit no other way are left."""
+        batch, keys = query.shape[:-3], key.shape[:-3]
+        alike = len(batch) == len(keys) and keys == value.shape[:-3]
+        return Folding(batch, tuple(i for i, n in enumerate(batch) if keys[i] == 1 and n != 1) if alike else ())
+
+    def fold(self, x: Array) -> Array:
+        """`[*batch, T, ...]` with the shared dims as a part of T: `[*batch, shared * T, ...]`, each shared dim 1."""
+        count = len(self.batch)
+        kept = [i for i in range(count) if i not in self.shared]
+        moved = x.transpose(*kept, *self.shared, *range(count, x.ndim))
+        rows = (1 if i in self.shared else n for i, n in enumerate(x.shape[:count]))
+        folded = math.prod(x.shape[i] for i in (*self.shared, count))
+        return moved.reshape(*rows, folded, *x.shape[count + 1 :])
+
+    def unfold(self, x: Array) -> Array:
+        """The inverse of `fold`."""
+        count = len(self.batch)
+        kept = [i for i in range(count) if i not in self.shared]
+        shared = [self.batch[i] for i in self.shared]
+        apart = x.reshape(*(self.batch[i] for i in kept), *shared, -1, *x.shape[count + 1 :])
+        order = np.argsort([*kept, *self.shared])
+        return apart.transpose(*order, *range(count, apart.ndim))
+
+    def coordinates(self, at: Coordinates | None, length: Size) -> Coordinates:
+        """Those of the queries, `[T]` or `[*batch, T]`, folded; one text from position 0 where not given."""
+        at = Coordinates.range(length) if at is None else at
+        return jax.tree.map(lambda x: self.fold(jnp.broadcast_to(x, (*self.batch, length))), at)
+
+    def pairs(self, x: Array | None, length: Size) -> Array | None:
+        """A mask or bias, `[T, S]` or `[*batch, N, T, S]` with any dim 1, folded."""
+        if x is None or (x.ndim > 2 and x.shape[-2] == 1 and all(x.shape[i] == 1 for i in self.shared)):
+            return x
+        full = x.reshape((1,) * (len(self.batch) + 3 - x.ndim) + x.shape)
+        rows = (self.batch[i] if i in self.shared else n for i, n in enumerate(full.shape[: len(self.batch)]))
+        full = jnp.broadcast_to(full, (*rows, full.shape[-3], length, full.shape[-1]))
+        return self.fold(full.swapaxes(-3, -2)).swapaxes(-3, -2)
+
+
+def fold(query: Array, key: Array, value: Array, options: dict[str, Any]) -> tuple[Array, Array, Array, dict[str, Any]]:
+    """The arguments of `seqattn.attend` with queries that share their keys as more queries of one row.
+
+    Where rows differ in more than their queries (dropout, coordinates of keys by row, a mask or a score modification
+    that reads `query.batch`) keys and values are repeated instead.
+    """
+    folding = Folding.of(query, key, value)
+    if not folding.shared:
+        return query, key, value, options
+    if _must_repeat(query, key, options):
+        key, value = (jnp.broadcast_to(x, (*folding.batch, *x.shape[-3:])) for x in (key, value))
+        return query, key, value, options
+    length, size, mask = query.shape[-3], key.shape[-3], options["mask"]
+    bias = None if options["bias"] is None else folding.pairs(jnp.asarray(options["bias"]), length)
+    if mask is not None and not isinstance(mask, Mask):
+        mask = folding.pairs(jnp.asarray(mask), length)
+    folded = options | {"mask": mask, "bias": bias}
+    if _is_located(options):
+        kv_at = Coordinates.range(size) if options["kv_at"] is None else options["kv_at"]
+        folded |= {"q_at": folding.coordinates(options["q_at"], length), "kv_at": kv_at}
+    return folding.fold(query), key, value, folded
+
+
+def _is_located(options: dict[str, Any]) -> bool:
+    """Whether it matters where queries and keys are."""
+    mod = options["score_mod"]
+    return isinstance(options["mask"], Mask) or (mod is not None and ScoreMod.of(mod).uses_coordinates)
+
+
+def _must_repeat(query: Array, key: Array, options: dict[str, Any]) -> bool:
+    """Whether rows differ in more than their queries, or the call is one that attention refuses for its coordinates."""
+    q_at, kv_at, mod = options["q_at"], options["kv_at"], options["score_mod"]
+    if options["dropout"] is not None or (q_at is None) != (kv_at is None):
+        return True
+    if not _is_located(options):
+        return q_at is not None
+    if q_at is None and query.shape[-3] != key.shape[-3]:
+        return True
+    if kv_at is not None and any(x.shape[:-1] not in ((), key.shape[:-3]) for x in jax.tree.leaves(kv_at)):
+        return True
+    at = tuple(Coordinates.range(1) if x is None else x for x in (q_at, kv_at))
+    predicates = [options["mask"]] if isinstance(options["mask"], Mask) else []
+    if mod is not None:
+        flat = query.reshape(-1, *query.shape[-3:])
+        predicates.append(_Modified(ScoreMod.of(mod).prepare(flat, *at)))
+    return any(reads(each, *at).batch for each in predicates)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Modified(Mask):
+    """A predicate that reads what a score modification reads."""
+
+    mod: ScoreMod
+
+    def __call__(self, query: Coordinates, key: Coordinates) -> Array:
+        row = jnp.zeros(self.mod.row_size) if self.mod.row_size else None
+        return self.mod(jnp.zeros(()), query, key, jnp.asarray(query.head), row) > 0
