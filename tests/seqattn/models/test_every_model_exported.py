@@ -1,17 +1,13 @@
 """A model is exported once, for any number of rows and tokens: what `jax.export` calls symbolic dimensions."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import export
 
 from seqattn.coordinates import Coordinates
 from seqattn.decoding import Sample, Temperature, TopK, TopP, generate
-from seqattn.nn import MultiHeadAttention
 from tests.every_model import (
     B,
     S,
@@ -27,15 +23,6 @@ from tests.every_model import (
 P, L = 3, 5
 PROMPTS = np.array([2, 3, 1, 2], np.int32)
 pytestmark = pytest.mark.usefixtures("as_users_call_it")  # an annotation says int where a size may be a symbol
-
-
-def _model(name: str) -> Any:
-    model = jax.tree.map(lambda leaf: leaf, model_of(name))
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, MultiHeadAttention):
-            # The others choose their tiles by lengths.
-            module.implementation = "reference"
-    return model
 
 
 def _batch(name: str) -> tuple[jax.Array, ...]:
@@ -77,7 +64,7 @@ def _whole(model, *given):
 
 @every_generating
 def test_a_model_is_exported_once_for_any_number_of_rows_and_tokens(name):
-    model, batch = _model(name), _batch(name)
+    model, batch = model_of(name), _batch(name)
     symbols = _symbols(batch)
     read = export.export(jax.jit(lambda *given: _read(model, *given)))(*symbols)
     state = jax.eval_shape(lambda *given: _read(model, *given)[-1], *symbols)
@@ -100,7 +87,7 @@ def test_a_model_is_exported_once_for_any_number_of_rows_and_tokens(name):
 
 @every_labelling
 def test_an_encoder_is_exported_once_for_any_number_of_rows_and_tokens(name):
-    model, (tokens, lengths) = _model(name), sources(name)
+    model, (tokens, lengths) = model_of(name), sources(name)
     rows, size = export.symbolic_shape("rows, size")
     shapes = jax.ShapeDtypeStruct((rows, size), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
 
