@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax import export
 
 Size = Any
 """The size of a dim: an integer, or what stands for one in a program that `jax.export` compiles for any size."""
@@ -73,3 +74,22 @@ def check_sizes(**sizes: int) -> None:
     """
     for name, value in sizes.items():
         check_integer(name, value, minimum=1)
+
+
+def known_size(size: Any) -> Size:
+    """A size that is known at trace time as an `int`, be it an array; a symbolic dimension of `jax.export` as it is."""
+    return size if export.is_symbolic_dim(size) else int(size)
+
+
+def may_exceed(size: Size, limit: Size) -> bool:
+    """Whether `size > limit`, and True where they are symbolic dimensions of `jax.export` that leave it open.
+
+    >>> from jax import export
+    >>> (length,) = export.symbolic_shape("length")
+    >>> may_exceed(3, 5), may_exceed(length, 5), may_exceed(length, length + 1)
+    (False, True, False)
+    """
+    try:
+        return bool(size > limit)
+    except jax.errors.InconclusiveDimensionOperation:
+        return True

@@ -78,7 +78,7 @@ def checked_processors(processors: Any) -> tuple[LogitsProcessor, ...]:
 
 def check_logits(logits: Array, num_rows: int, end_token: int) -> None:
     """Raises ValueError unless a step gave `[R, V]` for R rows and the end token is one of V."""
-    if logits.ndim != 2 or len(logits) != num_rows:
+    if logits.ndim != 2 or logits.shape[0] != num_rows:
         raise ValueError(f"a step must return logits [R, V] for {num_rows} hypotheses, got the shape {logits.shape}")
     if end_token >= logits.shape[-1]:
         raise ValueError(f"end_token ({end_token}) must be below the size of the vocabulary ({logits.shape[-1]})")

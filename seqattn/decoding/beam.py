@@ -130,7 +130,7 @@ def beam_search(
     first_token = checked_first_token(first_token)
     check_limits(max_length, end_token, pad_token)
     check_sizes(beam_size, n_best, groups, alignment, coverage)
-    states.check_rows(state, len(first_token))
+    states.check_rows(state, first_token.shape[0])
     processors = checked_processors(processors)
     search = _Search(
         step=step,
@@ -140,9 +140,9 @@ def beam_search(
         length_penalty=length_penalty,
         stopping=stopping,
         processors=processors,
-        limit=checked_row_limit(row_limit, max_length, len(first_token)),
-        floor=checked_floor(min_log_probability, len(first_token)),
-        gain=highest_after(processors, len(first_token)),
+        limit=checked_row_limit(row_limit, max_length, first_token.shape[0]),
+        floor=checked_floor(min_log_probability, first_token.shape[0]),
+        gain=highest_after(processors, first_token.shape[0]),
         groups=groups,
         alignment=alignment,
         coverage=coverage,

@@ -116,8 +116,8 @@ def generate(
     first_token = checked_first_token(first_token)
     if not isinstance(sampling, Sampling):
         raise TypeError(f"sampling must be Greedy() or Sample(filters), got {sampling!r}")
-    limit = checked_row_limit(row_limit, max_length, len(first_token))
-    keys = _keys(sampling, key, len(first_token))
+    limit = checked_row_limit(row_limit, max_length, first_token.shape[0])
+    keys = _keys(sampling, key, first_token.shape[0])
     processors = (*checked_processors(processors), *sampling.filters)
 
     def unfinished(loop: tuple[Array, Array, Any, Generated]) -> Array:
@@ -127,7 +127,7 @@ def generate(
     def advance(loop: tuple[Array, Array, Any, Generated]) -> tuple[Array, Array, Any, Generated]:
         index, tokens, state, found = loop
         logits, state = step(tokens, state)
-        check_logits(logits, len(first_token), end_token)
+        check_logits(logits, first_token.shape[0], end_token)
         logits = logits.astype(jnp.float32)
         history = History(found.tokens[:, None], index, first_token[:, None])
         allowed = process(processors, logits[:, None], history)[:, 0]
@@ -140,7 +140,7 @@ def generate(
         tokens, found = _extend(found, chosen, gained, ~works, index, limit, end_token, pad_token)
         return index + 1, tokens, state, found
 
-    start = _nothing(len(first_token), max_length, pad_token)
+    start = _nothing(first_token.shape[0], max_length, pad_token)
     loop = (jnp.zeros((), jnp.int32), first_token, state, start)
     return jax.lax.while_loop(unfinished, advance, loop)[-1]
 

@@ -360,6 +360,6 @@ def _tokens_at(
         where.reshape((1,) * (tokens.ndim - where.ndim) + where.shape) & (tokens >= 0), tokens, vocab_size
     )
     rows = counted.reshape(-1, counted.shape[-1])
-    found = jnp.zeros((len(rows), vocab_size), bool)
-    found = found.at[jnp.arange(len(rows))[:, None], rows].set(True, mode="drop")
+    found = jnp.zeros((rows.shape[0], vocab_size), bool)
+    found = found.at[jnp.arange(rows.shape[0])[:, None], rows].set(True, mode="drop")
     return found.reshape(*tokens.shape[:-1], vocab_size)

@@ -116,7 +116,7 @@ class Captioner(nnx.Module):
             raise ValueError(f"the decoder has fewer learned positions than an image of {rows} x {columns} places")
         # Padding may hold anything, NaN too, which a convolution would carry into the gradient of its kernel.
         present = jnp.broadcast_to((source_at.segment != 0).any(axis=-1), images.shape[:1])
-        present = present.reshape(len(images), *[1] * (images.ndim - 1))
+        present = present.reshape(-1, *[1] * (images.ndim - 1))
         vectors = self.image(jnp.where(present, images, jnp.zeros_like(images)))
         return self.decoder.encode_vectors(vectors, source_at, dropout_key=dropout_key)
 

@@ -166,9 +166,9 @@ class LanguageModel(nnx.Module):
                 raised, the logits are NaN.
         """
         segment = state.segment.value
-        beams = (len(segment), state.caches[0].beams)
-        if len(tokens) != beams[0] * beams[1]:
-            raise ValueError(f"the state has {beams[0]} rows of {beams[1]} hypotheses, got {len(tokens)} tokens")
+        beams = (segment.shape[0], state.caches[0].beams)
+        if tokens.shape[0] != beams[0] * beams[1]:
+            raise ValueError(f"the state has {beams[0]} rows of {beams[1]} hypotheses, got {tokens.shape[0]} tokens")
         position = state.position.reshape(beams)
         at = Coordinates(position, jnp.broadcast_to(segment[:, None], position.shape))
         x, caches = self.stack.extend(self._embed(tokens.reshape(beams), at), at, state.caches)

@@ -109,7 +109,7 @@ class RecurrentLanguageModel(nnx.Module):
         self, source: Int[Array, "B S"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> RecurrentLanguageModelState:
         """What the context `[B, S]` at its coordinates leaves behind."""
-        nothing = RecurrentLanguageModelState(self._start(len(source)), jnp.ones(len(source), jnp.int32))
+        nothing = RecurrentLanguageModelState(self._start(source.shape[0]), jnp.ones(source.shape[:1], jnp.int32))
         return self._unroll(source, source_at, nothing, dropout_key)[1]
 
     def decode(
@@ -145,10 +145,9 @@ class RecurrentLanguageModel(nnx.Module):
         Raises:
             ValueError: the state has several hypotheses a row.
         """
-        if len(state.segment) != len(tokens):
-            raise ValueError(
-                f"prefill before branching: {len(tokens)} rows of tokens, {len(state.segment)} hypotheses in the state"
-            )
+        rows, hypotheses = tokens.shape[0], state.segment.shape[0]
+        if hypotheses != rows:
+            raise ValueError(f"prefill before branching: {rows} rows of tokens, {hypotheses} hypotheses in the state")
         at = Coordinates.from_lengths(lengths, tokens.shape[1])
         at = Coordinates(at.position, at.segment * state.segment[:, None])
         features, state = self._unroll(tokens, at, state, None)
@@ -166,7 +165,7 @@ class RecurrentLanguageModel(nnx.Module):
     ) -> Float[Array, "B 0 T 0"]:
         """Nothing, `[B, 0, T, 0]`: no attention looks anywhere."""
         del target_at, memory
-        return jnp.zeros((len(target), 0, target.shape[1], 0))
+        return jnp.zeros((target.shape[0], 0, target.shape[1], 0))
 
     def _start(self, rows: int) -> tuple[Carry, ...]:
         return tuple(layer.start((rows,)) for layer in self.layers)
@@ -183,7 +182,7 @@ class RecurrentLanguageModel(nnx.Module):
         segment = jnp.broadcast_to(at.segment, tokens.shape)
         # What padding holds is not looked up.
         embedded = self.embedding(jnp.where(segment != 0, tokens, jnp.zeros_like(tokens)))
-        embedded, initial = drop(embedded, self.config.dropout_rate, keys[0]), self._start(len(tokens))
+        embedded, initial = drop(embedded, self.config.dropout_rate, keys[0]), self._start(tokens.shape[0])
 
         def advance(
             state: RecurrentLanguageModelState, token: tuple[Array, Array, Array]

@@ -172,7 +172,7 @@ class Seq2Seq(nnx.Module):
         attentional = jnp.zeros_like(hidden) if self.config.input_feeding else None
         seen = memory.key_value
         weights = None if seen is None else jnp.zeros(seen.at.shape, accumulator(seen.key.dtype))
-        position = jnp.zeros(len(hidden), jnp.int32)
+        position = jnp.zeros(hidden.shape[:1], jnp.int32)
         return Seq2SeqState(memory.carries, attentional, weights, position, Shared(seen))
 
     def prefill(
@@ -185,7 +185,7 @@ class Seq2Seq(nnx.Module):
         Raises:
             ValueError: the state has several hypotheses a row.
         """
-        rows, hypotheses = len(tokens), len(jax.tree.leaves(state.carries)[0])
+        rows, hypotheses = tokens.shape[0], state.position.shape[0]
         if hypotheses != rows:
             raise ValueError(f"prefill before branching: {rows} rows of tokens, {hypotheses} hypotheses in the state")
         at = Coordinates.from_lengths(lengths, tokens.shape[1])
@@ -202,7 +202,7 @@ class Seq2Seq(nnx.Module):
     ) -> Float[Array, "B L T S"]:
         """Where each target token looks in the source, `[B, 1, T, S]`; `[B, 0, T, 0]` without attention."""
         _, weights, _ = self._unroll(target, target_at, self.start(memory, target.shape[1]), None)
-        return jnp.zeros((len(target), 0, target.shape[1], 0)) if weights is None else weights[:, None]
+        return jnp.zeros((target.shape[0], 0, target.shape[1], 0)) if weights is None else weights[:, None]
 
     def _embed(self, tokens: Array, at: Coordinates) -> Array:
         """Token vectors; what padding holds is not looked up."""
@@ -261,11 +261,12 @@ class Seq2Seq(nnx.Module):
         if self.attention is None or self.combine is None or memory is None:
             return query, None
         rows = memory.at.shape[0]
-        queries = query.reshape(rows, len(query) // max(1, rows), query.shape[-1])
+        hypotheses = query.shape[0] // rows if rows else 1
+        queries = query.reshape(rows, hypotheses, query.shape[-1])
         now = Coordinates(position.reshape(queries.shape[:2]), jnp.ones(queries.shape[:2], jnp.int32))
         context, weights = self.attention(queries, now, memory)
         combined = self.combine(jnp.concatenate([context.reshape(query.shape), query], axis=-1))
-        return jnp.tanh(combined), weights.reshape(len(query), weights.shape[-1])
+        return jnp.tanh(combined), weights.reshape(query.shape[0], weights.shape[-1])
 
 
 def _encoder(config: Seq2SeqConfig, sizes: dict[str, Any]) -> RecurrentEncoder | SelfAttentionEncoder:

@@ -257,9 +257,9 @@ class Transformer(nnx.Module):
                 raised, the logits are NaN.
         """
         segment = state.memory.value[1]
-        beams = (len(segment), state.caches[0].beams)
-        if len(tokens) != beams[0] * beams[1]:
-            raise ValueError(f"the state has {beams[0]} rows of {beams[1]} hypotheses, got {len(tokens)} tokens")
+        beams = (segment.shape[0], state.caches[0].beams)
+        if tokens.shape[0] != beams[0] * beams[1]:
+            raise ValueError(f"the state has {beams[0]} rows of {beams[1]} hypotheses, got {tokens.shape[0]} tokens")
         position = state.position.reshape(beams)
         at = Coordinates(position, jnp.broadcast_to(segment[:, None], position.shape))
         logits, caches = self._continue(tokens.reshape(beams), at, state)

@@ -19,7 +19,7 @@ from seqattn.nn.key_value import KeyColumns, KeyValue, Written
 from seqattn.nn.linear import Linear
 from seqattn.positions import angular_frequencies, rotate
 from seqattn.score_mod import ScoreMod, for_kernel
-from seqattn.static import check_sizes
+from seqattn.static import check_sizes, may_exceed
 
 _FEW = 64
 """So many queries compute all their scores at once; more read a cache in tiles."""
@@ -125,7 +125,7 @@ class MultiHeadAttention(nnx.Module):
         Few tokens read the columns of a cache as they lie. A `score_mod` modifies the scores, as in `seqattn.attend`.
         """
         query = self._rotated(self._heads(self.query(x), self.query_norm), at)
-        few = self.implementation is None and dropout_key is None and x.shape[-2] <= _FEW
+        few = self.implementation is None and dropout_key is None and not may_exceed(x.shape[-2], _FEW)
         if isinstance(kv, KeyColumns) and (few or kv.visible is not None):
             output = self._attend_columns(query, at, kv, score_mod)
         else:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Int
 
 from seqattn.decoding.state import Branching
 from seqattn.nn.key_value import KeyColumns, KeyValue
-from seqattn.static import pytree
+from seqattn.static import known_size, pytree
 
 
 class Cache(Branching):
@@ -87,7 +87,7 @@ class StaticCache(Cache):
         """
         fresh = KeyColumns.of(new, self.columns.key.dtype)
         columns, length = self.columns.write(fresh, self.length), self.length + fresh.size
-        overflowed = self.overflowed | (length > columns.size)
+        overflowed = self.overflowed | (jnp.asarray(length) > columns.size)
         return StaticCache(columns, length, overflowed), _lost(columns, overflowed)
 
     def branch(self, beam_size: int) -> "PagedCache":
@@ -176,7 +176,7 @@ class RingCache(Cache):
         cache = dataclasses.replace(self, columns=columns)
         if several:
             own = jnp.repeat(jnp.eye(self.beam_size, dtype=bool), self.window, axis=1)
-            return cache, dataclasses.replace(columns, visible=jnp.broadcast_to(own, (len(slot), *own.shape)))
+            return cache, dataclasses.replace(columns, visible=jnp.broadcast_to(own, (slot.shape[0], *own.shape)))
         return cache, columns if fresh.size == 1 else self.columns.then(fresh)
 
     def branch(self, beam_size: int) -> "RingCache":
@@ -221,7 +221,7 @@ class PagedCache(Cache):
         """
         size = cache.columns.size
         known = not isinstance(cache.length, jax.core.Tracer)
-        prompt = min(int(cache.length), size) if known else size
+        prompt = min(known_size(cache.length), size) if known else size
         steps = size - prompt if known else size
 
         def pool(x: Array, axis: int) -> Array:
@@ -229,7 +229,7 @@ class PagedCache(Cache):
             room = [(0, steps * beam_size if i == axis else 0) for i in range(x.ndim)]
             return jnp.pad(taken, room)
 
-        table = jnp.full((len(cache.overflowed), beam_size, steps), -1, jnp.int32)
+        table = jnp.full((*cache.overflowed.shape, beam_size, steps), -1, jnp.int32)
         return PagedCache(cache.columns.over_slots(pool), table, np.int32(0), cache.overflowed, prompt)
 
     @property
@@ -250,7 +250,7 @@ class PagedCache(Cache):
         columns = self.columns.write(fresh, first)
         pages = jnp.broadcast_to((first + jnp.arange(beams, dtype=jnp.int32))[:, None], (batch, beams, 1))
         table = jax.lax.dynamic_update_slice_in_dim(self.table, pages, self.length, axis=2)
-        overflowed = self.overflowed | (self.length >= steps)
+        overflowed = self.overflowed | (jnp.asarray(self.length) >= steps)
         cache = PagedCache(columns, table, self.length + 1, overflowed, self.prompt)
         return cache, dataclasses.replace(_lost(columns, overflowed), visible=cache.visible())
 

@@ -16,7 +16,7 @@ from seqattn.nn.attention import MultiHeadAttention
 from seqattn.nn.cache import Cache, RingCache
 from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.precision import accumulator
-from seqattn.static import pytree
+from seqattn.static import may_exceed, pytree
 
 
 class MemoryCompressedAttention(MultiHeadAttention):
@@ -109,8 +109,9 @@ class CompressedCache(Cache):
     ) -> "CompressedCache":
         """Room for `size` tokens a row, of which every `stride` take one slot."""
         heads: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": dtype}
-        # One slot at least: what is lost shows in nothing where there is nothing to look at.
-        columns = KeyColumns.empty(batch, max(size // stride, 1), value_dim=head_dim, **heads)
+        blocks = size // stride
+        # One slot at least, also of a symbolic size: what is lost shows in nothing where there is nothing to look at.
+        columns = KeyColumns.empty(batch, blocks + may_exceed(1, blocks), value_dim=head_dim, **heads)
         return CompressedCache(RingCache.empty(batch, stride, **heads), columns, jnp.zeros(batch, bool))
 
     @property
@@ -138,7 +139,7 @@ class CompressedCache(Cache):
             ValueError: there is no room for a block. Inside `jit`, where that cannot be raised, the row is NaN.
         """
         recent, seen = self.recent.append(new)
-        batch, beams = len(self.overflowed), self.beams
+        batch, beams = self.overflowed.shape[0], self.beams
 
         def apart(x: Array) -> Array:
             return x.reshape(batch * beams, x.shape[1] // beams, *x.shape[2:])
@@ -188,7 +189,7 @@ def _blocks(at: Coordinates, stride: int) -> tuple[Int[Array, "B blocks stride"]
     # Those that end a block first, in order.
     last = jnp.argsort(~ends, axis=-1, stable=True).astype(jnp.int32)[:, : position.shape[-1] // stride]
     tokens = jnp.maximum(last[..., None] + jnp.arange(1 - stride, 1, dtype=jnp.int32)[None, None], 0)
-    rows = jnp.arange(len(order))[:, None, None]
+    rows = jnp.arange(order.shape[0])[:, None, None]
     return order[rows, tokens], jnp.take_along_axis(ends, last, axis=-1)
 
 
@@ -198,7 +199,7 @@ def _convolve(
     complete: Bool[Array, "B blocks"],
     weight: Float[Array, "stride K H H"],
 ) -> Float[Array, "B blocks K H"]:
-    windows = x[jnp.arange(len(x))[:, None, None], tokens]
+    windows = x[jnp.arange(x.shape[0])[:, None, None], tokens]
     windows = jnp.where(complete[..., None, None, None], windows, jnp.zeros_like(windows))
     weight = weight.astype(x.dtype)
     made = jnp.einsum("bnjkh,jkhv->bnkv", windows, weight, preferred_element_type=accumulator(x.dtype))

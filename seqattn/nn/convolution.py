@@ -35,8 +35,9 @@ def sinusoidal_grid(rows: int, columns: int, dim: int) -> Float[Array, "S dim"]:
      [ 0.84  0.54  0.91 -0.42]]
     """
     _check_grid_dim(dim)
-    row, column = jnp.divmod(jnp.arange(rows * columns), max(1, columns))
-    return jnp.concatenate([sinusoidal(row, dim // 2), sinusoidal(column, dim // 2)], axis=-1)
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (rows, columns), axis) for axis in (0, 1))
+    places = jnp.concatenate([sinusoidal(row, dim // 2), sinusoidal(column, dim // 2)], axis=-1)
+    return places.reshape(rows * columns, dim)
 
 
 class ConvolutionalEncoder(nnx.Module):
@@ -93,7 +94,7 @@ class ConvolutionalEncoder(nnx.Module):
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the places that an image of this size has vectors for."""
         scale = _STRIDE ** len(self.convolutions)
-        return math.ceil(height / scale), math.ceil(width / scale)
+        return -(-height // scale), -(-width // scale)
 
     def __call__(self, images: Float[Array, "B height width *channels"]) -> Float[Array, "B S D"]:
         """Vectors of S = rows * columns places, row by row; images without an axis of channels are grey.
@@ -162,9 +163,9 @@ class PatchEncoder(nnx.Module):
         x = _with_channels(images, self.image_channels)
         rows, columns = self.grid(*x.shape[1:3])
         height, width = self.patch
-        x = x.reshape(len(x), rows, height, columns, width * self.image_channels)
+        x = x.reshape(x.shape[0], rows, height, columns, width * self.image_channels)
         x = jnp.swapaxes(x, 2, 3)
-        return _placed(self.output(x.reshape(len(x), rows, columns, height * width * self.image_channels)))
+        return _placed(self.output(x.reshape(x.shape[0], rows, columns, height * width * self.image_channels)))
 
 
 def _check_grid_dim(dim: int) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from seqattn.coordinates import Coordinates, Tile
 from seqattn.masks import Mask, Reach, Truth
-from seqattn.static import pytree
+from seqattn.static import known_size, may_exceed, pytree
 
 
 @pytree
@@ -119,11 +119,12 @@ class KeyColumns:
                 they are written over the last slots as what was not finite: the loss of data shows in the output.
         """
         self.check_like(new)
-        known = not isinstance(slot, jax.core.Tracer)
-        if new.size > self.size or (known and not 0 <= int(slot) <= self.size - new.size):
+        known, last = not isinstance(slot, jax.core.Tracer), self.size - new.size
+        if last < 0 or (known and not _may_be_within(known_size(slot), last)):
             place = f" at slot {slot}" if known else ""
             raise ValueError(f"{new.size} tokens do not fit{place} into a cache of {self.size}")
-        fits = (slot >= 0) & (slot <= self.size - new.size)
+        first = jnp.asarray(slot)
+        fits = (first >= 0) & (first <= last)
         marked = dataclasses.replace(new, finite=new.finite & fits)
         # Without the barrier XLA would make the update a second time for its reader, from a copy of the old array.
         return lax.optimization_barrier(self.over_slots(_slices(slot), marked))
@@ -175,6 +176,11 @@ class KeyColumns:
             old, fresh = list(getattr(self, name).shape), list(getattr(new, name).shape)
             if old[:axis] + old[axis + 1 :] != fresh[:axis] + fresh[axis + 1 :]:
                 raise ValueError(f"{name} {fresh} does not fit the cache's {old}: all dims but axis {axis} must agree")
+
+
+def _may_be_within(slot: int, last: int) -> bool:
+    """Whether a slot is from 0 to `last`, or may be where it is a symbolic dimension."""
+    return may_exceed(slot, -1) and may_exceed(last + 1, slot)
 
 
 def _slices(slot: Int[Array, ""] | int | np.integer) -> Callable[..., Array]:

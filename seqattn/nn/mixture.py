@@ -16,6 +16,7 @@ from seqattn.nn.feed_forward import Activation, FeedForward
 from seqattn.nn.initializers import drawn_wide
 from seqattn.nn.routing import Choice, MixtureConfig, Routing, part_of
 from seqattn.precision import accumulator
+from seqattn.static import may_exceed
 
 Output = TypeVar("Output")
 
@@ -110,10 +111,11 @@ class MixtureOfExperts(nnx.Module):
         tokens, choice = self._choose(x, real, noise_key)
         if hasattr(self, "__captures__"):  # inside `nnx.capture`; anywhere else flax would store it in the module
             self.sow(Routed, "routing", choice.routing(self.config))
-        if not len(tokens):
+        if not tokens.shape[0]:
             return x
         # A capacity of all tokens is room for all real ones too, however few they are.
-        mixed = self._within_capacity if choice.capacity < len(tokens) else self._without_limit
+        limited = may_exceed(tokens.shape[0], choice.capacity)
+        mixed = self._within_capacity if limited else self._without_limit
         return mixed(tokens, choice, hidden_key).reshape(x.shape)
 
     def route(
@@ -130,7 +132,7 @@ class MixtureOfExperts(nnx.Module):
     def _choose(self, x: Array, real: Array | None, key: PRNGKeyArray | None) -> tuple[Array, Choice]:
         """The tokens `[T, D]`, padding as zeros, and their experts."""
         tokens = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        real = jnp.ones(len(tokens), bool) if real is None else real.reshape(len(tokens))
+        real = jnp.ones(tokens.shape[:1], bool) if real is None else real.reshape(tokens.shape[0])
         tokens = jnp.where(real[:, None], tokens, jnp.zeros_like(tokens))
         logits = self._logits(tokens, key)
         # Only the places: where `largest` makes every zero the same zero, it has no gradient.
@@ -138,7 +140,7 @@ class MixtureOfExperts(nnx.Module):
         weight = jax.nn.softmax(jnp.take_along_axis(logits, expert, axis=-1), axis=-1)
         # Room by the number of real tokens, so that padding changes nothing; capacity, the array's size, by all.
         share = (1, 1) if key is None else self.config.share
-        room, capacity = (part_of(count, *share) for count in (real.sum(dtype=jnp.int32), len(tokens)))
+        room, capacity = (part_of(count, *share) for count in (real.sum(dtype=jnp.int32), tokens.shape[0]))
         return tokens, Choice(logits, expert, weight, real, room, capacity)
 
     def _logits(self, tokens: Float[Array, "T D"], key: PRNGKeyArray | None) -> Float[Array, "T E"]:
@@ -157,7 +159,7 @@ class MixtureOfExperts(nnx.Module):
         size, slot = self.config.num_experts * choice.capacity, choice.slots()
         # A slot that nobody takes reads beyond the tokens, which gives zeros.
         owner = jnp.arange(slot.size, dtype=jnp.int32) // self.config.top_k
-        token = jnp.full(size, len(tokens), jnp.int32).at[slot].set(owner, mode="drop", unique_indices=True)
+        token = jnp.full(size, tokens.shape[0], jnp.int32).at[slot].set(owner, mode="drop", unique_indices=True)
         taken = tokens.at[token].get(mode="fill", fill_value=0)
         taken = taken.reshape(self.config.num_experts, choice.capacity, tokens.shape[-1])
         output = jax.vmap(_apply)(self.experts, taken, self._keys(key)).reshape(size, tokens.shape[-1])
@@ -177,7 +179,7 @@ class MixtureOfExperts(nnx.Module):
         uses = choice.uses()
         weight = jnp.where(uses, choice.weight[..., None], 0).sum(axis=1)
         given = self.experts, self._keys(key), uses.any(axis=1).T, weight.T
-        if key is None and len(tokens) > _MOST_TOGETHER:
+        if key is None and may_exceed(tokens.shape[0], _MOST_TOGETHER):
             total = jnp.zeros(tokens.shape, weight.dtype)
             total, _ = jax.lax.scan(lambda total, given: (total + part(*given), None), total, given)
         else:

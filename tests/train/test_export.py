@@ -34,6 +34,8 @@ from seqattn.models import (
     RecurrentLanguageModel,
     RecurrentLanguageModelConfig,
     Rotary,
+    Seq2Seq,
+    Seq2SeqConfig,
     TextLabels,
     Transformer,
     TransformerConfig,
@@ -264,6 +266,7 @@ PROGRAMS = {
     "transformer": (Transformer, TransformerConfig(11, 1, 1, BLOCK, Learned(7)), "SequenceToSequence"),
     "language model": (LanguageModel, LanguageModelConfig(11, 1, BLOCK), "Continuation"),
     "recurrent": (RecurrentLanguageModel, RecurrentLanguageModelConfig(11, 5, 6), "SequenceToSequence"),
+    "seq2seq": (Seq2Seq, Seq2SeqConfig(11, 5, 6), "SequenceToSequence"),
     "classifier": (Encoder, EncoderConfig(11, 1, BLOCK, Rotary(), head=TextLabels(3)), "Classification"),
     "captioner": (Captioner, CaptionerConfig(11, Patches((2, 3)), TransformerConfig(0, 0, 1, BLOCK)), "Reading"),
 }
@@ -318,6 +321,16 @@ def test_a_program_that_was_reloaded_gives_the_models_logits(name, unchecked, tm
         drawn_ids = random.integers(3, 11, size) if shape.dtype == jnp.int32 else random.normal(size=size)
         given[argument] = jnp.asarray(LENGTHS.get(argument, drawn_ids), shape.dtype)
     np.testing.assert_allclose(again.call(to_arrays(model), given), jax.jit(logits)(model, given), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_is_for_any_number_of_rows_and_tokens(name, unchecked):
+    kind, config, objective = PROGRAMS[name]
+    model = drawn(lambda: kind(config, rngs=nnx.Rngs(0)))
+    program = forward.forward(model, objective, image=(4, 9), platforms=("cpu",))
+    for argument, shape in shapes(program).items():
+        sizes = shape.shape[:1] if argument == "image" else shape.shape
+        assert not any(isinstance(size, int) for size in sizes), (argument, shape)
 
 
 def test_a_program_of_any_sizes_is_for_every_platform(written, trained):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import export
 
 from seqattn.coordinates import Coordinates
 from seqattn.decoding.state import branch, select
@@ -227,6 +228,52 @@ def test_what_the_dtype_of_a_cache_cannot_hold_is_not_finite_and_leaves_no_trace
 def test_a_negative_size_is_refused():
     with pytest.raises(ValueError, match="a cache must have at least 0 slots, got -1"):
         StaticCache.empty(B, -1, K, H)
+
+
+BEAMS = 2
+
+
+def _branched(attention, x, lengths, room):
+    """What one more token of each hypothesis finds in a cache with `room` for more than `x`; and what was lost."""
+    at = Coordinates.from_lengths(lengths, x.shape[1])
+    cache, _ = StaticCache.empty(B, x.shape[1] + room, K, H).append(attention.project(x, at))
+    position = jnp.broadcast_to(at.next().position, (B, BEAMS))
+    after, token = Coordinates(position, jnp.ones_like(position)), jnp.broadcast_to(x[:, :1], (B, BEAMS, D))
+    cache, seen = branch(cache, BEAMS).append(attention.project(token, after))
+    return attention(token, after, seen), cache.overflowed
+
+
+def test_a_cache_of_a_symbolic_length_branches_as_any_other(as_users_call_it):
+    attention, (length,) = _attention(), export.symbolic_shape("length")
+    shapes = jax.ShapeDtypeStruct((B, length, D), jnp.float32), jax.ShapeDtypeStruct((B,), jnp.int32)
+    program = export.export(jax.jit(lambda x, lengths: _branched(attention, x, lengths, 2)))(*shapes)
+    for size in (T, 4):
+        given = jnp.asarray(X[:, :size]), jnp.array([size, 2, 0], jnp.int32)
+        for ours, theirs in zip(program.call(*given), _branched(attention, *given, 2), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_whether_tokens_fit_behind_a_symbolic_length_shows_when_they_do(as_users_call_it):
+    """The program cannot be refused, as it is right for some lengths; the others are as inside `jit`."""
+    (length,) = export.symbolic_shape("length", constraints=("length <= 5",))
+
+    def fill(x):
+        cache, _ = StaticCache.empty(B, 5, K, H).append(_tokens(x))
+        cache, seen = cache.append(_tokens(x[:, :2]))
+        return cache.overflowed, seen.finite
+
+    def _tokens(x):
+        heads = x[..., : K * H].reshape(*x.shape[:2], K, H)
+        return KeyValue(heads, heads, Coordinates.from_lengths(jnp.full(B, 2), x.shape[1]))
+
+    program = export.export(jax.jit(fill))(jax.ShapeDtypeStruct((B, length, D), jnp.float32))
+    for size in (3, 4):
+        overflowed, finite = program.call(jnp.asarray(X[:, :size]))
+        assert np.all(np.asarray(overflowed) == (size == 4))
+        assert np.all(np.asarray(finite).all(axis=1) == (size == 3))
+    (length,) = export.symbolic_shape("length", constraints=("length >= 4", "length <= 5"))
+    with pytest.raises(ValueError, match="2 tokens do not fit at slot length into a cache of 5"):
+        export.export(jax.jit(fill))(jax.ShapeDtypeStruct((B, length, D), jnp.float32))
 
 
 ANY_MASK = {

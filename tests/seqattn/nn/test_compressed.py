@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import export
 
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, SameSegment
@@ -326,3 +327,15 @@ def test_what_cannot_be_is_refused():
     cache = CompressedCache.empty(B, T, K, H, stride=STRIDE).branch(BEAMS)
     with pytest.raises(ValueError, match="the cache has 2 hypotheses a row"):
         cache.select(jnp.zeros((B, 3), jnp.int32))
+
+
+def test_a_cache_of_a_symbolic_size_has_at_least_one_slot(as_users_call_it):
+    (size,) = export.symbolic_shape("size")
+
+    def slots(x):
+        columns = CompressedCache.empty(B, x.shape[0] + 1, K, H, stride=STRIDE).columns
+        return columns.finite
+
+    program = export.export(jax.jit(slots))(jax.ShapeDtypeStruct((size,), jnp.float32))
+    assert program.call(jnp.ones(1)).shape == (B, 1)
+    assert program.call(jnp.ones(T)).shape[1] >= (T + 1) // STRIDE

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import export
 
 from seqattn.nn.convolution import ConvolutionalEncoder, PatchEncoder, sinusoidal_grid
 from seqattn.positions import sinusoidal
@@ -142,3 +143,20 @@ def test_modules_hold_parameters_alone():
 def test_what_does_not_fit_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make(nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("make", [_convolutional, _patches])
+def test_an_encoder_is_exported_once_for_images_of_any_size(make, as_users_call_it):
+    rows, height, width = export.symbolic_shape("rows, height, width")
+    patches = make is _patches
+    shape = (rows, 5 * height, 7 * width, C) if patches else (rows, height, width)
+    program = export.export(jax.jit(make()))(jax.ShapeDtypeStruct(shape, jnp.float32))
+    images = COLOUR if patches else GREY
+    for part in (images, images[:1, :10, :7]):
+        np.testing.assert_allclose(program.call(jnp.asarray(part)), _encode(make(), jnp.asarray(part)), atol=1e-5)
+
+
+def test_images_that_may_not_be_whole_patches_are_refused_before_they_come(as_users_call_it):
+    shape = export.symbolic_shape("rows, 5 * height, width, 3")
+    with pytest.raises(ValueError, match="must be a whole number of patches"):
+        export.export(jax.jit(_patches()))(jax.ShapeDtypeStruct(shape, jnp.float32))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import export
 
 from seqattn.nn.feed_forward import Activation, FeedForward
 from seqattn.nn.mixture import MixtureOfExperts, Routed, routings
@@ -391,3 +392,17 @@ def test_other_captures_see_no_routing(kind, count):
     found, capture = [], nnx.capture(_Deep.__call__, kind)
     jax.eval_shape(lambda *args: found.extend(jax.tree.leaves(capture(*args)[1])), _deep()[0], jnp.asarray(X[0]))
     assert len(found) == count
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["evaluation", "training"])
+def test_a_layer_is_exported_once_for_any_number_of_tokens(key, as_users_call_it):
+    """With a capacity by their number in training, and one expert after the other where they may be many."""
+    layer, shape = _layer(), export.symbolic_shape("rows, length")
+    given = jax.ShapeDtypeStruct((*shape, D), jnp.float32), jax.ShapeDtypeStruct(shape, bool)
+    program = export.export(jax.jit(lambda x, real: _run(layer, x, real, key)))(*given)
+    for part in ((slice(None), slice(None)), (slice(1), slice(7))):
+        x, real = jnp.asarray(X[part]), jnp.asarray(REAL[part])
+        for ours, theirs in zip(
+            jax.tree.leaves(program.call(x, real)), jax.tree.leaves(_run(layer, x, real, key)), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
