@@ -26,7 +26,7 @@ from benchmarks.program import Program, planned
 from benchmarks.row import CHECKED, REFUSED, TIMED, WRONG
 from benchmarks.timing import Times, interleaved
 from seqattn.models import LanguageModelConfig
-from seqattn.nn import MemoryCompressedAttention, MultiHeadAttention
+from seqattn.nn import MemoryCompressedAttention, MultiHeadAttention, with_implementation
 from train import environment, experiments, run
 from train.objectives import SequenceToSequence
 from train.step import make_update, start
@@ -152,11 +152,9 @@ def build(name: str, config: LanguageModelConfig) -> nnx.Module:
     pattern = compressed.pattern if name in (COMPRESSED_KEPT, COMPRESSED) else config.pattern
     model = run.build(replace(config, block=block, pattern=pattern), seed=0)
     # Local attention has few scores to keep, T x 256, but as one product the xla kernel would make all of T x T.
-    kept = {KEPT: MultiHeadAttention, COMPRESSED_KEPT: MemoryCompressedAttention}.get(name, ())
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, MultiHeadAttention):
-            module.implementation = "xla" if isinstance(module, kept) else "chunked"
-    return model
+    kept: dict[str, type[MultiHeadAttention]] = {KEPT: MultiHeadAttention, COMPRESSED_KEPT: MemoryCompressedAttention}
+    model = with_implementation(model, "chunked")
+    return with_implementation(model, "xla", of=kept[name]) if name in kept else model
 
 
 def texts(length: int) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from benchmarks.marian import END, Model, Sizes
 from seqattn.interop import from_marian
-from seqattn.nn import MultiHeadAttention
+from seqattn.nn import with_implementation
 from train.batches import Batch, collate, filled
 from train.flops import products
 from train.objectives.sequences import SequenceToSequence
@@ -80,10 +80,8 @@ def operations(case: TrainingCase, weights: dict[str, np.ndarray]) -> float:
     graph, parameters = nnx.split(from_marian(case.config, weights))
 
     def loss(parameters: nnx.State, batch: dict[str, jax.Array]) -> Any:
-        model = nnx.merge(graph, parameters)
-        for _, module in nnx.iter_modules(model):
-            if isinstance(module, MultiHeadAttention):
-                module.implementation = "reference"  # the tiles of others are a loop of a length that is not known
+        # The tiles of others are a loop of a length that is not known.
+        model = with_implementation(nnx.merge(graph, parameters), "reference")
         return SequenceToSequence.loss(model, batch)
 
     batch = case.batch()

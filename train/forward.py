@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import export
 
 from seqattn import Coordinates
 from seqattn.interop import from_arrays, to_arrays
-from seqattn.nn import MultiHeadAttention
+from seqattn.nn import with_implementation
 from train.exported import FORWARD, SUMS, check_digests
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -66,11 +65,8 @@ def _shapes(objective: str, sizes: tuple[Any, ...], image: tuple[int, int] | Non
 
 def _logits(config: Any) -> Any:
     def compute(parameters: dict[str, jax.Array], given: dict[str, jax.Array]) -> jax.Array:
-        model = from_arrays(config, parameters)
-        for _, module in nnx.iter_modules(model):
-            if isinstance(module, MultiHeadAttention):
-                # The others ask for lengths to choose tiles by, or run on one platform alone.
-                module.implementation = "reference"
+        # The others ask for lengths to choose tiles by, or run on one platform alone.
+        model = with_implementation(from_arrays(config, parameters), "reference")
 
         def at(side: str) -> Coordinates:
             return Coordinates.from_lengths(given[f"{side}_length"], given[side].shape[1])

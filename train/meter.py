@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from seqattn.nn import MultiHeadAttention
+from seqattn.nn import with_implementation
 from train.batches import Batch, filled
 from train.config import Experiment
 from train.flops import peak, products
@@ -107,10 +107,8 @@ class Meter:
         """The operations of the products of one padded token, forward."""
 
         def loss(params: Any, batch: Any) -> Any:
-            model = nnx.merge(self._graph, params)
-            for _, module in nnx.iter_modules(model):
-                if isinstance(module, MultiHeadAttention):
-                    module.implementation = "reference"  # the tiles of others are a loop of a length that is not known
+            # The tiles of others are a loop of a length that is not known.
+            model = with_implementation(nnx.merge(self._graph, params), "reference")
             return self._objective.loss(model, batch, dropout_key=jax.random.key(0))
 
         return products(loss, params, batch) / max(1, self._objective.count(filled(batch)))

@@ -1,6 +1,6 @@
 """Parameters around the functions: modules of flax.nnx that keep no random state and no mode."""
 
-from seqattn.nn.attention import MultiHeadAttention
+from seqattn.nn.attention import MultiHeadAttention, with_implementation
 from seqattn.nn.blocks import BlockConfig, DecoderBlock, EncoderBlock, Residual
 from seqattn.nn.cache import Cache, PagedCache, RingCache, StaticCache
 from seqattn.nn.compressed import CompressedCache, MemoryCompressedAttention
@@ -49,4 +49,5 @@ __all__ = [
     "StaticCache",
     "TokenEmbedding",
     "routings",
+    "with_implementation",
 ]

@@ -1,6 +1,7 @@
 """Multi-head attention as parameters around `attend`: project once, attend as often as needed."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from seqattn.nn.linear import Linear
 from seqattn.positions import angular_frequencies, rotate
 from seqattn.score_mod import ScoreMod, for_kernel
 from seqattn.static import check_sizes, may_exceed
+
+Model = TypeVar("Model", bound=nnx.Module)
 
 _FEW = 64
 """So many queries compute all their scores at once; more read a cache in tiles."""
@@ -174,6 +177,27 @@ class MultiHeadAttention(nnx.Module):
 
     def _rotated(self, heads: Array, at: Coordinates) -> Array:
         return heads if self.rotary_base is None else rotate(heads, jnp.asarray(at.position), base=self.rotary_base)
+
+
+def with_implementation(
+    model: Model, implementation: str | None, of: type[MultiHeadAttention] = MultiHeadAttention
+) -> Model:
+    """A model like `model` whose attention modules run an implementation of `seqattn.attend`; `model` stays as it is.
+
+    Args:
+        model: any module; its parameters are shared, not copied.
+        implementation: as in `seqattn.attend`.
+        of: the kind of attention that changes.
+
+    >>> attention = MultiHeadAttention(8, num_heads=2, rngs=nnx.Rngs(0))
+    >>> with_implementation(attention, "reference").implementation, attention.implementation
+    ('reference', None)
+    """
+    changed = nnx.merge(*nnx.split(model))
+    for _, module in nnx.iter_modules(changed):
+        if isinstance(module, of):
+            module.implementation = implementation
+    return changed
 
 
 def _among_written(mask: Mask | None) -> Mask:

@@ -10,7 +10,7 @@ from flax import linen, nnx
 
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, MaskMod, NotPadding, Prefix, SameSegment
-from seqattn.nn import MultiHeadAttention, StaticCache
+from seqattn.nn import MemoryCompressedAttention, MultiHeadAttention, StaticCache, with_implementation
 from tests import oracle
 from tests.parameters import drawn
 
@@ -347,3 +347,14 @@ def test_it_is_a_layer_of_a_linen_model():
     nnx.update(attention, variables["params"]["attention"])
     output = jax.jit(Layer().apply)(variables, x, X_AT)
     np.testing.assert_allclose(output, _self_attend(attention, x, X_AT), atol=1e-6)
+
+
+def test_another_implementation_makes_another_model():
+    """The model that was given stays as it is, and shares its parameters; of a kind of attention where one is named."""
+    plain = MultiHeadAttention(D, N, head_dim=H, rngs=nnx.Rngs(0))
+    given = nnx.List([plain, MemoryCompressedAttention(D, N, head_dim=H, stride=3, rngs=nnx.Rngs(1))])
+    changed = with_implementation(with_implementation(given, "chunked"), "xla", of=MemoryCompressedAttention)
+    assert [layer.implementation for layer in given] == [None, None]
+    assert [layer.implementation for layer in changed] == ["chunked", "xla"]
+    for a, b in zip(jax.tree.leaves(nnx.state(given)), jax.tree.leaves(nnx.state(changed)), strict=True):
+        assert a is b
