@@ -29,7 +29,7 @@ from benchmarks.row import CHECKED, FAILED, TIMED, WRONG, Rate, Row, refusal
 from benchmarks.shapes import Shape, named
 from benchmarks.timing import Times, interleaved
 from train import environment
-from train.log import Progress
+from train.reports.progress import Progress
 
 _PRODUCT = "product"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from benchmarks.row import line
-from train.log import Progress
+from train.reports.progress import Progress
 
 
 class Record(Protocol):

@@ -29,7 +29,7 @@ from seqattn.models import LanguageModelConfig
 from seqattn.nn import MemoryCompressedAttention, MultiHeadAttention, with_implementation
 from train import environment, experiments, run
 from train.objectives import SequenceToSequence
-from train.step import make_update, start
+from train.update.step import make_update, start
 
 KEPT, TILED = "full-scores-kept", "full-tiled"
 COMPRESSED_KEPT, COMPRESSED = "local-compressed-scores-kept", "local-compressed-tiled"

@@ -5,7 +5,7 @@
         --plot benchmarks/results/training.png
     python -m benchmarks.training --models base256 --implementations seqattn,torch --rounds 21
 
-Loss, gradient and AdamW by `train.step`, in rows of one example and without clipping; by Hugging Face's
+Loss, gradient and AdamW by `train.update.step`, in rows of one example and without clipping; by Hugging Face's
 `MarianMTModel`; and by `torch.nn.Transformer`, both in eager PyTorch with its fused AdamW, as their users run them. All
 in float32, from the same weights, with dropout at the same places, and with all cores that the process may use
 (`taskset` for fewer).
@@ -34,8 +34,8 @@ from benchmarks.training_case import MODELS, TrainingCase, operations, tokens
 from benchmarks.training_implementations import FORWARD, GRADIENT, NAMES, PARTS, PEERS, UPDATE
 from benchmarks.training_row import Beginning, TrainingRow, Work
 from train import environment
-from train.batches import filled
-from train.flops import peak
+from train.data.batches import filled
+from train.reports.flops import peak
 
 
 @dataclass(frozen=True)

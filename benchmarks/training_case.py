@@ -11,9 +11,9 @@ from flax import nnx
 from benchmarks.marian import END, Model, Sizes
 from seqattn.interop import from_marian
 from seqattn.nn import with_implementation
-from train.batches import Batch, collate, filled
-from train.flops import products
+from train.data.batches import Batch, collate, filled
 from train.objectives.sequences import SequenceToSequence
+from train.reports.flops import products
 
 START = 1
 """Starts a target. Not the padding, as in Marian: torch's embeddings leave the gradient of that one out."""
@@ -48,7 +48,7 @@ class TrainingCase:
         return arrays | {"final_logits_bias": np.where(bias < -1, 0, bias)}
 
     def batch(self) -> Batch:
-        """Random tokens, as `train.batches` makes batches."""
+        """Random tokens, as `train.data.batches` makes batches."""
         shape = (self.rows, self.sizes.source_length, self.target_length + 1)
         random = np.random.default_rng(shape)
 
@@ -76,7 +76,7 @@ def tokens(batch: Batch) -> int:
 
 
 def operations(case: TrainingCase, weights: dict[str, np.ndarray]) -> float:
-    """Floating-point operations of the products of our loss, forward, for a padded token: F of `train.meter.Meter`."""
+    """Operations of the products of our loss, forward, for a padded token: F of `train.engine.meter.Meter`."""
     graph, parameters = nnx.split(from_marian(case.config, weights))
 
     def loss(parameters: nnx.State, batch: dict[str, jax.Array]) -> Any:

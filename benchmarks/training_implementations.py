@@ -16,10 +16,10 @@ from benchmarks.torch_transformer import torch_transformer
 from benchmarks.training_case import TrainingCase
 from benchmarks.translators import marian_mt
 from seqattn.interop import from_marian
+from train.devices.parallel import data_parallel
 from train.objectives.sequences import SequenceToSequence
-from train.optimizer import AdamW, Constant, Optimizer
-from train.parallel import data_parallel
-from train.step import make_update, start
+from train.update.optimizer import AdamW, Constant, Optimizer
+from train.update.step import make_update, start
 
 FORWARD, GRADIENT, UPDATE = PARTS = ("forward", "gradient", "update")
 """The loss; the loss and its gradient; and both with what AdamW makes of them. Each is a part of the next."""

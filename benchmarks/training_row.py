@@ -100,7 +100,7 @@ class TrainingRow:
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilisation, as `train.meter.Meter` has it."""
+        """Model FLOPs utilisation, as `train.engine.meter.Meter` has it."""
         return 3 * self.work.flop_per_token * self.rate / self.work.peak_flop_per_second if self.rate else None
 
     @property

@@ -103,7 +103,7 @@ train/            not opened either
 README.md
 """
 FILES = {"seqattn/__init__.py", "seqattn/masks.py", "seqattn/nn/blocks.py", "seqattn/nn/embedding.py"}
-FILES |= {"seqattn/kernels/reference.py", "train/log.py", "README.md"}
+FILES |= {"seqattn/kernels/reference.py", "train/reports/metrics.py", "README.md"}
 
 
 def test_a_true_map_is_accepted():
@@ -123,7 +123,7 @@ def test_a_true_map_is_accepted():
         (FILES | {"seqattn/models/seq2seq.py"}, "seqattn/models is not shown"),
         (FILES | {"benchmarks/attention.py"}, "benchmarks is not shown"),
         (FILES - {"seqattn/masks.py"}, "seqattn/masks.py is not there"),
-        (FILES - {"train/log.py"}, "train is not there"),
+        (FILES - {"train/reports/metrics.py"}, "train is not there"),
         (FILES - {"README.md"}, "README.md is not there"),
     ],
 )

@@ -59,7 +59,7 @@ def main() -> int:
         width = max(map(len, listed))
         print("\n".join(f"{name:{width}}  {sentence}" for name, sentence in listed.items()))
         return 0
-    from train import loop  # slow to import: a signal meanwhile must find `environment.command` at work
+    from train.engine import loop  # slow to import: a signal meanwhile must find `environment.command` at work
 
     return loop.train(parse())
 

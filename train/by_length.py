@@ -8,8 +8,8 @@ import numpy as np
 import tyro
 
 from train import environment, objectives, run
-from train.drawing import line_chart
-from train.translator import Translator
+from train.inference.translator import Translator
+from train.reports.plots import line_chart
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,10 @@ from pathlib import Path
 import tyro
 
 from seqattn.decoding import Sample, Temperature, TopP
-from train import environment, exported, objectives
-from train.completer import Completer
-from train.standard_input import lines_as_they_come, standard_input
+from train import environment, objectives
+from train.data.standard_input import lines_as_they_come, standard_input
+from train.hub import exported
+from train.inference.completer import Completer
 
 
 @dataclasses.dataclass(frozen=True)

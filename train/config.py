@@ -33,25 +33,11 @@ from seqattn.models import (
     Window,
 )
 from seqattn.nn import Activation, BlockConfig, Cell, Direction, MixtureConfig, Monotonic, Predictive, Score
-from train.batches import Batches
-from train.distributed import Processes
-from train.initializers import Kaiming, Normal, Uniform, Xavier
-from train.optimizer import (
-    SGD,
-    AdaGrad,
-    Adam,
-    AdamW,
-    Constant,
-    Cosine,
-    InverseSquareRoot,
-    InverseTime,
-    Momentum,
-    Muon,
-    Noam,
-    Optimizer,
-)
-from train.parallel import Parallel, Replicated, Sharded
-from train.profile import parse_steps
+from train.data.batches import Batches
+from train.data.tokenizer import ByteLevelBPE, Characters, SavedTokenizer
+from train.devices.parallel import Parallel, Replicated, Sharded
+from train.devices.processes import Processes
+from train.reports.profile import parse_steps
 from train.tasks import (
     Addition,
     CodeTopics,
@@ -65,7 +51,21 @@ from train.tasks import (
     RenderedText,
     Reverse,
 )
-from train.tokenizer import ByteLevelBPE, Characters, SavedTokenizer
+from train.update.initializers import Kaiming, Normal, Uniform, Xavier
+from train.update.optimizer import (
+    SGD,
+    AdaGrad,
+    Adam,
+    AdamW,
+    Constant,
+    Cosine,
+    InverseSquareRoot,
+    InverseTime,
+    Momentum,
+    Muon,
+    Noam,
+    Optimizer,
+)
 
 Task = (
     Dates

@@ -98,7 +98,7 @@ def command(main: Callable[[], int | None]) -> None:
 
 def _leave(code: int) -> NoReturn:
     """Ends a process that failed; one of several does not wait for the others, as JAX would for minutes."""
-    distributed = sys.modules.get("train.distributed")
+    distributed = sys.modules.get("train.devices.processes")
     if distributed is not None:
         distributed.leave(code)
     sys.exit(code)

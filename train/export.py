@@ -1,7 +1,7 @@
 """A trained model for others: `python -m train.export RUN DIR`, and with `--push-to NAME` on the Hugging Face hub.
 
-`DIR` holds what `train.exported` says: config, parameters as safetensors, tokenizer, model card and digests; nothing
-that the model does not need, such as checkpoints and the state of the optimizer. With `--stablehlo` also
+`DIR` holds what `train.hub.exported` says: config, parameters as safetensors, tokenizer, model card and digests;
+nothing that the model does not need, such as checkpoints and the state of the optimizer. With `--stablehlo` also
 `forward.stablehlo`: logits under teacher forcing as a program for CPUs, NVIDIA GPUs and TPUs, which needs no seqattn.
 """
 
@@ -12,10 +12,11 @@ import huggingface_hub
 import huggingface_hub.errors
 import tyro
 
-from train import environment, exported, objectives, run
-from train.card import card
-from train.exported import CARD, FORWARD, SUMS, Exported
-from train.forward import check_flatbuffers, forward
+from train import environment, objectives, run
+from train.hub import exported
+from train.hub.card import card
+from train.hub.exported import CARD, FORWARD, SUMS, Exported
+from train.hub.stablehlo import check_flatbuffers, forward
 from train.tasks import RenderedText
 
 

@@ -8,9 +8,9 @@ import tyro
 
 from seqattn.models import Encoder
 from train import environment, objectives, run
-from train.drawing import compared_curves, learning_curves
-from train.log import read_metrics
 from train.objectives.pictures import draw_heads, draw_texts
+from train.reports.metrics import read_metrics
+from train.reports.plots import compared_curves, learning_curves
 from train.run import Run
 
 

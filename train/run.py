@@ -14,13 +14,13 @@ from flax import nnx
 
 from seqattn.interop import model_type
 from seqattn.models import EncoderConfig, TextLabels, TokenLabels
-from train import averaging
-from train.checkpoint import Checkpoints, MissingStep
+from train.checkpoints import averaging
+from train.checkpoints.checkpoints import Checkpoints, MissingStep
 from train.config import FROM_DATA, FROM_TOKENIZER, Experiment, Model, decode, differences, encode
-from train.distributed import Processes
-from train.freezing import freeze
-from train.step import start
-from train.tokenizer import Tokenizer
+from train.data.tokenizer import Tokenizer
+from train.devices.processes import Processes
+from train.update.freezing import freeze
+from train.update.step import start
 
 PARAMETERS = "model.safetensors"
 """What the folder of an exported model holds, and no run folder."""

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.marian import END, Sizes
 from benchmarks.training_case import START, TrainingCase, operations, tokens
-from train.batches import filled
+from train.data.batches import filled
 
 SIZES = Sizes(num_layers=1, model_dim=12, hidden_dim=7, num_heads=2, vocab_size=53, source_length=5)
 CASE = TrainingCase("tiny", SIZES, target_length=8, rows=11, dropout_rate=0.25)

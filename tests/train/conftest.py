@@ -11,12 +11,13 @@ import pytest
 
 from seqattn.models import EncoderConfig, LanguageModelConfig, MaskedTokens, Rotary, TokenLabels, TransformerConfig
 from seqattn.nn import BlockConfig
-from train import loop, run
-from train.batches import Batches
+from train import run
 from train.config import Experiment
-from train.optimizer import Constant, Optimizer
-from train.parallel import Placed, Replicated
+from train.data.batches import Batches
+from train.devices.parallel import Placed, Replicated
+from train.engine import loop
 from train.tasks import PythonCode, PythonTags, Reverse
+from train.update.optimizer import Constant, Optimizer
 
 BLOCK = BlockConfig(model_dim=12, hidden_dim=17, num_heads=2, norm_first=True, dropout_rate=0.1)
 TINY = Experiment(

@@ -21,8 +21,8 @@ from seqattn.models import (
 from seqattn.nn import BlockConfig
 from train import complete
 from train.complete import Arguments
-from train.completer import Completer
-from train.tokenizer import Characters, Tokenizer
+from train.data.tokenizer import Characters, Tokenizer
+from train.inference.completer import Completer
 
 LETTERS = Tokenizer.train(Characters(), ["abcdefg"])
 BLOCK = BlockConfig(model_dim=8, hidden_dim=7, num_heads=2)

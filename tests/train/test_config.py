@@ -28,9 +28,9 @@ from seqattn.models import (
 from seqattn.nn import BlockConfig, Cell, MixtureConfig, Monotonic, Predictive
 from train import config, experiments
 from train.config import decode, differences, encode
-from train.initializers import Kaiming, Normal, Uniform, Xavier
-from train.optimizer import SGD, AdaGrad, InverseTime, Momentum, Muon, Optimizer
 from train.tasks import CodeTopics, Docstrings, PythonCode, PythonTags
+from train.update.initializers import Kaiming, Normal, Uniform, Xavier
+from train.update.optimizer import SGD, AdaGrad, InverseTime, Momentum, Muon, Optimizer
 
 ALL = [getattr(experiments, name) for name in experiments.__all__]
 

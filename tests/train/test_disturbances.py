@@ -10,11 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from train import checkpoint, loop, parallel, run
-from train.lock import RunLock
-from train.log import read_metrics
+from train import run
+from train.checkpoints import checkpoints
+from train.checkpoints.lock import RunLock
+from train.devices import parallel
+from train.devices.parallel import Sharded
+from train.engine import loop
 from train.objectives import SequenceToSequence
-from train.parallel import Sharded
+from train.reports.metrics import read_metrics
 from train.tasks import ParallelFiles
 
 
@@ -52,7 +55,7 @@ def disturb(monkeypatch, place, name, number, *, call=1):
         pytest.param(parallel._Mapped, "update", 3, signal.SIGINT, 130, [3], id="step"),
         pytest.param(SequenceToSequence, "evaluate", 1, signal.SIGTERM, 143, [3], id="evaluation"),
         # In the background: the step that is saved may just have ended, and so may later ones.
-        pytest.param(checkpoint, "_begin", 1, signal.SIGINT, 130, [2, 3, 4, 5], id="save"),
+        pytest.param(checkpoints, "_begin", 1, signal.SIGINT, 130, [2, 3, 4, 5], id="save"),
     ],
 )
 def test_e1_a_signal_leaves_a_checkpoint(place, name, call, number, code, steps, short, monkeypatch, capsys):

@@ -12,11 +12,11 @@ import sacrebleu
 from datasets import Dataset
 
 from train import evaluate, objectives, run
-from train.batches import collate
+from train.data.batches import collate
 from train.evaluate import Arguments
+from train.inference.translator import Translator
 from train.objectives import SequenceToSequence
 from train.tasks.task import splits
-from train.translator import Translator
 
 
 @pytest.fixture(scope="module")

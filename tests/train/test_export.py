@@ -42,14 +42,15 @@ from seqattn.models import (
 )
 from seqattn.nn import BlockConfig
 from tests.parameters import drawn
-from train import card, export, exported, forward, objectives, run
-from train.completer import Completer
+from train import export, objectives, run
+from train.data.tokenizer import Characters, Tokenizer
 from train.export import Arguments
-from train.exported import FORWARD, SUMS, Exported
+from train.hub import card, exported, stablehlo
+from train.hub.exported import FORWARD, SUMS, Exported
+from train.inference.completer import Completer
+from train.inference.translator import Translator
 from train.objectives import Objective
 from train.run import Run
-from train.tokenizer import Characters, Tokenizer
-from train.translator import Translator
 
 BLOCK = BlockConfig(model_dim=12, hidden_dim=7, num_heads=2)
 BLOCKS = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -313,8 +314,8 @@ def shapes(program):
 def test_a_program_that_was_reloaded_gives_the_models_logits(name, unchecked, tmp_path):
     kind, config, objective = PROGRAMS[name]
     model = drawn(lambda: kind(config, rngs=nnx.Rngs(0)))
-    program = forward.forward(model, objective, shape=(2, 6), image=(4, 9), platforms=("cpu",))
-    again = forward.load_forward(save(tmp_path / "folder", program))
+    program = stablehlo.forward(model, objective, shape=(2, 6), image=(4, 9), platforms=("cpu",))
+    again = stablehlo.load_forward(save(tmp_path / "folder", program))
     random, given = np.random.default_rng(3), {}
     for argument, shape in shapes(program).items():
         size = [x if isinstance(x, int) else (2, 6)[axis] for axis, x in enumerate(shape.shape)]
@@ -327,15 +328,15 @@ def test_a_program_that_was_reloaded_gives_the_models_logits(name, unchecked, tm
 def test_a_program_is_for_any_number_of_rows_and_tokens(name, unchecked):
     kind, config, objective = PROGRAMS[name]
     model = drawn(lambda: kind(config, rngs=nnx.Rngs(0)))
-    program = forward.forward(model, objective, image=(4, 9), platforms=("cpu",))
+    program = stablehlo.forward(model, objective, image=(4, 9), platforms=("cpu",))
     for argument, shape in shapes(program).items():
         sizes = shape.shape[:1] if argument == "image" else shape.shape
         assert not any(isinstance(size, int) for size in sizes), (argument, shape)
 
 
 def test_a_program_of_any_sizes_is_for_every_platform(written, trained):
-    program = forward.load_forward(written / FORWARD)
-    assert program.platforms == forward.PLATFORMS
+    program = stablehlo.load_forward(written / FORWARD)
+    assert program.platforms == stablehlo.PLATFORMS
     model = trained.model
     assert not isinstance(shapes(program)["source"].shape[0], int), "any batch"
     sizes = {
@@ -347,7 +348,7 @@ def test_a_program_of_any_sizes_is_for_every_platform(written, trained):
 
 
 def test_parameters_are_arguments_of_a_program(written):
-    module = forward.load_forward(written / FORWARD).mlir_module()
+    module = stablehlo.load_forward(written / FORWARD).mlir_module()
     table = exported.load(written).model.embedding.table
     assert "x".join(map(str, table.shape)) + "xf32" in module
     assert not re.search(r"stablehlo\.constant dense<\"0x[0-9A-F]{200}", module), "no parameter is written into it"
@@ -357,7 +358,7 @@ def test_parameters_are_arguments_of_a_program(written):
 def small(tmp_path_factory):
     """A folder with a program; not to be written to."""
     model = drawn(lambda: Encoder(PROGRAMS["classifier"][1], rngs=nnx.Rngs(0)))
-    return save(tmp_path_factory.mktemp("x") / "small", forward.forward(model, "Classification", platforms=("cpu",)))
+    return save(tmp_path_factory.mktemp("x") / "small", stablehlo.forward(model, "Classification", platforms=("cpu",)))
 
 
 def test_d22_a_truncated_program_is_refused(small, tmp_path):
@@ -366,19 +367,19 @@ def test_d22_a_truncated_program_is_refused(small, tmp_path):
     for length in (0, 3, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=r"forward\.stablehlo is damaged or was changed"):
-            forward.load_forward(path)
+            stablehlo.load_forward(path)
     for length in (0, 3, 100, len(content) // 2):
         path.write_bytes(content[:length])
         sign(path.parent)
         with pytest.raises(ValueError, match="holds no program that this version of JAX reads"):
-            forward.load_forward(path)
+            stablehlo.load_forward(path)
 
 
 def test_d22_a_program_for_another_platform_is_refused(tmp_path):
     model = drawn(lambda: Encoder(PROGRAMS["classifier"][1], rngs=nnx.Rngs(0)))
-    path = save(tmp_path / "folder", forward.forward(model, "Classification", platforms=("cuda", "tpu")))
+    path = save(tmp_path / "folder", stablehlo.forward(model, "Classification", platforms=("cuda", "tpu")))
     with pytest.raises(ValueError, match="is made for cuda, tpu, and this is cpu"):
-        forward.load_forward(path)
+        stablehlo.load_forward(path)
 
 
 def test_d22_without_flatbuffers_nothing_is_begun(small, tmp_path, monkeypatch, unread):
@@ -386,7 +387,7 @@ def test_d22_without_flatbuffers_nothing_is_begun(small, tmp_path, monkeypatch, 
     with pytest.raises(ValueError, match=r"forward\.stablehlo needs the package flatbuffers: pip install flatbuffers"):
         export.main(Arguments(tmp_path, tmp_path / "new", stablehlo=True))
     with pytest.raises(ValueError, match="needs the package flatbuffers"):
-        forward.load_forward(small)
+        stablehlo.load_forward(small)
 
 
 # The hub.

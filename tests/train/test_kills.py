@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 
-from train import session
 from train.config import decode
-from train.log import read_metrics
+from train.engine import session
+from train.reports.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 FLAGS = (

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from train import __main__ as commands
-from train import experiments, lock
+from train import experiments
+from train.checkpoints import lock
 
 
 def command(*arguments):

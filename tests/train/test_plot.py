@@ -7,9 +7,9 @@ from flax import nnx
 from seqattn.models import Learned, Transformer, TransformerConfig
 from seqattn.nn import BlockConfig
 from train import plot, run
+from train.data.tokenizer import Characters, Tokenizer
 from train.objectives import pictures
 from train.plot import Arguments
-from train.tokenizer import Characters, Tokenizer
 
 
 def test_the_command_draws_curves_and_a_map_for_each_text(finished, tmp_path, capsys):

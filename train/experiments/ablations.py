@@ -47,10 +47,10 @@ by hand, one or two of each optimizer; one seed tells little of differences of a
 import dataclasses
 from pathlib import Path
 
-from train.batches import Batches
+from train.data.batches import Batches
 from train.experiments.reverse import REVERSE
-from train.optimizer import Cosine, Optimizer
 from train.tasks import Reverse
+from train.update.optimizer import Cosine, Optimizer
 
 ABLATIONS = dataclasses.replace(
     REVERSE,

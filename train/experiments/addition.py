@@ -9,10 +9,10 @@ from pathlib import Path
 
 from seqattn.models import Seq2SeqConfig
 from seqattn.nn import Cell, Direction, Score
-from train.batches import Batches
 from train.config import FROM_TOKENIZER, Experiment
-from train.optimizer import Cosine, Optimizer
+from train.data.batches import Batches
 from train.tasks import Addition
+from train.update.optimizer import Cosine, Optimizer
 
 ADDITION = Experiment(
     task=Addition(),

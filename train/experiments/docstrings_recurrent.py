@@ -14,11 +14,11 @@ from pathlib import Path
 
 from seqattn.models import Seq2SeqConfig
 from seqattn.nn import Cell
-from train.batches import Batches
 from train.config import FROM_TOKENIZER, Experiment
-from train.optimizer import Cosine, Optimizer
+from train.data.batches import Batches
+from train.data.tokenizer import ByteLevelBPE
 from train.tasks import Docstrings
-from train.tokenizer import ByteLevelBPE
+from train.update.optimizer import Cosine, Optimizer
 
 DOCSTRINGS_RECURRENT = Experiment(
     task=Docstrings(max_source=12_000, first=1_500),

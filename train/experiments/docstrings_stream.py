@@ -12,8 +12,8 @@ import dataclasses
 from pathlib import Path
 
 from seqattn.models import LanguageModelConfig, Sinusoidal
-from train.batches import Batches
 from train.config import FROM_TOKENIZER
+from train.data.batches import Batches
 from train.experiments.docstrings_transformer import BLOCK, DOCSTRINGS_TRANSFORMER
 from train.tasks import Docstrings
 

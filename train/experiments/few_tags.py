@@ -15,10 +15,10 @@ stopped after 120 updates).
 import dataclasses
 from pathlib import Path
 
-from train.batches import Batches
+from train.data.batches import Batches
 from train.experiments.tags import TAGS
-from train.optimizer import Cosine, Optimizer
 from train.tasks import PythonTags
+from train.update.optimizer import Cosine, Optimizer
 
 FEW_TAGS = dataclasses.replace(
     TAGS,

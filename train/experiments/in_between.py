@@ -11,10 +11,10 @@ from pathlib import Path
 
 from seqattn.models import AttentionEncoder, Seq2SeqConfig
 from seqattn.nn import Cell, Score
-from train.batches import Batches
 from train.config import FROM_TOKENIZER, Experiment
-from train.optimizer import Cosine, Optimizer
+from train.data.batches import Batches
 from train.tasks import Reverse
+from train.update.optimizer import Cosine, Optimizer
 
 IN_BETWEEN = Experiment(
     task=Reverse(min_length=1, max_length=16),

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from seqattn.models import LanguageModelConfig, Rotary
 from seqattn.nn import BlockConfig
-from train.batches import Batches
 from train.config import FROM_TOKENIZER, Experiment
-from train.optimizer import Cosine, Optimizer
+from train.data.batches import Batches
 from train.tasks import PythonCode
+from train.update.optimizer import Cosine, Optimizer
 
 LANGUAGE = Experiment(
     task=PythonCode(characters=128),

@@ -12,11 +12,11 @@ import dataclasses
 from pathlib import Path
 
 from seqattn.models import MaskedTokens
-from train.batches import Batches
 from train.config import Experiment
+from train.data.batches import Batches
 from train.experiments.tags import MODEL
-from train.optimizer import Cosine, Optimizer
 from train.tasks import PythonCode
+from train.update.optimizer import Cosine, Optimizer
 
 MASKED = Experiment(
     task=PythonCode(characters=160),

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from seqattn.models import TransformerConfig
 from seqattn.nn import BlockConfig
-from train.batches import Batches
 from train.config import FROM_TOKENIZER, Experiment
-from train.optimizer import Adam, InverseSquareRoot, Optimizer
+from train.data.batches import Batches
+from train.data.tokenizer import ByteLevelBPE
 from train.tasks import Multi30k
-from train.tokenizer import ByteLevelBPE
+from train.update.optimizer import Adam, InverseSquareRoot, Optimizer
 
 MULTI30K = Experiment(
     task=Multi30k(),

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from seqattn.models import AttentionEncoder, CaptionerConfig, Convolutional, Seq2SeqConfig
 from seqattn.nn import Cell, Score
-from train.batches import Batches
 from train.config import FROM_TOKENIZER, Experiment
-from train.optimizer import Cosine, Optimizer
+from train.data.batches import Batches
 from train.tasks import RenderedText
+from train.update.optimizer import Cosine, Optimizer
 
 READING = Experiment(
     task=RenderedText(train_examples=100_000, max_length=6),

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from seqattn.models import RecurrentLanguageModelConfig
 from seqattn.nn import Cell
-from train.batches import Batches
 from train.config import FROM_TOKENIZER, Experiment
-from train.optimizer import Cosine, Optimizer
+from train.data.batches import Batches
 from train.tasks import PythonCode
+from train.update.optimizer import Cosine, Optimizer
 
 RECURRENT_LANGUAGE = Experiment(
     task=PythonCode(characters=128),

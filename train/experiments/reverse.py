@@ -9,10 +9,10 @@ from pathlib import Path
 
 from seqattn.models import Rotary, TransformerConfig
 from seqattn.nn import BlockConfig
-from train.batches import Batches
 from train.config import FROM_TOKENIZER, Experiment
-from train.optimizer import Cosine, Optimizer
+from train.data.batches import Batches
 from train.tasks import Reverse
+from train.update.optimizer import Cosine, Optimizer
 
 REVERSE = Experiment(
     task=Reverse(),

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from seqattn.models import EncoderConfig, Rotary, TokenLabels
 from seqattn.nn import BlockConfig
-from train.batches import Batches
 from train.config import FROM_DATA, FROM_TOKENIZER, Experiment
-from train.optimizer import Cosine, Optimizer
+from train.data.batches import Batches
 from train.tasks import PythonTags
+from train.update.optimizer import Cosine, Optimizer
 
 MODEL = EncoderConfig(
     FROM_TOKENIZER,

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from seqattn.models import EncoderConfig, Sinusoidal, TextLabels
 from seqattn.nn import BlockConfig
-from train.batches import Batches
 from train.config import FROM_DATA, FROM_TOKENIZER, Experiment
-from train.optimizer import Cosine, Optimizer
+from train.data.batches import Batches
+from train.data.tokenizer import ByteLevelBPE
 from train.tasks import CodeTopics
-from train.tokenizer import ByteLevelBPE
+from train.update.optimizer import Cosine, Optimizer
 
 TOPICS = Experiment(
     task=CodeTopics(),

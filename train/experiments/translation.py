@@ -14,11 +14,11 @@ from pathlib import Path
 
 from seqattn.models import TransformerConfig
 from seqattn.nn import BlockConfig
-from train.batches import Batches
 from train.config import FROM_TOKENIZER, Experiment
-from train.optimizer import Adam, Cosine, Optimizer
+from train.data.batches import Batches
+from train.data.tokenizer import ByteLevelBPE
 from train.tasks import ParallelFiles
-from train.tokenizer import ByteLevelBPE
+from train.update.optimizer import Adam, Cosine, Optimizer
 
 TRANSLATION = Experiment(
     task=ParallelFiles(),

@@ -9,7 +9,8 @@ from seqattn.models import (
     TransformerConfig,
 )
 from train.config import Experiment
-from train.exported import Exported
+from train.data.tokenizer import Tokenizer
+from train.hub.exported import Exported
 from train.objectives.continuation import Continuation
 from train.objectives.labels import Classification, Tagging
 from train.objectives.masking import Masking
@@ -18,7 +19,6 @@ from train.objectives.reading import Reading
 from train.objectives.sequences import SequenceToSequence
 from train.run import Run
 from train.tasks import Docstrings, PythonCode
-from train.tokenizer import Tokenizer
 
 COMMANDS = {"SequenceToSequence": "translate", "Continuation": "complete"}
 """What shows how a model does on a text of the user; others are measured."""

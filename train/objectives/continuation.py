@@ -6,8 +6,8 @@ import jax
 from datasets import Dataset
 
 from seqattn.models import EncoderDecoder
-from train.batches import Example
-from train.completer import Completer
+from train.data.batches import Example
+from train.inference.completer import Completer
 from train.objectives.objective import Arrays, Objective, Scores, Sums, bits_per_character, perplexity
 from train.objectives.pictures import draw_reading
 from train.objectives.sequences import SequenceToSequence

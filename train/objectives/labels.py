@@ -12,7 +12,7 @@ from flax import nnx
 
 from seqattn import Coordinates, cross_entropy
 from seqattn.models import Encoder
-from train.batches import Batch, Example, once
+from train.data.batches import Batch, Example, once
 from train.objectives.objective import Arrays, Objective, Scores, Sums
 from train.objectives.pictures import draw_heads
 

@@ -8,10 +8,10 @@ from datasets import Dataset
 
 from seqattn import Coordinates, cross_entropy
 from seqattn.models import Encoder
-from train.batches import Batch, Example
+from train.data.batches import Batch, Example
+from train.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from train.objectives.objective import Arrays, Objective, Scores, Sums, perplexity
 from train.objectives.pictures import draw_heads
-from train.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 _CHOSEN, _HIDDEN, _REPLACED = 0.15, 0.8, 0.1
 

@@ -12,11 +12,11 @@ import jax
 from datasets import Dataset
 from flax import nnx
 
-from train.batches import Batch, Example, once
-from train.tokenizer import Tokenizer
+from train.data.batches import Batch, Example, once
+from train.data.tokenizer import Tokenizer
 
 Arrays = dict[str, jax.Array]
-"""A batch (see `train.batches.Batch`) on a device."""
+"""A batch (see `train.data.batches.Batch`) on a device."""
 
 Sums = tuple[jax.Array, jax.Array]
 """The losses of all labels of a batch in nats, summed, and how many labels there are."""

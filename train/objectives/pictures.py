@@ -8,10 +8,10 @@ import numpy as np
 
 from seqattn import Coordinates
 from seqattn.models import Encoder, EncoderDecoder
-from train.batches import collate
-from train.drawing import attention_map
-from train.tokenizer import Tokenizer
-from train.translator import FAILED, Translator
+from train.data.batches import collate
+from train.data.tokenizer import Tokenizer
+from train.inference.translator import FAILED, Translator
+from train.reports.plots import attention_map
 
 _DRAWN, _LETTERS = 2, 40
 

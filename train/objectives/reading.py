@@ -14,12 +14,12 @@ from flax import nnx
 from seqattn import Coordinates, cross_entropy
 from seqattn.decoding import generate
 from seqattn.models import Captioner
-from train.batches import Batch, Example, collate, once
+from train.data.batches import Batch, Example, collate, once
+from train.data.tokenizer import Tokenizer
+from train.inference.translator import FAILED
 from train.objectives.objective import Arrays, Objective, Scores, Sums
-from train.overlay import attention_over_image
+from train.reports.overlay import attention_over_image
 from train.tasks.rendered_text import render
-from train.tokenizer import Tokenizer
-from train.translator import FAILED
 
 _DRAWN = 4
 

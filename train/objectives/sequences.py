@@ -12,12 +12,12 @@ from datasets import Dataset
 from seqattn import Coordinates, cross_entropy
 from seqattn.decoding import Greedy
 from seqattn.models import EncoderDecoder
-from train.batches import Example, examples
+from train.data.batches import Example, examples
+from train.data.tokenizer import Tokenizer
+from train.inference.translator import Beam, Search, Translator
 from train.objectives.objective import Arrays, Objective, Scores, Sums, bits_per_character, perplexity
 from train.objectives.pictures import draw_texts
-from train.rouge import english_rouge_l, is_english, rouge_l
-from train.tokenizer import Tokenizer
-from train.translator import Beam, Search, Translator
+from train.objectives.rouge import english_rouge_l, is_english, rouge_l
 
 _DRAWN, _LINE = 3, 64
 
@@ -56,7 +56,7 @@ class SequenceToSequence(Objective):
         """Loss under teacher forcing, and outputs: `exact_match` from 0 to 1; `bleu`, `chrf` from 0 to 100.
 
         BLEU is sacrebleu's, `bleu_lowercase` the same of lower-cased texts. With ROUGE also `perplexity` of a token,
-        `bits_per_character` (line ends included), and `rouge_l` from 0 to 100, by the words of `train.rouge.words`;
+        `bits_per_character` (line ends included), and `rouge_l` from 0 to 100, by the words of `rouge.words`;
         where the references are English also `rouge_l_english` and `rouge_l_english_stemmed`, which can be compared
         with published figures.
         """

@@ -11,16 +11,17 @@ import jax
 import pytest
 
 from seqattn.models import CaptionerConfig
-from train import experiments, loop
-from train.batches import stream
-from train.freezing import freeze
-from train.optimizer import Constant
-from train.parallel import data_parallel
-from train.step import make_update
+from train import experiments
+from train.data.batches import stream
+from train.data.tokenizer import ByteLevelBPE
+from train.devices.parallel import data_parallel
+from train.engine import loop
 from train.tasks import CodeTopics, Multi30k, ParallelFiles
 from train.tasks.standard_library import SourceTask
 from train.tasks.task import DrawnTask
-from train.tokenizer import ByteLevelBPE
+from train.update.freezing import freeze
+from train.update.optimizer import Constant
+from train.update.step import make_update
 
 FEW = {"train_examples": 48, "validation_examples": 4, "test_examples": 4}
 EMAIL = Path(sysconfig.get_path("stdlib")) / "email"

@@ -16,9 +16,9 @@ from seqattn.models import (
     TokenLabels,
 )
 from train import by_length, complete, experiments, objectives, run, translate
+from train.data.tokenizer import Characters, Tokenizer
 from train.objectives import Classification, Continuation, Masking, Reading, SequenceToSequence, Tagging
 from train.tasks import CodeTopics, Docstrings, PythonCode, PythonTags, RenderedText, Reverse
-from train.tokenizer import Characters, Tokenizer
 
 
 @pytest.mark.parametrize(

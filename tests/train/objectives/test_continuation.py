@@ -12,10 +12,10 @@ from flax import nnx
 from seqattn import Coordinates
 from seqattn.models import LanguageModel, LanguageModelConfig, Learned
 from seqattn.nn import BlockConfig
-from train.batches import collate
-from train.completer import Completer
+from train.data.batches import collate
+from train.data.tokenizer import ByteLevelBPE, Characters, Tokenizer
+from train.inference.completer import Completer
 from train.objectives import Continuation, pictures
-from train.tokenizer import ByteLevelBPE, Characters, Tokenizer
 
 WORDS = Tokenizer.train(ByteLevelBPE(vocab_size=263), ["abcabcabc abcab"])
 TEXTS = ["abcabc", "é", "cab abcab", "aa"]

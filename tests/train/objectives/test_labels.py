@@ -13,11 +13,12 @@ from flax import nnx
 from seqattn import Coordinates
 from seqattn.models import Encoder, EncoderConfig, TextLabels, TokenLabels
 from seqattn.nn import BlockConfig
-from train import loop, run
-from train.batches import collate
-from train.log import read_metrics
+from train import run
+from train.data.batches import collate
+from train.data.tokenizer import ByteLevelBPE, Characters, Tokenizer
+from train.engine import loop
 from train.objectives import Classification, Tagging
-from train.tokenizer import ByteLevelBPE, Characters, Tokenizer
+from train.reports.metrics import read_metrics
 
 LETTERS = Tokenizer.train(Characters(), ["abcdefg"])
 BLOCK = BlockConfig(model_dim=6, hidden_dim=7, num_heads=2, dropout_rate=0.5)

@@ -12,10 +12,10 @@ from flax import nnx
 from seqattn import Coordinates
 from seqattn.models import Encoder, EncoderConfig, MaskedTokens
 from seqattn.nn import BlockConfig
-from train.batches import collate
+from train.data.batches import collate
+from train.data.tokenizer import SPECIAL_TOKENS, Characters, Tokenizer
 from train.objectives import Masking
 from train.objectives.masking import hide
-from train.tokenizer import SPECIAL_TOKENS, Characters, Tokenizer
 
 LETTERS = Tokenizer.train(Characters(), ["abcdefg"])
 SPLIT = Dataset.from_dict({"source": [""] * 5, "target": ["abcdefg" * 7, "gfa", "badcab" * 5, "", "ccb" * 9]})

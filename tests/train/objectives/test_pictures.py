@@ -16,9 +16,9 @@ from seqattn.models import (
     Seq2SeqConfig,
 )
 from seqattn.nn import BlockConfig
+from train.data.tokenizer import Characters, Tokenizer
+from train.inference.translator import FAILED
 from train.objectives import pictures
-from train.tokenizer import Characters, Tokenizer
-from train.translator import FAILED
 
 LETTERS = Tokenizer.train(Characters(), ["abc defg"])
 V = LETTERS.vocab_size

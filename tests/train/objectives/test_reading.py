@@ -10,10 +10,10 @@ from flax import nnx
 
 from seqattn.models import Captioner, CaptionerConfig, Convolutional, Learned, Seq2SeqConfig, TransformerConfig
 from seqattn.nn import BlockConfig
-from train.batches import Batches, collate, once, stream
+from train.data.batches import Batches, collate, once, stream
+from train.data.tokenizer import Characters, Tokenizer
 from train.objectives.reading import Reading, character_error_rate
 from train.tasks.rendered_text import RenderedText, render
-from train.tokenizer import Characters, Tokenizer
 
 TASK = RenderedText(
     train_examples=13, validation_examples=1, test_examples=5, min_length=1, max_length=3, height=12, width=16

@@ -12,11 +12,11 @@ from flax import nnx
 from seqattn import Coordinates
 from seqattn.decoding import Greedy
 from seqattn.models import Seq2Seq, Seq2SeqConfig
-from train.batches import collate
+from train.data.batches import collate
+from train.data.tokenizer import Characters, Tokenizer
+from train.inference.translator import Beam
 from train.objectives import SequenceToSequence, sequences
-from train.rouge import rouge_l
-from train.tokenizer import Characters, Tokenizer
-from train.translator import Beam
+from train.objectives.rouge import rouge_l
 
 LETTERS = Tokenizer.train(Characters(), ["abcdefg"])
 SPLIT = Dataset.from_dict({"source": ["abc", "g"], "target": ["cb", "gfeda"]})

@@ -1,0 +1,162 @@
+"""What a run begins with: parameters, tokenizer and vectors from elsewhere, and what stays as it began."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from seqattn.models import CaptionerConfig, Patches, Seq2SeqConfig, TransformerConfig
+from seqattn.nn import BlockConfig
+from train import run
+from train.data.tokenizer import ByteLevelBPE, Characters, Tokenizer
+from train.engine import loop
+from train.engine.start import fresh
+from train.update.initializers import Uniform, redraw
+
+
+def flat(model):
+    """The parameters by path."""
+    state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in state}
+
+
+def resolved(experiment, tokenizer, labels=("a", "b")):
+    return run.resolve(experiment, tokenizer, labels)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny):
+    """The tiny experiment with a tokenizer of its letters."""
+    tokenizer = Tokenizer.train(Characters(), ["abc d"])
+    return run.resolve(tiny, tokenizer, ()), tokenizer
+
+
+def test_start_from_takes_all_but_the_head(tagging, masked):
+    given = run.load(masked)
+    experiment = resolved(tagging, given.tokenizer)
+    before, alone = flat(given.model), flat(run.build(experiment.model, seed=experiment.seed))
+    after = flat(fresh(experiment, given.tokenizer))
+    assert after.keys() == alone.keys()
+    assert {name for name in after if name.startswith("head/")} == {"head/output/kernel", "head/output/bias"}
+    for name, value in after.items():
+        np.testing.assert_array_equal(value, (alone if name.startswith("head/") else before)[name], err_msg=name)
+    assert not np.array_equal(alone["embedding/table"], before["embedding/table"])
+
+
+def test_start_from_leaves_what_has_another_shape(tagging, masked):
+    given = run.load(masked)
+    block = dataclasses.replace(tagging.model.block, hidden_dim=19)
+    experiment = resolved(
+        dataclasses.replace(tagging, model=dataclasses.replace(tagging.model, block=block)), given.tokenizer
+    )
+    before, alone = flat(given.model), flat(run.build(experiment.model, seed=experiment.seed))
+    after = flat(fresh(experiment, given.tokenizer))
+    others = {name for name in after if name not in before or before[name].shape != after[name].shape}
+    assert any(name.startswith("stack/") for name in others)
+    for name, value in after.items():
+        np.testing.assert_array_equal(value, (alone if name in others else before)[name], err_msg=name)
+
+
+def test_start_from_a_run_of_which_nothing_fits_is_refused(tiny, masked):
+    given = run.load(masked)
+    block = dataclasses.replace(tiny.model.block, model_dim=20)
+    experiment = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, block=block), start_from=masked)
+    with pytest.raises(ValueError, match=f"no parameter of {masked} has a path and shape of this model"):
+        fresh(resolved(experiment, given.tokenizer), given.tokenizer)
+
+
+def test_start_from_takes_the_tokenizer_over(tagging, masked, tmp_path, monkeypatch):
+    few = dataclasses.replace(tagging.task, train_examples=1).load()["train"]
+    monkeypatch.setattr(type(tagging.task), "load", lambda _: dict.fromkeys(("train", "validation", "test"), few))
+    session = loop.prepare(dataclasses.replace(tagging, run=tmp_path / "run"))
+    given = run.load(masked).tokenizer
+    own = Tokenizer.train(tagging.tokenizer, session.objective.texts(session.splits["train"]))
+    assert session.objective.tokenizer.to_json() == given.to_json() != own.to_json()
+
+
+def test_what_is_frozen_keeps_every_bit_through_an_interruption_and_the_head_learns(tagged, masked):
+    begun, after = flat(run.load(masked).model), flat(run.load(tagged).model)
+    for name, value in after.items():
+        if not name.startswith("head/"):
+            assert value.tobytes() == begun[name].tobytes(), name
+    assert run.load(tagged).step == 4
+    assert np.abs(after["head/output/bias"]).max() > 0.05
+
+
+def test_word_vectors_are_what_the_model_sees(plain, tmp_path, caplog):
+    experiment, tokenizer = plain
+    dim = experiment.model.block.model_dim
+    vectors = np.random.default_rng(0).normal(size=(2, dim)).astype(np.float32)
+    lines = [" ".join([word, *map(repr, row.tolist())]) for word, row in zip(["c", "q"], vectors, strict=True)]
+    (tmp_path / "vectors.txt").write_text("\n".join(lines))
+    model = fresh(dataclasses.replace(experiment, word_vectors=tmp_path / "vectors.txt"), tokenizer)
+    alone = run.build(experiment.model, seed=experiment.seed)
+    (index,) = tokenizer.encode("c")
+    np.testing.assert_allclose(model.embedding(jnp.array([index]))[0], vectors[0], rtol=1e-6)
+    same = np.array(model.embedding.table[...] == alone.embedding.table[...]).all(axis=1)
+    assert [number for number, equal in enumerate(same) if not equal] == [index]
+    assert f"vectors of 1 of {tokenizer.vocab_size} tokens" in caplog.text
+
+
+def test_word_vectors_of_a_word_reach_the_token_that_begins_it(tiny, tmp_path):
+    tokenizer = Tokenizer.train(ByteLevelBPE(vocab_size=262), ["to to to to"])  # merges to "to" and " to"
+    experiment = run.resolve(tiny, tokenizer, ())
+    (tmp_path / "vectors.txt").write_text("to" + " 1.5" * experiment.model.block.model_dim)
+    model = fresh(dataclasses.replace(experiment, word_vectors=tmp_path / "vectors.txt"), tokenizer)
+    ids = jnp.array(tokenizer.encode("to to"))
+    assert len(set(ids.tolist())) == 2
+    np.testing.assert_allclose(model.embedding(ids), 1.5, rtol=1e-6)
+
+
+def test_an_initializer_draws_every_matrix_anew(plain):
+    experiment, tokenizer = plain
+    rule = Uniform(0.01)
+    alone = run.build(experiment.model, seed=experiment.seed)
+    drawn, expected = (
+        flat(model)
+        for model in (
+            fresh(dataclasses.replace(experiment, initializer=rule), tokenizer),
+            redraw(alone, rule, seed=experiment.seed),
+        )
+    )
+    for name, value in flat(alone).items():
+        np.testing.assert_array_equal(drawn[name], expected[name])
+        assert (value.ndim < 2) == np.array_equal(drawn[name], value)
+        assert value.ndim < 2 or 0.005 < np.abs(drawn[name]).max() <= 0.01
+    other = flat(fresh(dataclasses.replace(experiment, initializer=rule, seed=experiment.seed + 1), tokenizer))
+    assert not np.array_equal(other["embedding/table"], drawn["embedding/table"])
+
+
+def test_vectors_stay_when_the_rest_is_drawn_anew(plain, tmp_path):
+    experiment, tokenizer = plain
+    dim = experiment.model.block.model_dim
+    (tmp_path / "vectors.txt").write_text("a" + " 2" * dim)
+    both = dataclasses.replace(experiment, word_vectors=tmp_path / "vectors.txt", initializer=Uniform(0.01))
+    table = np.asarray(fresh(both, tokenizer).embedding.table[...])
+    (index,) = tokenizer.encode("a")
+    np.testing.assert_allclose(table[index], 2 / math.sqrt(dim), rtol=1e-6)
+    assert np.abs(np.delete(table, index, axis=0)).max() <= 0.01
+
+
+WRITER = TransformerConfig(0, 0, 1, BlockConfig(model_dim=8, hidden_dim=5, num_heads=2))
+
+
+@pytest.mark.parametrize("decoder", [WRITER, Seq2SeqConfig(0, embedding_dim=8, hidden_dim=6)])
+def test_word_vectors_reach_what_reads_pictures(decoder, plain, tmp_path):
+    experiment, tokenizer = plain
+    model = CaptionerConfig(tokenizer.vocab_size, Patches((3, 2)), decoder)
+    (tmp_path / "vectors.txt").write_text("c" + " 1.5" * 8)
+    begun = fresh(dataclasses.replace(experiment, model=model, word_vectors=tmp_path / "vectors.txt"), tokenizer)
+    np.testing.assert_allclose(begun.decoder.embedding(jnp.array(tokenizer.encode("c"))), 1.5, rtol=1e-6)
+
+
+def test_word_vectors_reach_the_table_of_the_source(plain, tmp_path):
+    experiment, tokenizer = plain
+    model = dataclasses.replace(experiment.model, share_embeddings=False)
+    (tmp_path / "vectors.txt").write_text("c" + " 1.5" * model.block.model_dim)
+    begun = fresh(dataclasses.replace(experiment, model=model, word_vectors=tmp_path / "vectors.txt"), tokenizer)
+    for table in (begun.embedding, begun.source_embedding):
+        np.testing.assert_allclose(table(jnp.array(tokenizer.encode("c"))), 1.5, rtol=1e-6)

@@ -1,0 +1,143 @@
+"""Settings that would do nothing are refused before anything is compiled or written."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from flax import nnx
+
+from seqattn.models import EncoderConfig, MaskedTokens
+from train import experiments, run
+from train.config import decode
+from train.data.tokenizer import ByteLevelBPE, Characters, SavedTokenizer
+from train.engine import loop, without_effect
+from train.update.optimizer import AdamW, Constant, InverseSquareRoot, InverseTime, Momentum, Muon, Noam, Optimizer
+
+STEPS = 12  # of the tiny experiment, which is evaluated after 5 and 10
+EVALUATIONS = r"evaluations of the run \({}\), by steps \(12\) and evaluate_every \({}\)"
+
+
+@pytest.fixture
+def refused(tiny, tmp_path, monkeypatch):
+    """Expects that the tiny experiment with these settings is refused by these words, and nothing is done before."""
+
+    def check(words, **settings):
+        monkeypatch.setattr("train.engine.session.make_update", lambda *_, **__: pytest.fail("an update was made"))
+        with pytest.raises(ValueError, match=words):
+            loop.train(dataclasses.replace(tiny, run=tmp_path / "new", **settings))
+        assert not (tmp_path / "new").exists()
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (rf"patience \(2\) would never end: it must be below the {EVALUATIONS.format(2, 5)}", {"patience": 2}),
+        (
+            rf"patience \(1\) would never end: it must be below the {EVALUATIONS.format(0, 13)}",
+            {"patience": 1, "evaluate_every": 13},
+        ),
+        (
+            rf"keep_best \(1\) would keep nothing: it must be at most the {EVALUATIONS.format(0, 13)}",
+            {"keep_best": 1, "evaluate_every": 13},
+        ),
+        (r"profile \(1:1\) would trace nothing: the first update, which compiles, is left out", {"profile": "1:1"}),
+    ],
+)
+def test_a_setting_that_no_evaluation_or_update_uses_is_refused(words, settings, refused):
+    refused(words, keep_checkpoints=3, **settings)
+
+
+@pytest.mark.parametrize(
+    ("words", "optimizer"),
+    [
+        (r"rate \(0.0\) would train nothing", {"schedule": Constant(rate=0.0)}),
+        (r"rate \(0.0\) would train nothing", {"schedule": InverseTime(rate=0.0, every=3)}),
+        (r"peak \(0.0\) would train nothing", {"schedule": InverseSquareRoot(peak=0.0, warmup_steps=3)}),
+        (r"factor \(0.0\) would train nothing", {"schedule": Noam(warmup_steps=3, factor=0.0)}),
+        (r"warmup_steps \(13\) must be at most steps \(12\)", {"schedule": Constant(warmup_steps=13)}),
+        (r"warmup_steps \(4000\) must be at most steps \(12\)", {"schedule": Noam()}),
+        (r"warmup_steps \(13\) must be at most steps \(12\)", {"schedule": InverseSquareRoot(warmup_steps=13)}),
+        (r"every \(12\) must be fewer than steps \(12\)", {"schedule": InverseTime(every=12)}),
+        (r"clip_norm \(inf\) would clip nothing", {"clip_norm": float("inf")}),
+        (r"nesterov \(True\) looks ahead .* momentum is 0.0", {"algorithm": Momentum(0.0, nesterov=True)}),
+        (r"pattern '\*tabel' matches no parameter; the nearest are ", {"algorithm": Muon(adam=("*tabel",))}),
+        (r"Muon would orthogonalise no matrix: its adam \(\*\) ", {"algorithm": Muon(adam=("*",))}),
+    ],
+)
+def test_a_setting_of_the_optimizer_that_does_nothing_is_refused(words, optimizer, refused, tiny):
+    refused(words, optimizer=dataclasses.replace(tiny.optimizer, **optimizer))
+
+
+@pytest.mark.parametrize("frozen", [("*",), ("embedding/*", "*coder/*", "*")])
+def test_freezing_everything_is_refused(frozen, refused):
+    refused(r"frozen \(.*\*\) matches every parameter: nothing would be trained", frozen=frozen)
+
+
+def test_a_frozen_pattern_that_matches_nothing_is_refused(refused):
+    refused(r"pattern 'encode/\*' matches no parameter; the nearest are ", frozen=("encode/*",))
+
+
+def test_muon_beside_frozen_matrices_needs_one_that_learns(refused, tiny):
+    muon = dataclasses.replace(tiny.optimizer, algorithm=Muon())
+    refused(r"Muon would orthogonalise no matrix: .* and frozen \(\*coder/\*\) ", optimizer=muon, frozen=("*coder/*",))
+
+
+def test_pieces_that_a_batch_has_no_rows_for_are_refused(tiny, tmp_path):
+    rows = 100 * jax.local_device_count()
+    with pytest.raises(ValueError, match=rf"tokens \(256\) has no room for {rows} rows .* each of the --pieces"):
+        loop.train(dataclasses.replace(tiny, run=tmp_path / "new", pieces=100))
+    assert not (tmp_path / "new").exists()
+
+
+def test_word_vectors_of_no_token_are_refused(refused, tiny, tmp_path):
+    file = tmp_path / "vectors.txt"
+    file.write_text("word" + " 1.5" * tiny.model.block.model_dim)
+    refused(r"--word-vectors: .*vectors.txt has a vector for none of the \d+ tokens", word_vectors=file)
+
+
+def test_a_tokenizer_beside_that_of_the_run_to_start_from_is_refused(refused, masked):
+    words = rf"tokenizer \(ByteLevelBPE.* and start_from \({masked}\) exclude each other: .*Characters\(\)\) is taken"
+    refused(words, start_from=masked, tokenizer=ByteLevelBPE(300))
+
+
+def test_the_tokenizer_of_the_run_to_start_from_may_be_said_again(tiny, tmp_path):
+    saved = SavedTokenizer(tmp_path)
+    for given in (Characters(), saved):
+        without_effect.check_tokenizer(dataclasses.replace(tiny, tokenizer=given), saved)
+
+
+def test_settings_that_just_do_something_are_taken(tiny):
+    least = {"keep_checkpoints": 3, "patience": 1, "keep_best": 7, "profile": "1:2"}
+    without_effect.check_settings(dataclasses.replace(tiny, **least))
+    algorithms = (Momentum(0.0), Momentum(0.1, nesterov=True), AdamW(weight_decay=0.0), Muon())
+    schedules = (Constant(1e-9, STEPS), Noam(warmup_steps=STEPS), InverseTime(every=STEPS - 1))
+    for algorithm, schedule in [(algorithm, schedules[0]) for algorithm in algorithms] + [
+        (algorithms[0], schedule) for schedule in schedules
+    ]:
+        optimizer = Optimizer(algorithm, schedule, clip_norm=None)
+        without_effect.check_settings(dataclasses.replace(tiny, optimizer=optimizer))
+
+
+@pytest.mark.parametrize("name", experiments.__all__)
+def test_every_experiment_uses_its_settings(name):
+    without_effect.check_settings(getattr(experiments, name))
+
+
+def test_muon_of_one_pattern_more_and_of_a_pattern_that_is_frozen_too_is_taken(tiny):
+    model = EncoderConfig(11, num_layers=1, block=tiny.model.block, head=MaskedTokens())
+    params = nnx.state(nnx.eval_shape(lambda: run.build(model, seed=0)), nnx.Param)
+    muon = Muon(adam=(*Muon().adam, "embedding/*"))
+    experiment = dataclasses.replace(tiny, optimizer=Optimizer(muon), frozen=("embedding/*",))
+    without_effect.check_parameters(experiment, params)
+
+
+def test_a_run_that_was_trained_with_such_settings_can_still_be_used(tiny, finished, monkeypatch):
+    found = decode(json.loads((finished / "config.json").read_text()))
+    idle = {"optimizer": Optimizer(schedule=Noam()), "patience": 2, "keep_checkpoints": 3}
+    monkeypatch.setattr(run, "decode", lambda _: dataclasses.replace(found, **idle))
+    with pytest.raises(ValueError, match="patience"):
+        without_effect.check_settings(dataclasses.replace(found, **idle))
+    assert run.load(finished).step == STEPS

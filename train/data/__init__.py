@@ -1,0 +1,1 @@
+"""Text to batches: tokenizer, packing, batches, word vectors."""

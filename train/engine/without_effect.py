@@ -1,0 +1,99 @@
+"""Settings that would do nothing in a run: refused when it begins, or goes on.
+
+Not where a config is made: a run of before can still be used.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from train.config import Experiment
+from train.data.tokenizer import Characters
+from train.reports.profile import parse_steps
+from train.update.optimizer import InverseTime, Momentum, Muon
+from train.update.parameters import check_patterns, matching, matrices
+
+
+def check_settings(experiment: Experiment) -> None:
+    """Refuses what no model is needed to see.
+
+    Raises:
+        ValueError: naming the setting, and what it would need.
+    """
+    _check_evaluations(experiment)
+    _check_rates(experiment)
+    optimizer, algorithm = experiment.optimizer, experiment.optimizer.algorithm
+    if optimizer.clip_norm is not None and math.isinf(optimizer.clip_norm):
+        raise ValueError(f"clip_norm ({optimizer.clip_norm}) would clip nothing; None is for no limit")
+    if isinstance(algorithm, Momentum) and algorithm.nesterov and not algorithm.momentum:
+        raise ValueError(f"nesterov (True) looks ahead along the momentum, and momentum is {algorithm.momentum}")
+    if experiment.profile is not None and parse_steps(experiment.profile)[1] == 1:
+        raise ValueError(
+            f"profile ({experiment.profile}) would trace nothing: the first update, which compiles, is left out"
+        )
+
+
+def check_parameters(experiment: Experiment, params: Any) -> None:
+    """Refuses what the parameters of the model show; that all of them are frozen refuses `train.update.freezing`.
+
+    Args:
+        experiment: its optimizer is asked.
+        params: the parameters, or their shapes.
+
+    Raises:
+        ValueError: a pattern of Muon that matches no parameter, or no matrix that is left to it.
+    """
+    algorithm = experiment.optimizer.algorithm
+    if not isinstance(algorithm, Muon):
+        return
+    # The default names layers of all models.
+    check_patterns(params, [pattern for pattern in algorithm.adam if pattern not in Muon().adam])
+    others = matching(params, (*algorithm.adam, *experiment.frozen))
+    if not any(jax.tree.leaves(jax.tree.map(lambda matrix, other: matrix and not other, matrices(params), others))):
+        raise ValueError(
+            f"Muon would orthogonalise no matrix: its adam ({', '.join(algorithm.adam)}) and frozen "
+            f"({', '.join(experiment.frozen)}) match all of them; AdamW does the same"
+        )
+
+
+def check_tokenizer(experiment: Experiment, taken_over: Any) -> None:
+    """Refuses a tokenizer beside that of the run to start from, but for the default one.
+
+    Raises:
+        ValueError: naming both.
+    """
+    if experiment.tokenizer not in (Characters(), taken_over):
+        raise ValueError(
+            f"tokenizer ({experiment.tokenizer}) and start_from ({experiment.start_from}) exclude each other: the "
+            f"tokenizer of that run ({taken_over}) is taken over; set tokenizer:characters to say no other"
+        )
+
+
+def _check_evaluations(experiment: Experiment) -> None:
+    count = experiment.steps // experiment.evaluate_every
+    there = f"evaluations of the run ({count}), by steps ({experiment.steps}) and evaluate_every "
+    there += f"({experiment.evaluate_every})"
+    if experiment.patience is not None and experiment.patience >= count:
+        raise ValueError(f"patience ({experiment.patience}) would never end: it must be below the {there}")
+    if experiment.keep_best and not count:
+        raise ValueError(f"keep_best ({experiment.keep_best}) would keep nothing: it must be at most the {there}")
+
+
+def _check_rates(experiment: Experiment) -> None:
+    schedule, steps = experiment.optimizer.schedule, experiment.steps
+    given = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}
+    for name in ("rate", "peak", "factor"):
+        if given.get(name) == 0:
+            raise ValueError(f"{name} ({given[name]}) would train nothing: it must be positive")
+    if given.get("warmup_steps", 0) > steps:
+        raise ValueError(
+            f"warmup_steps ({given['warmup_steps']}) must be at most steps ({steps}), else the rate never reaches its "
+            "peak; set --optimizer.schedule.warmup-steps"
+        )
+    if isinstance(schedule, InverseTime) and schedule.every >= steps:
+        raise ValueError(
+            f"every ({schedule.every}) must be fewer than steps ({steps}), else the rate never falls; set "
+            "--optimizer.schedule.every"
+        )

@@ -1,0 +1,1 @@
+"""A model for others: safetensors, model card, StableHLO, the hub."""

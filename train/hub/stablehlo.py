@@ -1,0 +1,115 @@
+"""The logits of a model under teacher forcing as a program of its own, which needs no seqattn: StableHLO."""
+
+import contextlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from seqattn import Coordinates
+from seqattn.interop import from_arrays, to_arrays
+from seqattn.nn import with_implementation
+from train.hub.exported import FORWARD, SUMS, check_digests
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+"""What a forward program runs on."""
+
+
+def forward(
+    model: Any,
+    objective: str,
+    *,
+    shape: tuple[int, int] = (8, 64),
+    image: tuple[int, int] | None = None,
+    platforms: tuple[str, ...] = PLATFORMS,
+) -> export.Exported:
+    """The logits of a model under teacher forcing as one program for several platforms.
+
+    Its arguments are the parameters by the names of `to_arrays`, and a dict of what the objective has of `source` and
+    `target` (ids `[B, T]`), their `source_length` and `target_length` `[B]`, and `image` `[B, height, width]`. B and T
+    are any where the model can be compiled so, else T alone is fixed, else both.
+
+    Args:
+        model: the model.
+        objective: what it is about: the name of a class of `train.objectives`.
+        shape: B and T, where they must be fixed.
+        image: height and width of a captioner's images.
+        platforms: where it is to run.
+    """
+    parameters = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in to_arrays(model).items()}
+    any_batch, *any_lengths = export.symbolic_shape("batch, source_tokens, target_tokens")
+    compiled = export.export(jax.jit(_logits(model.config)), platforms=platforms)
+    for sizes in ((any_batch, *any_lengths), (any_batch, shape[1], shape[1])):
+        # How JAX says that a model asks for the number itself.
+        with contextlib.suppress(TypeError, jax.errors.InconclusiveDimensionOperation):
+            return compiled(parameters, _shapes(objective, sizes, image))
+    return compiled(parameters, _shapes(objective, (*shape, shape[1]), image))
+
+
+def _shapes(objective: str, sizes: tuple[Any, ...], image: tuple[int, int] | None) -> dict[str, jax.ShapeDtypeStruct]:
+    batch, *lengths = sizes
+    sides = {"SequenceToSequence": ("source", "target"), "Continuation": ("target",), "Reading": ("target",)}
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    for side, length in zip(("source", "target"), lengths, strict=True):
+        if side in sides.get(objective, ("source",)):
+            shapes[side] = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+            shapes[f"{side}_length"] = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    if objective == "Reading":
+        assert image is not None, "a captioner's forward program has images of one size"
+        shapes["image"] = jax.ShapeDtypeStruct((batch, *image), jnp.float32)
+    return shapes
+
+
+def _logits(config: Any) -> Any:
+    def compute(parameters: dict[str, jax.Array], given: dict[str, jax.Array]) -> jax.Array:
+        # The others ask for lengths to choose tiles by, or run on one platform alone.
+        model = with_implementation(from_arrays(config, parameters), "reference")
+
+        def at(side: str) -> Coordinates:
+            return Coordinates.from_lengths(given[f"{side}_length"], given[side].shape[1])
+
+        if "target" not in given:
+            return model(given["source"], at("source"))
+        if "image" in given:
+            rows, columns = model.grid(*given["image"].shape[1:])
+            places = jnp.full(given["image"].shape[:1], rows * columns)
+            memory = model.encode(given["image"], Coordinates.from_lengths(places, rows * columns))
+        elif "source" in given:
+            memory = model.encode(given["source"], at("source"))
+        else:
+            nothing = jnp.zeros((given["target"].shape[0], 0), jnp.int32)
+            memory = model.encode(nothing, Coordinates(nothing, nothing))
+        return model.decode(given["target"], at("target"), memory)
+
+    return compute
+
+
+def check_flatbuffers() -> None:
+    """Raises ValueError where the package is missing by which JAX reads and writes programs."""
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ValueError(f"{FORWARD} needs the package flatbuffers: pip install flatbuffers")
+
+
+def load_forward(path: Path) -> export.Exported:
+    """The program of a `forward.stablehlo`; call it as the model card says. Unlike `load`, this trusts who made it.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: flatbuffers is not installed, the file is not what `SHA256SUMS` beside it says, it is no program,
+            or one for other platforms than this.
+    """
+    check_flatbuffers()
+    path = Path(path)
+    if path.name not in check_digests(path.parent):
+        raise ValueError(f"{path.parent / SUMS} must have a digest of {path.name}")
+    try:
+        program = export.deserialize(bytearray(path.read_bytes()))
+        program.mlir_module()
+    except Exception as error:  # whatever the bytes lead to
+        raise ValueError(f"{path} holds no program that this version of JAX reads: {error}") from error
+    if (here := export.default_export_platform()) not in program.platforms:
+        raise ValueError(f"{path} is made for {', '.join(program.platforms)}, and this is {here}")
+    return program

@@ -1,0 +1,99 @@
+"""How a language model goes on with texts."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from seqattn import Coordinates
+from seqattn.decoding import Greedy, Sampling, generate
+from seqattn.models import EncoderDecoder
+from train.data.tokenizer import Tokenizer
+from train.inference.translator import padded_length
+
+_GREEDY = Greedy()
+
+
+class Completer:
+    """Continuations of texts by a language model, which reads them as what it has said itself.
+
+    Args:
+        model: a language model with the protocol of an encoder-decoder: its source is empty.
+        tokenizer: its tokenizer.
+        length: tokens to add, at most; learned positions set a limit of their own.
+        sampling: how tokens are chosen.
+        seed: of samples; those of a text depend on the seed and the text's index.
+    """
+
+    def __init__(
+        self,
+        model: EncoderDecoder,
+        tokenizer: Tokenizer,
+        *,
+        length: int = 64,
+        sampling: Sampling = _GREEDY,
+        seed: int = 0,
+    ) -> None:
+        if length < 1:
+            raise ValueError(f"length ({length}) must be at least 1")
+        self.tokenizer, self._length, self._sampling, self._seed = tokenizer, length, sampling, seed
+        self._limit = model.room(0)
+        graph, self._params = nnx.split(model)
+        self._find = _compiled(graph, tokenizer.end_id, tokenizer.pad_id)
+
+    def __call__(self, texts: Sequence[str]) -> list[str]:
+        """What comes behind each text, without the text itself."""
+        if not texts:
+            return []
+        ids = [[self.tokenizer.start_id, *text] for text in self.tokenizer.encode_batch(list(texts))]
+        width = padded_length(max(map(len, ids)))
+        # The last token is fed by the first step.
+        read = np.full((len(ids), width), self.tokenizer.pad_id, np.int32)
+        for row, text in enumerate(ids):
+            read[row, : len(text) - 1] = text[:-1]
+        lengths = np.array([len(text) - 1 for text in ids], np.int32)
+        last = np.array([text[-1] for text in ids], np.int32)
+        room = self._length
+        if self._limit is not None:
+            if lengths.max() >= self._limit:
+                raise ValueError(
+                    f"a text of {lengths.max() + 1} tokens fills the model's {self._limit} learned positions"
+                )
+            # A longer text has less room: it ends where it has no position left, since its logits are NaN there.
+            room = min(room, self._limit - int(lengths.min()))
+        found = self._find(self._params, read, lengths, last, self._sampling, jax.random.key(self._seed), room=room)
+        tokens, length = map(np.asarray, found)
+        return [self.tokenizer.decode(row[:count].tolist()) for row, count in zip(tokens, length, strict=True)]
+
+
+@cache
+def _compiled(graph: nnx.GraphDef, end_id: int, pad_id: int) -> Any:
+    def complete(
+        params: nnx.State,
+        read: jax.Array,
+        lengths: jax.Array,
+        last: jax.Array,
+        sampling: Sampling,
+        key: jax.Array,
+        *,
+        room: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graph, params)
+        nothing = jnp.zeros((len(read), 0), jnp.int32)
+        memory = model.encode(nothing, Coordinates(nothing, nothing))
+        _, state = model.prefill(read, lengths, model.start(memory, read.shape[1] + room))
+        found = generate(
+            *(model.step, state, last),
+            max_length=room,
+            end_token=end_id,
+            pad_token=pad_id,
+            sampling=sampling,
+            key=key,
+        )
+        return found.tokens, found.length
+
+    return jax.jit(complete, static_argnames="room")

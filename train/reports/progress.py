@@ -1,0 +1,107 @@
+"""A progress bar on a terminal, plain lines elsewhere, while people wait."""
+
+import io
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Self, TextIO
+
+import rich.console
+import rich.progress
+import rich.text
+
+
+class Progress:
+    """A progress bar on a terminal, plain lines elsewhere; a context manager.
+
+    Rate and remaining time come from this session's steps alone, counted from the first update on, so that neither the
+    steps before a resumption nor the first compilation count.
+
+    Args:
+        total: steps of the whole run.
+        initial_step: steps that were done before this session.
+        seconds: between two plain lines, at the least.
+        stream: where to; standard output by default. From here on it shows what its encoding lacks as escapes.
+        clock: seconds that never run backwards.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        initial_step: int = 0,
+        seconds: float = 10.0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total, self._seconds, self._clock = total, seconds, clock
+        self._stream = sys.stdout if stream is None else stream
+        if isinstance(self._stream, io.TextIOWrapper):
+            self._stream.reconfigure(errors="backslashreplace")
+        self._first: tuple[int, float] | None = None
+        self._printed = -math.inf
+        self._metrics: dict[str, float] = {}
+        self._bar = _bar(self._stream) if self._stream.isatty() and os.environ.get("TERM") != "dumb" else None
+        if self._bar:
+            self._task = self._bar.add_task("", total=total, completed=initial_step, text="")
+
+    def update(self, step: int, **metrics: float) -> None:
+        """Shows that `step` steps are done. Metrics stay on show until they are given anew; they are Python numbers."""
+        now = self._clock()
+        self._first = self._first or (step, now)
+        self._metrics |= metrics
+        text = "  ".join([*map(_show, self._metrics.items()), f"ETA {_duration(self._remaining(step, now))}"])
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text)
+        elif now - self._printed >= self._seconds or step == self._total:
+            self._printed = now
+            self.print(f"step {step}/{self._total}  {text}")
+
+    def print(self, text: str) -> None:
+        """Prints lines, above the bar where there is one."""
+        if self._bar:
+            self._bar.console.print(rich.text.Text(text), soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def _remaining(self, step: int, now: float) -> float | None:
+        first_step, start = self._first or (step, now)
+        if step <= first_step or now <= start:
+            return None
+        return (self._total - step) * (now - start) / (step - first_step)
+
+
+def _bar(stream: TextIO) -> rich.progress.Progress:
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.completed}/{task.total}"),
+        rich.progress.BarColumn(bar_width=None),
+        rich.progress.TextColumn("{task.fields[text]}", markup=False),
+        console=rich.console.Console(file=stream),
+        refresh_per_second=4,  # the training program needs the processor more
+        expand=True,
+    )
+
+
+def _show(metric: tuple[str, float]) -> str:
+    name, value = metric
+    if name == "tokens_per_second":
+        return f"{value:,.0f} tokens/s"
+    if name in ("mfu", "data_wait", "padding"):
+        return f"{name.replace('_', ' ')} {value:.1%}"
+    return f"{name.replace('_', ' ')} {value:.4g}"
+
+
+def _duration(seconds: float | None) -> str:
+    return "-" if seconds is None else str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,1 @@
+"""One update: gradients, the optimizer, what is frozen, how parameters begin."""
