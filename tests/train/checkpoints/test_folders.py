@@ -202,7 +202,7 @@ def test_a_step_that_cannot_be_removed_is_only_warned_of(folder, monkeypatch, ca
 
 def test_d14_a_folder_that_cannot_be_made_is_refused_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert StepFolders(folders.Path("missing") / "checkpoints").folder == tmp_path / "missing" / "checkpoints"
+    assert StepFolders(step_folders.Path("missing") / "checkpoints").folder == tmp_path / "missing" / "checkpoints"
     assert (tmp_path / "missing" / "checkpoints").is_dir()
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"file/checkpoints cannot be made \(Not a directory\); .*--run"):
