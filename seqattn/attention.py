@@ -12,8 +12,8 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout, check_dropout
 from seqattn.kernels import reference
 from seqattn.kernels.call import (
+    Call,
     Visible,
-    arguments,
     check_dtypes,
     check_heads,
     check_sinks,
@@ -136,7 +136,8 @@ def attend(
     options: dict[str, Any] = {"mask": mask, "bias": bias, "score_mod": score_mod, "q_at": q_at, "kv_at": kv_at}
     options |= {"scale": scale, "dropout": dropout}
     folded, key, value, options = fold(query, key, value, options)
-    output, lse = first_able(to_try(implementation, folded, key), arguments(folded, key, value, **options))
+    call = Call.of(folded, key, value, **options)
+    output, lse = first_able(to_try(implementation, folded, key), call)
     if sinks is not None:
         output, lse = _with_sinks(output, lse, sinks.reshape(1, 1, -1))
     output, lse = (x.reshape(*folded.shape[:-3], *x.shape[1:]) for x in (output, lse))
@@ -175,13 +176,10 @@ def attention_weights(
      [0.25 0.25 0.25 0.25]]
     """
     query, key = jnp.asarray(query), jnp.asarray(key)
-    given = arguments(
+    call = Call.of(
         query, key, key, mask=mask, bias=bias, score_mod=score_mod, q_at=q_at, kv_at=kv_at, scale=scale, dropout=None
     )
-    at = (given["q_at"], given["kv_at"])
-    visible = reference.visibility(given["query"].shape, given.pop("mask"), given["bias"], *at)
-    del given["value"], given["dropout"]
-    weights, lse = reference.softmax(*reference.logits(**given, visible=visible))
+    weights, lse = reference.softmax(*reference.logits(call))
     if (sinks := check_sinks(sinks, query)) is not None:
         weights *= _share(lse, sinks.reshape(1, -1, 1))[..., None]
     return weights.reshape(*query.shape[:-3], *weights.shape[1:])

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from seqattn.kernels import call, chunked, reference, shared_keys, vendor
-from seqattn.kernels.call import Shaped, is_known
+from seqattn.kernels import chunked, reference, shared_keys, vendor
+from seqattn.kernels.call import Call, Kernel, Result, Shaped, check_sinks, is_known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +18,11 @@ class Implementation:
 
     Attributes:
         attend: the kernel; it raises NotImplementedError, with the reason, for a call that it cannot serve.
-        note: given the arguments of the kernel, a sentence for `explain`, or None where there is nothing to say.
+        note: given the call, a sentence for `explain`, or None where there is nothing to say.
     """
 
-    attend: Callable[..., tuple[Array, Array]]
-    note: Callable[..., str | None] | None = None
+    attend: Kernel
+    note: Callable[[Call], str | None] | None = None
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -64,19 +64,19 @@ def order(platform: str, query: Shaped, key: Shaped) -> tuple[str, ...]:
     return ("xla", "reference", "chunked") if tiny else ("chunked", "xla", "reference")
 
 
-def first_able(names: Sequence[str], given: dict[str, Any]) -> tuple[Array, Array]:
+def first_able(names: Sequence[str], call: Call) -> Result:
     """What the first of the named implementations returns that does not refuse."""
     reasons: dict[str, NotImplementedError] = {}
     for name in names:
         try:
-            return _without_explicit_axes(IMPLEMENTATIONS[name].attend, given)
+            return _without_explicit_axes(IMPLEMENTATIONS[name].attend, call)
         except NotImplementedError as reason:
             reasons[name] = reason
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise NotImplementedError(f"no implementation can serve this call: {told}") from next(iter(reasons.values()), None)
 
 
-def _without_explicit_axes(kernel: Callable[..., tuple[Array, Array]], given: dict[str, Any]) -> tuple[Array, Array]:
+def _without_explicit_axes(kernel: Kernel, call: Call) -> Result:
     """What the kernel returns, split over a mesh as the query is.
 
     Over the axes of a mesh that are Explicit each operation would have to be told how its result is split, so inside
@@ -84,15 +84,15 @@ def _without_explicit_axes(kernel: Callable[..., tuple[Array, Array]], given: di
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.explicit_axes:
-        return kernel(**given)
-    batch, length, heads, _ = (*jax.typeof(given["query"]).sharding.spec, *[None] * 4)[:4]
+        return kernel(call)
+    batch, length, heads, _ = (*jax.typeof(call.query).sharding.spec, *[None] * 4)[:4]
     split = jax.sharding.PartitionSpec(batch, length, heads, None), jax.sharding.PartitionSpec(batch, length, heads)
-    leaves, tree = jax.tree.flatten(given)
+    leaves, tree = jax.tree.flatten(call)
     arrays = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
 
-    def run(*values: Array) -> tuple[Array, Array]:
+    def run(*values: Array) -> Result:
         known = dict(zip(arrays, values, strict=True))
-        return kernel(**jax.tree.unflatten(tree, [known.get(i, x) for i, x in enumerate(leaves)]))
+        return kernel(jax.tree.unflatten(tree, [known.get(i, x) for i, x in enumerate(leaves)]))
 
     here = jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=split)
     return here(*(leaves[i] for i in arrays))
@@ -148,7 +148,7 @@ def explain(
     >>> print(str(told).splitlines()[0])
     -> reference  would run
     """
-    call.check_sinks(arguments.pop("sinks", None), query)
+    check_sinks(arguments.pop("sinks", None), query)
     arguments.pop("return_lse", None)  # what becomes of the output is no matter of a kernel
     optional = ("mask", "bias", "score_mod", "q_at", "kv_at", "scale", "dropout")
     if unknown := arguments.keys() - set(optional):
@@ -157,11 +157,11 @@ def explain(
     refusals: dict[str, str | None] = {}
     notes: dict[str, str] = {}
 
-    def probe(name: str, *arrays: Array) -> tuple[Array, Array]:
+    def probe(name: str, *arrays: Array) -> Result:
         folded, key, value, rest = shared_keys.fold(arrays[0], arrays[1], arrays[2], options)
-        given, kernel = call.arguments(folded, key, value, **rest), IMPLEMENTATIONS[name]
-        note = None if kernel.note is None else kernel.note(**given)
-        result = kernel.attend(**given)
+        call, kernel = Call.of(folded, key, value, **rest), IMPLEMENTATIONS[name]
+        note = None if kernel.note is None else kernel.note(call)
+        result = kernel.attend(call)
         notes.update({} if note is None else {name: note})
         return result
 

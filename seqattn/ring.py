@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from seqattn.coordinates import Coordinates
 from seqattn.kernels import ring, tiles
-from seqattn.kernels.call import Shaped, check_arrays, flatten, infinite_where_empty, locate, scale_of
+from seqattn.kernels.call import Call, Shaped, check_arrays, flatten, infinite_where_empty, locate, scale_of
 from seqattn.masks import Mask
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreMod, ScoreModLike, for_kernel
@@ -139,9 +139,8 @@ def ring_attend(
     scale, rows = scale_of(scale, query.shape[-1]), None
     if mod is not None:
         mod, rows = for_kernel(mod, query, scale, located["q_at"], located["kv_at"])
-    output, lse = ring.attend(
-        query, key, value, **located, score_mod=mod, rows=rows, scale=scale, dropout=None, axis_name=axis_name
-    )
+    call = Call(query, key, value, **located, score_mod=mod, rows=rows, scale=scale, dropout=None)
+    output, lse = ring.attend(call, axis_name)
     output = output.reshape(*batch, *output.shape[1:])
     return (output, infinite_where_empty(lse).reshape(*batch, *lse.shape[1:])) if return_lse else output
 

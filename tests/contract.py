@@ -23,6 +23,7 @@ from seqattn.attention import attend
 from seqattn.choice import IMPLEMENTATIONS, Implementation
 from seqattn.dropout import Dropout
 from seqattn.kernels import ring
+from seqattn.kernels.call import Call
 from seqattn.masks import Mask, MaskMod
 from tests import oracle
 
@@ -36,11 +37,11 @@ REFUSED = {"xla": "no score modification|no dropout|softmax of float64", "ring":
 def _of_equal_dims(kernel: Implementation) -> Implementation:
     """A kernel that refuses V != H, which all shapes here have, held to all relations: zeros fill what is smaller."""
 
-    def attend(query, key, value, **others):
-        head_dim, value_dim = query.shape[-1], value.shape[-1]
-        wide = max(head_dim, value_dim)
-        query, key, value = (jnp.pad(x, [(0, 0)] * 3 + [(0, wide - x.shape[-1])]) for x in (query, key, value))
-        output, lse = kernel.attend(query, key, value, **others)
+    def attend(call):
+        value_dim, wide = call.value.shape[-1], max(call.query.shape[-1], call.value.shape[-1])
+        arrays = {name: getattr(call, name) for name in ("query", "key", "value")}
+        padded = {name: jnp.pad(x, [(0, 0)] * 3 + [(0, wide - x.shape[-1])]) for name, x in arrays.items()}
+        output, lse = kernel.attend(dataclasses.replace(call, **padded))
         return output[..., :value_dim], lse
 
     return Implementation(attend, kernel.note)
@@ -50,8 +51,9 @@ RING = 2
 """How many devices a sequence is split over."""
 
 
-def _ring(query, key, value, *, mask, bias, score_mod, rows, q_at, kv_at, scale, dropout):
+def _ring(call):
     """What `ring_attend` runs, over devices that hold a part of the sequence each; hidden tokens fill the last."""
+    query, key, value, rows, mask, bias = call.query, call.key, call.value, call.rows, call.mask, call.bias
     length, size = query.shape[1], key.shape[1]
     more, more_keys = -length % RING, -size % RING
     query, key, value, rows = (
@@ -60,7 +62,7 @@ def _ring(query, key, value, *, mask, bias, score_mod, rows, q_at, kv_at, scale,
     )
     q_at, kv_at = (
         jax.tree.map(lambda x, n=n: jnp.pad(x, ((0, 0), (0, n)), constant_values=_HIDDEN), at)
-        for at, n in ((q_at, more), (kv_at, more_keys))
+        for at, n in ((call.q_at, more), (call.kv_at, more_keys))
     )
     if mask is not None and not isinstance(mask, Mask):
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, size))
@@ -77,13 +79,13 @@ def _ring(query, key, value, *, mask, bias, score_mod, rows, q_at, kv_at, scale,
 
     given = {"query": query, "key": key, "value": value, "rows": rows, "q_at": q_at, "kv_at": kv_at}
     specs = dict.fromkeys(given, P(None, "ring")) | {"mask": by_query(mask), "bias": by_query(bias)}
-    given |= {"mask": mask, "bias": bias, "score_mod": score_mod, "scale": jnp.asarray(scale)}
+    given |= {"mask": mask, "bias": bias, "score_mod": call.score_mod, "scale": jnp.asarray(call.scale)}
     specs |= {"score_mod": P(), "scale": P()}
-    local = functools.partial(ring.attend, dropout=dropout, axis_name="ring")
     mesh = jax.make_mesh((RING,), ("ring",), axis_types=(AxisType.Auto,), devices=jax.devices()[:RING])
     # A plain function that closes over arrays closes here over those outside of the split.
     split = {"mesh": mesh, "in_specs": (specs,), "out_specs": P(None, "ring"), "check_vma": False}
-    results = jax.shard_map(lambda given: local(**given), **split)(given)
+    local = lambda given: ring.attend(Call(**given, dropout=call.dropout), "ring")  # noqa: E731
+    results = jax.shard_map(local, **split)(given)
     return tuple(x[:, :length] for x in results)
 
 

@@ -1,6 +1,8 @@
 """One call of attention, checked and brought to the form that kernels take: exactly one batch dim."""
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 import jax
@@ -11,9 +13,9 @@ from jaxtyping import Array
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout, check_dropout
 from seqattn.masks import Mask
-from seqattn.precision import lowest
+from seqattn.precision import accumulator, lowest
 from seqattn.score_mod import ScoreMod, ScoreModLike, for_kernel
-from seqattn.static import Size
+from seqattn.static import Size, pytree
 
 Visible = Mask | Array | None
 """What `mask=` takes."""
@@ -35,38 +37,84 @@ class Located(TypedDict):
     kv_at: Coordinates
 
 
-def arguments(
-    query: Array,
-    key: Array,
-    value: Array,
-    *,
-    mask: Visible,
-    bias: Array | None,
-    score_mod: ScoreModLike,
-    q_at: Coordinates | None,
-    kv_at: Coordinates | None,
-    scale: float | Array | None,
-    dropout: Dropout | None,
-) -> dict[str, Any]:
-    """The arguments of a kernel: checked, and with exactly one batch dim."""
-    check_arrays(query, key, value)
-    check_dropout(dropout)
-    mod = None if score_mod is None else ScoreMod.of(score_mod)
-    located = locate(query.shape, key.shape, mask, bias, q_at, kv_at, mod)
-    query, key, value = (flatten(x, query.shape[:-3]) for x in (query, key, value))
-    scale, rows = scale_of(scale, query.shape[-1]), None
-    if mod is not None:
-        mod, rows = for_kernel(mod, query, scale, located["q_at"], located["kv_at"])
-    return {
-        "query": query,
-        "key": key,
-        "value": value,
-        **located,
-        "score_mod": mod,
-        "rows": rows,
-        "scale": scale,
-        "dropout": dropout,
-    }
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Everything that a kernel may be asked, checked, with exactly one batch dim. Made once, by `Call.of`.
+
+    Attributes:
+        query: `[B, T, N, H]`.
+        key: `[B, S, K, H]`.
+        value: `[B, S, K, V]`.
+        mask: a Mask, None, or a boolean array `[B or 1, N or 1, T or 1, S or 1]`.
+        bias: None, or an array of that form.
+        score_mod: prepared, or None.
+        rows: its rows `[B, T, N, R]`, or None.
+        q_at: coordinates `[B or 1, T]`.
+        kv_at: coordinates `[B or 1, S]`.
+        scale: a number or a scalar array.
+        dropout: of the weights, or None.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    mask: Any
+    bias: Any
+    score_mod: Any
+    rows: Any
+    q_at: Any
+    kv_at: Any
+    scale: Any
+    dropout: Any
+
+    @staticmethod
+    def of(
+        query: Array,
+        key: Array,
+        value: Array,
+        *,
+        mask: Visible,
+        bias: Array | None,
+        score_mod: ScoreModLike,
+        q_at: Coordinates | None,
+        kv_at: Coordinates | None,
+        scale: float | Array | None,
+        dropout: Dropout | None,
+    ) -> "Call":
+        """The call of `seqattn.attend` with these arguments; raises what that raises."""
+        check_arrays(query, key, value)
+        check_dropout(dropout)
+        mod = None if score_mod is None else ScoreMod.of(score_mod)
+        located = locate(query.shape, key.shape, mask, bias, q_at, kv_at, mod)
+        query, key, value = (flatten(x, query.shape[:-3]) for x in (query, key, value))
+        scale, rows = scale_of(scale, query.shape[-1]), None
+        if mod is not None:
+            mod, rows = for_kernel(mod, query, scale, located["q_at"], located["kv_at"])
+        return Call(query, key, value, **located, score_mod=mod, rows=rows, scale=scale, dropout=dropout)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no query, or no query that has a key."""
+        return 0 in (*self.query.shape, self.key.shape[1])
+
+    @property
+    def high(self) -> np.dtype:
+        """In which dtype sums and exponentials are computed."""
+        return accumulator(self.query.dtype)
+
+    def nothing(self) -> "Result":
+        """What a call gives that `is_empty`: zeros, and rows that see nothing."""
+        shape = self.query.shape[:3]
+        output = jnp.zeros((*shape, self.value.shape[-1]), self.query.dtype)
+        return output, jnp.full(shape, lowest(self.high), self.high)
+
+
+Result = tuple[Array, Array]
+"""The output `[B, T, N, V]` in the query's dtype, and the log-sum-exp `[B, T, N]`, float32 at least."""
+
+Kernel = Callable[[Call], Result]
+"""How a call is computed; NotImplementedError tells why it cannot serve one."""
 
 
 def is_known(*shapes: tuple[Size, ...]) -> bool:

@@ -9,7 +9,7 @@ same mesh axes as all else in the kernel.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,43 +18,35 @@ from jax.extend import core
 from jaxtyping import Array
 
 from seqattn.coordinates import Coordinates
+from seqattn.kernels.call import Call
 from seqattn.kernels.instructions import Instructions, Once
 from seqattn.kernels.varying import mesh_axes, over
 from seqattn.masks import Mask
-from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreMod
 from seqattn.static import pytree
 
+AnyCall = TypeVar("AnyCall", bound=Call)
 
-def capture(
-    mask: Mask | Array | None,
-    score_mod: ScoreMod | None,
-    *,
-    query: Array,
-    rows: Array | None,
-    q_at: Coordinates,
-    kv_at: Coordinates,
-    like: Any,
-) -> tuple["TracedMask | Array | None", "TracedMod | None"]:
-    """Mask and score modification of a call as programs. What is one stays as it is, as does a mask that is an array.
+
+def capture(call: AnyCall, like: Any) -> AnyCall:
+    """A call with mask and score modification as programs. What is one stays as it is, as does a mask that is an array.
 
     Args:
-        mask, score_mod: those of a call, as are the query `[B, T, N, H]`, its rows `[B, T, N, R]` and the coordinates.
+        call: the call.
         like: a tree; inside `jax.shard_map` the scalars will vary over the mesh axes of all its leaves together.
     """
-    index, score = np.int32(0), np.zeros((), accumulator(query.dtype))
-    at = [jax.tree.map(lambda x: np.zeros((), x.dtype), each) for each in (q_at, kv_at)]
+    index, score = np.int32(0), np.zeros((), call.high)
+    at = [jax.tree.map(lambda x: np.zeros((), x.dtype), each) for each in (call.q_at, call.kv_at)]
     pair = (dataclasses.replace(at[0], batch=index, head=index), at[1])
-    row = () if rows is None else (np.zeros(rows.shape[-1:], rows.dtype),)
+    row = () if call.rows is None else (np.zeros(call.rows.shape[-1:], call.rows.dtype),)
     functions: dict[str, _Function] = {}
-    if isinstance(mask, Mask) and not isinstance(mask, TracedMask):
-        functions["mask"] = _Function.of(mask, pair)
-    if score_mod is not None and not isinstance(score_mod, TracedMod):
-        functions["score_mod"] = _Function.of(score_mod, (score, *pair, index, *row))
+    if isinstance(call.mask, Mask) and not isinstance(call.mask, TracedMask):
+        functions["mask"] = _Function.of(call.mask, pair)
+    if call.score_mod is not None and not isinstance(call.score_mod, TracedMod):
+        functions["score_mod"] = _Function.of(call.score_mod, (score, *pair, index, *row))
+    kinds = {"mask": TracedMask, "score_mod": TracedMod}
     programs = _programs(functions, mesh_axes(like))
-    traced: Any = TracedMask(programs["mask"]) if "mask" in programs else mask
-    traced_mod: Any = TracedMod(programs["score_mod"]) if "score_mod" in programs else score_mod
-    return traced, traced_mod
+    return dataclasses.replace(call, **{name: kinds[name](program) for name, program in programs.items()})
 
 
 @pytree

@@ -12,7 +12,7 @@ heads that share a key head lie side by side as columns, so keys are never repea
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from seqattn.coordinates import Coordinates
-from seqattn.dropout import Dropout, kept
+from seqattn.dropout import kept
 from seqattn.kernels import layouts, tiles
-from seqattn.kernels.call import refuse_unknown
+from seqattn.kernels.call import Call, Result, refuse_unknown
 from seqattn.kernels.captured import TracedMask, TracedMod, capture
 from seqattn.kernels.layouts import At
 from seqattn.kernels.reference import log_sum_exp
@@ -32,6 +32,7 @@ from seqattn.kernels.varying import varying
 from seqattn.masks import Mask
 from seqattn.precision import accumulator, lowest
 from seqattn.score_mod import ScoreMod
+from seqattn.static import pytree
 
 _EMPTY = -1e30
 """The log of the total of an empty row. Others are about 0 at least, and nothing is lost where `lowest` is added."""
@@ -49,75 +50,46 @@ Leaves = list[Any]
 """The leaves of a `Call`: arrays, numbers, and NumPy arrays that are known at trace time."""
 
 
-class Call(TypedDict):
-    """Everything traced in a call."""
+@pytree
+@dataclasses.dataclass(frozen=True)
+class TiledCall(Call):
+    """A call whose arrays are all that a program gets: mask and score modification are traced, dropout is its words.
 
-    query: Array
-    key: Array
-    value: Array
-    scale: Array
-    bias: Array | None
-    rows: Array | None
-    score_mod: TracedMod | None
-    mask: TracedMask | Array | None
-    q_at: Coordinates
-    kv_at: Coordinates
-    words: Array | None
+    Attributes:
+        words: two words of the dropout's key, or None.
+        schedule: the tiles to visit.
+    """
+
+    words: Any
     schedule: Schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static in a call; `tree` is the structure of its `Call`, whose leaves JAX sees."""
+    """What is static in a call; `tree` is the structure of its `TiledCall`, whose leaves JAX sees."""
 
     grid: Grid
     dropout_rate: float
     tree: jax.tree_util.PyTreeDef
 
-    def call(self, leaves: Leaves) -> Call:
+    def call(self, leaves: Leaves) -> TiledCall:
         """The call that was taken apart."""
         return jax.tree.unflatten(self.tree, leaves)
 
 
-def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K V"],
-    *,
-    mask: Mask | Bool[Array, "..."] | None,
-    bias: Float[Array, "..."] | None,
-    score_mod: ScoreMod | None,
-    rows: Float[Array, "B T N R"] | None,
-    q_at: Coordinates,
-    kv_at: Coordinates,
-    scale: float | Float[Array, ""],
-    dropout: Dropout | None,
-) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+def attend(call: Call) -> Result:
     """The output and the log-sum-exp of the logits, as `reference.attend`.
 
     Reverse mode only: forward-mode and second derivatives are refused; `implementation="reference"` has them. Forward
     mode of a call that an outer `jax.jit` has traced meets JAX's own TypeError ("can't apply forward-mode autodiff"),
     as JAX differentiates that program when this function has long returned.
     """
-    refuse_unknown("a grid of tiles", query.shape, key.shape)
-    if value.shape[-1] == 0:
+    refuse_unknown("a grid of tiles", call.query.shape, call.key.shape)
+    if call.value.shape[-1] == 0:
         raise NotImplementedError("a value dim of 0 leaves nothing to add up in tiles")
-    if 0 in (*query.shape[:2], key.shape[1]):
-        shape, high = query.shape[:3], accumulator(query.dtype)
-        return jnp.zeros((*shape, value.shape[-1]), query.dtype), jnp.full(shape, lowest(high), high)
-    plan, leaves = prepare(
-        query,
-        key,
-        value,
-        mask=mask,
-        bias=bias,
-        score_mod=score_mod,
-        rows=rows,
-        q_at=q_at,
-        kv_at=kv_at,
-        scale=scale,
-        dropout=dropout,
-    )
+    if call.is_empty:
+        return call.nothing()
+    plan, leaves = prepare(call)
     try:
         return _attend(plan, varying(leaves, leaves))
     except TypeError as error:
@@ -126,45 +98,18 @@ def attend(
         raise NotImplementedError("forward-mode derivatives of attention are only known to 'reference'") from error
 
 
-def prepare(
-    query: Array,
-    key: Array,
-    value: Array,
-    *,
-    mask: Mask | Array | None,
-    bias: Array | None,
-    score_mod: ScoreMod | None,
-    rows: Array | None,
-    q_at: Coordinates,
-    kv_at: Coordinates,
-    scale: float | Array,
-    dropout: Dropout | None,
-) -> tuple[Plan, Leaves]:
+def prepare(call: Call) -> tuple[Plan, Leaves]:
     """A call of `attend` with its grid and schedule, taken apart."""
-    batch, length, num_heads, _ = query.shape
-    size, num_kv_heads = key.shape[1:3]
+    batch, length, num_heads, _ = call.query.shape
+    size, num_kv_heads = call.key.shape[1:3]
     shape = (batch, num_kv_heads, num_heads // num_kv_heads, length, size)
-    grid, schedule = tiles.plan(shape, mask, bias is not None, q_at, kv_at)
-    call: Call = {
-        "query": query,
-        "key": key,
-        "value": value,
-        "scale": jnp.asarray(scale, accumulator(query.dtype)),
-        "bias": bias,
-        "rows": rows,
-        "score_mod": None,
-        "mask": None,
-        "q_at": q_at,
-        "kv_at": kv_at,
-        "words": None if dropout is None else dropout.words(),
-        "schedule": schedule,
-    }
-    at = {"q_at": q_at, "kv_at": kv_at}
-    call["mask"], call["score_mod"] = capture(
-        mask, score_mod, query=query, rows=rows, **at, like=[call, mask, score_mod]
-    )
-    leaves, tree = jax.tree.flatten(call)
-    return Plan(grid, 0.0 if dropout is None else dropout.rate, tree), leaves
+    grid, schedule = tiles.plan(shape, call.mask, call.bias is not None, call.q_at, call.kv_at)
+    words = None if call.dropout is None else call.dropout.words()
+    given = {field.name: getattr(call, field.name) for field in dataclasses.fields(Call)}
+    given |= {"scale": jnp.asarray(call.scale, call.high), "dropout": None}
+    tiled = TiledCall(**given, words=words, schedule=schedule)
+    leaves, tree = jax.tree.flatten(capture(tiled, like=tiled))
+    return Plan(grid, 0.0 if call.dropout is None else call.dropout.rate, tree), leaves
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -192,11 +137,11 @@ def _results(plan: Plan, leaves: Leaves) -> tuple[Array, Array, Array]:
 def start(plan: Plan, leaves: Leaves) -> State:
     """The state of the queries of a call before they have seen a key."""
     call, grid = plan.call(leaves), plan.grid
-    high = accumulator(call["query"].dtype)
+    high = call.high
     shape = (grid.counts[1], grid.batch * grid.num_kv_heads)
     columns = grid.group * grid.queries
     return (
-        jnp.zeros((*shape, call["value"].shape[-1], columns), high),
+        jnp.zeros((*shape, call.value.shape[-1], columns), high),
         jnp.full((*shape, columns), lowest(high), high),
         jnp.zeros((*shape, columns), high),
     )
@@ -205,10 +150,10 @@ def start(plan: Plan, leaves: Leaves) -> State:
 def absorb(plan: Plan, leaves: Leaves, state: State) -> State:
     """The state after the keys of a call, too: of those before, other calls of one grid and the same queries tell."""
     call = plan.call(leaves)
-    grid, high = plan.grid, accumulator(call["query"].dtype)
-    key, value = _marked(call["key"], call["value"])
+    grid, high = plan.grid, call.high
+    key, value = _marked(call.key, call.value)
     operands = {
-        "query": layouts.query_columns(grid, call["query"], _inner_scale(call)),
+        "query": layouts.query_columns(grid, call.query, _inner_scale(call)),
         "key": layouts.key_rows(grid, key),
         "value": layouts.key_columns(grid, value),
     } | _operands(grid, call, key)
@@ -242,7 +187,7 @@ def finish(plan: Plan, leaves: Leaves, state: State) -> tuple[Array, Array, Arra
     empty = total == 0
     total = jnp.where(empty, jnp.ones_like(total), total)
     log_total = jnp.where(empty, _EMPTY, jnp.log(total))
-    output = layouts.from_columns(grid, output / total[:, :, None]).astype(call["query"].dtype)
+    output = layouts.from_columns(grid, output / total[:, :, None]).astype(call.query.dtype)
     peak, log_total = (layouts.from_columns(grid, x[:, :, None])[..., 0] for x in (peak, log_total))
     return output, peak, log_total
 
@@ -267,8 +212,8 @@ def _gradients(
 def with_gradients(call: Any, gradients: dict[str, Any]) -> Any:
     """A call with what `backward` returns in the place of its arrays, and zeros elsewhere."""
     zeros = jax.tree.map(jnp.zeros_like, call)
-    mod = None if zeros["score_mod"] is None else zeros["score_mod"].with_arrays(gradients["score_mod"])
-    return zeros | gradients | {"score_mod": mod}
+    mod = None if zeros.score_mod is None else zeros.score_mod.with_arrays(gradients["score_mod"])
+    return dataclasses.replace(zeros, **gradients | {"score_mod": mod})
 
 
 def backward(
@@ -283,11 +228,11 @@ def backward(
     operands = _operands_of_backward(grid, call, output, peak, log_total, d_output, d_lse)
     by_query = {
         "query": jnp.zeros(operands["query"].shape, high),
-        "rows": None if call["rows"] is None else jnp.zeros(operands["rows"].shape, high),
+        "rows": None if call.rows is None else jnp.zeros(operands["rows"].shape, high),
     }
     by_key = {name: jnp.zeros(operands[name].shape, high) for name in ("key", "value")}
-    by_pair = None if call["bias"] is None else jnp.zeros(operands["bias"].shape, high)
-    whole = [jnp.zeros(x.shape, high) for x in arrays_of(call["score_mod"])]
+    by_pair = None if call.bias is None else jnp.zeros(operands["bias"].shape, high)
+    whole = [jnp.zeros(x.shape, high) for x in arrays_of(call.score_mod)]
 
     def step(carry: Carry, at: At, partial: bool) -> Carry:
         by_query, by_key, by_pair, whole = carry
@@ -303,28 +248,28 @@ def backward(
 
     by_query, by_key, by_pair, whole = _visit(call, step, (by_query, by_key, by_pair, whole))
     unscaled = layouts.from_columns(grid, by_query["query"])
-    outer = call["scale"] if _inner_scale(call) is None else 1
+    outer = call.scale if _inner_scale(call) is None else 1
     return {
-        "query": unscaled * call["scale"],
+        "query": unscaled * call.scale,
         "key": layouts.from_key_rows(grid, by_key["key"]) * outer,
         "value": layouts.from_key_rows(grid, by_key["value"]),
-        "scale": jnp.sum(unscaled * _zero_unless_finite(call["query"]).astype(high)),
-        "bias": None if call["bias"] is None else by_pair[:, :, : call["bias"].shape[2], : call["bias"].shape[3]],
+        "scale": jnp.sum(unscaled * _zero_unless_finite(call.query).astype(high)),
+        "bias": None if call.bias is None else by_pair[:, :, : call.bias.shape[2], : call.bias.shape[3]],
         "rows": None if by_query["rows"] is None else layouts.from_query_rows(grid, by_query["rows"]),
         "score_mod": whole,
     }
 
 
 def _operands_of_backward(
-    grid: Grid, call: Call, output: Array, peak: Array, log_total: Array, d_output: Array, d_lse: Array
+    grid: Grid, call: TiledCall, output: Array, peak: Array, log_total: Array, d_output: Array, d_lse: Array
 ) -> dict[str, Array]:
     """What tiles of the backward pass are cut from: queries, keys, values and what `finish` and the caller gave."""
     high = accumulator(output.dtype)
-    key, value = _marked(call["key"], call["value"])
+    key, value = _marked(call.key, call.value)
     delta = jnp.sum(d_output.astype(high) * output.astype(high), axis=-1) - d_lse
     return {
-        "query": layouts.query_columns(grid, call["query"], _inner_scale(call)),
-        "query_rows": layouts.query_rows(grid, _zero_unless_finite(call["query"]), _inner_scale(call)),
+        "query": layouts.query_columns(grid, call.query, _inner_scale(call)),
+        "query_rows": layouts.query_rows(grid, _zero_unless_finite(call.query), _inner_scale(call)),
         "key": layouts.key_rows(grid, key),
         "key_columns": layouts.key_columns(grid, _zero_unless_finite(key)),
         "value": layouts.key_rows(grid, value),
@@ -336,9 +281,9 @@ def _operands_of_backward(
     } | _operands(grid, call, key)
 
 
-def _tile_gradients(plan: Plan, call: Call, operands: dict[str, Array], at: At, partial: bool) -> dict[str, Any]:
+def _tile_gradients(plan: Plan, call: TiledCall, operands: dict[str, Array], at: At, partial: bool) -> dict[str, Any]:
     """What the pairs of a tile add to the gradients, by the names of `backward`; of the query before the scale."""
-    grid, dtype, high = plan.grid, call["query"].dtype, accumulator(call["query"].dtype)
+    grid, dtype, high = plan.grid, call.query.dtype, call.high
     lanes, i, block = at
     here = {name: layouts.take(grid, operands[name], i, lanes) for name in _OF_QUERIES}
     value = layouts.take_key_rows(grid, operands["value"], lanes, block)
@@ -373,8 +318,8 @@ _gradients.defvjp(_refuse_second, _refuse_second)
 _OF_QUERIES = ("query_rows", "d_output", "d_output_rows", "delta", "peak", "log_total")
 
 
-def _visit(call: Call, step: Callable[..., Carry], carry: Carry) -> Carry:
-    carry, schedule = varying(carry, call), call["schedule"]
+def _visit(call: TiledCall, step: Callable[..., Carry], carry: Carry) -> Carry:
+    carry, schedule = varying(carry, call), call.schedule
     for steps, partial in ((schedule.full, False), (schedule.partial, True)):
         number = steps.at.shape[0]
         if number == 1 and steps.count is None:
@@ -390,13 +335,13 @@ def _loop(steps: Steps, step: Callable[[Carry, Array], Carry], carry: Carry) -> 
 
 
 def _scores(
-    plan: Plan, call: Call, operands: dict[str, Array], at: At, partial: bool, *, gradients: bool
+    plan: Plan, call: TiledCall, operands: dict[str, Array], at: At, partial: bool, *, gradients: bool
 ) -> tuple[Array, Callable[[Array], tuple], Array | None]:
     """The logits of a tile `[lanes, keys, columns]`, how gradients go back, and who may attend (None: all).
 
     Without `gradients` none goes back: a score_mod need not have a derivative where nobody asks for it.
     """
-    grid, high = plan.grid, accumulator(call["query"].dtype)
+    grid, high = plan.grid, call.high
     lanes, i, block = at
     key, query = (
         layouts.take_key_rows(grid, operands["key"], lanes, block),
@@ -404,9 +349,9 @@ def _scores(
     )
     scores = _product("lsh,lht->lst", key, query, high)
     if _inner_scale(call) is None:
-        scores = scores * call["scale"]
+        scores = scores * call.scale
     visible = _visible(grid, call, operands, at) if partial else None
-    bias = None if call["bias"] is None else layouts.pairs(grid, operands["bias"], at).astype(high)
+    bias = None if call.bias is None else layouts.pairs(grid, operands["bias"], at).astype(high)
     if bias is not None:
         scores = (layouts.by_head(grid, scores) + bias).reshape(scores.shape)
 
@@ -415,9 +360,9 @@ def _scores(
         shown = tile if visible is None else jnp.where(visible, tile, jnp.zeros_like(tile))
         return _modified(grid, call, mod, shown, rows, at).reshape(scores.shape)
 
-    mod, pull_mod = call["score_mod"], None
+    mod, pull_mod = call.score_mod, None
     if mod is not None:
-        rows = None if call["rows"] is None else layouts.take(grid, operands["rows"], i, lanes)
+        rows = None if call.rows is None else layouts.take(grid, operands["rows"], i, lanes)
         if gradients:
             scores, pull_mod = jax.vjp(
                 lambda scores, arrays, rows: modify(scores, mod.with_arrays(arrays), rows), scores, mod.arrays, rows
@@ -441,26 +386,26 @@ def _scores(
         tile = layouts.by_head(grid, scores)
         visible = jnp.broadcast_to(visible, tile.shape).reshape(scores.shape)
         scores = jnp.where(visible, scores, jnp.full_like(scores, -jnp.inf))
-    return scores, pull_back, visible if call["score_mod"] is None else scores != -jnp.inf
+    return scores, pull_back, visible if call.score_mod is None else scores != -jnp.inf
 
 
-def _visible(grid: Grid, call: Call, operands: dict[str, Array], at: At) -> Bool[Array, "..."]:
+def _visible(grid: Grid, call: TiledCall, operands: dict[str, Array], at: At) -> Bool[Array, "..."]:
     """Who may attend in a tile: broadcasts to `[rows, heads, keys, group, queries]`."""
     # A query that pads sees nothing either: what a score_mod has for a derivative there may be infinite.
     visible = (at[2] * grid.block + lax.iota(jnp.int32, grid.keys) < grid.size)[None, None, :, None, None]
     if grid.padded[0] != grid.length:
         real = at[1] * grid.queries + lax.iota(jnp.int32, grid.queries) < grid.length
         visible = visible & real[None, None, None, None]
-    if call["bias"] is not None:
+    if call.bias is not None:
         visible = visible & (layouts.pairs(grid, operands["bias"], at) != -jnp.inf)
-    if isinstance(call["mask"], TracedMask):
-        visible = visible & _allowed(grid, call, call["mask"], at)
-    elif call["mask"] is not None:
+    if isinstance(call.mask, TracedMask):
+        visible = visible & _allowed(grid, call, call.mask, at)
+    elif call.mask is not None:
         visible = visible & layouts.pairs(grid, operands["mask"], at)
     return visible
 
 
-def _allowed(grid: Grid, call: Call, mask: TracedMask, at: At) -> Bool[Array, "..."]:
+def _allowed(grid: Grid, call: TiledCall, mask: TracedMask, at: At) -> Bool[Array, "..."]:
     """What the mask says of a tile: `[rows, 1 or heads, keys, 1 or group, queries]`."""
 
     def pair(query: Coordinates, key: Coordinates, head: Array) -> Array:
@@ -476,7 +421,7 @@ def _allowed(grid: Grid, call: Call, mask: TracedMask, at: At) -> Bool[Array, ".
 
 
 def _modified(
-    grid: Grid, call: Call, mod: ScoreMod, scores: Float[Array, "..."], rows: Array | None, at: At
+    grid: Grid, call: TiledCall, mod: ScoreMod, scores: Float[Array, "..."], rows: Array | None, at: At
 ) -> Float[Array, "..."]:
     """The scores `[rows, heads, keys, group, queries]` of a tile after the score modification."""
     q_at, kv_at = _coordinates(grid, call, at)
@@ -501,7 +446,7 @@ def _heads(grid: Grid, at: At) -> Int[Array, "heads group"]:
     return (first + lax.iota(jnp.int32, grid.heads))[:, None] * grid.group + lax.iota(jnp.int32, grid.group)[None]
 
 
-def _coordinates(grid: Grid, call: Call, at: At) -> tuple[Coordinates, Coordinates]:
+def _coordinates(grid: Grid, call: TiledCall, at: At) -> tuple[Coordinates, Coordinates]:
     """Of the queries and of the keys in a tile: `[rows, queries]`, with their batch rows, and `[rows, keys]`."""
     row = at[0] * grid.lanes // grid.num_kv_heads
 
@@ -516,15 +461,15 @@ def _coordinates(grid: Grid, call: Call, at: At) -> tuple[Coordinates, Coordinat
         return jax.tree.map(field, tiles.pad(coordinates, padded))
 
     queries, keys = grid.padded
-    query = take(call["q_at"], at[1] * grid.queries, queries, grid.queries)
+    query = take(call.q_at, at[1] * grid.queries, queries, grid.queries)
     batch = jnp.broadcast_to((row + lax.iota(jnp.int32, grid.rows))[:, None], (grid.rows, grid.queries))
-    key = take(call["kv_at"], at[2] * grid.block, keys, grid.keys)
+    key = take(call.kv_at, at[2] * grid.block, keys, grid.keys)
     return dataclasses.replace(query, batch=batch), key
 
 
-def _dropped(plan: Plan, call: Call, x: Float[Array, "..."], at: At) -> Float[Array, "..."]:
+def _dropped(plan: Plan, call: TiledCall, x: Float[Array, "..."], at: At) -> Float[Array, "..."]:
     """`x` of a tile where its weight is kept, divided by the probability of that; 0 elsewhere."""
-    if call["words"] is None or plan.dropout_rate == 0:
+    if call.words is None or plan.dropout_rate == 0:
         return x
     grid = plan.grid
     lane = at[0] * grid.lanes + lax.iota(jnp.int32, grid.lanes)
@@ -532,7 +477,7 @@ def _dropped(plan: Plan, call: Call, x: Float[Array, "..."], at: At) -> Float[Ar
     query = at[1] * grid.queries + lax.iota(jnp.int32, grid.queries)
     row = (head[:, :, None] * grid.length + query[None, None]).reshape(grid.lanes, 1, -1)
     column = (at[2] * grid.block + lax.iota(jnp.int32, grid.keys))[None, :, None]
-    keep = kept(call["words"], plan.dropout_rate, row.astype(jnp.uint32), column.astype(jnp.uint32))
+    keep = kept(call.words, plan.dropout_rate, row.astype(jnp.uint32), column.astype(jnp.uint32))
     return jnp.where(keep, x / (1 - plan.dropout_rate), jnp.zeros_like(x))
 
 
@@ -541,9 +486,9 @@ def _product(subscripts: str, left: Array, right: Array, high: np.dtype) -> Arra
     return jnp.einsum(subscripts, left, right, precision=lax.Precision.HIGHEST, preferred_element_type=high)
 
 
-def _inner_scale(call: Call) -> Array | None:
+def _inner_scale(call: TiledCall) -> Array | None:
     """The scale where it can multiply the queries; None where they are too coarse and it multiplies the products."""
-    return call["scale"] if call["query"].dtype == accumulator(call["query"].dtype) else None
+    return call.scale if call.query.dtype == call.high else None
 
 
 def _marked(key: Float[Array, "B S K H"], value: Float[Array, "B S K V"]) -> tuple[Array, Array]:
@@ -569,14 +514,14 @@ def _where(visible: Bool[Array, "..."] | None, x: Float[Array, "..."]) -> Float[
     return x if visible is None else jnp.where(visible, x, jnp.zeros_like(x))
 
 
-def _operands(grid: Grid, call: Call, key: Float[Array, "B S K H"]) -> dict[str, Array]:
+def _operands(grid: Grid, call: TiledCall, key: Float[Array, "B S K H"]) -> dict[str, Array]:
     """What belongs to each query or to each pair, padded to whole tiles; `key` is NaN where it must make a row NaN.
 
     A score_mod may hide a pair, too, so it works on finite scores and what is not finite is marked after it.
     """
     given: dict[str, Array] = {}
-    if call["score_mod"] is not None:
-        high, query, rows = accumulator(call["query"].dtype), call["query"], call["rows"]
+    if call.score_mod is not None:
+        high, query, rows = call.high, call.query, call.rows
         bad = _nan_unless_finite(query) if rows is None else _nan_unless_finite(query) + _nan_unless_finite(rows)
         given["bad_queries"] = layouts.query_columns(grid, bad.astype(high))
         given["bad_keys"] = layouts.key_rows(grid, _nan_unless_finite(key).astype(high))
@@ -585,7 +530,7 @@ def _operands(grid: Grid, call: Call, key: Float[Array, "B S K H"]) -> dict[str,
         if rows is not None:
             given["rows"] = layouts.query_rows(grid, _zero_unless_finite(rows))
     # What pads hides: a query that does not exist sees no key that all others must not see.
-    for name, x, hidden in (("bias", call["bias"], -jnp.inf), ("mask", call["mask"], False)):
+    for name, x, hidden in (("bias", call.bias, -jnp.inf), ("mask", call.mask, False)):
         if x is not None and not isinstance(x, Mask):
             behind = (0 if n == 1 else whole - n for n, whole in zip(x.shape[2:], grid.padded, strict=True))
             given[name] = jnp.pad(x, ((0, 0), (0, 0), *((0, n) for n in behind)), constant_values=hidden)

@@ -1,10 +1,8 @@
 """Attention written once, plainly: `softmax(q . k) v` with all scores in memory. It defines the meaning.
 
-A kernel receives checked arrays: `query [B, T, N, H]`, `key [B, S, K, H]`, `value [B, S, K, V]`, a mask or a boolean
-array that broadcasts to `[B, N, T, S]`, a bias that does the same, coordinates `[B or 1, T]` and `[B or 1, S]`, and
-returns the output `[B, T, N, V]` in the query's dtype and the log-sum-exp `[B, T, N]` in float32 at least. A score
-modification comes prepared, with its rows `[B, T, N, R]` or None. The order is `scale * query . key + bias`, then the
-score modification, then the mask. A kernel that cannot serve a call raises NotImplementedError with the reason.
+A kernel takes a `Call` and returns the output `[B, T, N, V]` in the query's dtype and the log-sum-exp `[B, T, N]` in
+float32 at least. The order is `scale * query . key + bias`, then the score modification, then the mask. A kernel that
+cannot serve a call raises NotImplementedError with the reason.
 
 The contract, which every kernel keeps:
 - a row that may attend to nothing gives zeros, zero gradients, and the lowest number as its log-sum-exp, which
@@ -24,33 +22,17 @@ from jaxtyping import Array, Bool, Float
 
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
+from seqattn.kernels.call import Call, Result
 from seqattn.masks import Mask
-from seqattn.precision import accumulator, lowest
-from seqattn.score_mod import ScoreMod
+from seqattn.precision import lowest
 from seqattn.static import Size
 
 
-def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K V"],
-    *,
-    mask: Mask | Bool[Array, "..."] | None,
-    bias: Float[Array, "..."] | None,
-    score_mod: ScoreMod | None,
-    rows: Float[Array, "B T N R"] | None,
-    q_at: Coordinates,
-    kv_at: Coordinates,
-    scale: float | Float[Array, ""],
-    dropout: Dropout | None,
-) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+def attend(call: Call) -> Result:
     """The output and the log-sum-exp of the logits (see the contract above)."""
-    visible = visibility(query.shape, mask, bias, q_at, kv_at)
-    scored, visible = logits(
-        query, key, visible, bias=bias, score_mod=score_mod, rows=rows, q_at=q_at, kv_at=kv_at, scale=scale
-    )
-    output, _, lse = mix(scored, value, visible, dropout=dropout)
-    return output.astype(query.dtype), lse.swapaxes(1, 2)
+    scored, visible = logits(call)
+    output, _, lse = mix(scored, call.value, visible, dropout=call.dropout)
+    return output.astype(call.query.dtype), lse.swapaxes(1, 2)
 
 
 def visibility(
@@ -71,25 +53,15 @@ def visibility(
     return allowed if visible is None else visible & allowed
 
 
-def logits(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    visible: Bool[Array, "..."] | None,
-    *,
-    bias: Float[Array, "..."] | None,
-    score_mod: ScoreMod | None,
-    rows: Float[Array, "B T N R"] | None,
-    q_at: Coordinates,
-    kv_at: Coordinates,
-    scale: float | Float[Array, ""],
-) -> tuple[Float[Array, "B N T S"], Bool[Array, "..."] | None]:
+def logits(call: Call) -> tuple[Float[Array, "B N T S"], Bool[Array, "..."] | None]:
     """Scaled products plus bias, modified, and who may attend: a score modification may hide pairs, too.
 
     What the logits hold where a pair is hidden means nothing; elsewhere they are NaN where query or key is not finite.
     """
+    query, key, bias, rows, high = call.query, call.key, call.bias, call.rows, call.high
+    visible = visibility(query.shape, call.mask, bias, call.q_at, call.kv_at)
     batch, length, num_heads, _ = query.shape
     num_kv_heads = key.shape[2]
-    high = accumulator(query.dtype)
     # What is not finite is computed with as 0, and marked in the end: a score modification, too, may hide the pair.
     bad_query, bad_key = nan_unless_finite(query), nan_unless_finite(key)
     shown = ~jnp.isnan(bad_query)
@@ -98,15 +70,15 @@ def logits(
     query = jnp.where(shown, query, jnp.zeros_like(query))
     key = jnp.where(jnp.isnan(bad_key), jnp.zeros_like(key), key)
     grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, query.shape[-1])
-    product = _product("btkgh,bskh->bkgts", grouped.astype(high), key.astype(high)) * jnp.asarray(scale, high)
+    product = _product("btkgh,bskh->bkgts", grouped.astype(high), key.astype(high)) * jnp.asarray(call.scale, high)
     scored = product.reshape(batch, num_heads, length, key.shape[1])
     if bias is not None:
         bias = jnp.where(bias == -jnp.inf, jnp.zeros_like(bias), bias)
         scored = scored + jnp.broadcast_to(bias, scored.shape).astype(high)
-    if score_mod is not None:
+    if call.score_mod is not None:
         scored = scored if visible is None else jnp.where(visible, scored, jnp.zeros_like(scored))
         rows = None if rows is None else jnp.where(shown, rows, jnp.zeros_like(rows))
-        scored = score_mod.over(scored, q_at, kv_at, jnp.arange(num_heads, dtype=jnp.int32), rows)
+        scored = call.score_mod.over(scored, call.q_at, call.kv_at, jnp.arange(num_heads, dtype=jnp.int32), rows)
         allowed = scored != -jnp.inf
         visible = allowed if visible is None else visible & allowed
     return scored + _column(bad_key, num_heads).astype(high) + bad_query.swapaxes(1, 2).astype(high), visible

@@ -18,22 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
-from seqattn.coordinates import Coordinates
-from seqattn.dropout import Dropout
 from seqattn.kernels import chunked
-from seqattn.kernels.call import refuse_unknown
+from seqattn.kernels.call import Call, Result, refuse_unknown
 from seqattn.kernels.captured import capture
 from seqattn.kernels.chunked import Leaves
 from seqattn.kernels.tiles import Grid
 from seqattn.kernels.varying import varying
 from seqattn.masks import Mask
-from seqattn.precision import accumulator, lowest
-from seqattn.score_mod import ScoreMod
+from seqattn.precision import accumulator
 
-Call = dict[str, Any]
-"""The arguments of `attend` that are traced, by their names."""
+Arrays = dict[str, Any]
+"""Arrays of a call, by their names."""
 
 Block = dict[str, Any]
 """What travels: key, value and, where they matter, their coordinates kv_at."""
@@ -71,68 +68,39 @@ class Ring:
         return jax.tree.map(lambda x: lax.ppermute(x, self.axis_name, to_next), tree)
 
 
-def attend(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K V"],
-    *,
-    mask: Mask | Bool[Array, "..."] | None,
-    bias: Float[Array, "..."] | None,
-    score_mod: ScoreMod | None,
-    rows: Float[Array, "B T N R"] | None,
-    q_at: Coordinates,
-    kv_at: Coordinates,
-    scale: float | Float[Array, ""],
-    dropout: Dropout | None,
-    axis_name: Hashable,
-) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+def attend(call: Call, axis_name: Hashable) -> Result:
     """The output and the log-sum-exp of this device's queries over the keys of all devices along `axis_name`.
 
     As `reference.attend`, but for a boolean mask and a bias: they have a column for each key of each device, in the
     order of the devices. Reverse mode only.
     """
-    if dropout is not None:
+    if call.dropout is not None:
         raise NotImplementedError(
             "the ring has no dropout: that drops by the place of a weight in the whole batch, unknown to one device"
         )
-    refuse_unknown("a ring", query.shape, key.shape)
+    refuse_unknown("a ring", call.query.shape, call.key.shape)
     devices = lax.axis_size(axis_name)
-    if 0 in (*query.shape[:2], key.shape[1]):
-        shape, high = query.shape[:3], accumulator(query.dtype)
-        return jnp.zeros((*shape, value.shape[-1]), query.dtype), jnp.full(shape, lowest(high), high)
-    call: Call = {
-        "query": query,
-        "key": key,
-        "value": value,
-        "mask": mask,
-        "bias": bias,
-        "score_mod": score_mod,
-        "rows": rows,
-        "q_at": q_at,
-        "kv_at": kv_at,
-        "scale": jnp.asarray(scale, accumulator(query.dtype)),
-    }
+    if call.is_empty:
+        return call.nothing()
     # What travels differs on each device, and so does all that is made of it. No coordinate stays known at trace time:
     # the grid must be the same for the block that is here as for those that will be.
-    call = jax.tree.map(jnp.asarray, call)
-    here, at = lax.axis_index(axis_name), {name: call[name] for name in ("q_at", "kv_at")}
-    call["mask"], call["score_mod"] = capture(
-        call["mask"], call["score_mod"], query=query, rows=rows, **at, like=[call, here]
-    )
-    leaves, tree = jax.tree.flatten(varying(call, [call, here]))
+    call = jax.tree.map(jnp.asarray, dataclasses.replace(call, scale=jnp.asarray(call.scale, call.high)))
+    here = lax.axis_index(axis_name)
+    call = varying(capture(call, like=[call, here]), [call, here])
+    leaves, tree = jax.tree.flatten(call)
     plan, _ = _step(call, _block(call), 0)
     return _attend(Ring(axis_name, devices, plan.grid, tree), leaves)
 
 
 def _block(call: Call) -> Block:
-    matter = isinstance(call["mask"], Mask) or (call["score_mod"] is not None and call["score_mod"].uses_coordinates)
-    return {name: call[name] for name in ("key", "value", *(["kv_at"] if matter else []))}
+    matter = isinstance(call.mask, Mask) or (call.score_mod is not None and call.score_mod.uses_coordinates)
+    return {name: getattr(call, name) for name in ("key", "value", *(["kv_at"] if matter else []))}
 
 
 def _step(call: Call, block: Block, source: int | Array) -> tuple[chunked.Plan, Leaves]:
     """The call of `chunked.attend` for the block that came from a device."""
-    of_pairs = {name: _columns(call[name], source, block["key"].shape[1]) for name in ("mask", "bias")}
-    return chunked.prepare(**call | block | of_pairs, dropout=None)
+    of_pairs = {name: _columns(getattr(call, name), source, block["key"].shape[1]) for name in ("mask", "bias")}
+    return chunked.prepare(dataclasses.replace(call, **block, **of_pairs))
 
 
 def _columns(x: Any, source: int | Array, size: int) -> Any:
@@ -199,21 +167,21 @@ def _gradients(
     def zeros(tree: Any) -> Any:
         return varying(jax.tree.map(lambda x: jnp.zeros(x.shape, high), tree), leaves)
 
-    def add(step: int | Array, block: Block, travelling: Call, resting: Call) -> tuple[Call, Call]:
+    def add(step: int | Array, block: Block, travelling: Arrays, resting: Arrays) -> tuple[Arrays, Arrays]:
         source, total = ring.source(step), travelling | resting
         part = chunked.backward(*_step(call, block, source), output, peak, log_total, d_output, d_lse)
         new = {name: jax.tree.map(jnp.add, total[name], part[name]) for name in total if name != "bias"}
         new["bias"] = _add_columns(total["bias"], part["bias"], source, block["key"].shape[1])
         return {name: new[name] for name in travelling}, {name: new[name] for name in resting}
 
-    def add_and_send(step: Array, carry: tuple[Block, Call, Call]) -> tuple[Block, Call, Call]:
+    def add_and_send(step: Array, carry: tuple[Block, Arrays, Arrays]) -> tuple[Block, Arrays, Arrays]:
         block, *totals = carry
         travelling, resting = add(step, block, *totals)
         return ring.send(block), ring.send(travelling), resting
 
-    travelling = zeros({name: call[name] for name in ("key", "value")})
-    resting = zeros({name: call[name] for name in ("query", "bias", "rows", "scale")})
-    resting["score_mod"] = zeros(chunked.arrays_of(call["score_mod"]))
+    travelling = zeros({name: getattr(call, name) for name in ("key", "value")})
+    resting = zeros({name: getattr(call, name) for name in ("query", "bias", "rows", "scale")})
+    resting["score_mod"] = zeros(chunked.arrays_of(call.score_mod))
     block, last = _block(call), ring.devices - 1
     if last:
         block, travelling, resting = lax.fori_loop(0, last, add_and_send, (block, travelling, resting))

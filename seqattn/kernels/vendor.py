@@ -21,12 +21,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from seqattn.coordinates import Coordinates
-from seqattn.dropout import Dropout
 from seqattn.kernels import chunked, reference
-from seqattn.kernels.call import Located, refuse_unknown
+from seqattn.kernels.call import Call, Result, refuse_unknown
 from seqattn.masks import And, Causal, Mask, NotPadding, SameSegment, SlidingWindow
 from seqattn.precision import accumulator, lowest
-from seqattn.score_mod import ScoreMod
 from seqattn.static import Size
 
 # jax.nn hides a score by putting -0.7 times the largest float32 in its place.
@@ -100,76 +98,46 @@ class Native:
         return np.minimum(0 if self.left is None else np.maximum(query - self.left, 0), last), last
 
 
-def xla(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K V"],
-    *,
-    mask: Mask | Bool[Array, "..."] | None,
-    bias: Float[Array, "..."] | None,
-    score_mod: ScoreMod | None,
-    rows: Float[Array, "B T N R"] | None,
-    q_at: Coordinates,
-    kv_at: Coordinates,
-    scale: float | Float[Array, ""],
-    dropout: Dropout | None,
-) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+def xla(call: Call) -> Result:
     """`jax.nn.dot_product_attention` as XLA compiles it, with every score in memory; see `reference.attend`."""
-    _refuse_modified(score_mod, dropout)
-    _refuse_other_values(query, value)
-    if query.dtype == jnp.float64:
+    _refuse_modified(call)
+    _refuse_other_values(call)
+    if call.query.dtype == jnp.float64:
         raise NotImplementedError("jax.nn computes the softmax of float64 in float32; reference and chunked do not")
-    if 0 in (*query.shape, key.shape[1]):
-        return _nothing(query, value)
-    located: Located = {"mask": mask, "bias": bias, "q_at": q_at, "kv_at": kv_at}
-    pairs = _pairs(query.shape, located)
+    if call.is_empty:
+        return call.nothing()
+    pairs = _pairs(call)
     # jax.nn asks for products of 16 bits that a CPU does not have, and that no TPU has in float16.
-    here = platform(query)
-    lacking = here == "cpu" or (here != "gpu" and query.dtype == jnp.float16)
-    computed = accumulator(query.dtype) if lacking else query.dtype
-    options: dict[str, Any] = {"implementation": "xla", "scale": scale}
+    here = platform(call.query)
+    lacking = here == "cpu" or (here != "gpu" and call.query.dtype == jnp.float16)
+    computed = call.high if lacking else call.query.dtype
+    options: dict[str, Any] = {"implementation": "xla", "scale": call.scale}
     if isinstance(pairs, Native):
-        options |= _window(pairs, query, key) | _native_lengths(pairs, query.shape[0])
+        options |= _window(pairs, call.query, call.key) | _native_lengths(pairs, call.query.shape[0])
     else:
-        options |= {"mask": pairs, "bias": None if bias is None else _above_hidden(bias)}
+        options |= {"mask": pairs, "bias": None if call.bias is None else _above_hidden(call.bias)}
 
     def compute(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
-        visible, at = reference.visibility(query.shape, **located), {"q_at": q_at, "kv_at": kv_at}
-        scores = reference.logits(query, key, visible, bias=bias, score_mod=None, rows=None, **at, scale=scale)
-        _, lse = reference.softmax(*scores)
+        _, lse = reference.softmax(*reference.logits(dataclasses.replace(call, query=query, key=key)))
         wide = (x.astype(computed) for x in (query, key, value))
         return _jax_nn(*wide, **options).astype(query.dtype), lse.swapaxes(1, 2)
 
-    return _guarded(compute, query, key, value, pairs, _zeroed_if_any)
+    return _guarded(compute, call.query, call.key, call.value, pairs, _zeroed_if_any)
 
 
-def cudnn(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K V"],
-    *,
-    mask: Mask | Bool[Array, "..."] | None,
-    bias: Float[Array, "..."] | None,
-    score_mod: ScoreMod | None,
-    rows: Float[Array, "B T N R"] | None,
-    q_at: Coordinates,
-    kv_at: Coordinates,
-    scale: float | Float[Array, ""],
-    dropout: Dropout | None,
-) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+def cudnn(call: Call) -> Result:
     """cuDNN's fused attention through `jax.nn`; see `reference.attend`. The log-sum-exp is that of `chunked`."""
-    _refuse_platform("cuDNN", "gpu", query)
-    refuse_unknown("cuDNN", query.shape, key.shape)
-    _refuse_modified(score_mod, dropout)
-    _refuse_other_values(query, value)
-    located: Located = {"mask": mask, "bias": bias, "q_at": q_at, "kv_at": kv_at}
-    native = _cudnn_native(query, key, located, scale)
-    if 0 in (*query.shape, key.shape[1]):
-        return _nothing(query, value)
-    options: dict[str, Any] = {"implementation": "cudnn", "scale": float(scale)} | _cudnn_window(native)
-    options |= _native_lengths(native, query.shape[0])
-    if bias is not None:
-        options["bias"] = jnp.where(bias == -jnp.inf, _cudnn_hidden(bias.dtype), bias)
+    _refuse_platform("cuDNN", "gpu", call.query)
+    refuse_unknown("cuDNN", call.query.shape, call.key.shape)
+    _refuse_modified(call)
+    _refuse_other_values(call)
+    native = _cudnn_native(call)
+    if call.is_empty:
+        return call.nothing()
+    options: dict[str, Any] = {"implementation": "cudnn", "scale": float(call.scale)} | _cudnn_window(native)
+    options |= _native_lengths(native, call.query.shape[0])
+    if call.bias is not None:
+        options["bias"] = jnp.where(call.bias == -jnp.inf, _cudnn_hidden(call.bias.dtype), call.bias)
 
     def compute(clean_query: Array, clean_key: Array, clean_value: Array) -> tuple[Array, Array]:
         try:
@@ -178,50 +146,36 @@ def cudnn(
             if isinstance(reason, NotImplementedError):
                 raise
             raise NotImplementedError(str(reason)) from reason
-        return output, _lse(query, key, value, located, scale)
+        return output, chunked.attend(call)[1]
 
-    pairs = native if bias is None else _pairs(query.shape, located)
-    return _guarded(compute, query, key, value, pairs)
+    pairs = native if call.bias is None else _pairs(call)
+    return _guarded(compute, call.query, call.key, call.value, pairs)
 
 
-def splash(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K V"],
-    *,
-    mask: Mask | Bool[Array, "..."] | None,
-    bias: Float[Array, "..."] | None,
-    score_mod: ScoreMod | None,
-    rows: Float[Array, "B T N R"] | None,
-    q_at: Coordinates,
-    kv_at: Coordinates,
-    scale: float | Float[Array, ""],
-    dropout: Dropout | None,
-) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+def splash(call: Call) -> Result:
     """JAX's splash attention for TPUs; see `reference.attend`. The log-sum-exp is that of `chunked`."""
-    _refuse_platform("splash attention", "tpu", query)
-    refuse_unknown("splash attention", query.shape, key.shape)
-    _refuse_modified(score_mod, dropout)
-    if bias is not None:
+    _refuse_platform("splash attention", "tpu", call.query)
+    refuse_unknown("splash attention", call.query.shape, call.key.shape)
+    _refuse_modified(call)
+    if call.bias is not None:
         raise NotImplementedError("splash attention takes no bias")
-    if query.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"splash attention takes float32 and bfloat16, not {query.dtype}")
-    length, size = query.shape[1], key.shape[1]
+    if call.query.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f"splash attention takes float32 and bfloat16, not {call.query.dtype}")
+    length, size = call.query.shape[1], call.key.shape[1]
     if length % _SPLASH_BLOCK or size % _SPLASH_BLOCK:
         raise NotImplementedError(f"T ({length}) and S ({size}) must be multiples of {_SPLASH_BLOCK}")
-    located: Located = {"mask": mask, "bias": None, "q_at": q_at, "kv_at": kv_at}
-    native = _native(located)
+    native = _native(call)
     if native.query_lengths is not None or native.key_lengths is not None:
         raise NotImplementedError("padding is no part of a static mask")
-    if 0 in (*query.shape, size):
-        return _nothing(query, value)
+    if call.is_empty:
+        return call.nothing()
 
     def compute(clean_query: Array, clean_key: Array, clean_value: Array) -> tuple[Array, Array]:
-        scaled = (clean_query * jnp.asarray(scale, accumulator(query.dtype))).astype(query.dtype)
+        scaled = (clean_query * jnp.asarray(call.scale, call.high)).astype(clean_query.dtype)
         output = splash_output(scaled, clean_key, clean_value, native)
-        return output, _lse(query, key, value, located, scale)
+        return output, chunked.attend(call)[1]
 
-    return _guarded(compute, query, key, value, native)
+    return _guarded(compute, call.query, call.key, call.value, native)
 
 
 def splash_output(
@@ -251,24 +205,16 @@ def splash_output(
         return jax.vmap(kernel)(*by_head).swapaxes(1, 2)
 
 
-def xla_note(
-    *,
-    query: Array,
-    mask: Mask | Array | None,
-    bias: Array | None,
-    q_at: Coordinates,
-    kv_at: Coordinates,
-    **_: Any,
-) -> str:
+def xla_note(call: Call) -> str:
     """For `explain`: what becomes of the mask."""
-    if isinstance(_pairs(query.shape, {"mask": mask, "bias": bias, "q_at": q_at, "kv_at": kv_at}), Native):
+    if isinstance(_pairs(call), Native):
         return "computes every pair and keeps its score"
     return "computes every pair and keeps its score: the mask becomes a dense array"
 
 
-def lse_note(*, bias: Array | None, **_: Any) -> str:
+def lse_note(call: Call) -> str:
     """For `explain`: what the log-sum-exp and a bias cost."""
-    dense = "" if bias is None else "the bias is dense and nothing is skipped; "
+    dense = "" if call.bias is None else "the bias is dense and nothing is skipped; "
     return f"{dense}the log-sum-exp, where it is used, costs a pass of chunked"
 
 
@@ -284,24 +230,17 @@ def _refuse_platform(what: str, wanted: str, query: Array) -> None:
         raise NotImplementedError(f"{what} runs on a {wanted}, and this is a {here}")
 
 
-def _refuse_modified(score_mod: ScoreMod | None, dropout: Dropout | None) -> None:
-    if score_mod is not None:
-        raise NotImplementedError(f"no score modification ({type(score_mod).__name__}); chunked and reference have it")
-    if dropout is not None and dropout.rate != 0:
+def _refuse_modified(call: Call) -> None:
+    if call.score_mod is not None:
+        kind = type(call.score_mod).__name__
+        raise NotImplementedError(f"no score modification ({kind}); chunked and reference have it")
+    if call.dropout is not None and call.dropout.rate != 0:
         raise NotImplementedError("no dropout that other implementations can repeat; chunked and reference have it")
 
 
-def _refuse_other_values(query: Array, value: Array) -> None:
-    if value.shape[-1] != query.shape[-1]:
-        raise NotImplementedError(f"V ({value.shape[-1]}) must be the head dim H ({query.shape[-1]})")
-
-
-def _nothing(query: Array, value: Array) -> tuple[Array, Array]:
-    """Zeros where no query, or no query with a key, exists."""
-    shape = query.shape[:3]
-    high = accumulator(query.dtype)
-    lse = jnp.full(shape, lowest(high), high)
-    return jnp.zeros((*shape, value.shape[-1]), query.dtype), lse
+def _refuse_other_values(call: Call) -> None:
+    if call.value.shape[-1] != call.query.shape[-1]:
+        raise NotImplementedError(f"V ({call.value.shape[-1]}) must be the head dim H ({call.query.shape[-1]})")
 
 
 def _parts(mask: Mask) -> list[Mask]:
@@ -347,19 +286,18 @@ def _rows(query: np.ndarray, key: np.ndarray) -> Iterator[tuple[np.ndarray, np.n
     return zip(*(np.broadcast_to(x, (count, x.shape[1])) for x in (query, key)), strict=True)
 
 
-def _native(located: Located) -> Native:
-    mask = located["mask"]
-    if mask is not None and not isinstance(mask, Mask):
+def _native(call: Call) -> Native:
+    if call.mask is not None and not isinstance(call.mask, Mask):
         raise NotImplementedError("a boolean array would become a dense bias: nothing would be skipped")
-    return Native.of(mask, located["q_at"], located["kv_at"])
+    return Native.of(call.mask, call.q_at, call.kv_at)
 
 
-def _pairs(query: tuple[Size, ...], located: Located) -> Native | Bool[Array, "..."]:
+def _pairs(call: Call) -> Native | Bool[Array, "..."]:
     """Who may attend: natively where that is possible, else a dense array `[B or 1, N or 1, T or 1, S or 1]`."""
-    if located["bias"] is None:  # one of -inf would mask
+    if call.bias is None:  # one of -inf would mask
         with contextlib.suppress(NotImplementedError):
-            return _native(located)
-    visible = reference.visibility(query, **located)
+            return _native(call)
+    visible = reference.visibility(call.query.shape, call.mask, call.bias, call.q_at, call.kv_at)
     assert visible is not None
     return visible
 
@@ -390,16 +328,17 @@ def _cudnn_hidden(dtype: np.dtype) -> Array:
     return jnp.asarray(-(2.0**41) if dtype == jnp.bfloat16 else -(2.0**15), dtype)
 
 
-def _cudnn_native(query: Array, key: Array, located: Located, scale: float | Array) -> Native:
+def _cudnn_native(call: Call) -> Native:
     """The mask for cuDNN; NotImplementedError for all that it would refuse, in the backward pass too, or get wrong."""
-    (length, _, head_dim), size, bias = query.shape[1:], key.shape[1], located["bias"]
+    query, scale, bias = call.query, call.scale, call.bias
+    (length, _, head_dim), size = query.shape[1:], call.key.shape[1]
     if query.dtype not in (jnp.float16, jnp.bfloat16):
         raise NotImplementedError(f"cuDNN takes float16 and bfloat16, not {query.dtype}")
     if head_dim % 8 or head_dim > _CUDNN_HEAD_DIM:
         raise NotImplementedError(f"head_dim ({head_dim}) must be a multiple of 8 and at most {_CUDNN_HEAD_DIM}")
     if not isinstance(scale, int | float | np.number):
         raise NotImplementedError("cuDNN needs a scale that is known at trace time")
-    native = _native(located)
+    native = _native(call)
     if native.right not in (0, None):
         raise NotImplementedError(f"cuDNN knows no window of {native.right} keys ahead of the query's own index")
     if native.left is not None and (native.right is None or length > size or bias is not None):
@@ -420,11 +359,6 @@ def _cudnn_native(query: Array, key: Array, located: Located, scale: float | Arr
 def _cudnn_window(native: Native) -> dict[str, Any]:
     window = {} if native.left is None else {"local_window_size": (native.left, 0)}
     return {"is_causal": native.right == 0} | window
-
-
-def _lse(query: Array, key: Array, value: Array, located: Located, scale: float | Array) -> Array:
-    """The log-sum-exp in float32 and with a gradient."""
-    return chunked.attend(query, key, value, **located, score_mod=None, rows=None, scale=scale, dropout=None)[1]
 
 
 @contextlib.contextmanager

@@ -21,20 +21,20 @@ def ran(monkeypatch):
     """Two kernels beside the reference, `odd` (only without a mask) and `noisy`; which ones ran, in order."""
     ran = []
 
-    def odd(query, key, value, *, mask, **others):
-        if mask is not None:
-            raise NotImplementedError(f"it knows no mask, and got {type(mask).__name__}")
+    def odd(call):
+        if call.mask is not None:
+            raise NotImplementedError(f"it knows no mask, and got {type(call.mask).__name__}")
         ran.append("odd")
-        return reference.attend(query, key, value, mask=mask, **others)
+        return reference.attend(call)
 
-    def noisy(query, key, value, *, score_mod, **others):
-        if isinstance(score_mod, SoftCap):
+    def noisy(call):
+        if isinstance(call.score_mod, SoftCap):
             raise NotImplementedError("it has no cap")
         ran.append("noisy")
-        return reference.attend(query, key, value, score_mod=score_mod, **others)
+        return reference.attend(call)
 
-    def note(*, mask, **others):
-        return None if mask is None else "the mask becomes a dense bias: nothing is skipped"
+    def note(call):
+        return None if call.mask is None else "the mask becomes a dense bias: nothing is skipped"
 
     def order(platform, query, key):
         return ("absent", "odd", "noisy", "reference")
@@ -81,7 +81,7 @@ def test_a_list_whose_every_member_refuses_says_why_of_each(ran):
 
 
 def test_an_error_is_no_refusal(ran, monkeypatch):
-    def broken(*arrays, **options):
+    def broken(call):
         raise ValueError("broken")
 
     monkeypatch.setitem(IMPLEMENTATIONS, "odd", Implementation(broken))

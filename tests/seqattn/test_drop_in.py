@@ -92,9 +92,9 @@ def test_a_mask_of_keys_alone_is_padding_and_hides_no_structure(batch, monkeypat
     """Kernels get a Mask, of which they can skip tiles, and no array of pairs."""
     given = []
 
-    def spy(query, key, value, *, mask, q_at, kv_at, **others):
-        given.append((mask, kv_at))
-        return reference.attend(query, key, value, mask=mask, q_at=q_at, kv_at=kv_at, **others)
+    def spy(call):
+        given.append((call.mask, call.kv_at))
+        return reference.attend(call)
 
     monkeypatch.setitem(IMPLEMENTATIONS, "spy", Implementation(spy))
     inputs = arrays(Shape(batch=batch, T=7, S=11, N=6, K=2, H=5, V=5))

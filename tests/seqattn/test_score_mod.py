@@ -9,6 +9,7 @@ import pytest
 
 from seqattn.attention import attend
 from seqattn.coordinates import Coordinates
+from seqattn.kernels.call import Call
 from seqattn.kernels.captured import capture
 from seqattn.score_mod import ScoreFunction, ScoreMod, compose
 from seqattn.score_mods import Alibi, RelativePositions, SoftCap
@@ -26,26 +27,28 @@ def test_what_a_function_closes_over_reaches_kernels_as_leaves():
     """Traced integers and concrete arrays too; two programs of one meaning are equal, and known to JAX's caches."""
 
     def captured(mod):
-        return capture(None, mod, query=_inputs()["query"], rows=None, q_at=Q_AT, kv_at=KV_AT, like=None)
+        unused = dict.fromkeys(("mask", "bias", "rows", "scale", "dropout"))
+        call = Call(**_inputs(), score_mod=mod, q_at=Q_AT, kv_at=KV_AT, **unused)
+        return capture(call, like=None).score_mod
 
     @jax.jit
     def hoisted(factor, unit):
         mod = ScoreFunction(lambda score, query, key, head: jnp.where(head == unit, score * factor[head], score))
         assert not jax.tree.leaves(mod)
-        return jax.tree.leaves(captured(mod)[1])
+        return jax.tree.leaves(captured(mod))
 
     leaves = sorted(map(np.asarray, hoisted(np.arange(3.0, dtype=np.float32), 2)), key=np.ndim)
     np.testing.assert_array_equal(leaves[0], 2)
     np.testing.assert_array_equal(leaves[1], [0, 1, 2])
     factors = jnp.arange(3.0)
     mod = ScoreFunction(lambda score, query, key, head: score * factors[head])
-    before = captured(mod)[1]
+    before = captured(mod)
     factors = factors + 1
-    after = captured(mod)[1]
+    after = captured(mod)
     assert jax.tree.structure(before) == jax.tree.structure(after)
     for program, expected in ((before, [0, 1, 2]), (after, [1, 2, 3])):
         np.testing.assert_array_equal(jax.tree.leaves(program), [expected])
-    doubled, tripled = (captured(ScoreFunction(lambda score, *_, n=n: score * n))[1] for n in (2.0, 3.0))
+    doubled, tripled = (captured(ScoreFunction(lambda score, *_, n=n: score * n)) for n in (2.0, 3.0))
     assert jax.tree.structure(doubled) != jax.tree.structure(tripled)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from seqattn.coordinates import Coordinates
 from seqattn.kernels import columns, reference
+from seqattn.kernels.call import Call
 from seqattn.nn import KeyColumns, KeyValue
 from tests import oracle
 
@@ -76,7 +77,7 @@ def test_gradients_are_those_of_reference():
     other = {"bias": None, "score_mod": None, "rows": None, "dropout": None} | jax.tree.map(lambda x: x[None], at)
 
     def plain(query, key, value):
-        return reference.attend(query, key, value, mask=visible[:, None], scale=H**-0.5, **other)[0]
+        return reference.attend(Call(query, key, value, mask=visible[:, None], scale=H**-0.5, **other))[0]
 
     found, expected = (
         jax.jit(jax.grad(lambda *x, f=f: jnp.sum(direction * f(*x)), (0, 1, 2)))(query, key, value)

@@ -14,6 +14,7 @@ from seqattn.attention import attend
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels import ring
+from seqattn.kernels.call import Call
 from seqattn.masks import Causal, NotPadding, Prefix, SameSegment, SlidingWindow
 from seqattn.ring import ring_attend, ring_cost, zigzag
 from seqattn.score_mod import compose
@@ -327,8 +328,9 @@ def test_dropout_is_refused():
     x, at = jnp.ones((1, 2, 1, 3)), Coordinates.range(2)
     unused = dict.fromkeys(("mask", "bias", "score_mod", "rows"))
     dropout, located = Dropout(0.5, jax.random.key(0)), {"q_at": at, "kv_at": at}
+    call = Call(x, x, x, **unused, **located, scale=1.0, dropout=dropout)
     with pytest.raises(NotImplementedError, match="no dropout: that drops by the place of a weight in the whole batch"):
-        ring.attend(x, x, x, **unused, **located, scale=1.0, dropout=dropout, axis_name="sequence")
+        ring.attend(call, "sequence")
 
 
 def test_second_derivatives_are_refused():
