@@ -5,7 +5,7 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from seqattn.choice import first_able, to_try
 from seqattn.coordinates import Coordinates
@@ -13,6 +13,7 @@ from seqattn.dropout import Dropout, check_dropout
 from seqattn.kernels import reference
 from seqattn.kernels.call import (
     Call,
+    Columns,
     Visible,
     check_dtypes,
     check_heads,
@@ -146,6 +147,36 @@ def attend(
     return (output, infinite_where_empty(lse)) if return_lse else output
 
 
+def attend_columns(
+    query: Float[Array, "B T N H"],
+    columns: Columns,
+    *,
+    mask: Visible = None,
+    score_mod: ScoreModLike = None,
+    q_at: Coordinates | None = None,
+    kv_at: Coordinates | None = None,
+    dropout: Dropout | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "B T N V"]:
+    """`attend` for keys and values as a cache keeps them (see `Columns`), with one batch dim.
+
+    `None` takes the kernel that reads them as they lie, `cached`, for a step of few queries, and the order of `attend`
+    for more; any other kernel gets them in rows.
+
+    >>> columns = Columns(jnp.ones((1, 1, 2, 3)), jnp.arange(3.0).reshape(1, 1, 3, 1), jnp.ones((1, 3), bool))
+    >>> print(attend_columns(jnp.ones((1, 1, 1, 2)), columns)[0, 0, 0])
+    [1.]
+    """
+    call = Call.of_columns(query, columns, mask=mask, score_mod=score_mod, q_at=q_at, kv_at=kv_at, dropout=dropout)
+    output, _ = first_able(to_try(implementation, query, _rows_like(columns), columns=True), call)
+    return output
+
+
+def _rows_like(columns: Columns) -> jax.ShapeDtypeStruct:
+    batch, num_kv_heads, head_dim, size = columns.key.shape
+    return jax.ShapeDtypeStruct((batch, size, num_kv_heads, head_dim), columns.key.dtype)
+
+
 def attention_weights(
     query: Array,
     key: Array,
@@ -176,6 +207,8 @@ def attention_weights(
      [0.25 0.25 0.25 0.25]]
     """
     query, key = jnp.asarray(query), jnp.asarray(key)
+    if Folding.of(query, key, key).shared:
+        key = jnp.broadcast_to(key, (*query.shape[:-3], *key.shape[-3:]))
     call = Call.of(
         query, key, key, mask=mask, bias=bias, score_mod=score_mod, q_at=q_at, kv_at=kv_at, scale=scale, dropout=None
     )

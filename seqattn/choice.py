@@ -8,8 +8,9 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from seqattn.kernels import chunked, reference, shared_keys, vendor
+from seqattn.kernels import cached, chunked, reference, shared_keys, vendor
 from seqattn.kernels.call import Call, Kernel, Result, Shaped, check_sinks, is_known
+from seqattn.static import may_exceed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,14 +20,21 @@ class Implementation:
     Attributes:
         attend: the kernel; it raises NotImplementedError, with the reason, for a call that it cannot serve.
         note: given the call, a sentence for `explain`, or None where there is nothing to say.
+        reads_columns: whether it takes keys and values as a cache keeps them.
     """
 
     attend: Kernel
     note: Callable[[Call], str | None] | None = None
+    reads_columns: bool = False
+
+    def __call__(self, call: Call) -> Result:
+        """What the kernel returns for a call, whose keys are brought into rows where it reads no columns."""
+        return self.attend(call if self.reads_columns else cached.in_rows(call))
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(reference.attend),
+    "cached": Implementation(cached.attend, reads_columns=True),
     "chunked": Implementation(chunked.attend),
     "xla": Implementation(vendor.xla, vendor.xla_note),
     "cudnn": Implementation(vendor.cudnn, vendor.lse_note),
@@ -38,11 +46,19 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 # to compute, and so few queries less than bringing all keys into tiles.
 TINY_PAIRS, FEW_QUERIES = 64 * 64, 16
 
+FEW_OF_CACHE = 64
+"""So many queries read a cache as it lies and compute all their scores at once; more read it in tiles."""
 
-def to_try(implementation: str | Sequence[str] | None, query: Shaped, key: Shaped) -> list[str]:
-    """The implementations to try, in order."""
+
+def to_try(
+    implementation: str | Sequence[str] | None, query: Shaped, key: Shaped, *, columns: bool = False
+) -> list[str]:
+    """The implementations to try, in order; `columns` says that keys lie as a cache keeps them."""
     if implementation is None:
-        return [name for name in order(vendor.platform(query), query, key) if name in IMPLEMENTATIONS]
+        ordered = order(vendor.platform(query), query, key)
+        if columns:
+            ordered = (*ordered, "cached") if may_exceed(query.shape[-3], FEW_OF_CACHE) else ("cached", *ordered)
+        return [name for name in ordered if name in IMPLEMENTATIONS]
     names = [implementation] if isinstance(implementation, str) else list(implementation)
     if not names:
         raise ValueError(f"implementation is empty; give one or more of {', '.join(IMPLEMENTATIONS)}, or None")
@@ -69,7 +85,7 @@ def first_able(names: Sequence[str], call: Call) -> Result:
     reasons: dict[str, NotImplementedError] = {}
     for name in names:
         try:
-            return _without_explicit_axes(IMPLEMENTATIONS[name].attend, call)
+            return _without_explicit_axes(IMPLEMENTATIONS[name], call)
         except NotImplementedError as reason:
             reasons[name] = reason
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -161,7 +177,7 @@ def explain(
         folded, key, value, rest = shared_keys.fold(arrays[0], arrays[1], arrays[2], options)
         call, kernel = Call.of(folded, key, value, **rest), IMPLEMENTATIONS[name]
         note = None if kernel.note is None else kernel.note(call)
-        result = kernel.attend(call)
+        result = kernel(call)
         notes.update({} if note is None else {name: note})
         return result
 

@@ -21,16 +21,22 @@ from jax.sharding import PartitionSpec as P
 
 from seqattn.attention import attend
 from seqattn.choice import IMPLEMENTATIONS, Implementation
+from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
-from seqattn.kernels import ring
-from seqattn.kernels.call import Call
+from seqattn.kernels import cached, ring
+from seqattn.kernels.call import Call, Columns
 from seqattn.masks import Mask, MaskMod
+from seqattn.nn import KeyColumns, KeyValue
 from tests import oracle
 
 PLATFORM = {"cudnn": "gpu", "splash": "tpu"}
 """Where an implementation runs at all, if not everywhere."""
 
-REFUSED = {"xla": "no score modification|no dropout|softmax of float64", "ring": "no dropout"}
+REFUSED = {
+    "xla": "no score modification|no dropout|softmax of float64",
+    "ring": "no dropout",
+    "cached": "drops no weights",
+}
 """What an implementation may refuse, by its reasons; any other refusal fails the test."""
 
 
@@ -96,7 +102,18 @@ def _is_real(query, key):
     return (query.position != _HIDDEN) & (key.position != _HIDDEN)
 
 
-HELD = {"xla": _of_equal_dims(IMPLEMENTATIONS["xla"]), "ring": Implementation(_ring)}
+def _cached(call):
+    """A call whose keys and values lie as a cache keeps them."""
+    kv = KeyColumns.of(KeyValue(call.key, call.value, Coordinates.range(call.key.shape[1])))
+    columns = Columns(kv.key, kv.value, kv.finite)
+    return cached.attend(dataclasses.replace(call, key=None, value=None, columns=columns))
+
+
+HELD = {
+    "xla": _of_equal_dims(IMPLEMENTATIONS["xla"]),
+    "cached": Implementation(_cached),
+    "ring": Implementation(_ring),
+}
 """Implementations in a form that takes all calls here: in the place of those of `seqattn.choice`, or beside them."""
 
 

@@ -39,6 +39,22 @@ class Located(TypedDict):
 
 @pytree
 @dataclasses.dataclass(frozen=True)
+class Columns:
+    """Keys and values as a cache keeps them: a step neither copies nor checks what it reads.
+
+    Attributes:
+        key: `[B, K, H, S]`, a column for each token, finite.
+        value: `[B, K, S, V]`, finite.
+        finite: `[B, S]`, False where key or value were not finite, which then are 0 here.
+    """
+
+    key: Any
+    value: Any
+    finite: Any
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
 class Call:
     """Everything that a kernel may be asked, checked, with exactly one batch dim. Made once, by `Call.of`.
 
@@ -54,6 +70,8 @@ class Call:
         kv_at: coordinates `[B or 1, S]`.
         scale: a number or a scalar array.
         dropout: of the weights, or None.
+        columns: keys and values as a cache keeps them; then key and value are None, and the dispatcher brings them into
+            rows for a kernel that reads no columns.
     """
 
     query: Any
@@ -67,6 +85,7 @@ class Call:
     kv_at: Any
     scale: Any
     dropout: Any
+    columns: Any = None
 
     @staticmethod
     def of(
@@ -92,6 +111,29 @@ class Call:
         if mod is not None:
             mod, rows = for_kernel(mod, query, scale, located["q_at"], located["kv_at"])
         return Call(query, key, value, **located, score_mod=mod, rows=rows, scale=scale, dropout=dropout)
+
+    @staticmethod
+    def of_columns(
+        query: Array,
+        columns: Columns,
+        *,
+        mask: Visible,
+        score_mod: ScoreModLike,
+        q_at: Coordinates | None,
+        kv_at: Coordinates | None,
+        dropout: Dropout | None,
+    ) -> "Call":
+        """The call of queries `[B, T, N, H]` to keys and values as a cache keeps them."""
+        check_dropout(dropout)
+        check_heads(query.shape[2], columns.key.shape[1])
+        mod = None if score_mod is None else ScoreMod.of(score_mod)
+        size = columns.key.shape[3]
+        located = locate(query.shape, (query.shape[0], size, 1, 1), mask, None, q_at, kv_at, mod)
+        scale, rows = scale_of(None, query.shape[-1]), None
+        if mod is not None:
+            mod, rows = for_kernel(mod, query, scale, located["q_at"], located["kv_at"])
+        given = {"score_mod": mod, "rows": rows, "scale": scale, "dropout": dropout, "columns": columns}
+        return Call(query, None, None, **located, **given)
 
     @property
     def is_empty(self) -> bool:

@@ -44,9 +44,15 @@ def capture(call: AnyCall, like: Any) -> AnyCall:
         functions["mask"] = _Function.of(call.mask, pair)
     if call.score_mod is not None and not isinstance(call.score_mod, TracedMod):
         functions["score_mod"] = _Function.of(call.score_mod, (score, *pair, index, *row))
-    kinds = {"mask": TracedMask, "score_mod": TracedMod}
-    programs = _programs(functions, mesh_axes(like))
-    return dataclasses.replace(call, **{name: kinds[name](program) for name, program in programs.items()})
+    programs, traced = _programs(functions, mesh_axes(like)), dict[str, Any]()
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((call, programs))):
+        programs = {name: program.without_rules() for name, program in programs.items()}
+    if "mask" in programs:
+        # The head is the last leaf of the query.
+        traced["mask"] = TracedMask(programs["mask"], len(jax.tree.leaves(pair[0])) - 1)
+    if "score_mod" in programs:
+        traced["score_mod"] = TracedMod(programs["score_mod"])
+    return dataclasses.replace(call, **traced)
 
 
 @pytree
@@ -75,6 +81,20 @@ class Program:
     def __call__(self, *arguments: Any) -> Array:
         return self.instructions.run((*self.arrays, *self.fixed), jax.tree.leaves(arguments))
 
+    def without_rules(self) -> "Program":
+        """The same without derivative rules of its own, for which nobody asks where nothing is traced.
+
+        A rule is a function, which may change as any other: a program with one is equal to no other program.
+        """
+        jaxpr = self.instructions.jaxpr
+        if not _has_rules(jaxpr):
+            return self
+        constants = (*self.arrays, *self.fixed)
+        avals: list[Any] = [x.aval for x in jaxpr.invars]
+        types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals]
+        plain = jax.make_jaxpr(lambda *given: _inlined(jaxpr, constants, given, ("jit", *_RULES)))(*types)
+        return Program.of(plain)
+
     def reads(self, argument: int) -> bool:
         """Whether the result depends on an argument, one leaf of all."""
         return self.instructions.reads(argument)
@@ -93,27 +113,23 @@ def _own(x: Any) -> Any:
 @pytree
 @dataclasses.dataclass(frozen=True)
 class TracedMask(Mask):
-    """A mask as a program; `query.batch` and `query.head` are always given to it."""
+    """A mask as a program; `query.batch` and `query.head` are always given to it.
+
+    Attributes:
+        program: of the leaves of the query and of the key.
+        head: which of these leaves is the head.
+    """
 
     program: Program
+    head: int = dataclasses.field(metadata={"static": True})
 
     def __call__(self, query: Coordinates, key: Coordinates) -> Array:
         return self.program(query, key)
 
     @property
-    def reads_batch(self) -> bool:
-        """Whether it differs by batch row."""
-        return self.program.reads(2 + self._axes)
-
-    @property
     def reads_head(self) -> bool:
         """Whether it differs by head."""
-        return self.program.reads(3 + self._axes)
-
-    @property
-    def _axes(self) -> int:
-        """How many axes the coordinates have: query and key have position, segment and axes, a query two more."""
-        return (len(self.program.instructions.jaxpr.invars) - 6) // 2
+        return self.program.reads(self.head)
 
 
 @pytree
@@ -162,8 +178,10 @@ class _Function:
     @staticmethod
     def of(fn: Mask | ScoreMod, arguments: tuple[Any, ...]) -> "_Function":
         leaves, tree = jax.tree.flatten(fn)
-        known = (bool, int, float, np.generic, np.ndarray)
-        arrays = tuple(jnp.array(x) if isinstance(x, known) else x for x in leaves)
+        if not all(isinstance(x, jax.Array | bool | int | float | np.generic | np.ndarray) for x in leaves):
+            # A class of the user's that JAX does not know as a pytree: all that it reads is closed over.
+            leaves, tree = [], jax.tree.structure(_Unregistered(fn))
+        arrays = tuple(x if isinstance(x, jax.Array) else jnp.array(x) for x in leaves)
         flat, arguments_tree = jax.tree.flatten(arguments)
         return _Function(arrays, tree, tuple(flat), arguments_tree)
 
@@ -172,8 +190,17 @@ class _Function:
         return jnp.asarray(fn(*jax.tree.unflatten(self.arguments_tree, arguments)))
 
     def trace(self, axes: frozenset[str]) -> core.ClosedJaxpr:
-        """The function of arguments that vary over mesh axes."""
-        return _trace(lambda *arguments: self(self.leaves, arguments), self.arguments, axes)
+        """The function of arguments that vary over mesh axes, with its leaves among the constants.
+
+        It is taken apart from leaves that JAX traces, too: a check of their values, as `Prefix` has one for what it can
+        look at, would become a part of the program.
+        """
+        count = len(self.leaves)
+        arguments = [*self.leaves, *(over(x, axes) for x in self.arguments)]
+        closed = jax.make_jaxpr(lambda *given: self(given[:count], given[count:]))(*arguments)
+        jaxpr, variables = closed.jaxpr, closed.jaxpr.invars
+        constants, inputs = [*jaxpr.constvars, *variables[:count]], variables[count:]
+        return core.ClosedJaxpr(_with_inputs(jaxpr, constants, inputs), [*closed.consts, *self.leaves])
 
     def hides(self, closed: core.ClosedJaxpr) -> bool:
         """Whether it closes over arrays that JAX traces, beside its leaves."""
@@ -198,6 +225,22 @@ def _trace(fn: Callable[..., Array], arguments: Sequence[Any], axes: frozenset[s
     return jax.make_jaxpr(fn)(*(over(x, axes) for x in arguments))
 
 
+@pytree
+@dataclasses.dataclass(frozen=True)
+class _Unregistered:
+    """A mask or score modification as one that has no leaves."""
+
+    fn: Any = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, *arguments: Any) -> Array:
+        return self.fn(*arguments)
+
+
+def _with_inputs(jaxpr: core.Jaxpr, constants: list[Any], inputs: list[Any]) -> core.Jaxpr:
+    """The same equations with other variables as constants and inputs."""
+    return jaxpr.replace(constvars=constants, invars=inputs)
+
+
 def _programs(functions: dict[str, _Function], axes: frozenset[str]) -> dict[str, Program]:
     """The functions as programs of arguments that vary over the mesh axes `axes`, and over those of their arrays."""
     traced = {name: function.trace(axes) for name, function in functions.items()}
@@ -218,7 +261,7 @@ def _split(closed: core.ClosedJaxpr, arguments: Sequence[Any], axes: frozenset[s
     JAX casts an array where it meets a scalar that varies over more axes, in the middle of the program. So what comes
     of arrays alone is computed here, casts included, and the program begins with its results.
     """
-    closed = _trace(lambda *scalars: _without_jits(closed.jaxpr, closed.consts, scalars)[0], arguments, axes)
+    closed = _trace(lambda *scalars: _inlined(closed.jaxpr, closed.consts, scalars, ("jit",))[0], arguments, axes)
     of_arrays: set[core.Var] = set(closed.jaxpr.constvars)
     of_nothing: set[core.Var] = set()
     early, late = [], []
@@ -249,14 +292,32 @@ def _variables(atoms: Sequence[Any]) -> Iterator[Any]:
     return (x for x in atoms if not isinstance(x, core.Literal))
 
 
-def _without_jits(jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
-    """The results of a program, computed without the `jit`s in it, whose types are those of their first inputs."""
+_RULES = ("custom_jvp_call", "custom_vjp_call")
+"""Primitives that are a program with a derivative rule."""
+
+
+def _inner(equation: core.JaxprEqn) -> core.ClosedJaxpr:
+    return equation.params["call_jaxpr" if equation.primitive.name in _RULES else "jaxpr"]
+
+
+def _has_rules(jaxpr: core.Jaxpr) -> bool:
+    """Whether there is a derivative rule in a program, or in a `jit` in it."""
+    names = [equation.primitive.name for equation in jaxpr.eqns]
+    inner = (_inner(equation).jaxpr for equation in jaxpr.eqns if equation.primitive.name == "jit")
+    return any(name in _RULES for name in names) or any(map(_has_rules, inner))
+
+
+def _inlined(jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    """The results of a program, computed with the programs inside of it, of primitives of these names, written out.
+
+    The types of a `jit` are those of its first inputs.
+    """
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
     for equation in jaxpr.eqns:
         given = [x.val if isinstance(x, core.Literal) else values[x] for x in equation.invars]
-        if equation.primitive.name == "jit":
-            inner = equation.params["jaxpr"]
-            results = _without_jits(inner.jaxpr, inner.consts, given)
+        if equation.primitive.name in names:
+            inner = _inner(equation)
+            results = _inlined(inner.jaxpr, inner.consts, given, names)
         else:
             results = _alone(jaxpr, equation)(*given)
         values |= zip(equation.outvars, results, strict=True)

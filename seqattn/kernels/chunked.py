@@ -27,7 +27,7 @@ from seqattn.kernels.call import Call, Result, refuse_unknown
 from seqattn.kernels.captured import TracedMask, TracedMod, capture
 from seqattn.kernels.layouts import At
 from seqattn.kernels.reference import log_sum_exp
-from seqattn.kernels.tiles import Grid, Schedule, Steps
+from seqattn.kernels.tiles import Grid, Steps
 from seqattn.kernels.varying import varying
 from seqattn.masks import Mask
 from seqattn.precision import accumulator, lowest
@@ -60,8 +60,8 @@ class TiledCall(Call):
         schedule: the tiles to visit.
     """
 
-    words: Any
-    schedule: Schedule
+    words: Any = None
+    schedule: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

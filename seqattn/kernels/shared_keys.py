@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Mask, reads
+from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreMod
 from seqattn.static import Size
 
@@ -25,17 +26,20 @@ class Folding:
     Attributes:
         batch: batch dims of the queries.
         shared: the axes of these that keys and values share.
+        length: T, the queries of a row.
     """
 
     batch: tuple[Size, ...]
     shared: tuple[int, ...]
+    length: Size
 
     @staticmethod
     def of(query: Array, key: Array, value: Array) -> "Folding":
         """The folding of arrays `[*batch, length, heads, dim]`; dims of the keys that fit no other way are left."""
         batch, keys = query.shape[:-3], key.shape[:-3]
         alike = len(batch) == len(keys) and keys == value.shape[:-3]
-        return Folding(batch, tuple(i for i, n in enumerate(batch) if keys[i] == 1 and n != 1) if alike else ())
+        shared = tuple(i for i, n in enumerate(batch) if keys[i] == 1 and n != 1) if alike else ()
+        return Folding(batch, shared, query.shape[-3])
 
     def fold(self, x: Array) -> Array:
         """`[*batch, T, ...]` with the shared dims as a part of T: `[*batch, shared * T, ...]`, each shared dim 1."""
@@ -51,7 +55,8 @@ class Folding:
         count = len(self.batch)
         kept = [i for i in range(count) if i not in self.shared]
         shared = [self.batch[i] for i in self.shared]
-        apart = x.reshape(*(self.batch[i] for i in kept), *shared, -1, *x.shape[count + 1 :])
+        length = self.length
+        apart = x.reshape(*(self.batch[i] for i in kept), *shared, length, *x.shape[count + 1 :])
         order = np.argsort([*kept, *self.shared])
         return apart.transpose(*order, *range(count, apart.ndim))
 
@@ -114,7 +119,7 @@ def _must_repeat(query: Array, key: Array, options: dict[str, Any]) -> bool:
     predicates = [options["mask"]] if isinstance(options["mask"], Mask) else []
     if mod is not None:
         flat = query.reshape(-1, *query.shape[-3:])
-        predicates.append(_Modified(ScoreMod.of(mod).prepare(flat, *at)))
+        predicates.append(_Modified(ScoreMod.of(mod).prepare(flat, *at), accumulator(query.dtype)))
     return any(reads(each, *at).batch for each in predicates)
 
 
@@ -123,7 +128,8 @@ class _Modified(Mask):
     """A predicate that reads what a score modification reads."""
 
     mod: ScoreMod
+    dtype: Any
 
     def __call__(self, query: Coordinates, key: Coordinates) -> Array:
-        row = jnp.zeros(self.mod.row_size) if self.mod.row_size else None
-        return self.mod(jnp.zeros(()), query, key, jnp.asarray(query.head), row) > 0
+        row = jnp.zeros(self.mod.row_size, self.dtype) if self.mod.row_size else None
+        return self.mod(jnp.zeros((), self.dtype), query, key, jnp.asarray(query.head), row) > 0

@@ -1,7 +1,6 @@
 """Multi-head attention as parameters around `attend`: project once, attend as often as needed."""
 
-from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +8,19 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from seqattn.attention import attend, attention_weights
+from seqattn.attention import attend, attend_columns, attention_weights
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout, check_rate
-from seqattn.kernels import columns
-from seqattn.kernels.call import check_heads
+from seqattn.kernels.call import Columns, check_heads
 from seqattn.masks import Mask
 from seqattn.nn.cache import Cache
 from seqattn.nn.key_value import KeyColumns, KeyValue, Written
 from seqattn.nn.linear import Linear
 from seqattn.positions import angular_frequencies, rotate
-from seqattn.score_mod import ScoreMod, for_kernel
-from seqattn.static import check_sizes, may_exceed
+from seqattn.score_mod import ScoreMod
+from seqattn.static import check_sizes
 
 Model = TypeVar("Model", bound=nnx.Module)
-
-_FEW = 64
-"""So many queries compute all their scores at once; more read a cache in tiles."""
 
 
 class MultiHeadAttention(nnx.Module):
@@ -128,44 +123,32 @@ class MultiHeadAttention(nnx.Module):
         Few tokens read the columns of a cache as they lie. A `score_mod` modifies the scores, as in `seqattn.attend`.
         """
         query = self._rotated(self._heads(self.query(x), self.query_norm), at)
-        few = self.implementation is None and dropout_key is None and not may_exceed(x.shape[-2], _FEW)
-        if isinstance(kv, KeyColumns) and (few or kv.visible is not None):
-            output = self._attend_columns(query, at, kv, score_mod)
+        dropout = None if dropout_key is None else Dropout(self.dropout_rate, dropout_key)
+        options: dict[str, Any] = {"dropout": dropout, "implementation": self.implementation}
+        if isinstance(kv, KeyColumns):
+            options |= _located(_of_slots(self.mask, at, kv, self.num_heads), at, kv.at, score_mod)
+            output = attend_columns(query, Columns(kv.key, kv.value, kv.finite), **options)
         else:
-            mask = _among_written(self.mask) if isinstance(kv, KeyColumns) else self.mask
-            kv = kv.rows() if isinstance(kv, KeyColumns) else kv
-            output = attend(
-                query,
-                kv.key,
-                kv.value,
-                **self._visible(at, kv, score_mod, mask),
-                dropout=None if dropout_key is None else Dropout(self.dropout_rate, dropout_key),
-                implementation=self.implementation,
-            )
+            output = attend(query, kv.key, kv.value, **options, **_located(self._mask_over(kv), at, kv.at, score_mod))
         return self.output(output.reshape(*x.shape[:-1], self.num_heads * self.head_dim))
 
     def weights(
-        self, x: Float[Array, "*batch T D"], at: Coordinates, kv: KeyValue, *, score_mod: ScoreMod | None = None
+        self,
+        x: Float[Array, "*batch T D"],
+        at: Coordinates,
+        kv: KeyValue | KeyColumns,
+        *,
+        score_mod: ScoreMod | None = None,
     ) -> Float[Array, "*batch N T S"]:
         """The attention weights of the same call, for looking at; `[*batch, N, T, S]`."""
         query = self._rotated(self._heads(self.query(x), self.query_norm), at)
-        return attention_weights(query, kv.key, **self._visible(at, kv, score_mod, self.mask))
+        if isinstance(kv, KeyColumns):
+            mask: Mask | Array | None = _of_slots(self.mask, at, kv, self.num_heads)
+            return attention_weights(query, kv.rows().key, **_located(mask, at, kv.at, score_mod))
+        return attention_weights(query, kv.key, **_located(self._mask_over(kv), at, kv.at, score_mod))
 
-    def _attend_columns(
-        self, query: Float[Array, "B T N H"], at: Coordinates, kv: KeyColumns, score_mod: ScoreMod | None
-    ) -> Array:
-        mask, visible = _among_written(self.mask), None if kv.visible is None else kv.visible[:, None]
-        q_at, kv_at = (jax.tree.map(jnp.atleast_2d, each) for each in (at, kv.at))
-        allowed = mask.over(q_at, kv_at, batch=query.shape[0], num_heads=self.num_heads)
-        visible = allowed if visible is None else visible & allowed
-        scale = self.head_dim**-0.5
-        modify = None if score_mod is None else _modifier(score_mod, query, scale, at, kv.at)
-        return columns.attend(query, kv.key, kv.value, finite=kv.finite, visible=visible, scale=scale, modify=modify)
-
-    def _visible(self, at: Coordinates, kv: KeyValue, score_mod: ScoreMod | None, mask: Mask | None) -> dict:
-        if mask is None and score_mod is None:
-            return {}
-        return {"mask": mask, "score_mod": score_mod, "q_at": at, "kv_at": kv.at}
+    def _mask_over(self, kv: KeyValue) -> Mask | None:
+        return _among_written(self.mask) if kv.of_cache else self.mask
 
     def _unrotated(self, x: Float[Array, "*batch S D"], at: Coordinates) -> KeyValue:
         key, value = self._heads(self.key(x), self.key_norm), self._heads(self.value(x), None)
@@ -200,16 +183,23 @@ def with_implementation(
     return changed
 
 
+def _of_slots(mask: Mask | None, at: Coordinates, kv: KeyColumns, num_heads: int) -> Mask | Array:
+    """The mask over the slots of a cache; an array where queries stand for hypotheses, which see their own slots."""
+    written = _among_written(mask)
+    if kv.visible is None:
+        return written
+    q_at, kv_at = (jax.tree.map(jnp.atleast_2d, each) for each in (at, kv.at))
+    return written.over(q_at, kv_at, batch=kv.visible.shape[0], num_heads=num_heads) & kv.visible[:, None]
+
+
 def _among_written(mask: Mask | None) -> Mask:
-    """The mask over the slots of a cache: one that was never written is no key, whatever the mask says of padding."""
+    """The mask, but a slot that was never written is no key, whatever the mask says of padding."""
     return Written() if mask is None else mask & Written()
 
 
-def _modifier(
-    score_mod: ScoreMod, query: Float[Array, "B T N H"], scale: float, q_at: Coordinates, kv_at: Coordinates
-) -> Callable[[Array], Array]:
-    """The score modification as a function of all scores `[B, N, T, S]`."""
-    q_at, kv_at = (jax.tree.map(jnp.atleast_2d, at) for at in (q_at, kv_at))
-    mod, rows = for_kernel(score_mod, query, scale, q_at, kv_at)
-    heads = jnp.arange(query.shape[2], dtype=jnp.int32)
-    return lambda scores: mod.over(scores, q_at, kv_at, heads, rows)
+def _located(
+    mask: Mask | Array | None, q_at: Coordinates, kv_at: Coordinates, score_mod: ScoreMod | None
+) -> dict[str, Any]:
+    """Mask, score modification and, where these read them, coordinates: the arguments of `attend`."""
+    read = isinstance(mask, Mask) or (score_mod is not None and ScoreMod.of(score_mod).uses_coordinates)
+    return {"mask": mask, "score_mod": score_mod} | ({"q_at": q_at, "kv_at": kv_at} if read else {})

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from seqattn.coordinates import Coordinates, Tile
 from seqattn.masks import Mask, Reach, Truth
-from seqattn.static import known_size, may_exceed, pytree
+from seqattn.static import known_size, may_exceed, pytree, static
 
 
 @pytree
@@ -24,11 +24,13 @@ class KeyValue:
         key: `[*batch, S, K, H]`.
         value: `[*batch, S, K, V]`.
         at: coordinates `[*batch, S]`; padding has segment 0.
+        of_cache: whether these are slots of a cache, some of which were maybe never written.
     """
 
     key: Array
     value: Array
     at: Coordinates
+    of_cache: bool = static(default=False)
 
 
 _NEVER = -(2**30)
@@ -109,7 +111,7 @@ class KeyColumns:
         """The same as `KeyValue`, with NaN where they were not finite."""
         finite = self.finite[..., None, None]
         key, value = self.key.transpose(0, 3, 1, 2), self.value.swapaxes(1, 2)
-        return KeyValue(jnp.where(finite, key, jnp.nan), jnp.where(finite, value, jnp.nan), self.at)
+        return KeyValue(jnp.where(finite, key, jnp.nan), jnp.where(finite, value, jnp.nan), self.at, of_cache=True)
 
     def write(self, new: "KeyColumns", slot: Int[Array, ""] | int | np.integer) -> "KeyColumns":
         """These with `new` written from `slot` on, in all rows: one slice of each array, in place where it can be.

@@ -131,7 +131,7 @@ def test_the_order_of_each_device():
     assert choice.order("cpu", long, tiny)[0] == "chunked"
     assert choice.order("gpu", tiny, tiny)[:2] == ("cudnn", "chunked")
     assert choice.order("tpu", tiny, tiny)[:2] == ("splash", "chunked")
-    assert set(choice.order("gpu", tiny, tiny) + choice.order("tpu", tiny, tiny)) == set(IMPLEMENTATIONS)
+    assert set(choice.order("gpu", tiny, tiny) + choice.order("tpu", tiny, tiny)) == set(IMPLEMENTATIONS) - {"cached"}
     for platform in ("cpu", "gpu", "tpu"):
         assert choice.order(platform, long, long)[-1] == "reference"
 

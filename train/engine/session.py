@@ -195,7 +195,7 @@ def _objective(experiment: Experiment, split: Dataset, saved: dict[str, str] | N
     kind = objectives.kind(experiment)
     if experiment.start_from is not None:
         origin = run.load(experiment.start_from, average=1)
-        without_effect.check_tokenizer(experiment, origin.experiment.tokenizer)
+        without_effect.warn_of_tokenizer(experiment, origin.experiment.tokenizer)
         tokenizer = origin.tokenizer
     else:
         tokenizer = Tokenizer.train(experiment.tokenizer, kind.texts(split))

@@ -4,6 +4,7 @@ Not where a config is made: a run of before can still be used.
 """
 
 import dataclasses
+import logging
 import math
 from typing import Any
 
@@ -12,8 +13,10 @@ import jax
 from train.config import Experiment
 from train.data.tokenizer import Characters
 from train.reports.profile import parse_steps
-from train.update.optimizer import InverseTime, Momentum, Muon
+from train.update.optimizer import Momentum, Muon
 from train.update.parameters import check_patterns, matching, matrices
+
+log = logging.getLogger(__name__)
 
 
 def check_settings(experiment: Experiment) -> None:
@@ -58,17 +61,14 @@ def check_parameters(experiment: Experiment, params: Any) -> None:
         )
 
 
-def check_tokenizer(experiment: Experiment, taken_over: Any) -> None:
-    """Refuses a tokenizer beside that of the run to start from, but for the default one.
+def warn_of_tokenizer(experiment: Experiment, taken_over: Any) -> None:
+    """Says that a tokenizer is not used beside that of the run to start from, unless it is the same or the default.
 
-    Raises:
-        ValueError: naming both.
+    It is no error: it may be that of the experiment, which nobody wrote on the command line.
     """
     if experiment.tokenizer not in (Characters(), taken_over):
-        raise ValueError(
-            f"tokenizer ({experiment.tokenizer}) and start_from ({experiment.start_from}) exclude each other: the "
-            f"tokenizer of that run ({taken_over}) is taken over; set tokenizer:characters to say no other"
-        )
+        origin, given = experiment.start_from, experiment.tokenizer
+        log.warning("the tokenizer of %s (%s) is taken over, and not %s", origin, taken_over, given)
 
 
 def _check_evaluations(experiment: Experiment) -> None:
@@ -82,18 +82,8 @@ def _check_evaluations(experiment: Experiment) -> None:
 
 
 def _check_rates(experiment: Experiment) -> None:
-    schedule, steps = experiment.optimizer.schedule, experiment.steps
+    schedule = experiment.optimizer.schedule
     given = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}
     for name in ("rate", "peak", "factor"):
         if given.get(name) == 0:
             raise ValueError(f"{name} ({given[name]}) would train nothing: it must be positive")
-    if given.get("warmup_steps", 0) > steps:
-        raise ValueError(
-            f"warmup_steps ({given['warmup_steps']}) must be at most steps ({steps}), else the rate never reaches its "
-            "peak; set --optimizer.schedule.warmup-steps"
-        )
-    if isinstance(schedule, InverseTime) and schedule.every >= steps:
-        raise ValueError(
-            f"every ({schedule.every}) must be fewer than steps ({steps}), else the rate never falls; set "
-            "--optimizer.schedule.every"
-        )

@@ -12,7 +12,7 @@ from flax import nnx
 from seqattn.attention import attend
 from seqattn.coordinates import Coordinates
 from seqattn.kernels import chunked
-from seqattn.masks import Causal, MaskMod
+from seqattn.masks import Causal, Mask, MaskMod, Prefix
 from seqattn.score_mod import ScoreFunction
 from tests.contract import close, every_implementation
 
@@ -208,3 +208,40 @@ def test_a_loop_with_changing_arrays_compiles_once():
     for i in range(4):
         step(_query(), jnp.full(N, float(i)))
     assert next(traced) == 1
+
+
+def test_a_function_with_a_derivative_rule_of_its_own_compiles_once():
+    """Whether two rules are alike nobody can say, but where nothing is differentiated they do not matter."""
+    chunked._results.clear_cache()
+    for _ in range(3):
+        attend(_query(), _query(), _query(), score_mod=lambda score, *_: jax.nn.relu(score), implementation="chunked")
+    assert chunked._results._cache_size() == 1
+    mod = {"score_mod": lambda score, *_: jax.nn.relu(score)}
+    found, expected = (
+        jax.grad(lambda x, name=name: jnp.sum(attend(x, x, x, **mod, implementation=name) ** 2))(_query())
+        for name in ("chunked", "reference")
+    )
+    close(found, expected)
+
+
+@pytest.mark.parametrize("length", [3, np.int64(3), jnp.int32(3), np.array([3, 50]), jnp.array([3, 50])], ids=repr)
+def test_a_mask_whose_values_are_checked_where_they_are_known_is_traced_from_values_that_are_not(length):
+    mask = Causal() | Prefix(length)
+    expected = attend(_query(), _query(), _query(), mask=mask, implementation="reference")
+    close(attend(_query(), _query(), _query(), mask=mask), expected)
+    close(jax.jit(lambda x: attend(x, x, x, mask=mask, implementation="chunked"))(_query()), expected)
+
+
+def test_a_mask_that_jax_does_not_know_as_a_pytree():
+    class Window(Mask):
+        size = 3
+
+        def __call__(self, query, key):
+            return query.position - key.position < self.size
+
+    mask = Window()
+    before = attend(_query(), _query(), _query(), mask=mask, implementation="chunked")
+    mask.size = 9
+    after = attend(_query(), _query(), _query(), mask=mask, implementation="chunked")
+    close(after, attend(_query(), _query(), _query(), mask=mask, implementation="reference"))
+    assert np.abs(after - before).max() > 1e-2

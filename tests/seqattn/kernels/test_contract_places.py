@@ -97,3 +97,12 @@ def test_axes_of_another_shape_are_refused():
         attend(x, x, x, mask=Neighborhood(1), q_at=wrong, kv_at=at)
     with pytest.raises(TypeError, match="signed integers"):
         attend(x, x, x, mask=Neighborhood(1), q_at=jax.tree.map(jnp.float32, at), kv_at=at)
+
+
+@every_implementation
+def test_queries_on_a_grid_and_keys_in_a_text(implementation):
+    """Axes on one side alone."""
+    at = {"q_at": Coordinates.grid(1, T), "kv_at": KV_AT}
+    pairs = np.broadcast_to(np.stack([n > K for n in np.asarray(SIZES)])[None, :, None], GROUPED.pairs)
+    mask = MaskMod(lambda query, key: key.position < SIZES[query.head])
+    agrees_with_oracle(implementation, GROUPED, pairs=pairs, mask=mask, **at)

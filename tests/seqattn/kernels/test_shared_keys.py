@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqattn.attention import attend
+from seqattn.attention import attend, attention_weights
 from seqattn.choice import explain
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
@@ -107,3 +107,19 @@ def test_explain_says_what_runs():
     assert explain(*inputs.values(), implementation="chunked").chosen == "chunked"
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs.values()]
     assert explain(*shapes).chosen == explain(*inputs.values()).chosen
+
+
+def test_no_rows_and_weights_and_dtypes():
+    inputs = _inputs((0, 1))
+    nothing = attend(inputs["query"][:0], inputs["key"], inputs["value"])
+    assert nothing.shape == (0, 2, T, N, H)
+    weights = attention_weights(inputs["query"], inputs["key"], mask=ROWED_MASK, **ROWED)
+    close(weights, attention_weights(inputs["query"], _repeated(inputs)["key"], mask=ROWED_MASK, **ROWED))
+    with jax.enable_x64(True):
+        slopes = jnp.ones(N, jnp.float32)
+        for dtype in (jnp.float32, jnp.bfloat16):
+            small = {name: x.astype(dtype) for name, x in inputs.items()}
+            assert attend(**small, score_mod=lambda score, q, k, head: score - slopes[head], **ROWED).dtype == dtype
+
+
+ROWED_MASK = Causal() & SameSegment() | SlidingWindow(2)

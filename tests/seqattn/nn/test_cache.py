@@ -1,5 +1,6 @@
 """Caches: whatever the pieces, a query sees what it would see without a cache; hypotheses see their own tokens."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 from jax import export
 
+from seqattn.choice import IMPLEMENTATIONS
 from seqattn.coordinates import Coordinates
 from seqattn.decoding.state import branch, select
 from seqattn.masks import Causal, MaskMod, NotPadding, SameSegment, SlidingWindow
@@ -318,3 +320,46 @@ def test_unwritten_slots_are_hidden_from_hypotheses_that_branch_inside_jit(mask)
         own = jnp.concatenate([x, jnp.asarray(X[:, 3 + beam : 4 + beam])], axis=1)
         expected = attention(own[:, 3:], Coordinates.range(1, start=3), attention.project(own, Coordinates.range(4)))
         np.testing.assert_allclose(output[:, beam : beam + 1], expected, atol=1e-5)
+
+
+def test_unwritten_slots_are_hidden_in_rows_and_in_weights():
+    attention = MultiHeadAttention(D, N, num_kv_heads=K, head_dim=H, mask=Causal(), rngs=nnx.Rngs(0))
+    x, at = jnp.asarray(X[:, :5]), Coordinates.range(5)
+    _, seen = StaticCache.empty(B, T, K, H).append(attention.project(x, at))
+    np.testing.assert_allclose(attention(x, at, seen.rows()), attention(x, at, seen), atol=1e-5)
+    expected = attention.weights(x, at, attention.project(x, at))
+    for kv in (seen, seen.rows()):
+        weights = attention.weights(x, at, kv)
+        np.testing.assert_allclose(weights[..., :5], expected, atol=1e-6)
+        assert not np.any(weights[..., 5:])
+
+
+def _beams_of(implementation, **options):
+    """A step of two hypotheses a row that branched from three tokens."""
+    attention = MultiHeadAttention(
+        D, N, num_kv_heads=K, head_dim=H, mask=Causal(), implementation=implementation, rngs=nnx.Rngs(0), **options
+    )
+    cache, _ = StaticCache.empty(B, T, K, H).append(attention.project(jnp.asarray(X[:, :3]), Coordinates.range(3)))
+    now = Coordinates(jnp.full((B, 2), 3, jnp.int32), jnp.ones((B, 2), jnp.int32))
+    x = jnp.asarray(X[:, 3:5])
+    return attention, x, now, cache.branch(2).append(attention.project(x, now))[1]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked", "cached"])
+def test_hypotheses_attend_by_the_implementation_that_is_named(implementation, monkeypatch):
+    ran, kernel = [], IMPLEMENTATIONS[implementation]
+    spied = dataclasses.replace(kernel, attend=lambda call: ran.append(implementation) or kernel.attend(call))
+    monkeypatch.setitem(IMPLEMENTATIONS, implementation, spied)
+    attention, *given = _beams_of(implementation)
+    expected, *same = _beams_of(None)
+    np.testing.assert_allclose(attention(*given), expected(*same), atol=1e-5)
+    assert ran == [implementation]
+
+
+def test_weights_of_hypotheses_are_dropped_by_a_key_or_refused():
+    attention, *given = _beams_of(None, dropout_rate=0.5)
+    dropped = attention(*given, dropout_key=jax.random.key(0))
+    assert np.abs(dropped - attention(*given)).max() > 1e-3
+    named, *given = _beams_of("cached", dropout_rate=0.5)
+    with pytest.raises(NotImplementedError, match="cached: a step through a cache drops no weights"):
+        named(*given, dropout_key=jax.random.key(0))

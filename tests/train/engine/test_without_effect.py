@@ -57,10 +57,6 @@ def test_a_setting_that_no_evaluation_or_update_uses_is_refused(words, settings,
         (r"rate \(0.0\) would train nothing", {"schedule": InverseTime(rate=0.0, every=3)}),
         (r"peak \(0.0\) would train nothing", {"schedule": InverseSquareRoot(peak=0.0, warmup_steps=3)}),
         (r"factor \(0.0\) would train nothing", {"schedule": Noam(warmup_steps=3, factor=0.0)}),
-        (r"warmup_steps \(13\) must be at most steps \(12\)", {"schedule": Constant(warmup_steps=13)}),
-        (r"warmup_steps \(4000\) must be at most steps \(12\)", {"schedule": Noam()}),
-        (r"warmup_steps \(13\) must be at most steps \(12\)", {"schedule": InverseSquareRoot(warmup_steps=13)}),
-        (r"every \(12\) must be fewer than steps \(12\)", {"schedule": InverseTime(every=12)}),
         (r"clip_norm \(inf\) would clip nothing", {"clip_norm": float("inf")}),
         (r"nesterov \(True\) looks ahead .* momentum is 0.0", {"algorithm": Momentum(0.0, nesterov=True)}),
         (r"pattern '\*tabel' matches no parameter; the nearest are ", {"algorithm": Muon(adam=("*tabel",))}),
@@ -98,22 +94,20 @@ def test_word_vectors_of_no_token_are_refused(refused, tiny, tmp_path):
     refused(r"--word-vectors: .*vectors.txt has a vector for none of the \d+ tokens", word_vectors=file)
 
 
-def test_a_tokenizer_beside_that_of_the_run_to_start_from_is_refused(refused, masked):
-    words = rf"tokenizer \(ByteLevelBPE.* and start_from \({masked}\) exclude each other: .*Characters\(\)\) is taken"
-    refused(words, start_from=masked, tokenizer=ByteLevelBPE(300))
-
-
-def test_the_tokenizer_of_the_run_to_start_from_may_be_said_again(tiny, tmp_path):
+def test_a_tokenizer_beside_that_of_the_run_to_start_from_is_told(tiny, tmp_path, caplog):
     saved = SavedTokenizer(tmp_path)
     for given in (Characters(), saved):
-        without_effect.check_tokenizer(dataclasses.replace(tiny, tokenizer=given), saved)
+        without_effect.warn_of_tokenizer(dataclasses.replace(tiny, tokenizer=given), saved)
+    assert not caplog.records
+    without_effect.warn_of_tokenizer(dataclasses.replace(tiny, tokenizer=ByteLevelBPE(300)), saved)
+    assert "is taken over, and not ByteLevelBPE" in caplog.text
 
 
 def test_settings_that_just_do_something_are_taken(tiny):
     least = {"keep_checkpoints": 3, "patience": 1, "keep_best": 7, "profile": "1:2"}
     without_effect.check_settings(dataclasses.replace(tiny, **least))
     algorithms = (Momentum(0.0), Momentum(0.1, nesterov=True), AdamW(weight_decay=0.0), Muon())
-    schedules = (Constant(1e-9, STEPS), Noam(warmup_steps=STEPS), InverseTime(every=STEPS - 1))
+    schedules = (Constant(1e-9, STEPS), Noam(), InverseTime(every=9 * STEPS))
     for algorithm, schedule in [(algorithm, schedules[0]) for algorithm in algorithms] + [
         (algorithms[0], schedule) for schedule in schedules
     ]:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from seqattn.coordinates import Coordinates
-from seqattn.kernels import columns, reference
-from seqattn.kernels.call import Call
+from seqattn.kernels import cached, reference
+from seqattn.kernels.call import Call, Columns
 from seqattn.nn import KeyColumns, KeyValue
+from seqattn.score_mod import ScoreFunction
 from tests import oracle
 
 B, S, K, H, V = 3, 11, 2, 5, 7
@@ -27,11 +28,17 @@ def _of(key, value) -> KeyColumns:
     return KeyColumns.of(KeyValue(jnp.asarray(key), jnp.asarray(value), Coordinates.range(S)))
 
 
+def _call(query, key, value, visible, **options):
+    laid, unused = _of(key, value), dict.fromkeys(("bias", "score_mod", "rows", "dropout"))
+    columns, mask = Columns(laid.key, laid.value, laid.finite), None if visible is None else visible[:, None]
+    at = {"q_at": Coordinates.range(query.shape[1]), "kv_at": Coordinates.range(S)}
+    options = unused | jax.tree.map(lambda x: x[None], at) | {"scale": H**-0.5} | options
+    return cached.attend(Call(query, None, None, mask=mask, columns=columns, **options))
+
+
 @jax.jit
 def _attend(query, key, value, visible):
-    laid = _of(key, value)
-    scale = H**-0.5
-    return columns.attend(query, laid.key, laid.value, finite=laid.finite, visible=visible[:, None], scale=scale)
+    return _call(query, key, value, visible)[0]
 
 
 @pytest.mark.parametrize(("length", "group"), [(1, 1), (3, 2)])
@@ -47,8 +54,7 @@ def test_equals_the_oracle(length, group, dtype, tolerance):
 
 def test_every_query_sees_every_key_without_visible():
     query, key, value, _ = _case(3, 2)
-    laid = _of(key, value)
-    output = columns.attend(jnp.asarray(query), laid.key, laid.value, finite=laid.finite, visible=None, scale=0.3)
+    output, _ = _call(jnp.asarray(query), key, value, None, scale=0.3)
     np.testing.assert_allclose(output, oracle.attention(query, key, value, scale=0.3).output, atol=1e-6)
 
 
@@ -97,9 +103,9 @@ def test_scores_are_modified_after_the_scale_and_what_becomes_minus_infinity_is_
 
     @jax.jit
     def attend(query, key, value, visible, bias):
-        laid, options = _of(key, value), {"visible": visible[:, None], "scale": 0.3}
-        modify = lambda scores: scores + bias  # noqa: E731
-        return columns.attend(query, laid.key, laid.value, finite=laid.finite, modify=modify, **options)
+        at = lambda query, key, head: (query.batch, head, query.position, key.position)  # noqa: E731
+        mod = ScoreFunction(lambda score, query, key, head: score + bias[at(query, key, head)])
+        return _call(query, key, value, visible, score_mod=mod, scale=0.3)[0]
 
     output = attend(*map(jnp.asarray, (query, key, value, visible, bias)))
     expected = oracle.attention(query, np.nan_to_num(key), value, visible=visible[:, None], bias=bias, scale=0.3).output

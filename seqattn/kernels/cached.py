@@ -1,0 +1,78 @@
+"""Attention of a few queries to keys that lie as a cache keeps them, so that a step copies and transposes none.
+
+All scores are in memory. The contract is that of `reference`, but the cache has already replaced what is not finite.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from seqattn.kernels.call import Call, Columns, Result
+from seqattn.kernels.reference import softmax, visibility
+
+
+def attend(call: Call) -> Result:
+    """The output and the log-sum-exp of the logits, as `reference.attend`."""
+    if call.columns is None:
+        raise NotImplementedError("the keys do not lie as columns, in which a cache keeps them")
+    if call.dropout is not None and call.dropout.rate != 0:
+        raise NotImplementedError("a step through a cache drops no weights; chunked and reference do")
+    columns, high = call.columns, call.high
+    batch, length, num_heads, head_dim = call.query.shape
+    num_kv_heads, size = columns.key.shape[1], columns.key.shape[3]
+    group = num_heads // num_kv_heads
+    visible = visibility(call.query.shape, call.mask, call.bias, call.q_at, call.kv_at)
+    query, rows = _of_rows_that_see(call, visible)
+    grouped = query.reshape(batch, length, num_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(batch, num_kv_heads, group * length, head_dim)
+    scores = _product("bkth,bkhs->bkts", grouped, columns.key, high).reshape(batch, num_heads, length, size)
+    scores = scores * jnp.asarray(call.scale, high)
+    if call.bias is not None:
+        bias = jnp.where(call.bias == -jnp.inf, jnp.zeros_like(call.bias), call.bias)
+        scores = scores + jnp.broadcast_to(bias, scores.shape).astype(high)
+    if call.score_mod is not None:
+        # As in the other kernels, a score modification never sees what a hidden pair holds.
+        scores = scores if visible is None else jnp.where(visible, scores, jnp.zeros_like(scores))
+        heads = jnp.arange(num_heads, dtype=jnp.int32)
+        scores = call.score_mod.over(scores, call.q_at, call.kv_at, heads, rows)
+        allowed = scores != -jnp.inf
+        visible = allowed if visible is None else visible & allowed
+    bad = jnp.where(columns.finite, 0.0, jnp.nan).astype(high)
+    weights, lse = softmax(scores + bad[:, None, None], visible)
+    weights = weights.reshape(batch, num_kv_heads, group * length, size).astype(columns.value.dtype)
+    output = _product("bkts,bksv->bktv", weights, columns.value, high)
+    output = output.reshape(batch, num_kv_heads, group, length, columns.value.shape[-1]).transpose(0, 3, 1, 2, 4)
+    output = output.reshape(batch, length, num_heads, columns.value.shape[-1])
+    return output.astype(call.query.dtype), lse.swapaxes(1, 2)
+
+
+def in_rows(call: Call) -> Call:
+    """The call for every other kernel: keys and values in rows, with NaN where they were not finite."""
+    if call.columns is None:
+        return call
+    key, value = rows_of(call.columns)
+    return dataclasses.replace(call, key=key, value=value, columns=None)
+
+
+def rows_of(columns: Columns) -> tuple[Array, Array]:
+    """Keys and values `[B, S, K, H]`, with NaN where they were not finite."""
+    finite = columns.finite[..., None, None]
+    key, value = columns.key.transpose(0, 3, 1, 2), columns.value.swapaxes(1, 2)
+    return jnp.where(finite, key, jnp.nan), jnp.where(finite, value, jnp.nan)
+
+
+def _of_rows_that_see(call: Call, visible: Any) -> tuple[Array, Array | None]:
+    """Queries and their rows, with zeros where a query sees nothing: it may hold anything."""
+    query, rows = call.query, call.rows
+    if visible is not None:
+        seen = visible.any(axis=-1).swapaxes(1, 2)[..., None]
+        query = jnp.where(seen, query, jnp.zeros_like(query))
+        rows = None if rows is None else jnp.where(seen, rows, jnp.zeros_like(rows))
+    return query, rows
+
+
+def _product(subscripts: str, left: Array, right: Array, high: Any) -> Array:
+    return jnp.einsum(subscripts, left, right, precision=lax.Precision.HIGHEST, preferred_element_type=high)
