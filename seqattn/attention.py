@@ -136,7 +136,8 @@ def attend(
     options: dict[str, Any] = {"mask": mask, "bias": bias, "score_mod": score_mod, "q_at": q_at, "kv_at": kv_at}
     options |= {"scale": scale, "dropout": dropout}
     folded, key, value, options = fold(query, key, value, options)
-    output, lse = first_able(to_try(implementation, folded, key), arguments(folded, key, value, **options))
+    given = arguments(folded, key, value, **options)
+    output, lse = first_able(to_try(implementation, folded, key), given)
     if sinks is not None:
         output, lse = _with_sinks(output, lse, sinks.reshape(1, 1, -1))
     output, lse = (x.reshape(*folded.shape[:-3], *x.shape[1:]) for x in (output, lse))
