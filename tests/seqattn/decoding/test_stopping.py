@@ -182,7 +182,9 @@ class _Silent(LogitsProcessor):
         return logits
 
 
-@pytest.mark.parametrize(("processors", "steps"), [((), 2), ((_Nothing(),), 2), ((_Silent(),), 9)], ids=str)
+@pytest.mark.parametrize(
+    ("processors", "steps"), [((), 2), ((_Nothing(),), 2), ((_Silent(),), 9)], ids=["none", "bound", "silent"]
+)
 def test_a_search_goes_on_to_its_end_only_where_a_processor_does_not_say_what_it_adds(processors, steps):
     calls = []
 
