@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from datasets import Dataset
 
@@ -14,6 +15,8 @@ class PythonCode(SourceTask):
 
     The pieces of a file in their order are the whole file; no file is in two splits.
     """
+
+    objective: ClassVar[Literal["Continuation"]] = "Continuation"
 
     characters: int = 512
     """most characters of a piece; it ends at the end of a line, but where a line is longer"""

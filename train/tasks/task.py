@@ -1,9 +1,10 @@
 """What a task is: a source of (source text, target text) examples in three splits."""
 
+import abc
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Literal
 
 import numpy as np
 from datasets import Dataset
@@ -12,12 +13,23 @@ Pair = tuple[str, str]
 """One example: the source text and the target text."""
 
 
-class Task(Protocol):
-    """A frozen dataclass of settings that can produce examples."""
+class Task(abc.ABC):
+    """What can produce examples: a subclass is a frozen dataclass of settings.
 
+    Attributes:
+        objective: what a model that writes text learns from the examples: "SequenceToSequence", the target given the
+            source, or "Continuation", the target alone, where sources are empty. The head of an encoder decides its
+            own objective.
+        scores: what is measured of written texts beside the loss, exact matches and, if asked for, BLEU: "rouge", which
+            is ROUGE-L and the perplexity, for outputs of one line.
+    """
+
+    objective: ClassVar[Literal["SequenceToSequence", "Continuation"]] = "SequenceToSequence"
+    scores: ClassVar[frozenset[Literal["rouge"]]] = frozenset()
+
+    @abc.abstractmethod
     def load(self) -> dict[str, Dataset]:
         """The splits "train", "validation" and "test", each with the text columns "source" and "target", none empty."""
-        ...
 
 
 def splits(train: Sequence[Pair], validation: Sequence[Pair], test: Sequence[Pair]) -> dict[str, Dataset]:
@@ -57,7 +69,7 @@ def generator(seed: int) -> np.random.Generator:
 
 
 @dataclass(frozen=True)
-class DrawnTask:
+class DrawnTask(Task):
     """The settings of a task that makes its examples up; the same settings give the same examples."""
 
     train_examples: int = 50_000
