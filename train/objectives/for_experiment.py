@@ -21,7 +21,8 @@ from train.objectives.sequences import SequenceToSequence
 from train.run import Run
 
 _HEADS: dict[type, type[Objective]] = {MaskedTokens: Masking, TokenLabels: Tagging, TextLabels: Classification}
-_OBJECTIVES = {kind.name: kind for kind in (SequenceToSequence, Continuation, Reading, *_HEADS.values())}
+_KINDS: tuple[type[Objective], ...] = (SequenceToSequence, Continuation, Reading, *_HEADS.values())
+_OBJECTIVES = {kind.name: kind for kind in _KINDS}
 
 
 def named(name: str) -> type[Objective]:

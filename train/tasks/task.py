@@ -1,8 +1,11 @@
 """What a task is: a source of (source text, target text) examples in three splits."""
 
 import abc
+import importlib
+import inspect
+import pkgutil
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -30,6 +33,20 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def load(self) -> dict[str, Dataset]:
         """The splits "train", "validation" and "test", each with the text columns "source" and "target", none empty."""
+
+
+def every_task() -> tuple[type[Task], ...]:
+    """The tasks that the files of `train/tasks/` define, in the order of the files' names."""
+    package = importlib.import_module("train.tasks")
+    names = sorted(f"train.tasks.{module.name}" for module in pkgutil.iter_modules(package.__path__))
+    return tuple(kind for name in names for kind in _defined(name))
+
+
+def _defined(module: str) -> Iterator[type[Task]]:
+    kinds = [kind for kind in vars(importlib.import_module(module)).values() if isinstance(kind, type)]
+    for kind in kinds:
+        if kind.__module__ == module and issubclass(kind, Task) and not inspect.isabstract(kind):
+            yield kind
 
 
 def splits(train: Sequence[Pair], validation: Sequence[Pair], test: Sequence[Pair]) -> dict[str, Dataset]:

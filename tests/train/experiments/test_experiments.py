@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from seqattn.models import CaptionerConfig
-from train import experiments
+from train import catalogue
 from train.data.batches import stream
 from train.data.tokenizer import ByteLevelBPE
 from train.devices.parallel import data_parallel
@@ -56,9 +56,9 @@ def _model(model):
     return dataclasses.replace(model, **{name: min(2, getattr(model, name)) for name in layers})
 
 
-@pytest.mark.parametrize("name", experiments.__all__)
+@pytest.mark.parametrize("name", catalogue.names())
 def test_the_loss_falls(name, tmp_path):
-    experiment = getattr(experiments, name)
+    experiment = catalogue.named(name)
     tokenizer = experiment.tokenizer
     experiment = dataclasses.replace(
         experiment,
@@ -85,10 +85,10 @@ def test_the_loss_falls(name, tmp_path):
     assert losses[-1] < 0.97 * losses[0]
 
 
-@pytest.mark.parametrize("name", experiments.__all__)
+@pytest.mark.parametrize("name", catalogue.names())
 def test_the_docstring_says_command_time_and_result(name):
-    said = importlib.import_module(f"train.experiments.{name.lower()}").__doc__
-    assert f"`python -m train {name.lower()}" in said
+    said = importlib.import_module(f"train.experiments.{name}").__doc__
+    assert f"`python -m train {name}" in said
     assert re.search(r"^Time.*\d+ s\b.* 2 CPU cores", said, re.MULTILINE)
     assert re.search(r"^Result\b.*\d", said, re.DOTALL | re.MULTILINE)
     assert not re.findall(r"\b[A-Z]{7,}\b", said), "a figure that is left open"

@@ -16,7 +16,7 @@ from seqattn.models import (
     TextLabels,
     TokenLabels,
 )
-from train import by_length, complete, experiments, objectives, run, translate
+from train import by_length, catalogue, complete, objectives, run, translate
 from train.data.tokenizer import Characters, Tokenizer
 from train.objectives import Classification, Continuation, Masking, Reading, SequenceToSequence, Tagging
 from train.tasks import CodeTopics, Docstrings, PythonCode, PythonTags, RenderedText, Reverse
@@ -134,9 +134,9 @@ def test_a_command_names_the_one_that_serves_a_run(command, kind, tiny, monkeypa
         main()
 
 
-@pytest.mark.parametrize("name", experiments.__all__)
+@pytest.mark.parametrize("name", catalogue.names())
 def test_every_experiment_is_about_something(name):
-    assert issubclass(objectives.kind(getattr(experiments, name)), objectives.Objective)
+    assert issubclass(objectives.kind(catalogue.named(name)), objectives.Objective)
 
 
 @pytest.mark.parametrize(
