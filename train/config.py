@@ -186,6 +186,7 @@ def _types() -> Mapping[str, type]:
 
 
 def _concrete(kind: type) -> Iterator[type]:
+    child: type
     for child in kind.__subclasses__():
         if not inspect.isabstract(child):
             yield child
