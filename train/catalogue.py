@@ -9,6 +9,7 @@ import importlib.util
 import re
 import sys
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -78,6 +79,18 @@ def from_file(path: Path) -> "Experiment":
     except Exception as error:
         raise ValueError(f"{path}:{_line(error, path)}: {type(error).__name__}: {error}") from error
     return _the_only_one(module, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnCode:
+    """The part of a command's arguments by which runs of an experiment in a file are known."""
+
+    experiment: Path | None = None
+    """File of the run's experiment, which is run; needed only where its task is not one of train/tasks/."""
+
+    def __post_init__(self) -> None:
+        if self.experiment is not None:
+            from_file(self.experiment)
 
 
 def first_sentence(docstring: str) -> str:

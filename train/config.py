@@ -251,8 +251,8 @@ def decode(value: Any) -> Any:
     kind = _types().get(value.get("type", ""))
     if kind is None:
         raise ValueError(
-            f"a config cannot hold the type {value.get('type')!r}; if it is a task of your own, it is known to "
-            "python -m train FILE, and to every command once its file lies in train/tasks/"
+            f"a config cannot hold the type {value.get('type')!r}; if that is a task of your own, name the file of its "
+            "experiment (--experiment FILE), or put the file of the task into train/tasks/"
         )
     fields = {name: decode(item) for name, item in value.items() if name != "type"}
     if not dataclasses.is_dataclass(kind):

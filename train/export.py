@@ -13,6 +13,7 @@ import huggingface_hub.errors
 import tyro
 
 from train import environment, objectives, run
+from train.catalogue import OwnCode
 from train.hub import exported
 from train.hub.card import card
 from train.hub.exported import CARD, FORWARD, SUMS, Exported
@@ -21,7 +22,7 @@ from train.tasks import RenderedText
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(OwnCode):
     """Writes a trained model as a folder that anybody can read without running code of yours."""
 
     run: tyro.conf.Positional[Path]

@@ -126,6 +126,12 @@ def test_a_new_task_and_a_new_experiment_are_two_files_and_no_registry_edit(own_
     saved = json.loads((run / "config.json").read_text())
     assert saved["task"] == {"type": "Capitals", "letters": "abcd"}
     assert json.loads((run / "results.json").read_text())["steps"] == 4
+    code, text = command("train.evaluate", str(run))
+    assert (code, text.count("\n")) == (2, 1), text
+    assert "a config cannot hold the type 'Capitals'" in text
+    code, text = command("train.evaluate", str(run), "--experiment", str(own_files))
+    assert code == 0, text
+    assert "exact_match" in text
 
 
 def test_help_of_a_file_shows_its_own_settings(own_files, capsys):

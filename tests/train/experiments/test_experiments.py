@@ -16,7 +16,8 @@ from train.data.batches import stream
 from train.data.tokenizer import ByteLevelBPE
 from train.devices.parallel import data_parallel
 from train.engine import loop
-from train.tasks import CodeTopics, Multi30k, ParallelFiles
+from train.tasks import CodeTopics, LabelledFiles, Multi30k, ParallelFiles
+from train.tasks.own_files import OwnFiles
 from train.tasks.standard_library import SourceTask
 from train.tasks.task import DrawnTask
 from train.update.freezing import freeze
@@ -35,6 +36,12 @@ def _task(task, folder: Path):
         names = ("source", "validation_source", "test_source"), ("target", "validation_target", "test_target")
         paths = {name: folder / side for side, group in zip(("source", "target"), names, strict=True) for name in group}
         return dataclasses.replace(task, **paths)
+    if isinstance(task, OwnFiles):
+        end = "\tlabel {0}" if isinstance(task, LabelledFiles) else ""
+        for name in ("train", "validation", "test"):
+            rows = (f"{{0}} b c {name} {number}{end}\n".format("xy"[number % 2]) for number in range(20))
+            (folder / name).write_text("".join(rows))
+        return dataclasses.replace(task, **{name: folder / name for name in ("train", "validation", "test")})
     if isinstance(task, Multi30k):
         for name in ("train", "val", "test_2016_flickr"):
             (folder / f"{name}.en").write_text("a b c\nb c\n" * 20)
