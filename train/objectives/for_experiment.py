@@ -19,6 +19,7 @@ from train.objectives.objective import Objective
 from train.objectives.reading import Reading
 from train.objectives.sequences import SequenceToSequence
 from train.run import Run
+from train.tasks.task import Task
 
 _HEADS: dict[type, type[Objective]] = {MaskedTokens: Masking, TokenLabels: Tagging, TextLabels: Classification}
 _KINDS: tuple[type[Objective], ...] = (SequenceToSequence, Continuation, Reading, *_HEADS.values())
@@ -40,12 +41,27 @@ def named(name: str) -> type[Objective]:
 
 
 def kind(experiment: Experiment) -> type[Objective]:
-    """What an experiment is about."""
+    """What an experiment is about.
+
+    Raises:
+        ValueError: the head of an encoder is for another objective than the examples are.
+    """
     if isinstance(experiment.model, CaptionerConfig):
         return Reading
     if isinstance(experiment.model, EncoderConfig):
-        return _HEADS[type(experiment.model.head)]
+        return _of_encoder(experiment.task, type(experiment.model.head))
     return named(experiment.task.objective)
+
+
+def _of_encoder(task: Task, head: type) -> type[Objective]:
+    found, served = _HEADS[head], task.encoder_objective()
+    if served not in (None, found.name):
+        needed = next(each.__name__ for each, objective in _HEADS.items() if objective.name == served)
+        raise ValueError(
+            f"the examples of {type(task).__name__} are for {served}, and the head {head.__name__} is for "
+            f"{found.name}: give the model the head {needed}"
+        )
+    return found
 
 
 def make(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...], *, beam_size: int = 1) -> Objective:

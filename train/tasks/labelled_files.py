@@ -39,6 +39,10 @@ class LabelledFiles(OwnFiles):
     label_column: str = "label"
     """the column of the label, in JSON"""
 
+    def encoder_objective(self) -> Literal["Tagging", "Classification"]:
+        """A label for each character, or for each text, as `labels` says."""
+        return "Tagging" if self.labels == "character" else "Classification"
+
     def load(self) -> dict[str, Dataset]:
         """The splits; ValueError or FileNotFoundError, naming file and line where there is one, if that cannot be."""
         divided = self.divide(self.found(self._read))

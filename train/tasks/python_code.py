@@ -26,6 +26,10 @@ class PythonCode(SourceTask):
         if self.characters < 1:
             raise ValueError(f"characters ({self.characters}) must be at least 1")
 
+    def encoder_objective(self) -> Literal["Masking"]:
+        """Hidden tokens of the text; there are no labels."""
+        return "Masking"
+
     def load(self) -> dict[str, Dataset]:
         """The splits; FileNotFoundError or ValueError where there is no folder, or too few files in it."""
         return self.cut(self._examples)

@@ -21,14 +21,18 @@ class Task(abc.ABC):
 
     Attributes:
         objective: what a model that writes text learns from the examples: "SequenceToSequence", the target given the
-            source, or "Continuation", the target alone, where sources are empty. The head of an encoder decides its
-            own objective.
+            source, or "Continuation", the target alone, where sources are empty. The head of an encoder decides what
+            that learns.
         scores: what is measured of written texts beside the loss, exact matches and, if asked for, BLEU: "rouge", which
             is ROUGE-L and the perplexity, for outputs of one line.
     """
 
     objective: ClassVar[Literal["SequenceToSequence", "Continuation"]] = "SequenceToSequence"
     scores: ClassVar[frozenset[Literal["rouge"]]] = frozenset()
+
+    def encoder_objective(self) -> Literal["Masking", "Tagging", "Classification"] | None:
+        """The only objective that the examples serve for an encoder; None where its head alone decides."""
+        return None
 
     @abc.abstractmethod
     def load(self) -> dict[str, Dataset]:

@@ -35,6 +35,10 @@ class TextFiles(OwnFiles):
         if self.characters < 1:
             raise ValueError(f"characters ({self.characters}) must be at least 1")
 
+    def encoder_objective(self) -> Literal["Masking"]:
+        """Hidden tokens of the text; there are no labels."""
+        return "Masking"
+
     def load(self) -> dict[str, Dataset]:
         """The splits; ValueError or FileNotFoundError, naming file and line where there is one, if that cannot be."""
         found = self.found(_lines if self.unit == "line" else _paragraphs)

@@ -19,7 +19,7 @@ from seqattn.models import (
 from train import by_length, catalogue, complete, objectives, run, translate
 from train.data.tokenizer import Characters, Tokenizer
 from train.objectives import Classification, Continuation, Masking, Reading, SequenceToSequence, Tagging
-from train.tasks import CodeTopics, Docstrings, PythonCode, PythonTags, RenderedText, Reverse
+from train.tasks import CodeTopics, Docstrings, LabelledFiles, PythonCode, PythonTags, RenderedText, Reverse, TextFiles
 from train.tasks.task import Task, splits
 
 
@@ -76,6 +76,27 @@ def test_a_task_says_what_its_objective_and_its_scores_are(tiny):
     assert [made[task]._rouge for task in (Own, OwnSummary)] == [False, True]
     with pytest.raises(ValueError, match=r"objective \(Continuaton\) must be one of SequenceToSequence, Continuation"):
         objectives.kind(dataclasses.replace(experiment, task=OwnMisspelt()))
+
+
+@pytest.mark.parametrize(
+    ("task", "head", "served"),
+    [
+        (LabelledFiles(labels="character"), TextLabels(0), "LabelledFiles are for Tagging, .* the head TokenLabels$"),
+        (LabelledFiles(), TokenLabels(0), "LabelledFiles are for Classification, .* the head TextLabels$"),
+        (
+            TextFiles(),
+            TextLabels(0),
+            "TextFiles are for Masking, .* is for Classification: .* MaskedTokens$",
+        ),
+        (PythonCode(), TokenLabels(0), "PythonCode are for Masking"),
+        (PythonTags(), MaskedTokens(), "PythonTags are for Tagging"),
+        (CodeTopics(), TokenLabels(0), "CodeTopics are for Classification"),
+    ],
+)
+def test_a_head_that_the_examples_do_not_serve_is_refused(task, head, served, tiny):
+    experiment = dataclasses.replace(tiny, task=task, model=EncoderConfig(11, head=head))
+    with pytest.raises(ValueError, match=served):
+        objectives.kind(experiment)
 
 
 def test_objectives_own_their_names_and_commands():
