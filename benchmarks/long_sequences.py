@@ -27,7 +27,9 @@ from benchmarks.row import CHECKED, REFUSED, TIMED, WRONG
 from benchmarks.timing import Times, interleaved
 from seqattn.models import LanguageModelConfig
 from seqattn.nn import MemoryCompressedAttention, MultiHeadAttention, with_implementation
-from train import environment, experiments, run
+from train import environment, run
+from train.experiments.docstrings_compressed import DOCSTRINGS_COMPRESSED
+from train.experiments.docstrings_stream import DOCSTRINGS_STREAM
 from train.objectives import SequenceToSequence
 from train.update.step import make_update, start
 
@@ -109,7 +111,7 @@ def measure(lengths: Sequence[int], attentions: Sequence[str], rounds: int) -> I
     for length in lengths:
         rows, programs = [], {}
         for name in attentions:
-            row, program = attempt(name, length, experiments.DOCSTRINGS_STREAM.model)
+            row, program = attempt(name, length, DOCSTRINGS_STREAM.model)
             rows.append(row)
             if program is not None:
                 programs[name] = program
@@ -148,7 +150,7 @@ def attempt(name: str, length: int, config: Any) -> tuple[UpdateRow, Program | N
 def build(name: str, config: LanguageModelConfig) -> nnx.Module:
     """The decoder with one kind of attention, without dropout."""
     block = replace(config.block, dropout_rate=0.0)
-    compressed: Any = experiments.DOCSTRINGS_COMPRESSED.model
+    compressed: Any = DOCSTRINGS_COMPRESSED.model
     pattern = compressed.pattern if name in (COMPRESSED_KEPT, COMPRESSED) else config.pattern
     model = run.build(replace(config, block=block, pattern=pattern), seed=0)
     # Local attention has few scores to keep, T x 256, but as one product the xla kernel would make all of T x T.

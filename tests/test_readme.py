@@ -10,13 +10,13 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from benchmarks import long_sequences
-from train import experiments
+from train import catalogue
 from train.__main__ import parse
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 TEXT = README.read_text("utf-8") if README.exists() else ""
-EXPERIMENTS = [name.lower() for name in experiments.__all__]
+EXPERIMENTS = catalogue.names()
 
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"""\]\(([^)\s]+)|\b(?:src|srcset|href)="([^"\s]+)""")

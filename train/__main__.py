@@ -1,76 +1,64 @@
-"""`python -m train EXPERIMENT [--overrides]`: trains, or resumes, one of the experiments; `--list` names them."""
+"""`python -m train EXPERIMENT [--overrides]` trains, or resumes, an experiment: a name or a file; --list names them."""
 
-import ast
-import importlib.util
-import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
 
-from train import environment
+from train import catalogue, environment
 
 if TYPE_CHECKING:
     from train.config import Experiment
 
-
-def sentences() -> dict[str, str]:
-    """The first sentence about each experiment, by its name; their files are read, not run, since JAX is slow to load.
-
-    >>> "reverse" in sentences()
-    True
-    """
-    spec = importlib.util.find_spec("train.experiments")
-    assert spec is not None
-    assert spec.origin is not None
-    package = Path(spec.origin)
-    (names,) = (
-        ast.literal_eval(node.value)
-        for node in _parsed(package).body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-    )
-    docstrings = {name.lower(): ast.get_docstring(_parsed(package.with_name(f"{name.lower()}.py"))) for name in names}
-    return {name: _first_sentence(docstring or "") for name, docstring in docstrings.items()}
+_FLAGS = (
+    tyro.conf.ConsolidateSubcommandArgs,
+    tyro.conf.CascadeSubcommandArgs,
+    tyro.conf.EnumChoicesFromValues,
+    # A nested `--no-...` is refused where the subcommand of its default is not written out.
+    tyro.conf.FlagConversionOff,
+)
 
 
 def parse(arguments: Sequence[str] | None = None) -> "Experiment":
     """The experiment that a command line names, with its overrides; that of this process by default."""
-    from train import experiments
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and _is_path(arguments[0]):
+        return _from_file(Path(arguments[0]), arguments[1:])
+    defaults = {name: catalogue.named(name) for name in catalogue.names()}
+    kinds = tyro.extras.subcommand_type_from_defaults(defaults, catalogue.sentences())
+    about = "Trains, or resumes, one of the experiments, or that of a FILE.py; --list names them, a line each."
+    return tyro.cli(kinds, prog="python -m train", description=about, config=_FLAGS, args=arguments)
 
-    defaults = {name.lower(): getattr(experiments, name) for name in experiments.__all__}
-    kinds = tyro.extras.subcommand_type_from_defaults(defaults, sentences())
-    flags = (
-        tyro.conf.ConsolidateSubcommandArgs,
-        tyro.conf.CascadeSubcommandArgs,
-        tyro.conf.EnumChoicesFromValues,
-        # A nested `--no-...` is refused where the subcommand of its default is not written out.
-        tyro.conf.FlagConversionOff,
-    )
-    about = "Trains, or resumes, one of the experiments; --list names them, a line each."
-    return tyro.cli(kinds, prog="python -m train", description=about, config=flags, args=arguments)
+
+def _is_path(argument: str) -> bool:
+    return not argument.startswith("-") and (argument.endswith(".py") or len(Path(argument).parts) > 1)
+
+
+def _from_file(file: Path, overrides: Sequence[str]) -> "Experiment":
+    from train.config import Experiment
+
+    experiment = catalogue.from_file(file)
+    about = catalogue.first_sentence(sys.modules[str(file.resolve())].__doc__ or "")
+    with warnings.catch_warnings():
+        # A task of the file is none of those that the annotation of the field names: it becomes a choice more.
+        warnings.filterwarnings("ignore", ".*does not match any type in Union")
+        prog = f"python -m train {file}"
+        return tyro.cli(Experiment, prog=prog, description=about, default=experiment, config=_FLAGS, args=overrides)
 
 
 def main() -> int:
     """Reads the command line and trains; returns the exit code."""
     if sys.argv[1:] == ["--list"]:
-        listed = sentences()
+        listed = catalogue.sentences()
         width = max(map(len, listed))
         print("\n".join(f"{name:{width}}  {sentence}" for name, sentence in listed.items()))
         return 0
     from train.engine import loop  # slow to import: a signal meanwhile must find `environment.command` at work
 
     return loop.train(parse())
-
-
-def _parsed(file: Path) -> ast.Module:
-    return ast.parse(file.read_text("utf-8"))
-
-
-def _first_sentence(docstring: str) -> str:
-    paragraph = " ".join(docstring.partition("\n\n")[0].split())
-    return re.split(r"(?<=[.!?]) (?=[A-Z`])", paragraph)[0]
 
 
 if __name__ == "__main__":

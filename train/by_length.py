@@ -8,12 +8,13 @@ import numpy as np
 import tyro
 
 from train import environment, objectives, run
+from train.catalogue import OwnCode
 from train.inference.translator import Translator
 from train.reports.plots import line_chart
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(OwnCode):
     """How often runs of one task write their reference, by the length of the source, in one picture."""
 
     run: tyro.conf.Positional[tuple[Path, ...]]

@@ -8,13 +8,14 @@ import tyro
 
 from seqattn.decoding import Sample, Temperature, TopP
 from train import environment, objectives
+from train.catalogue import OwnCode
 from train.data.standard_input import lines_as_they_come, standard_input
 from train.hub import exported
 from train.inference.completer import Completer
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(OwnCode):
     """Goes on with texts, or with each line of standard input, by the latest model of a run."""
 
     run: tyro.conf.Positional[Path]

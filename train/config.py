@@ -2,85 +2,40 @@
 
 import dataclasses
 import enum
+import functools
+import inspect
 import math
+import operator
+import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from seqattn.models import (
-    AttentionEncoder,
-    BucketBiases,
     CaptionerConfig,
-    Compressed,
-    Convolutional,
     EncoderConfig,
-    Full,
     LanguageModelConfig,
-    Learned,
-    LinearBiases,
-    Local,
-    MaskedTokens,
-    Patches,
     RecurrentLanguageModelConfig,
-    RelativeKeys,
-    Rotary,
     Seq2SeqConfig,
-    Sinusoidal,
-    TextLabels,
     TokenLabels,
     TransformerConfig,
-    Window,
 )
-from seqattn.nn import Activation, BlockConfig, Cell, Direction, MixtureConfig, Monotonic, Predictive, Score
 from train.data.batches import Batches
 from train.data.tokenizer import ByteLevelBPE, Characters, SavedTokenizer
-from train.devices.parallel import Parallel, Replicated, Sharded
+from train.devices.parallel import Parallel, Replicated
 from train.devices.processes import Processes
 from train.reports.profile import parse_steps
-from train.tasks import (
-    Addition,
-    CodeTopics,
-    Dates,
-    Docstrings,
-    HubTranslation,
-    Multi30k,
-    ParallelFiles,
-    PythonCode,
-    PythonTags,
-    RenderedText,
-    Reverse,
-)
+from train.tasks.task import Task, every_task
 from train.update.initializers import Kaiming, Normal, Uniform, Xavier
-from train.update.optimizer import (
-    SGD,
-    AdaGrad,
-    Adam,
-    AdamW,
-    Constant,
-    Cosine,
-    InverseSquareRoot,
-    InverseTime,
-    Momentum,
-    Muon,
-    Noam,
-    Optimizer,
-)
+from train.update.optimizer import Optimizer
 
-Task = (
-    Dates
-    | Addition
-    | Reverse
-    | ParallelFiles
-    | HubTranslation
-    | Multi30k
-    | PythonCode
-    | PythonTags
-    | CodeTopics
-    | Docstrings
-    | RenderedText
-)
-"""Any task that can be trained on."""
+if TYPE_CHECKING:
+    AnyTask = Task
+else:
+    AnyTask = functools.reduce(operator.or_, every_task())
+"""Any task that can be trained on; `task:dates` and so on on the command line."""
 
 FROM_TOKENIZER = 0
 """As the `vocab_size` of a model: take the size of the tokenizer's vocabulary."""
@@ -112,7 +67,7 @@ Model = (
 class Experiment:
     """Everything that decides a run."""
 
-    task: Task
+    task: AnyTask
     """Where examples come from."""
     model: Model
     """Which model; a vocab_size of 0 is taken from the tokenizer."""
@@ -225,29 +180,47 @@ class Experiment:
                 )
 
 
-_TYPES: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (
-        *(Activation, AdaGrad, Adam, AdamW, Addition, AttentionEncoder, Batches, BlockConfig, BucketBiases),
-        *(ByteLevelBPE, CaptionerConfig, Cell, Characters, CodeTopics, Compressed, Constant, Convolutional),
-        *(Cosine, Dates, Direction, Docstrings, EncoderConfig, Experiment, Full, HubTranslation),
-        *(InverseSquareRoot, InverseTime, Kaiming, LanguageModelConfig, Learned, LinearBiases, Local),
-        *(MaskedTokens, MixtureConfig, Momentum, Monotonic, Multi30k, Muon, Noam, Normal, Optimizer, ParallelFiles),
-        *(Patches, Path, Predictive, Processes, PythonCode, PythonTags, RecurrentLanguageModelConfig, RelativeKeys),
-        *(Replicated, SavedTokenizer, Sharded),
-        *(RenderedText, Reverse, Rotary, Score, Seq2SeqConfig, SGD, Sinusoidal, TextLabels, TokenLabels),
-        *(TransformerConfig, Uniform, Window, Xavier),
-    )
-}
+def _types() -> Mapping[str, type]:
+    """What a config may hold, by the names of the types: what an experiment reaches, or a task that was imported."""
+    return _reached((Experiment, *reversed(list(_concrete(Task)))))
+
+
+def _concrete(kind: type) -> Iterator[type]:
+    child: type
+    for child in kind.__subclasses__():
+        if not inspect.isabstract(child):
+            yield child
+        yield from _concrete(child)
+
+
+@functools.cache
+def _reached(kinds: tuple[type, ...]) -> Mapping[str, type]:
+    """The dataclasses and enums in the annotations of some types; of two with one name, the one that comes first."""
+    found: dict[str, type] = {"Path": Path}
+
+    def visit(annotation: Any) -> None:
+        for inner in typing.get_args(annotation):
+            visit(inner)
+        is_data = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
+        is_enum = isinstance(annotation, type) and issubclass(annotation, enum.Enum)
+        if (is_data or is_enum) and annotation.__name__ not in found:
+            found[annotation.__name__] = annotation
+            for inner in typing.get_type_hints(annotation).values() if is_data else ():
+                visit(inner)
+
+    for kind in kinds:
+        visit(kind)
+    return found
 
 
 def encode(value: Any) -> Any:
     """A config as JSON values; dataclasses, enums and paths carry the name of their type.
 
-    >>> encode(Rotary(base=500.0))
-    {'type': 'Rotary', 'base': 500.0}
+    >>> encode(TokenLabels(3))
+    {'type': 'TokenLabels', 'num_labels': 3}
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        _check_name(type(value))
         fields = {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"type": type(value).__name__, **fields}
     if isinstance(value, enum.Enum):
@@ -275,9 +248,12 @@ def decode(value: Any) -> Any:
         return tuple(decode(item) for item in value)
     if not isinstance(value, dict):
         return value
-    kind = _TYPES.get(value.get("type", ""))
+    kind = _types().get(value.get("type", ""))
     if kind is None:
-        raise ValueError(f"a config cannot hold the type {value.get('type')!r}")
+        raise ValueError(
+            f"a config cannot hold the type {value.get('type')!r}; if that is a task of your own, name the file of its "
+            "experiment (--experiment FILE), or put the file of the task into train/tasks/"
+        )
     fields = {name: decode(item) for name, item in value.items() if name != "type"}
     if not dataclasses.is_dataclass(kind):
         return kind(fields["value"])
@@ -290,6 +266,17 @@ def decode(value: Any) -> Any:
     return kind(**fields)
 
 
+def _check_name(kind: type) -> None:
+    found = _types().get(kind.__name__)
+    if found is None:
+        raise TypeError(f"a config cannot hold a {kind.__name__}")
+    if found is not kind:
+        raise TypeError(
+            f"a config knows types by their names, and {kind.__name__} is both {found.__module__} and "
+            f"{kind.__module__}: give one of them another name"
+        )
+
+
 def _without_default(kind: type) -> set[str]:
     none = dataclasses.MISSING
     return {x.name for x in dataclasses.fields(kind) if x.default is none and x.default_factory is none}
@@ -298,8 +285,8 @@ def _without_default(kind: type) -> set[str]:
 def differences(first: Any, second: Any, path: str = "") -> list[str]:
     """The fields in which two encoded configs differ, with both values.
 
-    >>> differences(encode(Rotary(base=500.0)), encode(Rotary(base=10.0)))
-    ['base: 500.0 and 10.0']
+    >>> differences(encode(TokenLabels(3)), encode(TokenLabels(5)))
+    ['num_labels: 3 and 5']
     """
     same_type = isinstance(first, dict) and isinstance(second, dict) and first.get("type") == second.get("type")
     if same_type and "value" not in first:

@@ -7,10 +7,11 @@ from typing import Literal
 import tyro
 
 from train import environment, objectives, run
+from train.catalogue import OwnCode
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(OwnCode):
     """Measures the latest model of a run on one of its splits, as training does at its end."""
 
     run: tyro.conf.Positional[Path]

@@ -13,6 +13,7 @@ import huggingface_hub.errors
 import tyro
 
 from train import environment, objectives, run
+from train.catalogue import OwnCode
 from train.hub import exported
 from train.hub.card import card
 from train.hub.exported import CARD, FORWARD, SUMS, Exported
@@ -21,7 +22,7 @@ from train.tasks import RenderedText
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class Arguments(OwnCode):
     """Writes a trained model as a folder that anybody can read without running code of yours."""
 
     run: tyro.conf.Positional[Path]
@@ -46,7 +47,7 @@ def main(arguments: Arguments) -> None:
     """Writes the folder, says where it is, and uploads it where that is asked for."""
     _check(arguments)
     trained = run.load(arguments.run, average=arguments.average)
-    objective = objectives.kind(trained.experiment).__name__
+    objective = objectives.kind(trained.experiment).name
     made = Exported(arguments.folder, trained.model, trained.tokenizer, trained.labels, objective, trained.step)
     task, program = trained.experiment.task, None
     image = (task.height, task.width) if isinstance(task, RenderedText) else None

@@ -8,6 +8,7 @@ import tyro
 
 from seqattn.models import Encoder
 from train import environment, objectives, run
+from train.catalogue import OwnCode
 from train.objectives.pictures import draw_heads, draw_texts
 from train.reports.metrics import read_metrics
 from train.reports.plots import compared_curves, learning_curves
@@ -43,7 +44,7 @@ def compare(folders: Sequence[Path], path_stem: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(OwnCode):
     """Draws learning curves and attention maps of a run into its folder, or the curves of several in one picture."""
 
     run: tyro.conf.Positional[tuple[Path, ...]]

@@ -37,6 +37,7 @@ from seqattn.decoding import (
 )
 from seqattn.models import Seq2SeqConfig
 from train import environment, objectives
+from train.catalogue import OwnCode
 from train.data.standard_input import lines_as_they_come, lines_left, standard_input
 from train.data.tokenizer import Tokenizer
 from train.hub import exported
@@ -87,7 +88,7 @@ _PENALTY = tyro.constructors.PrimitiveConstructorSpec[LengthPenalty](
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(OwnCode):
     """Translates texts, or standard input line by line, with the latest model of a run: the most probable token first,
     a beam of hypotheses (--beam_size), or at random (any of --temperature, --top_k, --top_p, --min_p, --seed)."""
 

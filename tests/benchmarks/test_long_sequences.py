@@ -23,7 +23,7 @@ from benchmarks.long_sequences import (
 from benchmarks.row import CHECKED, REFUSED, TIMED, WRONG
 from seqattn.models import LanguageModelConfig, Sinusoidal
 from seqattn.nn import BlockConfig, MemoryCompressedAttention, MultiHeadAttention
-from train import experiments
+from train.experiments.docstrings_stream import DOCSTRINGS_STREAM
 
 LENGTH = 331
 SMALL = LanguageModelConfig(
@@ -33,8 +33,8 @@ SMALL = LanguageModelConfig(
 
 @pytest.fixture
 def small(monkeypatch):
-    stream = dataclasses.replace(experiments.DOCSTRINGS_STREAM, model=SMALL)
-    monkeypatch.setattr(experiments, "DOCSTRINGS_STREAM", stream)
+    stream = dataclasses.replace(DOCSTRINGS_STREAM, model=SMALL)
+    monkeypatch.setattr(long_sequences, "DOCSTRINGS_STREAM", stream)
 
 
 def test_every_kind_is_compared_planned_and_timed(small, tmp_path, capsys):

@@ -1,13 +1,16 @@
 """The command line, in processes of their own."""
 
+import importlib
+import json
 import subprocess
 import sys
 
 import pytest
 
-from train import __main__ as commands
-from train import experiments
+from train import catalogue, config
+from train.__main__ import parse
 from train.checkpoints import lock
+from train.engine import loop
 
 
 def command(*arguments):
@@ -38,10 +41,10 @@ def test_list_prints_each_experiment_and_a_sentence_without_jax():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     *lines, last = done.stdout.splitlines()
     assert last == "0 False"
-    assert [line.split()[0] for line in lines] == [name.lower() for name in experiments.__all__]
+    assert [line.split()[0] for line in lines] == catalogue.names()
     (column,) = {len(line) - len(line.partition(" ")[2].lstrip()) for line in lines}  # aligned
-    for line, name in zip(lines, experiments.__all__, strict=True):
-        documentation = " ".join(sys.modules[f"train.experiments.{name.lower()}"].__doc__.split())
+    for line, name in zip(lines, catalogue.names(), strict=True):
+        documentation = " ".join(importlib.import_module(f"train.experiments.{name}").__doc__.split())
         assert documentation.startswith(line[column:])
         assert line[column:].endswith(".")
 
@@ -52,17 +55,98 @@ def test_list_is_a_command():
     assert "Human-written dates" in text
 
 
-@pytest.mark.parametrize(
-    ("docstring", "sentence"),
-    [
-        ("One.", "One."),
-        ("On two\nlines. Second.\n\nThird.", "On two lines."),
-        ("By A. b of 2.5 (e.g. this one). `Code` follows", "By A. b of 2.5 (e.g. this one)."),
-        ("", ""),
-    ],
+TASK = '''"""Words to themselves in capitals."""
+
+from dataclasses import dataclass
+
+from train.tasks.task import Task, splits
+
+
+@dataclass(frozen=True)
+class Capitals(Task):
+    """What the name says."""
+
+    letters: str = "abc"
+    """which letters there are"""
+
+    def load(self):
+        words = [one + two + three for one in self.letters for two in self.letters for three in self.letters]
+        pairs = [(word, word.upper()) for word in words]
+        return splits(pairs[6:], pairs[:3], pairs[3:6])
+'''
+EXPERIMENT = '''"""Words to capitals, by a tiny Transformer. It takes seconds."""
+
+from pathlib import Path
+
+from capitals import Capitals
+from seqattn.models import TransformerConfig
+from seqattn.nn import BlockConfig
+from train.config import Experiment
+from train.data.batches import Batches
+from train.update.optimizer import Constant, Optimizer
+
+CAPITALS = Experiment(
+    task=Capitals(),
+    model=TransformerConfig(
+        0, num_encoder_layers=1, num_decoder_layers=1, block=BlockConfig(model_dim=8, hidden_dim=8, num_heads=2)
+    ),
+    run=Path("runs/capitals"),
+    batches=Batches(tokens=256, max_length=16, buckets=1),
+    optimizer=Optimizer(schedule=Constant(rate=0.01)),
+    steps=4,
+    evaluate_every=4,
 )
-def test_the_first_sentence_of_a_docstring(docstring, sentence):
-    assert commands._first_sentence(docstring) == sentence
+'''
+
+
+@pytest.fixture
+def own_files(tmp_path):
+    """A new task and a new experiment: two files in a folder of their own."""
+    (tmp_path / "capitals.py").write_text(TASK)
+    file = tmp_path / "to_capitals.py"
+    file.write_text(EXPERIMENT)
+    return file
+
+
+def test_a_run_of_a_new_task_and_a_new_experiment_begins_without_a_registry_edit(own_files, tmp_path):
+    experiment = parse([str(own_files), "--task.letters", "abcd", "--run", str(tmp_path / "run")])
+    with loop.prepare(experiment).checkpoints:
+        saved = json.loads((experiment.run / "config.json").read_text())
+    assert saved["task"] == {"type": "Capitals", "letters": "abcd"}
+    assert config.decode(saved).task == experiment.task
+
+
+@pytest.mark.slow
+def test_a_new_task_and_a_new_experiment_are_two_files_and_no_registry_edit(own_files, tmp_path):
+    run = tmp_path / "run"
+    flags = ("--task.letters", "abcd", "--run", str(run))
+    code, text = command("train", str(own_files), *flags)
+    assert code == 0, text
+    assert "Warning" not in text
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["task"] == {"type": "Capitals", "letters": "abcd"}
+    assert json.loads((run / "results.json").read_text())["steps"] == 4
+    code, text = command("train.evaluate", str(run))
+    assert (code, text.count("\n")) == (2, 1), text
+    assert "a config cannot hold the type 'Capitals'" in text
+    code, text = command("train.evaluate", str(run), "--experiment", str(own_files))
+    assert code == 0, text
+    assert "exact_match" in text
+
+
+def test_help_of_a_file_shows_its_own_settings(own_files, capsys):
+    with pytest.raises(SystemExit) as left:
+        parse([str(own_files), "--help"])
+    text = capsys.readouterr().out
+    assert left.value.code == 0
+    assert "Words to capitals, by a tiny Transformer." in text
+    assert "--task.letters" in text
+
+
+def test_a_file_that_is_no_experiment_is_one_sentence(tmp_path):
+    code, text = command("train", str(tmp_path / "no.py"))
+    assert (code, text.count("\n")) == (2, 1), text
+    assert "there is no file" in text
 
 
 def slow(*values):

@@ -14,7 +14,7 @@ from jax import export
 from seqattn.interop import to_arrays
 from train.config import Experiment
 from train.hub.exported import Exported
-from train.objectives.choice import COMMANDS
+from train.objectives.for_experiment import named
 from train.reports.metrics import read_metrics
 from train.run import RESULTS
 
@@ -276,7 +276,7 @@ def _usage(made: Exported, name: str, image: tuple[int, int] | None, program: ex
         f"```python\n{_LOAD}{use}\n```",
         'Text becomes ids by `tokenizers.Tokenizer.from_file("tokenizer.json").encode(text).ids`.',
     ]
-    if (command := COMMANDS.get(made.objective)) is not None:
+    if (command := named(made.objective).command) != "evaluate":  # which needs the data of the run
         parts.append(f'Or, with `pip install .[train]`: `python -m train.{command} FOLDER "a text"`.')
     parts.append("`sha256sum -c SHA256SUMS` checks the files.")
     return "\n\n".join(parts + ([] if program is None else [_program_usage(program)]))

@@ -21,6 +21,9 @@ class Continuation(Objective):
     A piece of a longer text does not end where it was cut, so no end token is learned.
     """
 
+    name = "Continuation"
+    command = "complete"
+
     @staticmethod
     def texts(split: Dataset) -> list[str]:
         """The targets."""

@@ -20,6 +20,8 @@ from train.objectives.pictures import draw_heads
 class Tagging(Objective):
     """A label for each token: the target text has a character for each token of the source."""
 
+    name = "Tagging"
+
     @staticmethod
     def texts(split: Dataset) -> list[str]:
         """The sources."""
@@ -82,6 +84,8 @@ class Tagging(Objective):
 
 class Classification(Tagging):
     """A label for each text: the target text is the label."""
+
+    name = "Classification"
 
     @staticmethod
     def find_labels(split: Dataset) -> tuple[str, ...]:

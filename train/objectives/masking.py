@@ -24,6 +24,8 @@ class Masking(Objective):
     evaluation the same ones each time.
     """
 
+    name = "Masking"
+
     @staticmethod
     def texts(split: Dataset) -> list[str]:
         """The targets."""

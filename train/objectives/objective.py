@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from datasets import Dataset
@@ -43,7 +43,14 @@ class Objective(abc.ABC):
     Args:
         tokenizer: of the texts that are read and written.
         labels: the labels of a model that gives labels, in the order of their ids.
+
+    Attributes:
+        name: what configs, tasks and exported models call it.
+        command: the command that shows what a run does, as in `python -m train.translate`.
     """
+
+    name: ClassVar[str]
+    command: ClassVar[str] = "evaluate"
 
     def __init__(self, tokenizer: Tokenizer, labels: tuple[str, ...] = ()) -> None:
         self.tokenizer, self.labels = tokenizer, labels

@@ -27,6 +27,8 @@ _DRAWN = 4
 class Reading(Objective):
     """The text of the "target" column, given the picture whose recipe stands in the "source" column."""
 
+    name = "Reading"
+
     @staticmethod
     def texts(split: Dataset) -> list[str]:
         """The targets."""

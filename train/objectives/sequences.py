@@ -32,6 +32,9 @@ class SequenceToSequence(Objective):
         beam_size: outputs are the best of so many hypotheses, scored by their mean log probability; 1 for greedy ones.
     """
 
+    name = "SequenceToSequence"
+    command = "translate"
+
     def __init__(self, tokenizer: Tokenizer, *, bleu: bool = False, rouge: bool = False, beam_size: int = 1) -> None:
         super().__init__(tokenizer)
         self._bleu, self._rouge = bleu, rouge

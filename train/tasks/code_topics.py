@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from datasets import Dataset
 
@@ -29,6 +30,10 @@ class CodeTopics(SourceTask):
             raise ValueError(f"packages ({', '.join(self.packages)}) must be two or more different ones")
         if self.lines < 1:
             raise ValueError(f"lines ({self.lines}) must be at least 1")
+
+    def encoder_objective(self) -> Literal["Classification"]:
+        """A label for each text."""
+        return "Classification"
 
     def load(self) -> dict[str, Dataset]:
         """The splits; FileNotFoundError or ValueError where there is no folder, or too few files of a package in it."""

@@ -5,6 +5,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from datasets import Dataset
 
@@ -19,6 +20,8 @@ class Docstrings(SourceTask):
 
     No body is in two examples, under whatever name, and no file in two splits.
     """
+
+    scores: ClassVar[frozenset[Literal["rouge"]]] = frozenset({"rouge"})
 
     max_source: int = 1_000
     """characters of a function; longer ones are left out, of every split"""

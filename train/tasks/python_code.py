@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from datasets import Dataset
 
@@ -15,6 +16,8 @@ class PythonCode(SourceTask):
     The pieces of a file in their order are the whole file; no file is in two splits.
     """
 
+    objective: ClassVar[Literal["Continuation"]] = "Continuation"
+
     characters: int = 512
     """most characters of a piece; it ends at the end of a line, but where a line is longer"""
 
@@ -22,6 +25,10 @@ class PythonCode(SourceTask):
         super().__post_init__()
         if self.characters < 1:
             raise ValueError(f"characters ({self.characters}) must be at least 1")
+
+    def encoder_objective(self) -> Literal["Masking"]:
+        """Hidden tokens of the text; there are no labels."""
+        return "Masking"
 
     def load(self) -> dict[str, Dataset]:
         """The splits; FileNotFoundError or ValueError where there is no folder, or too few files in it."""

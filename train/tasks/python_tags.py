@@ -7,6 +7,7 @@ import keyword
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from datasets import Dataset
 
@@ -50,6 +51,10 @@ class PythonTags(SourceTask):
         super().__post_init__()
         if self.characters < 1:
             raise ValueError(f"characters ({self.characters}) must be at least 1")
+
+    def encoder_objective(self) -> Literal["Tagging"]:
+        """A label for each character."""
+        return "Tagging"
 
     def load(self) -> dict[str, Dataset]:
         """The splits; FileNotFoundError or ValueError where there is no folder, or too few files in it."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
-from train.tasks.task import generator, splits
+from train.tasks.task import Task, generator, splits
 
 HELD_OUT = 10
 """About one file in so many is for validation, and as many are for the test."""
@@ -58,7 +58,7 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SourceTask:
+class SourceTask(Task):
     """The settings of a task whose examples are cut from files of Python source."""
 
     root: Path | None = None

@@ -1,9 +1,13 @@
 """What a task is: a source of (source text, target text) examples in three splits."""
 
+import abc
+import importlib
+import inspect
+import pkgutil
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Literal
 
 import numpy as np
 from datasets import Dataset
@@ -12,12 +16,41 @@ Pair = tuple[str, str]
 """One example: the source text and the target text."""
 
 
-class Task(Protocol):
-    """A frozen dataclass of settings that can produce examples."""
+class Task(abc.ABC):
+    """What can produce examples: a subclass is a frozen dataclass of settings.
 
+    Attributes:
+        objective: what a model that writes text learns from the examples: "SequenceToSequence", the target given the
+            source, or "Continuation", the target alone, where sources are empty. The head of an encoder decides what
+            that learns.
+        scores: what is measured of written texts beside the loss, exact matches and, if asked for, BLEU: "rouge", which
+            is ROUGE-L and the perplexity, for outputs of one line.
+    """
+
+    objective: ClassVar[Literal["SequenceToSequence", "Continuation"]] = "SequenceToSequence"
+    scores: ClassVar[frozenset[Literal["rouge"]]] = frozenset()
+
+    def encoder_objective(self) -> Literal["Masking", "Tagging", "Classification"] | None:
+        """The only objective that the examples serve for an encoder; None where its head alone decides."""
+        return None
+
+    @abc.abstractmethod
     def load(self) -> dict[str, Dataset]:
         """The splits "train", "validation" and "test", each with the text columns "source" and "target", none empty."""
-        ...
+
+
+def every_task() -> tuple[type[Task], ...]:
+    """The tasks that the files of `train/tasks/` define, in the order of the files' names."""
+    package = importlib.import_module("train.tasks")
+    names = sorted(f"train.tasks.{module.name}" for module in pkgutil.iter_modules(package.__path__))
+    return tuple(kind for name in names for kind in _defined(name))
+
+
+def _defined(module: str) -> Iterator[type[Task]]:
+    kinds = [kind for kind in vars(importlib.import_module(module)).values() if isinstance(kind, type)]
+    for kind in kinds:
+        if kind.__module__ == module and issubclass(kind, Task) and not inspect.isabstract(kind):
+            yield kind
 
 
 def splits(train: Sequence[Pair], validation: Sequence[Pair], test: Sequence[Pair]) -> dict[str, Dataset]:
@@ -57,7 +90,7 @@ def generator(seed: int) -> np.random.Generator:
 
 
 @dataclass(frozen=True)
-class DrawnTask:
+class DrawnTask(Task):
     """The settings of a task that makes its examples up; the same settings give the same examples."""
 
     train_examples: int = 50_000

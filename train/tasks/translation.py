@@ -14,7 +14,7 @@ from numpy.random import Generator
 
 from train.tasks.lines import read_pairs
 from train.tasks.tables import Table, tables
-from train.tasks.task import Pair, generator, normalized, splits
+from train.tasks.task import Pair, Task, generator, normalized, splits
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
-class TranslationTask:
+class TranslationTask(Task):
     """How examples are chosen from parallel text."""
 
     validation_examples: int = 1_000

@@ -25,7 +25,7 @@ from seqattn.models import (
     TransformerConfig,
 )
 from seqattn.nn import BlockConfig, Cell, MixtureConfig, Predictive, Score
-from train import experiments, run
+from train import catalogue, run
 from train.devices.sharding import AXES, Rule, rule_for, shardings
 from train.update.freezing import freeze
 from train.update.optimizer import AdaGrad, AdamW, Muon, Optimizer
@@ -58,7 +58,7 @@ def shapes(model):
     return nnx.state(nnx.eval_shape(lambda: run.build(model, seed=0)), nnx.Param)
 
 
-EVERY = {name: getattr(experiments, name).model for name in experiments.__all__} | OTHERS
+EVERY = {name: catalogue.named(name).model for name in catalogue.names()} | OTHERS
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from seqattn.models import EncoderConfig, MaskedTokens
-from train import experiments, run
+from train import catalogue, run
 from train.config import decode
 from train.data.tokenizer import ByteLevelBPE, Characters, SavedTokenizer
 from train.engine import loop, without_effect
@@ -115,9 +115,9 @@ def test_settings_that_just_do_something_are_taken(tiny):
         without_effect.check_settings(dataclasses.replace(tiny, optimizer=optimizer))
 
 
-@pytest.mark.parametrize("name", experiments.__all__)
+@pytest.mark.parametrize("name", catalogue.names())
 def test_every_experiment_uses_its_settings(name):
-    without_effect.check_settings(getattr(experiments, name))
+    without_effect.check_settings(catalogue.named(name))
 
 
 def test_muon_of_one_pattern_more_and_of_a_pattern_that_is_frozen_too_is_taken(tiny):

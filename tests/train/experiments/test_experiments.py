@@ -11,12 +11,13 @@ import jax
 import pytest
 
 from seqattn.models import CaptionerConfig
-from train import experiments
+from train import catalogue
 from train.data.batches import stream
 from train.data.tokenizer import ByteLevelBPE
 from train.devices.parallel import data_parallel
 from train.engine import loop
-from train.tasks import CodeTopics, Multi30k, ParallelFiles
+from train.tasks import CodeTopics, LabelledFiles, Multi30k, ParallelFiles
+from train.tasks.own_files import OwnFiles
 from train.tasks.standard_library import SourceTask
 from train.tasks.task import DrawnTask
 from train.update.freezing import freeze
@@ -35,6 +36,12 @@ def _task(task, folder: Path):
         names = ("source", "validation_source", "test_source"), ("target", "validation_target", "test_target")
         paths = {name: folder / side for side, group in zip(("source", "target"), names, strict=True) for name in group}
         return dataclasses.replace(task, **paths)
+    if isinstance(task, OwnFiles):
+        end = "\tlabel {0}" if isinstance(task, LabelledFiles) else ""
+        for name in ("train", "validation", "test"):
+            rows = (f"{{0}} b c {name} {number}{end}\n".format("xy"[number % 2]) for number in range(20))
+            (folder / name).write_text("".join(rows))
+        return dataclasses.replace(task, **{name: folder / name for name in ("train", "validation", "test")})
     if isinstance(task, Multi30k):
         for name in ("train", "val", "test_2016_flickr"):
             (folder / f"{name}.en").write_text("a b c\nb c\n" * 20)
@@ -56,9 +63,9 @@ def _model(model):
     return dataclasses.replace(model, **{name: min(2, getattr(model, name)) for name in layers})
 
 
-@pytest.mark.parametrize("name", experiments.__all__)
+@pytest.mark.parametrize("name", catalogue.names())
 def test_the_loss_falls(name, tmp_path):
-    experiment = getattr(experiments, name)
+    experiment = catalogue.named(name)
     tokenizer = experiment.tokenizer
     experiment = dataclasses.replace(
         experiment,
@@ -85,10 +92,10 @@ def test_the_loss_falls(name, tmp_path):
     assert losses[-1] < 0.97 * losses[0]
 
 
-@pytest.mark.parametrize("name", experiments.__all__)
+@pytest.mark.parametrize("name", catalogue.names())
 def test_the_docstring_says_command_time_and_result(name):
-    said = importlib.import_module(f"train.experiments.{name.lower()}").__doc__
-    assert f"`python -m train {name.lower()}" in said
+    said = importlib.import_module(f"train.experiments.{name}").__doc__
+    assert f"`python -m train {name}" in said
     assert re.search(r"^Time.*\d+ s\b.* 2 CPU cores", said, re.MULTILINE)
     assert re.search(r"^Result\b.*\d", said, re.DOTALL | re.MULTILINE)
     assert not re.findall(r"\b[A-Z]{7,}\b", said), "a figure that is left open"

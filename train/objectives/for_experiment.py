@@ -1,4 +1,4 @@
-"""Which objective an experiment has, by its task and its model."""
+"""The objective for an experiment: its model decides, and where that writes text, its task."""
 
 from seqattn.models import (
     CaptionerConfig,
@@ -6,6 +6,7 @@ from seqattn.models import (
     LanguageModelConfig,
     MaskedTokens,
     TextLabels,
+    TokenLabels,
     TransformerConfig,
 )
 from train.config import Experiment
@@ -18,21 +19,49 @@ from train.objectives.objective import Objective
 from train.objectives.reading import Reading
 from train.objectives.sequences import SequenceToSequence
 from train.run import Run
-from train.tasks import Docstrings, PythonCode
+from train.tasks.task import Task
 
-COMMANDS = {"SequenceToSequence": "translate", "Continuation": "complete"}
-"""What shows how a model does on a text of the user; others are measured."""
+_HEADS: dict[type, type[Objective]] = {MaskedTokens: Masking, TokenLabels: Tagging, TextLabels: Classification}
+_KINDS: tuple[type[Objective], ...] = (SequenceToSequence, Continuation, Reading, *_HEADS.values())
+_OBJECTIVES = {kind.name: kind for kind in _KINDS}
+
+
+def named(name: str) -> type[Objective]:
+    """The objective that tasks and exported models call by a name.
+
+    Raises:
+        ValueError: there is none of this name.
+
+    >>> named("Continuation").command
+    'complete'
+    """
+    if name not in _OBJECTIVES:
+        raise ValueError(f"objective ({name}) must be one of {', '.join(_OBJECTIVES)}")
+    return _OBJECTIVES[name]
 
 
 def kind(experiment: Experiment) -> type[Objective]:
-    """What an experiment is about."""
+    """What an experiment is about.
+
+    Raises:
+        ValueError: the head of an encoder is for another objective than the examples are.
+    """
     if isinstance(experiment.model, CaptionerConfig):
         return Reading
     if isinstance(experiment.model, EncoderConfig):
-        if isinstance(experiment.model.head, MaskedTokens):
-            return Masking
-        return Classification if isinstance(experiment.model.head, TextLabels) else Tagging
-    return Continuation if isinstance(experiment.task, PythonCode) else SequenceToSequence
+        return _of_encoder(experiment.task, type(experiment.model.head))
+    return named(experiment.task.objective)
+
+
+def _of_encoder(task: Task, head: type) -> type[Objective]:
+    found, served = _HEADS[head], task.encoder_objective()
+    if served not in (None, found.name):
+        needed = next(each.__name__ for each, objective in _HEADS.items() if objective.name == served)
+        raise ValueError(
+            f"the examples of {type(task).__name__} are for {served}, and the head {head.__name__} is for "
+            f"{found.name}: give the model the head {needed}"
+        )
+    return found
 
 
 def make(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...], *, beam_size: int = 1) -> Objective:
@@ -49,9 +78,9 @@ def make(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...], 
         )
     objective = kind(experiment)
     if objective is SequenceToSequence:
-        scores = {"bleu": experiment.bleu, "rouge": isinstance(experiment.task, Docstrings)}
+        scores = {"bleu": experiment.bleu, "rouge": "rouge" in experiment.task.scores}
         return SequenceToSequence(tokenizer, **scores, beam_size=beam_size)
-    here = f"is for texts written from a source text, and the objective here is {objective.__name__}"
+    here = f"is for texts written from a source text, and the objective here is {objective.name}"
     if experiment.bleu:
         raise ValueError(f"bleu ({experiment.bleu}) {here}: set --bleu False")
     if (beam_size := max(beam_size, experiment.beam_size)) > 1:
@@ -70,9 +99,9 @@ def check_serves(trained: Run | Exported, command: str, objective: type[Objectiv
     Raises:
         ValueError: naming what the run is about, and the command that serves it.
     """
-    found = trained.objective if isinstance(trained, Exported) else kind(trained.experiment).__name__
-    if found != objective.__name__:
+    found = named(trained.objective) if isinstance(trained, Exported) else kind(trained.experiment)
+    if found is not objective:
         raise ValueError(
-            f"train.{command} serves runs of the objective {objective.__name__}, and that of {trained.folder} is "
-            f"{found}, which python -m train.{COMMANDS.get(found, 'evaluate')} serves"
+            f"train.{command} serves runs of the objective {objective.name}, and that of {trained.folder} is "
+            f"{found.name}, which python -m train.{found.command} serves"
         )

@@ -1,6 +1,7 @@
 """Task and model say what an experiment is about, and which commands serve its run."""
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from seqattn.models import (
     TextLabels,
     TokenLabels,
 )
-from train import by_length, complete, experiments, objectives, run, translate
+from train import by_length, catalogue, complete, objectives, run, translate
 from train.data.tokenizer import Characters, Tokenizer
 from train.objectives import Classification, Continuation, Masking, Reading, SequenceToSequence, Tagging
-from train.tasks import CodeTopics, Docstrings, PythonCode, PythonTags, RenderedText, Reverse
+from train.tasks import CodeTopics, Docstrings, LabelledFiles, PythonCode, PythonTags, RenderedText, Reverse, TextFiles
+from train.tasks.task import Task, splits
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,67 @@ def test_task_and_model_decide(task, model, kind, tiny):
     assert type(objective) is kind
     assert objective.tokenizer is tokenizer
     assert objective.labels == (() if kind is SequenceToSequence else ("x", "y"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(Task):
+    """A task that no file of the project names."""
+
+    def load(self):
+        return splits([("a", "b")], [("a", "b")], [("a", "b")])
+
+
+class OwnContinuation(Own):
+    objective = "Continuation"
+
+
+class OwnSummary(Own):
+    scores = frozenset({"rouge"})
+
+
+class OwnMisspelt(Own):
+    objective = "Continuaton"
+
+
+def test_a_task_says_what_its_objective_and_its_scores_are(tiny):
+    experiment = dataclasses.replace(tiny, model=LanguageModelConfig(11), bleu=False)
+    tokenizer = Tokenizer.train(Characters(), ["ab"])
+    made = {
+        task: objectives.make(dataclasses.replace(experiment, task=task()), tokenizer, ())
+        for task in (Own, OwnContinuation, OwnSummary)
+    }
+    assert [type(each) for each in made.values()] == [SequenceToSequence, Continuation, SequenceToSequence]
+    assert [made[task]._rouge for task in (Own, OwnSummary)] == [False, True]
+    with pytest.raises(ValueError, match=r"objective \(Continuaton\) must be one of SequenceToSequence, Continuation"):
+        objectives.kind(dataclasses.replace(experiment, task=OwnMisspelt()))
+
+
+@pytest.mark.parametrize(
+    ("task", "head", "served"),
+    [
+        (LabelledFiles(labels="character"), TextLabels(0), "LabelledFiles are for Tagging, .* the head TokenLabels$"),
+        (LabelledFiles(), TokenLabels(0), "LabelledFiles are for Classification, .* the head TextLabels$"),
+        (
+            TextFiles(),
+            TextLabels(0),
+            "TextFiles are for Masking, .* is for Classification: .* MaskedTokens$",
+        ),
+        (PythonCode(), TokenLabels(0), "PythonCode are for Masking"),
+        (PythonTags(), MaskedTokens(), "PythonTags are for Tagging"),
+        (CodeTopics(), TokenLabels(0), "CodeTopics are for Classification"),
+    ],
+)
+def test_a_head_that_the_examples_do_not_serve_is_refused(task, head, served, tiny):
+    experiment = dataclasses.replace(tiny, task=task, model=EncoderConfig(11, head=head))
+    with pytest.raises(ValueError, match=served):
+        objectives.kind(experiment)
+
+
+def test_objectives_own_their_names_and_commands():
+    for name in ("SequenceToSequence", "Continuation", "Reading", "Masking", "Tagging", "Classification"):
+        kind = objectives.named(name)
+        assert (kind.__name__, kind.name) == (name, name)
+        assert importlib.util.find_spec(f"train.{kind.command}") is not None
 
 
 KINDS = {
@@ -92,9 +155,9 @@ def test_a_command_names_the_one_that_serves_a_run(command, kind, tiny, monkeypa
         main()
 
 
-@pytest.mark.parametrize("name", experiments.__all__)
+@pytest.mark.parametrize("name", catalogue.names())
 def test_every_experiment_is_about_something(name):
-    assert issubclass(objectives.kind(getattr(experiments, name)), objectives.Objective)
+    assert issubclass(objectives.kind(catalogue.named(name)), objectives.Objective)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,45 @@
+r"""Your own text, by a decoder-only Transformer; or by a recurrent language model, or an encoder of hidden tokens.
+
+Each line is an example, or each paragraph; what is held out of the file, or files, is a tenth for each split.
+
+Commands: `python -m train own_text --task.train docs.txt --task.unit paragraph`, with a recurrent model
+`python -m train own_text model:recurrent-language-model --task.train docs.txt --task.unit paragraph --run
+runs/own_text_recurrent`, and with hidden tokens `python -m train own_text model:encoder model.head:masked-tokens
+--task.train docs.txt --task.unit paragraph --run runs/own_text_masked`.
+Goes on with a text: `python -m train.complete runs/own_text "Return the "`.
+Time: 4 min 22 s on 2 CPU cores (AVX2, float32), of which other work took more than half.
+Result: perplexity 107.2 and 2.68 bits a character, by the first command, on 789 paragraphs that were never trained on
+(seed 0, 200 updates). The text is the documentation within the standard library of Python 3.11, written by
+
+    import ast, pathlib, sysconfig
+    files = sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_bytes()))]
+    documented = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)]
+    pathlib.Path("docs.txt").write_text("\n\n".join(ast.get_docstring(node) or "" for node in documented))
+"""
+
+from pathlib import Path
+
+from seqattn.models import LanguageModelConfig, Rotary
+from seqattn.nn import BlockConfig
+from train.config import FROM_TOKENIZER, Experiment
+from train.data.batches import Batches
+from train.data.tokenizer import ByteLevelBPE
+from train.tasks import TextFiles
+from train.update.optimizer import Cosine, Optimizer
+
+OWN_TEXT = Experiment(
+    task=TextFiles(),
+    model=LanguageModelConfig(
+        FROM_TOKENIZER,
+        num_layers=2,
+        block=BlockConfig(model_dim=96, hidden_dim=384, num_heads=4, norm_first=True, dropout_rate=0.1),
+        positions=Rotary(),
+    ),
+    run=Path("runs/own_text"),
+    tokenizer=ByteLevelBPE(vocab_size=1000),
+    batches=Batches(tokens=4096, max_length=512, buckets=2),
+    optimizer=Optimizer(schedule=Cosine(peak=3e-3, warmup_steps=50)),
+    steps=200,
+    evaluate_every=100,
+)

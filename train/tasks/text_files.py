@@ -1,0 +1,59 @@
+"""Text of one's own to model: the lines, or the paragraphs, of files."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from datasets import Dataset
+
+from train.tasks.lines import read_lines
+from train.tasks.own_files import OwnFiles
+from train.tasks.python_code import pieces
+from train.tasks.task import Pair, splits
+
+
+@dataclass(frozen=True)
+class TextFiles(OwnFiles):
+    """Text of UTF-8 files, plain or .gz, for language models and encoders of hidden tokens: the source is empty.
+
+    Each line is an example, or each paragraph: lines without a blank one between them. One that is longer than
+    `characters` is cut into several. Lines and paragraphs that are repeated, in whichever files, are used once, and all
+    pieces of one are in the same split. `train.tasks.lines.read_lines` says what a line is.
+    """
+
+    objective: ClassVar[Literal["Continuation"]] = "Continuation"
+
+    unit: Literal["line", "paragraph"] = "line"
+    """what is an example, and never in two splits"""
+    characters: int = 512
+    """most characters of an example; a longer paragraph is cut at the end of a line, a longer line anywhere"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.characters < 1:
+            raise ValueError(f"characters ({self.characters}) must be at least 1")
+
+    def encoder_objective(self) -> Literal["Masking"]:
+        """Hidden tokens of the text; there are no labels."""
+        return "Masking"
+
+    def load(self) -> dict[str, Dataset]:
+        """The splits; ValueError or FileNotFoundError, naming file and line where there is one, if that cannot be."""
+        found = self.found(_lines if self.unit == "line" else _paragraphs)
+        cut = {
+            split: [("", piece) for text, _ in rows for piece in pieces(text, self.characters)]
+            for split, rows in self.divide(found).items()
+        }
+        return splits(**cut)
+
+
+def _lines(file: Path) -> Iterator[Pair]:
+    return ((line, "") for line in read_lines(file))
+
+
+def _paragraphs(file: Path) -> Iterator[Pair]:
+    for is_text, lines in groupby(read_lines(file), key=lambda line: bool(line.strip())):
+        if is_text:
+            yield "\n".join(lines), ""
