@@ -56,8 +56,7 @@ def from_file(path: Path) -> "Experiment":
     """The experiment that a file of Python defines; the file is run, and may import from other files of its folder.
 
     Args:
-        path: the file. It binds an upper-case name to an `Experiment`, and no other one to another; what it imports
-            does not count.
+        path: the file. It binds exactly one upper-case name to an `Experiment`; names that it imports do not count.
 
     Raises:
         FileNotFoundError: there is no such file.
