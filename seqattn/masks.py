@@ -301,7 +301,7 @@ class Prefix(Mask):
     `length` is a leaf: an integer, a scalar array, or an array `[B]` with a length for each batch row.
     """
 
-    length: int | Array
+    length: int | np.integer | Array | np.ndarray
 
     def __post_init__(self) -> None:
         if isinstance(self.length, (int, float, np.number)):

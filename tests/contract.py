@@ -21,12 +21,10 @@ from jax.sharding import PartitionSpec as P
 
 from seqattn.attention import attend
 from seqattn.choice import IMPLEMENTATIONS, Implementation
-from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels import cached, ring
 from seqattn.kernels.call import Call, Columns
 from seqattn.masks import Mask, MaskMod
-from seqattn.nn import KeyColumns, KeyValue
 from tests import oracle
 
 PLATFORM = {"cudnn": "gpu", "splash": "tpu"}
@@ -104,8 +102,9 @@ def _is_real(query, key):
 
 def _cached(call):
     """A call whose keys and values lie as a cache keeps them."""
-    kv = KeyColumns.of(KeyValue(call.key, call.value, Coordinates.range(call.key.shape[1])))
-    columns = Columns(kv.key, kv.value, kv.finite)
+    finite = jnp.isfinite(call.key).all(axis=-1) & jnp.isfinite(call.value).all(axis=-1)
+    key, value = (jnp.where(finite[..., None], x, jnp.zeros_like(x)) for x in (call.key, call.value))
+    columns = Columns(key.transpose(0, 2, 3, 1), value.swapaxes(1, 2), finite.swapaxes(1, 2))
     return cached.attend(dataclasses.replace(call, key=None, value=None, columns=columns))
 
 

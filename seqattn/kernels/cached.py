@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array
 
 from seqattn.kernels.call import Call, Columns, Result
-from seqattn.kernels.reference import softmax, visibility
+from seqattn.kernels.reference import nan_unless_finite, softmax, visibility
 
 
 def attend(call: Call) -> Result:
@@ -25,7 +25,7 @@ def attend(call: Call) -> Result:
     num_kv_heads, size = columns.key.shape[1], columns.key.shape[3]
     group = num_heads // num_kv_heads
     visible = visibility(call.query.shape, call.mask, call.bias, call.q_at, call.kv_at)
-    query, rows = _of_rows_that_see(call, visible)
+    query, rows, bad = _of_rows_that_see(call, visible)
     grouped = query.reshape(batch, length, num_kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
     grouped = grouped.reshape(batch, num_kv_heads, group * length, head_dim)
     scores = _product("bkth,bkhs->bkts", grouped, columns.key, high).reshape(batch, num_heads, length, size)
@@ -40,8 +40,7 @@ def attend(call: Call) -> Result:
         scores = call.score_mod.over(scores, call.q_at, call.kv_at, heads, rows)
         allowed = scores != -jnp.inf
         visible = allowed if visible is None else visible & allowed
-    bad = jnp.where(columns.finite, 0.0, jnp.nan).astype(high)
-    weights, lse = softmax(scores + bad[:, None, None], visible)
+    weights, lse = softmax(scores + bad + _nan_unless_finite(columns, num_heads).astype(high), visible)
     weights = weights.reshape(batch, num_kv_heads, group * length, size).astype(columns.value.dtype)
     output = _product("bkts,bksv->bktv", weights, columns.value, high)
     output = output.reshape(batch, num_kv_heads, group, length, columns.value.shape[-1]).transpose(0, 3, 1, 2, 4)
@@ -59,19 +58,30 @@ def in_rows(call: Call) -> Call:
 
 def rows_of(columns: Columns) -> tuple[Array, Array]:
     """Keys and values `[B, S, K, H]`, with NaN where they were not finite."""
-    finite = columns.finite[..., None, None]
+    finite = columns.finite[..., None, None] if columns.finite.ndim == 2 else columns.finite.swapaxes(1, 2)[..., None]
     key, value = columns.key.transpose(0, 3, 1, 2), columns.value.swapaxes(1, 2)
     return jnp.where(finite, key, jnp.nan), jnp.where(finite, value, jnp.nan)
 
 
-def _of_rows_that_see(call: Call, visible: Any) -> tuple[Array, Array | None]:
-    """Queries and their rows, with zeros where a query sees nothing: it may hold anything."""
-    query, rows = call.query, call.rows
+def _of_rows_that_see(call: Call, visible: Any) -> tuple[Array, Array | None, Array]:
+    """Queries and their rows, finite, and `[B, N, T, 1]` what marks the scores of those that were not.
+
+    A query that sees nothing may hold anything, and a score modification may hide what a query sees.
+    """
+    bad = nan_unless_finite(call.query)
+    shown = ~jnp.isnan(bad)
     if visible is not None:
-        seen = visible.any(axis=-1).swapaxes(1, 2)[..., None]
-        query = jnp.where(seen, query, jnp.zeros_like(query))
-        rows = None if rows is None else jnp.where(seen, rows, jnp.zeros_like(rows))
-    return query, rows
+        shown = shown & visible.any(axis=-1).swapaxes(1, 2)[..., None]
+    query = jnp.where(shown, call.query, jnp.zeros_like(call.query))
+    rows = None if call.rows is None else jnp.where(shown, call.rows, jnp.zeros_like(call.rows))
+    return query, rows, bad.swapaxes(1, 2).astype(call.high)
+
+
+def _nan_unless_finite(columns: Columns, num_heads: int) -> Array:
+    """0 for each key, or NaN where it stands for one that was not finite: `[B, 1 or N, 1, S]`."""
+    finite = columns.finite[:, None] if columns.finite.ndim == 2 else columns.finite
+    by_head = finite if finite.shape[1] == 1 else jnp.repeat(finite, num_heads // finite.shape[1], axis=1)
+    return jnp.where(by_head, 0.0, jnp.nan)[:, :, None]
 
 
 def _product(subscripts: str, left: Array, right: Array, high: Any) -> Array:

@@ -45,7 +45,7 @@ class Columns:
     Attributes:
         key: `[B, K, H, S]`, a column for each token, finite.
         value: `[B, K, S, V]`, finite.
-        finite: `[B, S]`, False where key or value were not finite, which then are 0 here.
+        finite: `[B, S]` or `[B, K, S]`, False where key or value were not finite, which then are 0 here.
     """
 
     key: Any

@@ -39,7 +39,7 @@ class Folding:
         batch, keys = query.shape[:-3], key.shape[:-3]
         alike = len(batch) == len(keys) and keys == value.shape[:-3]
         shared = tuple(i for i, n in enumerate(batch) if keys[i] == 1 and n != 1) if alike else ()
-        return Folding(batch, shared, query.shape[-3])
+        return Folding(batch, shared, query.shape[-3] if shared else 0)
 
     def fold(self, x: Array) -> Array:
         """`[*batch, T, ...]` with the shared dims as a part of T: `[*batch, shared * T, ...]`, each shared dim 1."""
