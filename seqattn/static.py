@@ -54,7 +54,7 @@ def static(**options: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **options)
 
 
-def check_integer(name: str, value: int, minimum: int) -> None:
+def check_integer(name: str, value: int | np.integer, minimum: int) -> None:
     """Raises ValueError unless `value` is an integer of at least `minimum`.
 
     >>> check_integer("num_heads", 0, minimum=1)
