@@ -142,10 +142,9 @@ def csv_rows(text: str, config: CsvConfig) -> Iterator[Row]:
     if len(set(names)) < len(names):
         raise ValueError(f"1: two columns have the same name: {', '.join(names)}")
     for line, values in rows:
-        if len(values) > len(names):
+        if len(values) != len(names):
             raise ValueError(f"{line}: {len(values)} fields, and there are {len(names)} columns")
-        # A row may end before columns that nobody asks for; the text of one that is asked for is missing then.
-        yield line, dict(itertools.zip_longest(names, values))
+        yield line, dict(zip(names, values, strict=True))
 
 
 def _csv_lines(text: str, config: CsvConfig) -> Iterator[tuple[int, list[str]]]:

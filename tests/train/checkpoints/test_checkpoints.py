@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from seqattn.models import Transformer, TransformerConfig
 from seqattn.nn import BlockConfig
 from train import environment
+from train.checkpoints import checkpoints as module
 from train.checkpoints import digests
 from train.checkpoints.checkpoints import Checkpoints, MissingStep
 from train.update.step import TrainState, start
@@ -320,7 +321,7 @@ def test_d6_a_real_write_that_fails_leaves_the_older_steps_and_a_code(copy):
 
 
 def test_d6_what_a_failed_attempt_writes_afterwards_does_not_meet_the_next(copy, monkeypatch):
-    save, folders = checkpoints.ocp.save_checkpointables_async, []
+    save, folders = module.ocp.save_checkpointables_async, []
 
     def fail_then_save(folder, *args, **options):
         folders.append(folder)
@@ -330,7 +331,7 @@ def test_d6_what_a_failed_attempt_writes_afterwards_does_not_meet_the_next(copy,
             (folders[0] / "state").mkdir(parents=True)
         return save(folder, *args, **options)
 
-    monkeypatch.setattr(checkpoints.ocp, "save_checkpointables_async", fail_then_save)
+    monkeypatch.setattr(module.ocp, "save_checkpointables_async", fail_then_save)
     with Checkpoints(copy) as checkpoints:
         checkpoints.save(small(12), {})
         with pytest.raises(OSError, match=r"No space left on device.*; free some space"):
@@ -347,7 +348,7 @@ def test_d14_a_folder_that_cannot_be_written_is_told_in_a_sentence(code, advice,
     def fail(*_, **__):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(checkpoints.ocp, "save_checkpointables_async", fail)
+    monkeypatch.setattr(module.ocp, "save_checkpointables_async", fail)
     checkpoints = Checkpoints(copy)
     checkpoints.save(small(12), {})
     with pytest.raises(
@@ -360,7 +361,7 @@ def test_d14_a_folder_that_cannot_be_made_is_told_and_keeps_no_thread(copy, monk
     """Threads of Orbax that wait for the folder would keep Python from ending."""
     before = set(threading.enumerate())
     (copy / "file").touch()
-    monkeypatch.setattr(checkpoint.StepFolders, "saving", lambda folders, step, attempt: copy / "file" / str(step))
+    monkeypatch.setattr(module.StepFolders, "saving", lambda folders, step, attempt: copy / "file" / str(step))
     checkpoints = Checkpoints(copy)
     checkpoints.save(small(12), {})
     with pytest.raises(OSError, match=r"step 12 could not be saved \(Not a directory\); steps 4, 8 stay"):
@@ -455,7 +456,7 @@ def test_a_reader_changes_nothing_in_a_run_that_is_being_trained(copy):
 
 
 def test_a_step_that_training_removes_while_it_is_read_has_an_error_of_its_own(copy, monkeypatch):
-    reader, metadata = Checkpoints(copy), checkpoints.ocp.checkpointables_metadata
+    reader, metadata = Checkpoints(copy), module.ocp.checkpointables_metadata
 
     def read_before_it_goes(path):
         found = metadata(path)
@@ -467,7 +468,7 @@ def test_a_step_that_training_removes_while_it_is_read_has_an_error_of_its_own(c
         return metadata(path)
 
     for step, read in ((8, read_before_it_goes), (4, read_after_it_went)):
-        monkeypatch.setattr(checkpoints.ocp, "checkpointables_metadata", read)
+        monkeypatch.setattr(module.ocp, "checkpointables_metadata", read)
         with pytest.raises(MissingStep, match=re.escape(f"{copy / str(step)} was removed while it was read")):
             reader.restore(small(step))
     with pytest.raises(MissingStep, match="holds no checkpoint"):

@@ -143,8 +143,8 @@ def python(*arguments):
 
 def connecting(port, index, count, timeout):
     flags = f"'127.0.0.1:{port}', {count}, {index}, timeout={timeout}"
-    script = "from train import environment, distributed\n"
-    return python("-c", f"{script}environment.command(distributed.Processes({flags}).connect)")
+    script = "from train import environment\nfrom train.devices import processes\n"
+    return python("-c", f"{script}environment.command(processes.Processes({flags}).connect)")
 
 
 def test_e14_a_process_ends_with_one_sentence():
