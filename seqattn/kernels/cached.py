@@ -68,10 +68,11 @@ def _of_rows_that_see(call: Call, visible: Any) -> tuple[Array, Array | None, Ar
 
     A query that sees nothing may hold anything, and a score modification may hide what a query sees.
     """
+    seen = True if visible is None else visible.any(axis=-1).swapaxes(1, 2)[..., None]
+    if call.score_mod is None:  # then what is not finite shows in the products
+        return jnp.where(seen, call.query, jnp.zeros_like(call.query)), None, jnp.zeros((1, 1, 1, 1), call.high)
     bad = nan_unless_finite(call.query)
-    shown = ~jnp.isnan(bad)
-    if visible is not None:
-        shown = shown & visible.any(axis=-1).swapaxes(1, 2)[..., None]
+    shown = ~jnp.isnan(bad) & seen
     query = jnp.where(shown, call.query, jnp.zeros_like(call.query))
     rows = None if call.rows is None else jnp.where(shown, call.rows, jnp.zeros_like(call.rows))
     return query, rows, bad.swapaxes(1, 2).astype(call.high)
