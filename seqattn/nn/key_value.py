@@ -11,6 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from seqattn.coordinates import Coordinates, Tile
+from seqattn.kernels.cached import rows_of
+from seqattn.kernels.call import Columns
 from seqattn.masks import Mask, Reach, Truth
 from seqattn.static import known_size, may_exceed, pytree, static
 
@@ -109,9 +111,7 @@ class KeyColumns:
 
     def rows(self) -> KeyValue:
         """The same as `KeyValue`, with NaN where they were not finite."""
-        finite = self.finite[..., None, None]
-        key, value = self.key.transpose(0, 3, 1, 2), self.value.swapaxes(1, 2)
-        return KeyValue(jnp.where(finite, key, jnp.nan), jnp.where(finite, value, jnp.nan), self.at, of_cache=True)
+        return KeyValue(*rows_of(Columns(self.key, self.value, self.finite)), self.at, of_cache=True)
 
     def write(self, new: "KeyColumns", slot: Int[Array, ""] | int | np.integer) -> "KeyColumns":
         """These with `new` written from `slot` on, in all rows: one slice of each array, in place where it can be.
