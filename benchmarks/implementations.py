@@ -7,7 +7,7 @@ import numpy as np
 from benchmarks import machine, ours, peers, pytorch
 from benchmarks.case import Case
 from benchmarks.program import Call, Program, compiled
-from seqattn.choice import IMPLEMENTATIONS
+from seqattn.kernels.dispatch import IMPLEMENTATIONS
 
 Prepare = Callable[[Case, Iterable[np.ndarray]], Program]
 """Makes a program for a case from its inputs.

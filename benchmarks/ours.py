@@ -11,7 +11,7 @@ from benchmarks import patterns
 from benchmarks.case import Case
 from benchmarks.program import Call
 from seqattn.attention import attend
-from seqattn.choice import Explanation, explain
+from seqattn.kernels.dispatch import Explanation, explain
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, Prefix, SameSegment, SlidingWindow
 from seqattn.score_mods import Alibi

@@ -2,10 +2,10 @@
 
 from seqattn import decoding, models, nn, scores
 from seqattn.attention import attend, attend_scores, attention_weights
-from seqattn.choice import Explanation, explain
 from seqattn.coordinates import Coordinates, Tile
 from seqattn.drop_in import dot_product_attention
 from seqattn.dropout import Dropout
+from seqattn.kernels.dispatch import Explanation, explain
 from seqattn.losses import cross_entropy
 from seqattn.masks import (
     Causal,

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seqattn.choice import first_able, to_try
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout, check_dropout
 from seqattn.kernels import reference
@@ -22,6 +21,7 @@ from seqattn.kernels.call import (
     infinite_where_empty,
     locate,
 )
+from seqattn.kernels.dispatch import serve
 from seqattn.kernels.shared_keys import Folding, fold
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreModLike
@@ -138,7 +138,7 @@ def attend(
     options |= {"scale": scale, "dropout": dropout}
     folded, key, value, options = fold(query, key, value, options)
     call = Call.of(folded, key, value, **options)
-    output, lse = first_able(to_try(implementation, folded, key), call)
+    output, lse = serve(implementation, call)
     if sinks is not None:
         output, lse = _with_sinks(output, lse, sinks.reshape(1, 1, -1))
     output, lse = (x.reshape(*folded.shape[:-3], *x.shape[1:]) for x in (output, lse))
@@ -168,13 +168,7 @@ def attend_columns(
     [1.]
     """
     call = Call.of_columns(query, columns, mask=mask, score_mod=score_mod, q_at=q_at, kv_at=kv_at, dropout=dropout)
-    output, _ = first_able(to_try(implementation, query, _rows_like(columns), columns=True), call)
-    return output
-
-
-def _rows_like(columns: Columns) -> jax.ShapeDtypeStruct:
-    batch, num_kv_heads, head_dim, size = columns.key.shape
-    return jax.ShapeDtypeStruct((batch, size, num_kv_heads, head_dim), columns.key.dtype)
+    return serve(implementation, call)[0]
 
 
 def attention_weights(

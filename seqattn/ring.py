@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from seqattn.coordinates import Coordinates
-from seqattn.kernels import ring, tiles
+from seqattn.kernels import ring
 from seqattn.kernels.call import Call, Shaped, check_arrays, flatten, infinite_where_empty, locate, scale_of
+from seqattn.kernels.chunked.schedule import plan
 from seqattn.masks import Mask
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreMod, ScoreModLike, for_kernel
@@ -305,7 +306,7 @@ def _scores(
     """How many scores the device of each part of the queries computes for each part of the keys."""
 
     def count(q_at: Coordinates, kv_at: Coordinates) -> Float[Array, ""]:
-        grid, schedule = tiles.plan(shape, mask, False, q_at, kv_at)
+        grid, schedule = plan(shape, mask, False, q_at, kv_at)
         partial, full = (
             steps.at.shape[0] if steps.count is None else steps.count for steps in (schedule.partial, schedule.full)
         )

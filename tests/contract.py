@@ -20,10 +20,10 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from seqattn.attention import attend
-from seqattn.choice import IMPLEMENTATIONS, Implementation
 from seqattn.dropout import Dropout
 from seqattn.kernels import cached, ring
 from seqattn.kernels.call import Call, Columns
+from seqattn.kernels.dispatch import IMPLEMENTATIONS, Implementation
 from seqattn.masks import Mask, MaskMod
 from tests import oracle
 
@@ -113,7 +113,7 @@ HELD = {
     "cached": Implementation(_cached),
     "ring": Implementation(_ring),
 }
-"""Implementations in a form that takes all calls here: in the place of those of `seqattn.choice`, or beside them."""
+"""Implementations in a form that takes all calls here: in the place of the library's own, or beside them."""
 
 
 def every_implementation(test: Callable[..., None], slow: Collection[str] = ()) -> Callable[..., None]:

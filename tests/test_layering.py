@@ -13,12 +13,11 @@ ROOT = Path(__file__).parents[1]
 
 # From the bottom up: a layer imports only from rows above its own, or, if it is a folder, from itself.
 ROWS = (
-    "seqattn.precision seqattn.static",
+    "seqattn.platforms seqattn.precision seqattn.static",
     "seqattn.coordinates seqattn.dropout seqattn.positions seqattn.scores seqattn.losses seqattn.decoding",
     "seqattn.masks seqattn.score_mod",
     "seqattn.score_mods",
     "seqattn.kernels",
-    "seqattn.choice",
     "seqattn.attention seqattn.ring",
     "seqattn.drop_in",
     "seqattn.nn",

@@ -6,6 +6,7 @@ All scores are in memory. The contract is that of `reference`, but the cache has
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -14,12 +15,17 @@ from seqattn.kernels.call import Call, Columns, Result
 from seqattn.kernels.reference import nan_unless_finite, softmax, visibility
 
 
-def attend(call: Call) -> Result:
-    """The output and the log-sum-exp of the logits, as `reference.attend`."""
+def refuse(call: Call) -> None:
+    """Raises NotImplementedError, with the reason, for a call that `attend` cannot serve."""
     if call.columns is None:
         raise NotImplementedError("the keys do not lie as columns, in which a cache keeps them")
     if call.dropout is not None and call.dropout.rate != 0:
         raise NotImplementedError("a step through a cache drops no weights; chunked and reference do")
+
+
+def attend(call: Call) -> Result:
+    """The output and the log-sum-exp of the logits, as `reference.attend`."""
+    refuse(call)
     columns, high = call.columns, call.high
     batch, length, num_heads, head_dim = call.query.shape
     num_kv_heads, size = columns.key.shape[1], columns.key.shape[3]
@@ -56,6 +62,16 @@ def in_rows(call: Call) -> Call:
     return dataclasses.replace(call, key=key, value=value, columns=None)
 
 
+def as_if_in_rows(call: Call) -> Call:
+    """The call of `in_rows` with nothing but shapes and dtypes of keys and values: enough to refuse it."""
+    if call.columns is None:
+        return call
+    (batch, heads, head_dim, size), dim = call.columns.key.shape, call.columns.value.shape[-1]
+    key = jax.ShapeDtypeStruct((batch, size, heads, head_dim), call.columns.key.dtype)
+    value = jax.ShapeDtypeStruct((batch, size, heads, dim), call.columns.value.dtype)
+    return dataclasses.replace(call, key=key, value=value, columns=None)
+
+
 def rows_of(columns: Columns) -> tuple[Array, Array]:
     """Keys and values `[B, S, K, H]`, with NaN where they were not finite."""
     finite = columns.finite[..., None, None] if columns.finite.ndim == 2 else columns.finite.swapaxes(1, 2)[..., None]
@@ -69,8 +85,6 @@ def _of_rows_that_see(call: Call, visible: Any) -> tuple[Array, Array | None, Ar
     A query that sees nothing may hold anything, and a score modification may hide what a query sees.
     """
     seen = True if visible is None else visible.any(axis=-1).swapaxes(1, 2)[..., None]
-    if call.score_mod is None:  # then what is not finite shows in the products
-        return jnp.where(seen, call.query, jnp.zeros_like(call.query)), None, jnp.zeros((1, 1, 1, 1), call.high)
     bad = nan_unless_finite(call.query)
     shown = ~jnp.isnan(bad) & seen
     query = jnp.where(shown, call.query, jnp.zeros_like(call.query))

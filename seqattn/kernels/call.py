@@ -15,7 +15,7 @@ from seqattn.dropout import Dropout, check_dropout
 from seqattn.masks import Mask
 from seqattn.precision import accumulator, lowest
 from seqattn.score_mod import ScoreMod, ScoreModLike, for_kernel
-from seqattn.static import Size, pytree
+from seqattn.static import Size, pytree, static
 
 Visible = Mask | Array | None
 """What `mask=` takes."""
@@ -72,6 +72,7 @@ class Call:
         dropout: of the weights, or None.
         columns: keys and values as a cache keeps them; then key and value are None, and the dispatcher brings them into
             rows for a kernel that reads no columns.
+        platform: "cpu", "gpu" or "tpu", for which the call is computed; None where the program may be for any.
     """
 
     query: Any
@@ -86,6 +87,7 @@ class Call:
     scale: Any
     dropout: Any
     columns: Any = None
+    platform: Any = static(default=None)
 
     @staticmethod
     def of(

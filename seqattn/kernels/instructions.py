@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from seqattn.kernels.varying import over
+from seqattn.kernels.mesh_axes import over
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,7 +116,7 @@ def _key_of_literal(literal: core.Literal) -> Hashable:
 def _key_of(parameter: Any) -> Hashable:
     """What stands for a parameter of a primitive."""
     if isinstance(parameter, core.ClosedJaxpr):
-        return _key_of_jaxpr(parameter.jaxpr), tuple(_Same(x) for x in parameter.consts)
+        return _key_of_jaxpr(parameter.jaxpr), tuple(_key_of_array(x) for x in parameter.consts)
     if isinstance(parameter, core.Jaxpr):
         return _key_of_jaxpr(parameter)
     if isinstance(parameter, tuple | list):
@@ -124,10 +124,18 @@ def _key_of(parameter: Any) -> Hashable:
     if isinstance(parameter, dict):
         return tuple((name, _key_of(x)) for name, x in parameter.items())
     if isinstance(parameter, np.ndarray | jax.Array):
-        return _Same(parameter)
+        return _key_of_array(parameter)
     # Meshes can be called, too, as decorators.
     values = (type, enum.Enum, jax.sharding.Mesh, jax.sharding.AbstractMesh)
     return _hashable(parameter) if isinstance(parameter, values) or not callable(parameter) else _Same(object())
+
+
+def _key_of_array(x: Any) -> Hashable:
+    """An array of JAX is itself. Any other holds what it holds now, as NumPy's may be written over."""
+    if isinstance(x, jax.Array):
+        return _Same(x)
+    values = np.asarray(x)
+    return values.shape, values.dtype, values.tobytes()
 
 
 def _hashable(x: Any) -> Hashable:

@@ -28,6 +28,10 @@ from seqattn.precision import lowest
 from seqattn.static import Size
 
 
+def refuse(call: Call) -> None:
+    """Refuses no call."""
+
+
 def attend(call: Call) -> Result:
     """The output and the log-sum-exp of the logits (see the contract above)."""
     scored, visible = logits(call)

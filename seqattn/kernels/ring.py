@@ -20,12 +20,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from seqattn.kernels import chunked
 from seqattn.kernels.call import Call, Result, refuse_unknown
-from seqattn.kernels.captured import capture
-from seqattn.kernels.chunked import Leaves
-from seqattn.kernels.tiles import Grid
-from seqattn.kernels.varying import varying
+from seqattn.kernels.chunked import backward, forward
+from seqattn.kernels.chunked.plan import Leaves, Plan, is_floating, prepare
+from seqattn.kernels.chunked.schedule import Grid
+from seqattn.kernels.mesh_axes import varying
+from seqattn.kernels.traced import capture
 from seqattn.masks import Mask
 from seqattn.precision import accumulator
 
@@ -97,10 +97,10 @@ def _block(call: Call) -> Block:
     return {name: getattr(call, name) for name in ("key", "value", *(["kv_at"] if matter else []))}
 
 
-def _step(call: Call, block: Block, source: int | Array) -> tuple[chunked.Plan, Leaves]:
-    """The call of `chunked.attend` for the block that came from a device."""
+def _step(call: Call, block: Block, source: int | Array) -> tuple[Plan, Leaves]:
+    """The call of `chunked` for the block that came from a device."""
     of_pairs = {name: _columns(getattr(call, name), source, block["key"].shape[1]) for name in ("mask", "bias")}
-    return chunked.prepare(dataclasses.replace(call, **block, **of_pairs))
+    return prepare(dataclasses.replace(call, **block, **of_pairs))
 
 
 def _columns(x: Any, source: int | Array, size: int) -> Any:
@@ -122,38 +122,38 @@ def _add_columns(x: Array | None, new: Array | None, source: Array, size: int) -
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(ring: Ring, leaves: Leaves) -> tuple[Array, Array]:
     output, peak, log_total = _results(ring, leaves)
-    return output, chunked.lse_of(peak, log_total)
+    return output, forward.lse_of(peak, log_total)
 
 
 def _forward(ring: Ring, leaves: Leaves) -> tuple[tuple[Array, Array], tuple]:
     output, peak, log_total = _results(ring, leaves)
-    return (output, chunked.lse_of(peak, log_total)), (leaves, output, peak, log_total)
+    return (output, forward.lse_of(peak, log_total)), (leaves, output, peak, log_total)
 
 
 def _backward(ring: Ring, residuals: tuple, directions: tuple) -> tuple[list[Array | np.ndarray]]:
     leaves, *results = residuals
     gradients = iter(_gradients(ring, leaves, *results, *directions))
-    return ([next(gradients) if chunked.is_floating(x) else np.zeros(x.shape, jax.dtypes.float0) for x in leaves],)
+    return ([next(gradients) if is_floating(x) else np.zeros(x.shape, jax.dtypes.float0) for x in leaves],)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _results(ring: Ring, leaves: Leaves) -> tuple[Array, Array, Array]:
-    """What `chunked.finish` gives for the keys of all devices."""
+    """What `forward.finish` gives for the keys of all devices."""
     call = ring.call(leaves)
 
-    def absorb(step: int | Array, block: Block, state: chunked.State) -> chunked.State:
-        return chunked.absorb(*_step(call, block, ring.source(step)), state)
+    def absorb(step: int | Array, block: Block, state: forward.State) -> forward.State:
+        return forward.absorb(*_step(call, block, ring.source(step)), state)
 
-    def absorb_and_send(step: Array, carry: tuple[Block, chunked.State]) -> tuple[Block, chunked.State]:
+    def absorb_and_send(step: Array, carry: tuple[Block, forward.State]) -> tuple[Block, forward.State]:
         block, state = carry
         return ring.send(block), absorb(step, block, state)
 
     first = _step(call, _block(call), ring.source(0))
-    block, state = _block(call), varying(chunked.start(*first), leaves)
+    block, state = _block(call), varying(forward.start(*first), leaves)
     last = ring.devices - 1
     if last:
         block, state = lax.fori_loop(0, last, absorb_and_send, (block, state))
-    return chunked.finish(*first, absorb(last, block, state))
+    return forward.finish(*first, absorb(last, block, state))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -169,7 +169,7 @@ def _gradients(
 
     def add(step: int | Array, block: Block, travelling: Arrays, resting: Arrays) -> tuple[Arrays, Arrays]:
         source, total = ring.source(step), travelling | resting
-        part = chunked.backward(*_step(call, block, source), output, peak, log_total, d_output, d_lse)
+        part = backward.backward(*_step(call, block, source), output, peak, log_total, d_output, d_lse)
         new = {name: jax.tree.map(jnp.add, total[name], part[name]) for name in total if name != "bias"}
         new["bias"] = _add_columns(total["bias"], part["bias"], source, block["key"].shape[1])
         return {name: new[name] for name in travelling}, {name: new[name] for name in resting}
@@ -181,14 +181,14 @@ def _gradients(
 
     travelling = zeros({name: getattr(call, name) for name in ("key", "value")})
     resting = zeros({name: getattr(call, name) for name in ("query", "bias", "rows", "scale")})
-    resting["score_mod"] = zeros(chunked.arrays_of(call.score_mod))
+    resting["score_mod"] = zeros(backward.arrays_of(call.score_mod))
     block, last = _block(call), ring.devices - 1
     if last:
         block, travelling, resting = lax.fori_loop(0, last, add_and_send, (block, travelling, resting))
     travelling, resting = add(last, block, travelling, resting)
     gradients = ring.send(travelling) | resting
-    everything = jax.tree.leaves(chunked.with_gradients(call, gradients))
-    return [d.astype(x.dtype) for d, x in zip(everything, leaves, strict=True) if chunked.is_floating(x)]
+    everything = jax.tree.leaves(backward.with_gradients(call, gradients))
+    return [d.astype(x.dtype) for d, x in zip(everything, leaves, strict=True) if is_floating(x)]
 
 
 def _refuse_second(ring: Ring, *residuals: Any) -> Any:

@@ -1,5 +1,7 @@
 """Linear layers whose gradients a CPU computes without transposing what it need not.
 
+Which of the two forms is compiled follows the platform that a program is compiled for.
+
 XLA's CPU products read their left side by columns only where it has two dims, and sums over rows are slow there. The
 gradients of parameters are both: so leading dims become one, and the gradient of a bias is a product with ones. On two
 cores that takes a seventh off an update of a Transformer of 3 + 3 layers of 256 and a vocabulary of 8,000 (64 texts of
@@ -8,6 +10,9 @@ cores that takes a seventh off an update of a Transformer of 3 + 3 layers of 256
 Several CPU devices are there to try what a mesh of others will do, and get the same program as these.
 """
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +22,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
 from seqattn.nn.initializers import drawn_wide, lecun_normal
+from seqattn.platforms import all_platforms, by_platform, platform_of
 
 
 class Linear(nnx.Linear):
@@ -45,7 +51,7 @@ class Linear(nnx.Linear):
         """`inputs @ kernel + bias`; `out_sharding` as in `nnx.Linear`."""
         asked = (self.precision, self.preferred_element_type, out_sharding)
         plain = self.dot_general is jax.lax.dot_general and asked == (None, None, None)
-        if not (plain and _is_by_rows(inputs)):
+        if not (plain and _has_rows(inputs)):
             return super().__call__(inputs, out_sharding)
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
@@ -55,14 +61,30 @@ class Linear(nnx.Linear):
 
 def product(x: Float[Array, "*batch D"], kernel: Float[Array, "D F"]) -> Float[Array, "*batch F"]:
     """`x @ kernel`."""
-    if x.ndim < 3 or not _is_by_rows(x):
+    if x.ndim < 3 or not _has_rows(x):
         return x @ kernel
+    if (platform := platform_of((x, kernel))) is not None:
+        return _products(platform)(x, kernel)
+    return _product(x, kernel)
+
+
+def _has_rows(x: Array) -> bool:
+    """Whether leading dims may become one: there is a lone device, and they are not split over a mesh by name."""
+    return jax.device_count() == 1 and not any(jax.typeof(x).sharding.spec)
+
+
+def _products(platform: str) -> Callable[[Array, Array], Array]:
+    return _product_by_rows if platform == "cpu" else jnp.matmul
+
+
+# Compiled apart, so that layers of one shape are traced once.
+@jax.jit
+def _product(x: Float[Array, "*batch D"], kernel: Float[Array, "D F"]) -> Float[Array, "*batch F"]:
+    return by_platform({name: _products(name) for name in all_platforms()}, x, kernel)
+
+
+def _product_by_rows(x: Float[Array, "*batch D"], kernel: Float[Array, "D F"]) -> Float[Array, "*batch F"]:
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
-
-
-def _is_by_rows(x: Array) -> bool:
-    """Whether a lone CPU computes, and the leading dims of `x` are not split over a mesh by name."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1 and not any(jax.typeof(x).sharding.spec)
 
 
 @jax.custom_jvp
@@ -73,5 +95,18 @@ def _shifted(y: Float[Array, "*batch F"], bias: Float[Array, "F"]) -> Float[Arra
 @_shifted.defjvp
 def _shifted_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     y, (slope, of_bias) = primals[0], tangents
-    ones = jnp.ones((y.size // max(1, y.shape[-1]), 1), y.dtype)
-    return _shifted(*primals), slope + (ones @ of_bias[None]).reshape(y.shape)
+    return _shifted(*primals), slope + _repeated(of_bias, y.shape[:-1])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _repeated(x: Float[Array, "F"], batch: tuple[int, ...]) -> Float[Array, "*batch F"]:
+    """`x` at each place of a batch. The transpose is a sum, which a CPU computes as a product."""
+
+    def by_product(x: Array) -> Array:
+        rows = math.prod(batch)
+        return (jnp.ones((rows, 1), x.dtype) @ x[None]).reshape(*batch, x.shape[0])
+
+    def plain(x: Array) -> Array:
+        return jnp.broadcast_to(x, (*batch, x.shape[0]))
+
+    return by_platform({name: by_product if name == "cpu" else plain for name in all_platforms()}, x)

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import exact, implementations, machine, patterns
 from benchmarks.case import Case
 from benchmarks.shapes import named
-from seqattn.choice import IMPLEMENTATIONS
+from seqattn.kernels.dispatch import IMPLEMENTATIONS
 
 (SHAPE,) = named("b2-t37-n4-k2-d8")
 ON_CPU = ["seqattn:reference", "jax.nn:xla", "flax.nnx"]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from seqattn.attention import attend, attention_weights
-from seqattn.choice import IMPLEMENTATIONS
 from seqattn.coordinates import Coordinates
 from seqattn.drop_in import dot_product_attention
+from seqattn.kernels.dispatch import IMPLEMENTATIONS
 from seqattn.masks import Causal, Prefix, SlidingWindow
 from tests import oracle
 from tests.contract import SHAPES, Shape, arrays, close, random_pairs

@@ -7,9 +7,9 @@ import pytest
 from jax import export
 
 from seqattn.attention import attend, attention_weights
-from seqattn.choice import explain
 from seqattn.coordinates import Coordinates
 from seqattn.drop_in import dot_product_attention
+from seqattn.kernels.dispatch import explain
 from seqattn.masks import Causal, MaskMod, SameSegment, SlidingWindow
 from seqattn.score_mods import Alibi, RelativePositions
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqattn.choice import IMPLEMENTATIONS, Implementation
 from seqattn.drop_in import dot_product_attention
 from seqattn.kernels import reference
+from seqattn.kernels.dispatch import IMPLEMENTATIONS, Implementation
 from seqattn.masks import Mask
 from tests import oracle
 from tests.contract import SHAPES, Shape, arrays, close

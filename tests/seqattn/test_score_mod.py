@@ -10,7 +10,7 @@ import pytest
 from seqattn.attention import attend
 from seqattn.coordinates import Coordinates
 from seqattn.kernels.call import Call
-from seqattn.kernels.captured import capture
+from seqattn.kernels.traced import capture
 from seqattn.score_mod import ScoreFunction, ScoreMod, compose
 from seqattn.score_mods import Alibi, RelativePositions, SoftCap
 from tests.contract import GROUPED, arrays

@@ -2,7 +2,7 @@
 
 import pytest
 
-from seqattn.kernels import tiles
+from seqattn.kernels.chunked import schedule as tiles
 
 
 @pytest.fixture(autouse=True)

@@ -237,3 +237,20 @@ def test_a24_padding_on_the_left_on_the_right_and_none_are_the_same(implementati
             close(actual[:, text], expected)
         for name in single:
             close(padded_gradients[name], np.pad(gradients[name], [*padding, (0, 0), (0, 0)]), what=name)
+
+
+@every_implementation
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
+def test_a_query_that_is_not_finite_sees_nothing_of_what_is_masked(implementation, garbage):
+    """With -inf in the place of one feature and keys that are positive there, every score is -inf, hidden or not."""
+    clean = arrays(SQUARE)
+    clean["key"] = clean["key"].copy()
+    clean["key"][..., 0] = np.abs(clean["key"][..., 0]) + 1
+    query = clean["query"].copy()
+    query[0, 3, 1, 0] = garbage
+    at = {"q_at": Coordinates.range(7), "kv_at": Coordinates.range(7)}
+    expected, expected_lse = (x.copy() for x in forward(implementation, clean, mask=Causal(), **at))
+    output, lse = forward(implementation, clean | {"query": query}, mask=Causal(), **at)
+    expected[0, 3, 1], expected_lse[0, 3, 1] = np.nan, np.nan
+    close(output, expected)
+    close(lse, expected_lse)

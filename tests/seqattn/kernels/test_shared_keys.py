@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from seqattn.attention import attend, attention_weights
-from seqattn.choice import explain
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
+from seqattn.kernels.dispatch import explain
 from seqattn.masks import Causal, MaskMod, SameSegment, SlidingWindow
 from seqattn.score_mods import Alibi, RelativePositions
 from tests.contract import close, every_implementation

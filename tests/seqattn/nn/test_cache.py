@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 from jax import export
 
-from seqattn.choice import IMPLEMENTATIONS
 from seqattn.coordinates import Coordinates
 from seqattn.decoding.state import branch, select
+from seqattn.kernels.dispatch import IMPLEMENTATIONS
 from seqattn.masks import Causal, MaskMod, NotPadding, SameSegment, SlidingWindow
 from seqattn.nn import KeyColumns, KeyValue, MultiHeadAttention, PagedCache, RingCache, StaticCache
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from seqattn.coordinates import Coordinates
-from seqattn.kernels import tiles
+from seqattn.kernels.chunked import schedule as tiles
 from seqattn.masks import Causal, MaskMod, Prefix, SameSegment, SlidingWindow
 from tests.mask_trees import coordinates, mask_trees
 

@@ -4,12 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from seqattn import choice
 from seqattn.attention import attend
-from seqattn.choice import IMPLEMENTATIONS, TINY_PAIRS, Implementation, explain
-from seqattn.kernels import reference
+from seqattn.kernels import dispatch, reference
+from seqattn.kernels.dispatch import IMPLEMENTATIONS, TINY_PAIRS, Implementation, explain
 from seqattn.masks import Causal
 from seqattn.score_mods import Alibi, SoftCap
 
@@ -21,17 +21,20 @@ def ran(monkeypatch):
     """Two kernels beside the reference, `odd` (only without a mask) and `noisy`; which ones ran, in order."""
     ran = []
 
-    def odd(call):
+    def no_mask(call):
         if call.mask is not None:
             raise NotImplementedError(f"it knows no mask, and got {type(call.mask).__name__}")
-        ran.append("odd")
-        return reference.attend(call)
 
-    def noisy(call):
+    def no_cap(call):
         if isinstance(call.score_mod, SoftCap):
             raise NotImplementedError("it has no cap")
-        ran.append("noisy")
-        return reference.attend(call)
+
+    def kernel(name):
+        def attend(call):
+            ran.append(name)
+            return reference.attend(call)
+
+        return attend
 
     def note(call):
         return None if call.mask is None else "the mask becomes a dense bias: nothing is skipped"
@@ -39,9 +42,9 @@ def ran(monkeypatch):
     def order(platform, query, key):
         return ("absent", "odd", "noisy", "reference")
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "odd", Implementation(odd))
-    monkeypatch.setitem(IMPLEMENTATIONS, "noisy", Implementation(noisy, note))
-    monkeypatch.setattr(choice, "order", order)
+    monkeypatch.setitem(IMPLEMENTATIONS, "odd", Implementation(kernel("odd"), no_mask))
+    monkeypatch.setitem(IMPLEMENTATIONS, "noisy", Implementation(kernel("noisy"), no_cap, note))
+    monkeypatch.setattr(dispatch, "order", order)
     return ran
 
 
@@ -90,6 +93,76 @@ def test_an_error_is_no_refusal(ran, monkeypatch):
     assert ran == []
 
 
+def test_a_kernel_that_refuses_as_it_computes_is_passed_over_and_explained(ran, monkeypatch):
+    """One function is enough for a kernel: what it raises while JAX traces it is its refusal."""
+
+    def late(call):
+        if call.mask is not None:
+            raise NotImplementedError("it computes without a mask")
+        return reference.attend(call)
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "odd", Implementation(late))
+    told = explain(X, X, X, mask=Causal())
+    assert told.chosen == "noisy"
+    assert told.refusals["odd"] == "it computes without a mask"
+    for call in (jax.jit(attend, static_argnames="mask"), attend):
+        ran.clear()
+        call(X, X, X, mask=Causal())
+        assert ran == ["noisy"]
+
+
+# Long enough for tiles on the CPU, of the dtype and head dim of cuDNN, and of the lengths of splash attention.
+ANYWHERE = jnp.ones((1, 128, 2, 8), jnp.bfloat16)
+PROGRAMS = {"cpu": [], "cuda": ["__cudnn$fmha"], "tpu": ["splash"]}
+CHOSEN = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash"}
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_choice_follows_the_platform_that_a_program_is_lowered_for(monkeypatch, gradient):
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+
+    def loss(x):
+        return attend(x, x, x, mask=Causal()).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss) if gradient else loss).trace(ANYWHERE)
+    programs = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in PROGRAMS}
+    vendors = [*PROGRAMS["cuda"], *PROGRAMS["tpu"]]
+    assert {name: [each for each in vendors if each in text] for name, text in programs.items()} == PROGRAMS
+    chosen = {name: explain(ANYWHERE, ANYWHERE, ANYWHERE, mask=Causal(), platform=name).chosen for name in CHOSEN}
+    assert chosen == CHOSEN
+
+
+def test_what_is_exported_for_several_platforms_holds_each_and_runs_here():
+    exported = jax.export.export(jax.jit(lambda x: attend(x, x, x, mask=Causal())), platforms=("cpu", "tpu"))(ANYWHERE)
+    np.testing.assert_array_equal(exported.call(ANYWHERE), attend(ANYWHERE, ANYWHERE, ANYWHERE, mask=Causal()))
+    assert "splash" in exported.mlir_module()
+
+
+def test_named_ones_are_chosen_by_platform_too_and_refused_where_this_one_has_none():
+    traced = jax.jit(lambda x: attend(x, x, x, implementation=("splash", "reference"))).trace(ANYWHERE)
+    assert "splash" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "splash" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    with pytest.raises(NotImplementedError, match="splash attention runs on a tpu, and this is a cpu"):
+        jax.jit(lambda x: attend(x, x, x, implementation="splash")).trace(ANYWHERE)
+
+
+def test_what_another_platform_would_compute_changes_nothing_here():
+    """The kernel for TPUs is traced beside that for the CPU: in gradients, under `jax.vmap`, strict dtypes, a mesh."""
+
+    def loss(x):
+        return attend(x, x, x, mask=Causal()).astype(jnp.float32).sum()
+
+    expected = jax.grad(lambda x: attend(x, x, x, mask=Causal(), implementation="chunked").astype(jnp.float32).sum())
+    np.testing.assert_array_equal(jax.jit(jax.grad(loss))(ANYWHERE), expected(ANYWHERE))
+    np.testing.assert_array_equal(jax.jit(jax.vmap(jax.grad(loss)))(ANYWHERE[None])[0], expected(ANYWHERE))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.PartitionSpec("data")
+    mapped = jax.shard_map(lambda x: attend(x, x, x, mask=Causal()), mesh=mesh, in_specs=split, out_specs=split)
+    np.testing.assert_array_equal(
+        jax.jit(jax.grad(lambda x: mapped(x).astype(jnp.float32).sum()))(ANYWHERE), expected(ANYWHERE)
+    )
+
+
 def test_an_explanation_tells_of_each(ran):
     told = explain(X, X, X, mask=Causal(), sinks=jnp.ones(3), return_lse=True)
     lines = dict(zip(IMPLEMENTATIONS, str(told).splitlines(), strict=True))
@@ -127,13 +200,17 @@ def test_an_explanation_refuses_what_attend_refuses():
 
 def test_the_order_of_each_device():
     tiny, long = jnp.ones((1, 1, 1)), jnp.ones((TINY_PAIRS + 1, 1, 1))
-    assert choice.order("cpu", tiny, tiny)[:2] == ("xla", "reference")
-    assert choice.order("cpu", long, tiny)[0] == "chunked"
-    assert choice.order("gpu", tiny, tiny)[:2] == ("cudnn", "chunked")
-    assert choice.order("tpu", tiny, tiny)[:2] == ("splash", "chunked")
-    assert set(choice.order("gpu", tiny, tiny) + choice.order("tpu", tiny, tiny)) == set(IMPLEMENTATIONS) - {"cached"}
+    assert dispatch.order("cpu", tiny, tiny)[:2] == ("xla", "reference")
+    assert dispatch.order("cpu", long, tiny)[0] == "chunked"
+    assert dispatch.order("gpu", tiny, tiny)[:2] == ("cudnn", "xla")
+    assert dispatch.order("gpu", long, tiny)[:2] == ("cudnn", "chunked")
+    assert dispatch.order("tpu", tiny, tiny)[:2] == ("splash", "xla")
+    assert dispatch.order("tpu", long, tiny)[:2] == ("splash", "chunked")
+    assert set(dispatch.order("gpu", tiny, tiny) + dispatch.order("tpu", tiny, tiny)) == set(IMPLEMENTATIONS) - {
+        "cached"
+    }
     for platform in ("cpu", "gpu", "tpu"):
-        assert choice.order(platform, long, long)[-1] == "reference"
+        assert dispatch.order(platform, long, long)[-1] == "reference"
 
 
 def test_tiny_calls_on_the_cpu_go_to_jax_nn_and_those_that_it_refuses_to_the_reference():

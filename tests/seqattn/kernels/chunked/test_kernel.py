@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from seqattn.attention import attend
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
-from seqattn.kernels import tiles
+from seqattn.kernels.chunked import schedule as tiles
 from seqattn.masks import Causal, MaskMod, SameSegment, SlidingWindow
 from seqattn.score_mod import ScoreFunction
 from seqattn.score_mods import Alibi, SoftCap

@@ -11,7 +11,7 @@ from flax import nnx
 
 from seqattn.attention import attend
 from seqattn.coordinates import Coordinates
-from seqattn.kernels import chunked
+from seqattn.kernels.chunked import kernel
 from seqattn.masks import Causal, Mask, MaskMod, Prefix
 from seqattn.score_mod import ScoreFunction
 from tests.contract import close, every_implementation
@@ -185,9 +185,29 @@ def test_random_functions_whose_captured_values_change(implementation, seed):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@every_implementation
+@pytest.mark.parametrize("inner", ["jit", "piecewise"])
+def test_a_table_that_is_written_over_is_read_anew_inside_an_inner_jit(implementation, inner):
+    table = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], np.float32)
+
+    def modify(score, query, key, head):
+        if inner == "jit":
+            return score * jax.jit(lambda head: jnp.asarray(table)[head])(head)
+        branches = [lambda x: x * jnp.asarray(table)[0], lambda x: x * jnp.asarray(table)[3]]
+        return jnp.piecewise(score, [score < 0, score >= 0], branches)
+
+    for _ in range(2):
+        found, expected = (
+            attend(_query(), _query(), _query(), mask=Causal(), score_mod=modify, implementation=name)
+            for name in (implementation, "reference")
+        )
+        close(found, expected)
+        table *= 5
+
+
 def test_a_loop_with_changing_arrays_compiles_once():
     """Eager calls share a program as long as only the values of arrays change; a jitted loop has one anyway."""
-    chunked._results.clear_cache()
+    kernel._results.clear_cache()
     factor = np.ones(N, np.float32)
 
     def modify(score, query, key, head):
@@ -196,7 +216,7 @@ def test_a_loop_with_changing_arrays_compiles_once():
     for i in range(4):
         factor, scalar = factor + 1, jnp.float32(i)
         attend(_query(), _query(), _query(), score_mod=modify, implementation="chunked")
-    assert chunked._results._cache_size() == 1
+    assert kernel._results._cache_size() == 1
     traced = itertools.count()
 
     @jax.jit
@@ -212,10 +232,10 @@ def test_a_loop_with_changing_arrays_compiles_once():
 
 def test_a_function_with_a_derivative_rule_of_its_own_compiles_once():
     """Whether two rules are alike nobody can say, but where nothing is differentiated they do not matter."""
-    chunked._results.clear_cache()
+    kernel._results.clear_cache()
     for _ in range(3):
         attend(_query(), _query(), _query(), score_mod=lambda score, *_: jax.nn.relu(score), implementation="chunked")
-    assert chunked._results._cache_size() == 1
+    assert kernel._results._cache_size() == 1
     mod = {"score_mod": lambda score, *_: jax.nn.relu(score)}
     found, expected = (
         jax.grad(lambda x, name=name: jnp.sum(attend(x, x, x, **mod, implementation=name) ** 2))(_query())

@@ -20,7 +20,7 @@ from jaxtyping import Array
 from seqattn.coordinates import Coordinates
 from seqattn.kernels.call import Call
 from seqattn.kernels.instructions import Instructions, Once
-from seqattn.kernels.varying import mesh_axes, over
+from seqattn.kernels.mesh_axes import mesh_axes, over
 from seqattn.masks import Mask
 from seqattn.score_mod import ScoreMod
 from seqattn.static import pytree

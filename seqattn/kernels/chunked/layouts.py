@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from seqattn.kernels.tiles import Grid
+from seqattn.kernels.chunked.schedule import Grid
 
 At = Int[Array, "3"]
 """A step: the tile of lanes, the tile of queries, the block of keys."""

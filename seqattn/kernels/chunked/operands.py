@@ -1,0 +1,91 @@
+"""What tiles are cut from: queries, keys, values and what belongs to pairs, as they lie in memory, and finite."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from seqattn.kernels.chunked import layouts
+from seqattn.kernels.chunked.plan import TiledCall
+from seqattn.kernels.chunked.schedule import Grid
+from seqattn.masks import Mask
+from seqattn.precision import accumulator
+
+Operands = dict[str, Array]
+"""Arrays of a whole call, by name."""
+
+
+def of_output(grid: Grid, call: TiledCall) -> Operands:
+    """Those of the forward pass."""
+    key, value = _marked(call.key, call.value)
+    return {
+        "query": layouts.query_columns(grid, _marked_query(call.query), call.inner_scale),
+        "key": layouts.key_rows(grid, key),
+        "value": layouts.key_columns(grid, value),
+    } | _of_scores(grid, call, key)
+
+
+def of_gradients(
+    grid: Grid, call: TiledCall, output: Array, peak: Array, log_total: Array, d_output: Array, d_lse: Array
+) -> Operands:
+    """Those of the backward pass, with what `finish` and the caller gave."""
+    high = accumulator(output.dtype)
+    key, value = _marked(call.key, call.value)
+    delta = jnp.sum(d_output.astype(high) * output.astype(high), axis=-1) - d_lse
+    return {
+        "query": layouts.query_columns(grid, _marked_query(call.query), call.inner_scale),
+        "query_rows": layouts.query_rows(grid, zero_unless_finite(call.query), call.inner_scale),
+        "key": layouts.key_rows(grid, key),
+        "key_columns": layouts.key_columns(grid, zero_unless_finite(key)),
+        "value": layouts.key_rows(grid, value),
+        "d_output": layouts.query_columns(grid, d_output),
+        "d_output_rows": layouts.query_rows(grid, d_output),
+        "delta": layouts.query_columns(grid, delta[..., None])[:, :, 0],
+        "peak": layouts.query_columns(grid, peak[..., None], filler=jnp.inf)[:, :, 0],
+        "log_total": layouts.query_columns(grid, log_total[..., None])[:, :, 0],
+    } | _of_scores(grid, call, key)
+
+
+def _of_scores(grid: Grid, call: TiledCall, key: Float[Array, "B S K H"]) -> Operands:
+    """What belongs to each query or to each pair, padded to whole tiles; `key` is NaN where it must make a row NaN.
+
+    A score_mod may hide a pair, too, so it works on finite scores and what is not finite is marked after it.
+    """
+    given: Operands = {}
+    if call.score_mod is not None:
+        high, query, rows = call.high, call.query, call.rows
+        bad = _nan_unless_finite(query) if rows is None else _nan_unless_finite(query) + _nan_unless_finite(rows)
+        given["bad_queries"] = layouts.query_columns(grid, bad.astype(high))
+        given["bad_keys"] = layouts.key_rows(grid, _nan_unless_finite(key).astype(high))
+        given["query"] = layouts.query_columns(grid, zero_unless_finite(query), call.inner_scale)
+        given["key"] = layouts.key_rows(grid, zero_unless_finite(key))
+        if rows is not None:
+            given["rows"] = layouts.query_rows(grid, zero_unless_finite(rows))
+    # What pads hides: a query that does not exist sees no key that all others must not see.
+    for name, x, hidden in (("bias", call.bias, -jnp.inf), ("mask", call.mask, False)):
+        if x is not None and not isinstance(x, Mask):
+            behind = (0 if n == 1 else whole - n for n, whole in zip(x.shape[2:], grid.padded, strict=True))
+            given[name] = jnp.pad(x, ((0, 0), (0, 0), *((0, n) for n in behind)), constant_values=hidden)
+    return given
+
+
+def _marked(key: Float[Array, "B S K H"], value: Float[Array, "B S K V"]) -> tuple[Array, Array]:
+    """Keys that are NaN wherever key or value are not finite, and values that are 0 there.
+
+    A product with a key gives scores of that key alone, which the mask can hide; one with a value reaches every row.
+    """
+    bad = _nan_unless_finite(key) + _nan_unless_finite(value)
+    return key + bad, jnp.where(jnp.isnan(bad), jnp.zeros_like(value), value)
+
+
+def _marked_query(query: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+    """Queries that are NaN wherever they are not finite: with -inf all scores could be, as if all keys were hidden."""
+    return query + _nan_unless_finite(query)
+
+
+def _nan_unless_finite(x: Float[Array, "*shape D"]) -> Float[Array, "*shape 1"]:
+    """0, or NaN for a vector that is not finite; on the CPU three times as fast as `isfinite(x).all(axis=-1)`."""
+    return jnp.sum(x * jnp.zeros((), x.dtype), axis=-1, keepdims=True)
+
+
+def zero_unless_finite(x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
+    """`x` with zeros in the vectors that are not finite."""
+    return jnp.where(jnp.isnan(_nan_unless_finite(x)), jnp.zeros_like(x), x)

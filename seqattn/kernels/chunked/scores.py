@@ -1,0 +1,231 @@
+"""The logits of one tile: products, bias, score modification and mask; how gradients go back through them; dropout."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from seqattn.coordinates import Coordinates
+from seqattn.dropout import kept
+from seqattn.kernels.chunked import layouts, schedule
+from seqattn.kernels.chunked.layouts import At
+from seqattn.kernels.chunked.operands import Operands
+from seqattn.kernels.chunked.plan import Plan, TiledCall
+from seqattn.kernels.chunked.schedule import Grid
+from seqattn.kernels.traced import TracedMask, TracedMod
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A tile of a call.
+
+    Attributes:
+        grid: how the call is cut.
+        call: the call.
+        operands: what the tile is cut from.
+        at: where it lies.
+        partial: whether a pair in it may be hidden; a full tile evaluates no mask.
+    """
+
+    grid: Grid
+    call: TiledCall
+    operands: Operands
+    at: At
+    partial: bool
+
+    def of_queries(self, name: str) -> Array:
+        """An operand that lies by queries, `[lanes, ...]`."""
+        return layouts.take(self.grid, self.operands[name], self.at[1], self.at[0])
+
+    def key_rows(self, name: str) -> Array:
+        """An operand that has keys as rows, `[lanes, keys, D]`."""
+        return layouts.take_key_rows(self.grid, self.operands[name], self.at[0], self.at[2])
+
+    def key_columns(self, name: str) -> Array:
+        """An operand that has keys as columns, `[lanes, D, keys]`."""
+        return layouts.take_key_columns(self.grid, self.operands[name], self.at[0], self.at[2])
+
+    def pairs(self, name: str) -> Array:
+        """An operand that belongs to pairs: broadcasts to `[rows, heads, keys, group, queries]`."""
+        return layouts.pairs(self.grid, self.operands[name], self.at)
+
+
+@dataclasses.dataclass(frozen=True)
+class TileScores:
+    """The logits of a tile.
+
+    Attributes:
+        values: `[lanes, keys, columns]`; -inf where a pair is hidden.
+        visible: who may attend, of that shape; None: all.
+        grid: how the call is cut.
+        bias: the shape of the bias in the tile, or None.
+        pull_mod: how gradients go back through the score modification; None where there is none, or nobody asks.
+    """
+
+    values: Array
+    visible: Array | None
+    grid: Grid
+    bias: tuple[int, ...] | None
+    pull_mod: Callable[[Array], tuple[Array, list[Array], Array | None]] | None
+
+    @staticmethod
+    def of(place: Place, *, gradients: bool) -> "TileScores":
+        """Those of a tile. Without `gradients` a score modification need not have a derivative."""
+        grid, call = place.grid, place.call
+        scores = product("lsh,lht->lst", place.key_rows("key"), place.of_queries("query"), call.high)
+        if call.inner_scale is None:
+            scores = scores * call.scale
+        visible = _visible(place) if place.partial else None
+        bias = None if call.bias is None else place.pairs("bias").astype(call.high)
+        if bias is not None:
+            scores = (layouts.by_head(grid, scores) + bias).reshape(scores.shape)
+        scores, pull_mod = _after_mod(place, scores, visible, gradients=gradients)
+        if visible is not None:
+            visible = jnp.broadcast_to(visible, layouts.by_head(grid, scores).shape).reshape(scores.shape)
+            scores = jnp.where(visible, scores, jnp.full_like(scores, -jnp.inf))
+        seen = visible if call.score_mod is None else scores != -jnp.inf
+        return TileScores(scores, seen, grid, None if bias is None else bias.shape, pull_mod)
+
+    def shown(self, x: Float[Array, "lanes keys columns"]) -> Float[Array, "lanes keys columns"]:
+        """`x` where a pair is visible, 0 elsewhere."""
+        return x if self.visible is None else jnp.where(self.visible, x, jnp.zeros_like(x))
+
+    def pull_back(self, d_scores: Array) -> tuple[Array, Array | None, Array | None, list[Array]]:
+        """The gradients by the products, the bias, the rows and the arrays of the score modification."""
+        d_rows, d_mod = None, list[Array]()
+        if self.pull_mod is not None:
+            hidden = self.values == -jnp.inf  # also by the mod itself, whose derivative may be NaN there
+            d_scores, d_mod, d_rows = self.pull_mod(d_scores)
+            d_scores = jnp.where(hidden, jnp.zeros_like(d_scores), d_scores)
+        d_bias = None if self.bias is None else _sum_to(layouts.by_head(self.grid, d_scores), self.bias)
+        return d_scores, d_bias, d_rows, d_mod
+
+
+def product(subscripts: str, left: Array, right: Array, high: np.dtype) -> Array:
+    """A batched matrix product in the full precision of its dtype, summed in `high`."""
+    return jnp.einsum(subscripts, left, right, precision=lax.Precision.HIGHEST, preferred_element_type=high)
+
+
+def dropped(plan: Plan, place: Place, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x` of a tile where its weight is kept, divided by the probability of that; 0 elsewhere."""
+    grid, call, at = place.grid, place.call, place.at
+    if call.words is None or plan.dropout_rate == 0:
+        return x
+    lane = at[0] * grid.lanes + lax.iota(jnp.int32, grid.lanes)
+    head = lane[:, None] * grid.group + lax.iota(jnp.int32, grid.group)[None]
+    query = at[1] * grid.queries + lax.iota(jnp.int32, grid.queries)
+    row = (head[:, :, None] * grid.length + query[None, None]).reshape(grid.lanes, 1, -1)
+    column = (at[2] * grid.block + lax.iota(jnp.int32, grid.keys))[None, :, None]
+    keep = kept(call.words, plan.dropout_rate, row.astype(jnp.uint32), column.astype(jnp.uint32))
+    return jnp.where(keep, x / (1 - plan.dropout_rate), jnp.zeros_like(x))
+
+
+def _after_mod(
+    place: Place, scores: Array, visible: Array | None, *, gradients: bool
+) -> tuple[Array, Callable[[Array], tuple[Array, list[Array], Array | None]] | None]:
+    """The scores after the score modification, which sees 0 where a pair is hidden, and how gradients go back."""
+    mod, call = place.call.score_mod, place.call
+    if mod is None:
+        return scores, None
+    rows = None if call.rows is None else place.of_queries("rows")
+
+    def modify(scores: Array, arrays: list[Array], rows: Array | None) -> Array:
+        tile = layouts.by_head(place.grid, scores)
+        shown = tile if visible is None else jnp.where(visible, tile, jnp.zeros_like(tile))
+        return _modified(place, mod.with_arrays(arrays), shown, rows).reshape(scores.shape)
+
+    pull = None
+    if gradients:
+        scores, pull = jax.vjp(modify, scores, mod.arrays, rows)
+    else:
+        scores = modify(scores, mod.arrays, rows)
+    bad = place.key_rows("bad_keys") + place.of_queries("bad_queries")
+    return jnp.where(scores == -jnp.inf, scores, scores + bad), pull
+
+
+def _visible(place: Place) -> Bool[Array, "..."]:
+    """Who may attend in a tile: broadcasts to `[rows, heads, keys, group, queries]`."""
+    grid, call, at = place.grid, place.call, place.at
+    # A query that pads sees nothing either: what a score_mod has for a derivative there may be infinite.
+    visible = (at[2] * grid.block + lax.iota(jnp.int32, grid.keys) < grid.size)[None, None, :, None, None]
+    if grid.padded[0] != grid.length:
+        real = at[1] * grid.queries + lax.iota(jnp.int32, grid.queries) < grid.length
+        visible = visible & real[None, None, None, None]
+    if call.bias is not None:
+        visible = visible & (place.pairs("bias") != -jnp.inf)
+    if isinstance(call.mask, TracedMask):
+        visible = visible & _allowed(place, call.mask)
+    elif call.mask is not None:
+        visible = visible & place.pairs("mask")
+    return visible
+
+
+def _allowed(place: Place, mask: TracedMask) -> Bool[Array, "..."]:
+    """What the mask says of a tile: `[rows, 1 or heads, keys, 1 or group, queries]`."""
+
+    def pair(query: Coordinates, key: Coordinates, head: Array) -> Array:
+        return mask(dataclasses.replace(query, head=head), key)
+
+    lifted = jax.vmap(pair, in_axes=(0, None, None))  # queries
+    heads = _heads(place)
+    heads = heads if mask.reads_head else heads[:1, :1]
+    lifted = jax.vmap(lifted, in_axes=(None, None, 0))  # group
+    lifted = jax.vmap(lifted, in_axes=(None, 0, None))  # keys
+    lifted = jax.vmap(lifted, in_axes=(None, None, 0))  # heads
+    return jax.vmap(lifted, in_axes=(0, 0, None))(*_coordinates(place), heads)
+
+
+def _modified(place: Place, mod: TracedMod, scores: Float[Array, "..."], rows: Array | None) -> Float[Array, "..."]:
+    """The scores `[rows, heads, keys, group, queries]` of a tile after the score modification."""
+    grid, (q_at, kv_at) = place.grid, _coordinates(place)
+    if rows is not None:
+        rows = rows.reshape(grid.rows, grid.heads, grid.group, grid.queries, rows.shape[-1])
+
+    def pair(score: Array, query: Coordinates, key: Coordinates, head: Array, row: Array | None) -> Array:
+        return mod(score, dataclasses.replace(query, head=head), key, head, row)
+
+    axis = None if rows is None else 0
+    lifted = jax.vmap(pair, in_axes=(0, 0, None, None, axis))  # queries
+    lifted = jax.vmap(lifted, in_axes=(0, None, None, 0, axis))  # group
+    lifted = jax.vmap(lifted, in_axes=(0, None, 0, None, None))  # keys
+    lifted = jax.vmap(lifted, in_axes=(0, None, None, 0, axis))  # heads
+    lifted = jax.vmap(lifted, in_axes=(0, 0, 0, None, axis))  # rows
+    return lifted(scores, q_at, kv_at, _heads(place), rows)
+
+
+def _heads(place: Place) -> Int[Array, "heads group"]:
+    """The indices of the query heads in a tile."""
+    grid, at = place.grid, place.at
+    first = at[0] * grid.lanes % grid.num_kv_heads
+    return (first + lax.iota(jnp.int32, grid.heads))[:, None] * grid.group + lax.iota(jnp.int32, grid.group)[None]
+
+
+def _coordinates(place: Place) -> tuple[Coordinates, Coordinates]:
+    """Of the queries and of the keys in a tile: `[rows, queries]`, with their batch rows, and `[rows, keys]`."""
+    grid, call, at = place.grid, place.call, place.at
+    row = at[0] * grid.lanes // grid.num_kv_heads
+
+    def take(coordinates: Coordinates, start: Array, padded: int, size: int) -> Coordinates:
+        def field(x: Array) -> Array:
+            shared = x.shape[0] == 1
+            here = lax.dynamic_slice(
+                x, (jnp.zeros_like(row) if shared else row, start), (1 if shared else grid.rows, size)
+            )
+            return jnp.broadcast_to(here, (grid.rows, size))
+
+        return jax.tree.map(field, schedule.pad(coordinates, padded))
+
+    queries, keys = grid.padded
+    query = take(call.q_at, at[1] * grid.queries, queries, grid.queries)
+    batch = jnp.broadcast_to((row + lax.iota(jnp.int32, grid.rows))[:, None], (grid.rows, grid.queries))
+    key = take(call.kv_at, at[2] * grid.block, keys, grid.keys)
+    return dataclasses.replace(query, batch=batch), key
+
+
+def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """The gradient of broadcasting from `shape`, of the same rank."""
+    return x.sum(axis=[i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1], keepdims=True).reshape(shape)

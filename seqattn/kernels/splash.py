@@ -1,0 +1,108 @@
+"""JAX's splash attention for TPUs, with our contract. The log-sum-exp is that of `chunked`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from seqattn.kernels import chunked
+from seqattn.kernels.call import Call, Result, refuse_unknown
+from seqattn.kernels.guard import guarded, refuse_modified, refuse_platform, relaxed
+from seqattn.kernels.mesh_axes import mesh_axes
+from seqattn.kernels.native import Native, native_of
+from seqattn.platforms import on_tpu
+
+_BLOCK = 128
+
+
+def refuse(call: Call) -> None:
+    """Raises NotImplementedError, with the reason, for a call that `attend` cannot serve."""
+    refuse_platform("splash attention", "tpu", call)
+    refuse_unknown("splash attention", call.query.shape, call.key.shape)
+    refuse_modified(call)
+    if call.bias is not None:
+        raise NotImplementedError("splash attention takes no bias")
+    if call.query.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f"splash attention takes float32 and bfloat16, not {call.query.dtype}")
+    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
+        raise NotImplementedError("splash attention mixes integers of 32 and 64 bits where jax_enable_x64 is on")
+    if axes := mesh_axes((call.query, call.key, call.value)):
+        along = ", ".join(sorted(map(str, axes)))
+        raise NotImplementedError(f"splash attention does not tell jax.shard_map that it varies along {along}")
+    length, size = call.query.shape[1], call.key.shape[1]
+    if length % _BLOCK or size % _BLOCK:
+        raise NotImplementedError(f"T ({length}) and S ({size}) must be multiples of {_BLOCK}")
+    native = native_of(call)
+    if native.query_lengths is not None or native.key_lengths is not None:
+        raise NotImplementedError("padding is no part of a static mask")
+
+
+def attend(call: Call) -> Result:
+    """The output and the log-sum-exp of the logits, as `reference.attend`."""
+    refuse(call)
+    if call.is_empty:
+        return call.nothing()
+    native = native_of(call)
+
+    def compute(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+        scaled = (query.astype(call.high) * jnp.asarray(call.scale, call.high)).astype(query.dtype)
+        return output_of(scaled, key, value, native), chunked.attend(call)[1]
+
+    return guarded(compute, call.query, call.key, call.value, native)
+
+
+def output_of(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K V"],
+    native: Native,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B T N V"]:
+    """The splash kernel on scaled queries; `interpret` runs it without a TPU."""
+
+    def kernel(*arrays: Array) -> Array:
+        return _output(arrays[0], arrays[1], arrays[2], native, interpret)
+
+    here = _call if interpret else on_tpu
+
+    @jax.custom_vjp
+    def output(*arrays: Array) -> Array:
+        return here(kernel, *arrays)
+
+    def forward(*arrays: Array) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
+        return here(functools.partial(jax.vjp, kernel), *arrays)
+
+    def backward(pull: Callable[[Array], tuple[Array, ...]], direction: Array) -> tuple[Array, ...]:
+        with relaxed(direction.dtype):  # its own derivative relies on promotions, too
+            return here(_call, pull, direction)
+
+    output.defvjp(forward, backward)
+    return output(query, key, value)
+
+
+def _call(fn: Callable[..., Any], *operands: Any) -> Any:
+    return fn(*operands)
+
+
+def _output(query: Array, key: Array, value: Array, native: Native, interpret: bool) -> Array:
+    # Here, as whoever needs no TPU need not wait for it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    shape = (query.shape[1], key.shape[1])
+    mask: splash_attention_mask.Mask
+    if native.left is not None:
+        mask = splash_attention_mask.LocalMask(shape, (native.left, native.right), offset=0)
+    elif native.right is not None:
+        mask = splash_attention_mask.CausalMask(shape, offset=native.right)
+    else:
+        mask = splash_attention_mask.FullMask(shape)
+    heads = splash_attention_mask.MultiHeadMask([mask] * query.shape[2])
+    with relaxed(query.dtype):
+        kernel = splash_attention_kernel.make_splash_mha(heads, head_shards=1, q_seq_shards=1, interpret=interpret)
+        by_head = (x.swapaxes(1, 2) for x in (query, key, value))
+        return jax.vmap(kernel)(*by_head).swapaxes(1, 2)

@@ -1,0 +1,44 @@
+"""A choice between programs by the platform that they are compiled for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqattn.platforms import all_platforms, by_platform, platform_of
+
+BRANCHES = {"cpu": jnp.sin, "gpu": jnp.cos, "tpu": jnp.tan}
+
+
+def test_the_platform_is_that_of_the_arrays_or_jax_s_default_and_unknown_where_one_is_traced():
+    x = jnp.ones(3)
+    assert platform_of([x, None, 2.0]) == "cpu"
+    assert platform_of([]) == jax.default_backend()
+    seen = []
+    jax.jit(lambda y: seen.append(platform_of([x, y])))(x)
+    assert seen == [None]
+    assert all_platforms() == ("cpu", "gpu", "tpu")
+
+
+def test_a_program_holds_the_branch_of_its_platform_alone():
+    traced = jax.jit(jax.grad(lambda x: by_platform(BRANCHES, x).sum())).trace(jnp.ones(3))
+    texts = [traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "rocm", "tpu")]
+    assert ["stablehlo.cosine" in x for x in texts] == [True, False, False, False], "the derivative of the sine"
+    assert ["stablehlo.sine" in x for x in texts] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap, jax.grad, lambda fn: jax.jit(jax.checkpoint(fn))])
+def test_it_runs_here_under_every_transformation(transform):
+    x = jnp.float32(0.3) if transform is jax.grad else jnp.linspace(0, 1, 5)
+    np.testing.assert_allclose(transform(lambda x: by_platform(BRANCHES, x))(x), transform(jnp.sin)(x), rtol=1e-6)
+
+
+def test_equal_branches_are_traced_once():
+    traced = []
+
+    def branch(x):
+        traced.append(x)
+        return x + 1
+
+    jax.jit(lambda x: by_platform(dict.fromkeys(all_platforms(), branch), x)).trace(jnp.ones(3))
+    assert len(traced) == 1
