@@ -11,8 +11,8 @@ from benchmarks import patterns
 from benchmarks.case import Case
 from benchmarks.program import Call
 from seqattn.attention import attend
-from seqattn.kernels.dispatch import Explanation, explain
 from seqattn.coordinates import Coordinates
+from seqattn.kernels.dispatch import Explanation, explain
 from seqattn.masks import Causal, Prefix, SameSegment, SlidingWindow
 from seqattn.score_mods import Alibi
 

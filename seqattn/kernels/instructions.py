@@ -5,7 +5,6 @@ JAX's own jaxprs are equal only where they are one object, so that what is compi
 
 import dataclasses
 import enum
-import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -26,9 +25,16 @@ class Instructions:
 
     Attributes:
         jaxpr: its constvars are the operands.
+        key: what it does, as a value. Made at once: a NumPy array in it may be written over later.
     """
 
     jaxpr: core.Jaxpr
+    key: Hashable
+
+    @staticmethod
+    def of(jaxpr: core.Jaxpr) -> "Instructions":
+        """Those of a jaxpr."""
+        return Instructions(jaxpr, _key_of_jaxpr(jaxpr))
 
     def run(self, operands: Sequence[Any], arguments: Sequence[Any]) -> Any:
         """The result; arguments become what the jaxpr was traced for."""
@@ -43,15 +49,11 @@ class Instructions:
         """Whether anything is computed from an argument."""
         return _reads(self.jaxpr, argument)
 
-    @functools.cached_property
-    def _key(self) -> Hashable:
-        return _key_of_jaxpr(self.jaxpr)
-
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Instructions) and self._key == other._key
+        return isinstance(other, Instructions) and self.key == other.key
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return hash(self.key)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

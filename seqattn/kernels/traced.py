@@ -76,7 +76,7 @@ class Program:
         constants = list(zip(closed.jaxpr.constvars, closed.consts, strict=True))
         arrays, fixed = ([x for x in constants if _may_differ(x[1]) is differs] for differs in (True, False))
         jaxpr = closed.jaxpr.replace(constvars=[variable for variable, _ in (*arrays, *fixed)])
-        return Program(tuple(x for _, x in arrays), tuple(_own(x) for _, x in fixed), Instructions(jaxpr))
+        return Program(tuple(x for _, x in arrays), tuple(_own(x) for _, x in fixed), Instructions.of(jaxpr))
 
     def __call__(self, *arguments: Any) -> Array:
         return self.instructions.run((*self.arrays, *self.fixed), jax.tree.leaves(arguments))
