@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from seqattn.kernels import cached, chunked, reference, shared_keys, vendor
 from seqattn.kernels.call import Call, Kernel, Result, Shaped, check_sinks, is_known
-from seqattn.static import may_exceed
+from seqattn.sizes import may_exceed
 
 
 @dataclasses.dataclass(frozen=True)

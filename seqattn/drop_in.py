@@ -10,7 +10,7 @@ from seqattn.attention import attend
 from seqattn.coordinates import Coordinates
 from seqattn.kernels.call import Visible, check_arrays, check_pairs
 from seqattn.masks import Causal, Mask, NotPadding, SlidingWindow
-from seqattn.static import Size
+from seqattn.sizes import Size
 
 
 @overload

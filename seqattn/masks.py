@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from seqattn.checks import check_integer
 from seqattn.coordinates import Coordinates, Tile
-from seqattn.static import Size, check_integer, pytree, static
+from seqattn.pytrees import pytree, static
+from seqattn.sizes import Size
 
 Truth = Any
 """A boolean scalar: `np.bool_` where coordinates are known at trace time, a traced boolean elsewhere."""

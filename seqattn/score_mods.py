@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from seqattn.checks import check_integer
 from seqattn.coordinates import Coordinates
 from seqattn.precision import accumulator
+from seqattn.pytrees import pytree, static
 from seqattn.score_mod import ScoreMod
-from seqattn.static import check_integer, pytree, static
 
 
 def _distance(query: Coordinates, key: Coordinates) -> Array:

@@ -6,9 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from seqattn.checks import check_integer
 from seqattn.decoding.candidates import DiverseGroups
 from seqattn.decoding.processors import LogitsProcessor, Number, check_range
-from seqattn.static import check_integer
 
 
 def check_limits(max_length: int, end_token: int, pad_token: int) -> None:

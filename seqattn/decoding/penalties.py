@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from seqattn.decoding.processors import Number, check_range
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
 
 
 class LengthPenalty(abc.ABC):

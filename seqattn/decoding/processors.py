@@ -16,7 +16,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from seqattn.static import check_integer, pytree, static
+from seqattn.checks import check_integer
+from seqattn.pytrees import pytree, static
 
 Number = float | int | np.number | np.ndarray | Array
 """A number for all rows, or an array `[B]` with one for each."""

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from seqattn.checks import check_integer
 from seqattn.models.positions import Sinusoidal
 from seqattn.models.transformer import Transformer, TransformerConfig
 from seqattn.nn.blocks import BlockConfig
 from seqattn.nn.feed_forward import Activation
-from seqattn.static import check_integer
 
 Path = tuple[str | int, ...]
 """Where a parameter is in our model."""

@@ -31,8 +31,8 @@ from seqattn.kernels.tiles import Grid, Steps
 from seqattn.kernels.varying import varying
 from seqattn.masks import Mask
 from seqattn.precision import accumulator, lowest
+from seqattn.pytrees import pytree
 from seqattn.score_mod import ScoreMod
-from seqattn.static import pytree
 
 _EMPTY = -1e30
 """The log of the total of an empty row. Others are about 0 at least, and nothing is lost where `lowest` is added."""

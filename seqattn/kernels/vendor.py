@@ -25,7 +25,7 @@ from seqattn.kernels import chunked, reference
 from seqattn.kernels.call import Call, Result, refuse_unknown
 from seqattn.masks import And, Causal, Mask, NotPadding, SameSegment, SlidingWindow
 from seqattn.precision import accumulator, lowest
-from seqattn.static import Size
+from seqattn.sizes import Size
 
 # jax.nn hides a score by putting -0.7 times the largest float32 in its place.
 _ABOVE_HIDDEN = np.float32(-0.5 * np.finfo(np.float32).max)

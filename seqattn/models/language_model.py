@@ -10,15 +10,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from seqattn.coordinates import Coordinates
-from seqattn.decoding.state import Shared
 from seqattn.dropout import drop, split
+from seqattn.hypotheses import Shared
 from seqattn.models import positions as order
 from seqattn.models.positions import Positions, Sinusoidal
 from seqattn.models.stack import Attention, Full, Stack
 from seqattn.nn.blocks import BlockConfig
 from seqattn.nn.cache import Cache
 from seqattn.nn.embedding import TokenEmbedding
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from seqattn.dropout import check_rate, drop, split
 from seqattn.nn.embedding import TokenEmbedding
 from seqattn.nn.linear import Linear
 from seqattn.nn.recurrent import Carry, Cell, Recurrent
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from seqattn.coordinates import Coordinates
-from seqattn.decoding.state import Shared
 from seqattn.dropout import drop, split
+from seqattn.hypotheses import Shared
 from seqattn.masks import Causal, SameSegment, SlidingWindow
 from seqattn.models import positions as order
 from seqattn.models.layers import run_layers
@@ -20,8 +20,8 @@ from seqattn.nn.blocks import BlockConfig, DecoderBlock, EncoderBlock
 from seqattn.nn.cache import Cache, RingCache, StaticCache
 from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
 from seqattn.nn.key_value import KeyColumns, KeyValue
+from seqattn.pytrees import pytree
 from seqattn.score_mod import ScoreMod
-from seqattn.static import pytree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from seqattn.attention import attend, attend_columns, attention_weights
+from seqattn.checks import check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout, check_rate
 from seqattn.kernels.call import Columns, check_heads
@@ -18,7 +19,6 @@ from seqattn.nn.key_value import KeyColumns, KeyValue, Written
 from seqattn.nn.linear import Linear
 from seqattn.positions import angular_frequencies, rotate
 from seqattn.score_mod import ScoreMod
-from seqattn.static import check_sizes
 
 Model = TypeVar("Model", bound=nnx.Module)
 

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from seqattn.checks import check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import check_rate, drop, split
 from seqattn.masks import Mask
@@ -21,7 +22,6 @@ from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.nn.mixture import MixtureOfExperts
 from seqattn.nn.routing import MixtureConfig
 from seqattn.score_mod import ScoreMod
-from seqattn.static import check_sizes
 
 
 @dataclasses.dataclass(frozen=True)

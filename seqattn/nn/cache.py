@@ -18,9 +18,10 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
-from seqattn.decoding.state import Branching
+from seqattn.hypotheses import Branching
 from seqattn.nn.key_value import KeyColumns, KeyValue
-from seqattn.static import known_size, pytree
+from seqattn.pytrees import pytree
+from seqattn.sizes import known_size
 
 
 class Cache(Branching):

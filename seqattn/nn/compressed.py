@@ -16,7 +16,8 @@ from seqattn.nn.attention import MultiHeadAttention
 from seqattn.nn.cache import Cache, RingCache
 from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.precision import accumulator
-from seqattn.static import may_exceed, pytree
+from seqattn.pytrees import pytree
+from seqattn.sizes import may_exceed
 
 
 class MemoryCompressedAttention(MultiHeadAttention):

@@ -7,10 +7,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from seqattn.checks import check_integer, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.nn.initializers import xavier_uniform
 from seqattn.precision import accumulator
-from seqattn.static import check_integer, check_sizes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from seqattn.precision import accumulator
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
 
 
 @pytree

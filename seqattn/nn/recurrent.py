@@ -9,10 +9,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from seqattn.checks import check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import check_rate, drop, split
 from seqattn.nn.initializers import lecun_normal, orthogonal
-from seqattn.static import check_sizes
 
 Carry = Any
 """The state of a cell: one array `[*batch, H]`, or for an LSTM two (cell, hidden)."""

@@ -26,7 +26,7 @@ from seqattn.decoding import (
 )
 from seqattn.decoding.generate import Step
 from seqattn.models import EncoderDecoder
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
 from train.data.batches import Example, collate, rows_of
 from train.data.tokenizer import Tokenizer
 

@@ -15,8 +15,8 @@ from seqattn.decoding import ForcedPrefix, MinLogProbability, PrefixCost, genera
 from seqattn.decoding.beam import Beams, beam_search
 from seqattn.decoding.candidates import DiverseGroups
 from seqattn.decoding.penalties import GNMT, AverageLength, CoveragePenalty, NoPenalty
-from seqattn.decoding.state import Shared
 from seqattn.decoding.stopping import Stopping
+from seqattn.hypotheses import Shared
 
 V, END, PAD, S = 5, 3, 1, 3
 FIRST = jnp.array([0, 2, 4])

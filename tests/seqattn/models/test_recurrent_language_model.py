@@ -12,7 +12,7 @@ from flax import nnx
 
 from seqattn.coordinates import Coordinates
 from seqattn.decoding import beam_search, generate
-from seqattn.decoding.state import branch, select
+from seqattn.hypotheses import branch, select
 from seqattn.losses import cross_entropy
 from seqattn.models.recurrent_language_model import RecurrentLanguageModel, RecurrentLanguageModelConfig
 from seqattn.nn import Cell

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from seqattn.coordinates import Coordinates
-from seqattn.decoding.state import branch, select
+from seqattn.hypotheses import branch, select
 from seqattn.models import Seq2Seq, Seq2SeqConfig
 from seqattn.models.attention_encoder import AttentionEncoder
 from seqattn.nn import Cell, Direction, Score

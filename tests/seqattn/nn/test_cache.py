@@ -12,7 +12,7 @@ from jax import export
 
 from seqattn.choice import IMPLEMENTATIONS
 from seqattn.coordinates import Coordinates
-from seqattn.decoding.state import branch, select
+from seqattn.hypotheses import branch, select
 from seqattn.masks import Causal, MaskMod, NotPadding, SameSegment, SlidingWindow
 from seqattn.nn import KeyColumns, KeyValue, MultiHeadAttention, PagedCache, RingCache, StaticCache
 
