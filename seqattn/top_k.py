@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from seqattn.checks import check_integer
 from seqattn.pytrees import pytree
 
 BLOCK = 64
@@ -28,8 +29,7 @@ def top_k(values: Float[Array, "*B V"], count: int) -> tuple[Float[Array, "*B co
     [7. 3. 3.] [2 0 3]
     """
     size = values.shape[-1]
-    if not 1 <= count <= size:
-        raise ValueError(f"count ({count}) must be from 1 to the number of values ({size})")
+    check_integer("count", count, 1, size, maximum_name="the number of values")
     # Fewer blocks would save too little of the sort for what it takes to find them.
     if size < 2 * count * BLOCK:
         return _top(values, count)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from seqattn.checks import check_integer, check_number, check_rate, check_seed
 from seqattn.models import (
     CaptionerConfig,
     EncoderConfig,
@@ -146,21 +147,18 @@ class Experiment:
             "beam_size",
         )
         for name in (*counts, "pieces", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+            check_integer(name, getattr(self, name), 1)
         if self.profile is not None:
             first, _ = parse_steps(self.profile)
             if first > self.steps:
                 raise ValueError(f"profile ({self.profile}) must begin by the last update: steps ({self.steps})")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed ({self.seed}) must be in [0, 2**32)")
+        check_seed(self.seed)
         if self.patience is not None and not 1 <= self.patience < self.keep_checkpoints:
             raise ValueError(
                 f"patience ({self.patience}) must be at least 1 and below keep_checkpoints ({self.keep_checkpoints}): "
                 "the best checkpoint must still be there"
             )
-        if self.keep_best < 0:
-            raise ValueError(f"keep_best ({self.keep_best}) must not be negative")
+        check_integer("keep_best", self.keep_best, 0)
         saved = min(self.keep_checkpoints, math.ceil(self.steps / self.evaluate_every))
         if self.average > saved:
             raise ValueError(
@@ -168,10 +166,9 @@ class Experiment:
                 f"keep_checkpoints ({self.keep_checkpoints}), steps ({self.steps}) and evaluate_every "
                 f"({self.evaluate_every}); --average 1 takes the last one alone"
             )
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ema ({self.ema}) must be between 0 and 1, or None for no average")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing ({self.label_smoothing}) must be in [0, 1)")
+        if self.ema is not None:
+            check_number("ema", self.ema, above=0, below=1, hint=", or None for no average")
+        check_rate(self.label_smoothing, "label_smoothing")
         for name in ("initializer", "word_vectors"):
             if self.start_from is not None and getattr(self, name) is not None:
                 raise ValueError(

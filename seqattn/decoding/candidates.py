@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from seqattn.checks import check_integer
+from seqattn.checks import check_integer, check_range
 from seqattn.decoding.penalties import scalar
-from seqattn.decoding.processors import Number, check_range
+from seqattn.decoding.processors import Number
 from seqattn.pytrees import pytree
 from seqattn.top_k import Normaliser, top_k
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from seqattn.decoding.processors import Number, check_range
+from seqattn.checks import check_range
+from seqattn.decoding.processors import Number
 from seqattn.pytrees import pytree
 
 

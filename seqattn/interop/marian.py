@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from seqattn.checks import check_integer
+from seqattn.checks import check_even, check_integer, check_multiple, check_rate
 from seqattn.models.positions import Sinusoidal
 from seqattn.models.transformer import Transformer, TransformerConfig
 from seqattn.nn.blocks import BlockConfig
@@ -96,13 +96,10 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
     for name, smallest in _SMALLEST.items():
         check_integer(name, config[name], smallest)
     model_dim, heads = config["d_model"], config["encoder_attention_heads"]
-    if model_dim % 2:
-        raise ValueError(f"d_model ({model_dim}) must be even: half of each vector of positions are sines")
-    if model_dim % heads:
-        raise ValueError(f"d_model ({model_dim}) must be a multiple of encoder_attention_heads ({heads})")
+    check_even("d_model", model_dim, ": half of each vector of positions are sines")
+    check_multiple("d_model", model_dim, heads, "encoder_attention_heads")
     for name in ("dropout", "attention_dropout", "activation_dropout"):
-        if not (isinstance(config[name], int | float) and 0 <= config[name] < 1):
-            raise ValueError(f"{name} ({config[name]!r}) must be in [0, 1)")
+        check_rate(config[name], name)
 
 
 def from_marian(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Transformer:

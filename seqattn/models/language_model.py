@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from seqattn.checks import check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import drop, split
 from seqattn.hypotheses import Shared
@@ -88,8 +89,7 @@ class LanguageModel(nnx.Module):
     """
 
     def __init__(self, config: LanguageModelConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
-        if config.num_layers < 1:
-            raise ValueError(f"num_layers ({config.num_layers}) must be at least 1")
+        check_sizes(num_layers=config.num_layers)
         order.check_positions(config.positions, config.block.model_dim)
         self.config = config
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}

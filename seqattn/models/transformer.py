@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from seqattn.checks import check_integer, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import drop, split
 from seqattn.hypotheses import Shared
@@ -118,11 +119,8 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config, positions, dim = config, config.positions, config.block.model_dim
-        if config.num_encoder_layers < 0 or config.num_decoder_layers < 1:
-            raise ValueError(
-                f"num_encoder_layers ({config.num_encoder_layers}) must not be negative and num_decoder_layers "
-                f"({config.num_decoder_layers}) at least 1"
-            )
+        check_integer("num_encoder_layers", config.num_encoder_layers, 0)
+        check_sizes(num_decoder_layers=config.num_decoder_layers)
         order.check_positions(positions, dim)
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         rotary_base = order.rotary_base(positions)

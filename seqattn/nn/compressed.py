@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from seqattn.checks import check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.nn.attention import MultiHeadAttention
 from seqattn.nn.cache import Cache, RingCache
@@ -53,8 +54,7 @@ class MemoryCompressedAttention(MultiHeadAttention):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
-        if stride < 1:
-            raise ValueError(f"stride ({stride}) must be at least 1")
+        check_sizes(stride=stride)
         super().__init__(model_dim, num_heads, param_dtype=param_dtype, rngs=rngs, **options)
         self.stride = stride
         # Two arrays: one under two parameters could not be donated.

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from seqattn.checks import check_sizes
 from seqattn.nn.initializers import normal
 from seqattn.nn.linear import product
 
@@ -53,8 +54,7 @@ class TokenEmbedding(nnx.Module):
     def __init__(
         self, vocab_size: int, model_dim: int, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
     ) -> None:
-        if vocab_size < 1 or model_dim < 1:
-            raise ValueError(f"vocab_size ({vocab_size}) and model_dim ({model_dim}) must be at least 1")
+        check_sizes(vocab_size=vocab_size, model_dim=model_dim)
         init = normal(1 / math.sqrt(model_dim))
         self.table = nnx.Param(init(rngs.params(), (vocab_size, model_dim), param_dtype))
 
@@ -85,8 +85,7 @@ class PositionEmbedding(nnx.Module):
     def __init__(
         self, max_length: int, model_dim: int, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
     ) -> None:
-        if max_length < 1:
-            raise ValueError(f"max_length ({max_length}) must be at least 1")
+        check_sizes(max_length=max_length, model_dim=model_dim)
         init = normal(0.02)
         self.table = nnx.Param(init(rngs.params(), (max_length, model_dim), param_dtype))
 

@@ -8,7 +8,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from seqattn.dropout import check_rate, drop
+from seqattn.checks import check_rate, check_sizes
+from seqattn.dropout import drop
 from seqattn.nn.linear import Linear
 
 
@@ -55,8 +56,7 @@ class FeedForward(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         check_rate(dropout_rate)
-        if model_dim < 1 or hidden_dim < 1:
-            raise ValueError(f"model_dim ({model_dim}) and hidden_dim ({hidden_dim}) must be at least 1")
+        check_sizes(model_dim=model_dim, hidden_dim=hidden_dim)
         self.activation, self.dropout_rate = activation, dropout_rate
 
         def linear(inputs: int, outputs: int) -> Linear:

@@ -56,7 +56,7 @@ def test_all_of_them_and_any_leading_axes():
 
 @pytest.mark.parametrize("count", [0, 4])
 def test_the_count_is_from_one_to_all(count):
-    with pytest.raises(ValueError, match=rf"count \({count}\) must be from 1 to the number of values \(3\)"):
+    with pytest.raises(ValueError, match=rf"count \({count}\) must be an integer from 1 to the number of values \(3\)"):
         top_k(jnp.zeros(3), count)
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.nn.initializers import normal, variance_scaling
 from jaxtyping import Array
 
+from seqattn.checks import check_number
 from seqattn.nn import MemoryCompressedAttention
 from train.update.parameters import matrices, paths
 
@@ -40,7 +41,7 @@ class Uniform:
     """Largest weight."""
 
     def __post_init__(self) -> None:
-        _check_positive("scale", self.scale)
+        check_number("scale", self.scale, above=0)
 
     def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
         """An array of this shape."""
@@ -56,7 +57,7 @@ class Normal:
     """Standard deviation."""
 
     def __post_init__(self) -> None:
-        _check_positive("stddev", self.stddev)
+        check_number("stddev", self.stddev, above=0)
 
     def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
         """An array of this shape."""
@@ -75,7 +76,7 @@ class Xavier:
 
     def __post_init__(self) -> None:
         _check_one_of("distribution", self.distribution, Distribution)
-        _check_positive("gain", self.gain)
+        check_number("gain", self.gain, above=0)
 
     def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
         """An array of this shape."""
@@ -96,7 +97,7 @@ class Kaiming:
     def __post_init__(self) -> None:
         _check_one_of("distribution", self.distribution, Distribution)
         _check_one_of("mode", self.mode, Fan)
-        _check_positive("gain", self.gain)
+        check_number("gain", self.gain, above=0)
 
     def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
         """An array of this shape."""
@@ -159,11 +160,6 @@ def _rows(name: str, ndim: int) -> int | None:
 def _key(seed: int, path: str) -> Array:
     # By a checksum, since Python's own hash of a text is another one in every process.
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} ({value}) must be positive")
 
 
 def _check_one_of(name: str, value: str, choices: object) -> None:

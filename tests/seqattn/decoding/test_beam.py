@@ -498,7 +498,7 @@ def test_a_batch_of_nothing():
             {"min_log_probability": np.zeros(2)},
             r"min_log_probability must be one number or \[B\] for 3 rows, got \(2,\)",
         ),
-        ({"n_best": 3}, r"n_best \(3\) must be from 1 to beam_size \(2\)"),
+        ({"n_best": 3}, r"n_best \(3\) must be an integer from 1 to beam_size \(2\)"),
         ({"groups": DiverseGroups(3)}, r"beam_size \(2\) must be a multiple of the count of groups \(3\)"),
         ({"coverage": CoveragePenalty()}, "needs alignment"),
         ({"end_token": V}, rf"end_token \({V}\) must be below the size of the vocabulary \({V}\)"),

@@ -219,7 +219,7 @@ D21 = {
     "more than a member": (changed(VALUES, "block.activation.x", 1), "config.block.activation must have the fields"),
     "a rule of a type": (
         changed(to_dict(CONFIGS["transformer of experts"]), "block.mixture.top_k", 4),
-        r"config.block.mixture: top_k \(4\) must be from 1 to num_experts \(3\)",
+        r"config.block.mixture: top_k \(4\) must be an integer from 1 to num_experts \(3\)",
     ),
     "negative": (changed(VALUES, "vocab_size", -1), "config.vocab_size must be from 0 to 2147483647, got -1"),
     "zero heads": (changed(VALUES, "block.num_heads", 0), "config.block.num_heads must be from 1 to .*, got 0"),

@@ -331,7 +331,7 @@ def test_a_model_is_its_parameters():
     ("changes", "message"),
     [
         ({"tie_embeddings": True}, r"tie_embeddings needs embedding_dim \(5\) equal to hidden_dim \(4\)"),
-        ({"num_layers": 0}, r"num_layers \(0\) must be at least 1"),
+        ({"num_layers": 0}, r"num_layers \(0\) must be an integer of at least 1"),
         ({"vocab_size": 0}, r"vocab_size \(0\)"),
         ({"dropout_rate": 1.5}, r"dropout rate \(1.5\) must be in \[0, 1\)"),
     ],

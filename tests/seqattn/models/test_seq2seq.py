@@ -198,7 +198,7 @@ def test_param_dtype_reaches_every_parameter():
             r"local narrows an attention: it needs one, got attention=None and local=Monotonic\(radius=3\)",
         ),
         ({"hidden_dim": 5}, r"hidden_dim \(5\) must be even to be shared by two directions"),
-        ({"num_layers": 0}, r"num_layers \(0\) must be at least 1"),
+        ({"num_layers": 0}, r"num_layers \(0\) must be an integer of at least 1"),
         ({"vocab_size": 0}, r"vocab_size \(0\)"),
         ({"dropout_rate": 1.5}, r"dropout rate \(1.5\) must be in \[0, 1\)"),
     ],

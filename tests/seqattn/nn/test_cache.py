@@ -88,7 +88,7 @@ def test_a_ring_holds_the_window_alone():
 
 
 def test_an_empty_window_is_refused():
-    with pytest.raises(ValueError, match=r"window \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"window \(0\) must be an integer of at least 1"):
         RingCache.empty(B, 0, K, H)
 
 
