@@ -151,7 +151,11 @@ def test_b14_no_filter_hides_what_says_nothing(processor):
         (TopP, jnp.array(-0.1), "the probability of TopP (-0.1) must be"),
         (MinP, 2, "the probability of MinP (2) must be"),
         (MinLogProbability, 0.5, "the floor of MinLogProbability (0.5) must be at most 0 and finite"),
-        (MinLogProbability, np.array([-1.0, -np.inf]), "the floor of MinLogProbability (-inf) must be at most 0 and finite"),
+        (
+            MinLogProbability,
+            np.array([-1.0, -np.inf]),
+            "the floor of MinLogProbability (-inf) must be at most 0 and finite",
+        ),
         (TopK, 0, "count (0) must be an integer of at least 1"),
         (TopK, 2.5, "count (2.5) must be an integer of at least 1"),
     ],
