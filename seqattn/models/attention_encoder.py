@@ -18,7 +18,10 @@ from seqattn.models.pooling import mean_over_tokens
 from seqattn.models.positions import Learned, Sinusoidal
 from seqattn.nn.blocks import BlockConfig, EncoderBlock
 from seqattn.nn.linear import Linear
+from seqattn.nn.parameter_rule import INTO, Kind, ParameterRule
 from seqattn.nn.recurrent import Carry, Cell
+
+RULES = (ParameterRule("*starts/*/kernel", Kind.MATRIX, INTO),)
 
 
 @dataclasses.dataclass(frozen=True)

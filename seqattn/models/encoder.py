@@ -19,6 +19,9 @@ from seqattn.models.stack import Attention, Full, Stack
 from seqattn.nn.blocks import BlockConfig
 from seqattn.nn.embedding import TokenEmbedding
 from seqattn.nn.linear import Linear
+from seqattn.nn.parameter_rule import INTO, Kind, ParameterRule
+
+RULES = (ParameterRule("head/output/kernel", Kind.LOGITS, INTO),)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,15 @@ from seqattn.checks import check_even, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
 from seqattn.nn.initializers import normal
+from seqattn.nn.parameter_rule import Kind, ParameterRule
 from seqattn.positions import sinusoidal
 from seqattn.score_mod import ScoreMod
 from seqattn.score_mods import Alibi, RelativeBuckets, RelativePositions
+
+RULES = (
+    # `[layers, distances, (heads,) H]`, small. The bias of buckets is a bias by its name.
+    ParameterRule("*scores/tables", Kind.TABLE, outputs=1),
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,15 @@ from seqattn.masks import Mask
 from seqattn.nn.cache import Cache
 from seqattn.nn.key_value import KeyColumns, KeyValue, Written
 from seqattn.nn.linear import Linear
+from seqattn.nn.parameter_rule import INTO, OUT_OF, Kind, ParameterRule
 from seqattn.positions import angular_frequencies, rotate
 from seqattn.score_mod import ScoreMod
+
+RULES = (
+    # Heads `[D, N * H]` are split, and come together again.
+    ParameterRule("*attention/output/kernel", Kind.MATRIX, OUT_OF),
+    ParameterRule("*attention/*/kernel", Kind.MATRIX, INTO),
+)
 
 Model = TypeVar("Model", bound=nnx.Module)
 

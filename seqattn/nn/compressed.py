@@ -16,9 +16,13 @@ from seqattn.coordinates import Coordinates
 from seqattn.nn.attention import MultiHeadAttention
 from seqattn.nn.cache import Cache, RingCache
 from seqattn.nn.key_value import KeyColumns, KeyValue
+from seqattn.nn.parameter_rule import Kind, ParameterRule
 from seqattn.precision import accumulator
 from seqattn.pytrees import pytree
 from seqattn.sizes import may_exceed
+
+RULES = (ParameterRule("*_filter", Kind.MATRIX),)
+"""`[stride, heads, in, out]`, small."""
 
 
 class MemoryCompressedAttention(MultiHeadAttention):

@@ -13,7 +13,14 @@ from jaxtyping import Array, Float
 from seqattn.checks import check_sizes
 from seqattn.nn.initializers import lecun_normal
 from seqattn.nn.linear import Linear
+from seqattn.nn.parameter_rule import INTO, Kind, ParameterRule
 from seqattn.positions import sinusoidal
+
+RULES = (
+    # `[height, width, in, out]`, small.
+    ParameterRule("*convolutions/*/kernel", Kind.MATRIX),
+    ParameterRule("image/output/kernel", Kind.MATRIX, INTO),
+)
 
 _STRIDE = 2
 

@@ -6,12 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from seqattn.checks import check_sizes
 from seqattn.nn.initializers import normal
 from seqattn.nn.linear import product
+from seqattn.nn.parameter_rule import OUT_OF, Kind, ParameterRule
+
+RULES = (
+    # `[V, D]`: a table's rows are also the columns of the logits. Learned positions have few rows.
+    ParameterRule("*embedding/table", Kind.TABLE, OUT_OF, outputs=-2),
+    ParameterRule("*table", Kind.TABLE, P(None, "fsdp"), outputs=-2),
+)
 
 
 def look_up(table: Float[Array, "V D"], index: Int[Array, "*batch"], name: str) -> Float[Array, "*batch D"]:

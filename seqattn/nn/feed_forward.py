@@ -11,6 +11,13 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from seqattn.checks import check_rate, check_sizes
 from seqattn.dropout import drop
 from seqattn.nn.linear import Linear
+from seqattn.nn.parameter_rule import INTO, OUT_OF, Kind, ParameterRule
+
+RULES = (
+    # Hidden layers `[D, F]` are split, and come together again.
+    ParameterRule("*feed_forward/output/kernel", Kind.MATRIX, OUT_OF),
+    ParameterRule("*feed_forward/*/kernel", Kind.MATRIX, INTO),
+)
 
 
 class Activation(enum.Enum):

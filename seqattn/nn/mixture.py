@@ -7,16 +7,26 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from seqattn.dropout import split
 from seqattn.nn.feed_forward import Activation, FeedForward
 from seqattn.nn.initializers import drawn_wide
+from seqattn.nn.parameter_rule import INTO, OUT_OF, Kind, ParameterRule
 from seqattn.nn.routing import Choice, MixtureConfig, Routing, part_of
 from seqattn.precision import accumulator
 from seqattn.sizes import may_exceed
 from seqattn.top_k import top_k
+
+RULES = (
+    ParameterRule("*/experts/*/bias", Kind.VECTOR, P("expert")),
+    # `[E, F, D]` and `[E, D, F]`.
+    ParameterRule("*/experts/output/kernel", Kind.MATRIX, P("expert", *OUT_OF)),
+    ParameterRule("*/experts/*/kernel", Kind.MATRIX, P("expert", *INTO)),
+    ParameterRule("*feed_forward/noise/kernel", Kind.MATRIX, P("fsdp")),
+)
 
 Output = TypeVar("Output")
 

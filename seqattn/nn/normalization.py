@@ -9,8 +9,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from seqattn.checks import check_number, check_sizes
+from seqattn.nn.parameter_rule import Kind, ParameterRule
 from seqattn.precision import accumulator
 from seqattn.pytrees import pytree
+
+RULES = (ParameterRule("*scale", Kind.VECTOR), ParameterRule("*shift", Kind.VECTOR))
+"""Those of flax's norms, too."""
 
 
 @pytree

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -13,6 +14,12 @@ from seqattn.checks import check_even, check_rate, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import drop, split
 from seqattn.nn.initializers import lecun_normal, orthogonal
+from seqattn.nn.parameter_rule import Kind, ParameterRule
+
+RULES = (
+    # Split over `tensor`, the gates of one token would have to be collected before the next token is read.
+    ParameterRule("*/cell/*/kernel", Kind.MATRIX, P("fsdp")),
+)
 
 Carry = Any
 """The state of a cell: one array `[*batch, H]`, or for an LSTM two (cell, hidden)."""

@@ -32,8 +32,8 @@ def named(name: str) -> type[Objective]:
 def serving(config: Model) -> tuple[type[Objective], ...]:
     """The objectives that a model of a config can be trained for.
 
-    >>> [kind.name for kind in serving(EncoderConfig(11, head=TokenLabels(3)))]
-    ['Tagging']
+    >>> [kind.name for kind in serving(TransformerConfig(11))]
+    ['SequenceToSequence', 'Continuation']
     """
     return tuple(kind for kind in _KINDS if kind.serves(config))
 

@@ -13,6 +13,7 @@ from jax.nn.initializers import normal, variance_scaling
 from jaxtyping import Array
 
 from seqattn.checks import check_number
+from seqattn.models.parameter_rules import rule_of
 from seqattn.nn import MemoryCompressedAttention
 from train.update.parameters import matrices, paths
 
@@ -21,8 +22,6 @@ Distribution = Literal["normal", "uniform"]
 Fan = Literal["fan_in", "fan_out"]
 """What one output of a matrix is summed from, or what one input goes into."""
 Model = TypeVar("Model", bound=nnx.Module)
-_TRANSPOSED = ("table", "query_weight", "key_weight", "weight")
-"""The names in seqattn of matrices `[out, in]`: of embeddings, scores and predicted windows."""
 
 
 class Initializer(Protocol):
@@ -153,8 +152,8 @@ def _stacks(model: nnx.Module) -> dict[str, Sequence[int]]:
 
 def _rows(name: str, ndim: int) -> int | None:
     """The axis that counts outputs where it is not the last: of relative keys `[layers, distances, (heads,) H]` 1."""
-    last = name.rpartition("/")[-1]
-    return 1 if last == "tables" else ndim - 2 if last in _TRANSPOSED else None
+    rule = rule_of(name)
+    return None if rule is None or rule.outputs == -1 else rule.outputs % ndim
 
 
 def _key(seed: int, path: str) -> Array:
