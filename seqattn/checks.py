@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-Number = float | int
+_Number = float | int
 
 
 def check_integer(
@@ -74,10 +74,10 @@ def check_number(
     name: str,
     value: Any,
     *,
-    minimum: Number = -math.inf,
-    maximum: Number = math.inf,
-    above: Number = -math.inf,
-    below: Number = math.inf,
+    minimum: _Number = -math.inf,
+    maximum: _Number = math.inf,
+    above: _Number = -math.inf,
+    below: _Number = math.inf,
     finite: bool = True,
     hint: str = "",
 ) -> None:
@@ -130,9 +130,9 @@ def check_range(
     name: str,
     value: Any,
     *,
-    minimum: Number = -math.inf,
-    maximum: Number = math.inf,
-    above: Number = -math.inf,
+    minimum: _Number = -math.inf,
+    maximum: _Number = math.inf,
+    above: _Number = -math.inf,
 ) -> None:
     """`check_number` for a leaf of a pytree: every number of an array is asked, and what is traced is not.
 
@@ -156,7 +156,7 @@ def is_known(value: Any) -> bool:
     return isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, jax.core.Tracer)
 
 
-def _rule(minimum: Number, maximum: Number, above: Number, below: Number = math.inf, *, finite: bool = True) -> str:
+def _rule(minimum: _Number, maximum: _Number, above: _Number, below: _Number = math.inf, *, finite: bool = True) -> str:
     low, high = max(minimum, above), min(maximum, below)
     left, right = "(" if above >= minimum else "[", ")" if below <= maximum else "]"
     if -math.inf < low and high < math.inf:

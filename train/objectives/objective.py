@@ -74,7 +74,9 @@ class Objective(abc.ABC):
     @classmethod
     def serves(cls, config: Any) -> bool:
         """Whether a model of this config can be trained for it."""
-        return isinstance(config, cls.models) and (cls.head is None or isinstance(config.head, cls.head))
+        return isinstance(config, cls.models) and (
+            cls.head is None or isinstance(getattr(config, "head", None), cls.head)
+        )
 
     @staticmethod
     def texts(split: Dataset) -> list[str]:

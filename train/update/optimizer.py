@@ -1,6 +1,7 @@
 """Gradients to updates: an algorithm over a schedule, gradients clipped by their global norm."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ class _Checked:
                 check_number(name, getattr(self, name), **limits)
 
 
-_LIMITS: dict[str, dict[str, int]] = {
+_LIMITS: dict[str, dict[str, Any]] = {
     name: limits
     for names, limits in (
         (("rate", "peak", "factor", "weight_decay", "initial", "warmup_steps"), {"minimum": 0}),
