@@ -88,7 +88,8 @@ def from_json(value: Any, annotation: Any, path: str = "config", check: Check | 
         if items is None or len(items) != len(value):
             raise ValueError(f"{path} must have {len(items or ())} items, got {len(value)}")
         read = [from_json(x, item, f"{path}[{i}]", check) for i, (x, item) in enumerate(zip(value, items, strict=True))]
-        return read if list in map(typing.get_origin, _options(annotation)) else tuple(read)
+        is_list = any(typing.get_origin(option) is list for option in _options(annotation))
+        return read if is_list else tuple(read)
     plain = _read_plain(value, annotation, path)
     if check is not None and type(plain) in (int, float):
         check(path, plain)
@@ -124,6 +125,7 @@ def _read_typed(value: Mapping[str, Any], annotation: Any, path: str, check: Che
     kind = kinds[name]
     if not dataclasses.is_dataclass(kind):
         return _read_value(value, kind, path)
+    made: Any = kind
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     none = dataclasses.MISSING
     needed = [x.name for x in fields.values() if x.default is none and x.default_factory is none]
@@ -131,12 +133,12 @@ def _read_typed(value: Mapping[str, Any], annotation: Any, path: str, check: Che
         raise ValueError(f"{path} has the unknown field {shown(given)}; those of {name} are {', '.join(fields)}")
     for missing in [field for field in needed if field not in value]:
         raise ValueError(f"{path}.{missing} is missing, and {name} has no default for it")
-    hints = _hints(kind)
+    hints = _hints(made)
     read = {
         field: from_json(value[field], hints[field], f"{path}.{field}", check) for field in fields if field in value
     }
     try:
-        return kind(**read)
+        return made(**read)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -177,6 +179,7 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 
 
 def _concrete(kind: type) -> Iterator[type]:
+    child: type
     for child in kind.__subclasses__():
         if not inspect.isabstract(child):
             yield child
@@ -214,11 +217,12 @@ def _choices(option: Any) -> tuple[Any, ...]:
 
 
 def _described(option: Any) -> str:
-    plain = {types.NoneType: "null", int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+    plain: dict[Any, str] = {types.NoneType: "null", int: "an integer", float: "a number", bool: "true or false"}
+    plain[str] = "a text"
     if choices := _choices(option):
         return " or ".join(map(repr, choices))
     is_list = typing.get_origin(option) in (tuple, list, Sequence)
-    return plain.get(option) or ("a list" if is_list else getattr(option, "__name__", str(option)))
+    return plain.get(option) or ("a list" if is_list else str(getattr(option, "__name__", option)))
 
 
 @functools.cache

@@ -74,9 +74,8 @@ class Objective(abc.ABC):
     @classmethod
     def serves(cls, config: Any) -> bool:
         """Whether a model of this config can be trained for it."""
-        return isinstance(config, cls.models) and (
-            cls.head is None or isinstance(getattr(config, "head", None), cls.head)
-        )
+        has_head = cls.head is None or isinstance(getattr(config, "head", None), cls.head)
+        return has_head and isinstance(config, cls.models)
 
     @staticmethod
     def texts(split: Dataset) -> list[str]:
