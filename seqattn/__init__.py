@@ -21,10 +21,10 @@ from seqattn.masks import (
     SlidingWindow,
 )
 from seqattn.positions import angular_frequencies, rotate, sinusoidal
+from seqattn.pytrees import pytree, static
 from seqattn.ring import RingCost, ring_attend, ring_cost, zigzag
 from seqattn.score_mod import ScoreFunction, ScoreMod, compose
 from seqattn.score_mods import Alibi, RelativeBuckets, RelativePositions, SoftCap
-from seqattn.static import pytree, static
 
 __all__ = [
     "Alibi",

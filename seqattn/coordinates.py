@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from seqattn.static import Size, pytree
+from seqattn.pytrees import pytree
+from seqattn.sizes import Size
 
 
 @pytree

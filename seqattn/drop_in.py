@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from seqattn.attention import attend
+from seqattn.checks import check_integer
 from seqattn.coordinates import Coordinates
 from seqattn.kernels.call import Visible, check_arrays, check_pairs
 from seqattn.masks import Causal, Mask, NotPadding, SlidingWindow
-from seqattn.static import Size
+from seqattn.sizes import Size
 
 
 @overload
@@ -143,8 +144,8 @@ def _padded(at: Coordinates, present: Array, batch: tuple[Size, ...]) -> Coordin
 
 def _window(size: int | tuple[int, int]) -> SlidingWindow:
     left, right = (size, size) if isinstance(size, int) else size
-    if left < 0 or right < 0:
-        raise ValueError(f"local_window_size ({left}, {right}) must not be negative on either side")
+    check_integer("local_window_size to the left", left, 0)
+    check_integer("local_window_size to the right", right, 0)
     return SlidingWindow(left + 1, ahead=right)
 
 

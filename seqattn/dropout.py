@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt32
 
+from seqattn.checks import check_rate
 from seqattn.precision import accumulator
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
 
 
 @pytree
@@ -73,12 +74,6 @@ def check_dropout(dropout: object) -> None:
     """Raises TypeError unless it is a `Dropout` or None."""
     if dropout is not None and not isinstance(dropout, Dropout):
         raise TypeError(f"dropout must be a rate with a random key, Dropout(rate, key), or None; got {dropout!r}")
-
-
-def check_rate(rate: float) -> None:
-    """Raises ValueError unless `rate` is a probability below 1."""
-    if not 0 <= rate < 1:
-        raise ValueError(f"the dropout rate ({rate}) must be in [0, 1)")
 
 
 def drop(x: Float[Array, "*shape"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*shape"]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from seqattn.checks import check_rate
 from seqattn.precision import accumulator
 
 
@@ -62,8 +63,7 @@ def _check(logits: Array, labels: Array, weights: Array | None, label_smoothing:
         raise ValueError(f"labels {labels.shape} must have the shape of logits {logits.shape} without its last axis")
     if weights is not None and weights.shape != labels.shape:
         raise ValueError(f"weights {weights.shape} must have the shape of labels {labels.shape}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing ({label_smoothing}) must be in [0, 1)")
+    check_rate(label_smoothing, "label_smoothing")
 
 
 def _check_range(labels: Array, vocab_size: int) -> None:

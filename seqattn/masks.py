@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from seqattn.checks import check_integer
 from seqattn.coordinates import Coordinates, Tile
-from seqattn.static import Size, check_integer, pytree, static
+from seqattn.pytrees import pytree, static
+from seqattn.sizes import Size
 
 Truth = Any
 """A boolean scalar: `np.bool_` where coordinates are known at trace time, a traced boolean elsewhere."""
@@ -308,8 +310,8 @@ class Prefix(Mask):
             check_integer("the length of a prefix", self.length, 0)
         elif isinstance(self.length, jax.Array | np.ndarray) and not jnp.issubdtype(self.length.dtype, jnp.integer):
             raise ValueError(f"the length of a prefix must be an integer, got {self.length.dtype}")
-        elif _is_known(self.length) and (least := np.min(self.length, initial=0)) < 0:
-            raise ValueError(f"the length of a prefix ({least}) must be an integer of at least 0")
+        elif _is_known(self.length):
+            check_integer("the length of a prefix", int(np.min(self.length, initial=0)), 0)
 
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         if jnp.ndim(self.length) == 0:

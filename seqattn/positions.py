@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from seqattn.checks import check_number
 from seqattn.precision import accumulator
 
 
@@ -20,8 +21,7 @@ def angular_frequencies(dim: int, *, base: float = 10_000.0) -> Float[Array, "ha
     """
     if dim < 2 or dim % 2:
         raise ValueError(f"dim ({dim}) must be even and at least 2: each frequency takes a pair of features")
-    if not base > 0 or math.isinf(base):
-        raise ValueError(f"base ({base}) must be positive and finite")
+    check_number("base", base, above=0)
     return jnp.exp(jnp.arange(0, dim, 2, dtype=jnp.float32) * (-math.log(base) / dim))
 
 

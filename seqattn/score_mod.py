@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from seqattn.coordinates import Coordinates
 from seqattn.precision import accumulator
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
 
 
 class ScoreMod:

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from seqattn.checks import check_integer, check_number
 from seqattn.coordinates import Coordinates
 from seqattn.precision import accumulator
+from seqattn.pytrees import pytree, static
 from seqattn.score_mod import ScoreMod
-from seqattn.static import check_integer, pytree, static
 
 
 def _distance(query: Coordinates, key: Coordinates) -> Array:
@@ -214,8 +215,7 @@ class SoftCap(ScoreMod):
             raise TypeError(
                 f"the cap ({self.cap!r}) must be a number, as it is compiled in; a ScoreFunction takes arrays"
             )
-        if not (0 < self.cap < float("inf")):
-            raise ValueError(f"the cap ({self.cap}) must be positive and finite")
+        check_number("the cap", self.cap, above=0)
 
     def __call__(
         self, score: Array, query: Coordinates, key: Coordinates, head: Array | int, row: Array | None = None

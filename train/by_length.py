@@ -9,6 +9,7 @@ import tyro
 
 from train import environment, objectives, run
 from train.catalogue import OwnCode
+from train.hub import exported
 from train.inference.translator import Translator
 from train.reports.plots import line_chart
 
@@ -26,7 +27,7 @@ class Arguments(OwnCode):
 def by_length(folder: Path) -> dict[int, float]:
     """The share of the test split's examples that are written exactly, for each number of characters of the source."""
     trained = run.load(folder)
-    objectives.check_serves(trained, "by_length", objectives.SequenceToSequence)
+    exported.check_serves(trained, "by_length", objectives.SequenceToSequence)
     split = trained.splits()["test"]
     outputs = Translator(trained.model, trained.tokenizer)(list(split["source"]))
     right: dict[int, list[bool]] = defaultdict(list)

@@ -35,7 +35,7 @@ class Arguments(OwnCode):
 def main(arguments: Arguments) -> None:
     """Prints each text with its continuation."""
     trained = exported.load_trained(arguments.run)
-    objectives.check_serves(trained, "complete", objectives.Continuation)
+    exported.check_serves(trained, "complete", objectives.Continuation)
     sampling = Sample((Temperature(arguments.temperature), TopP(arguments.top_p)))
     completer = Completer(
         trained.model, trained.tokenizer, length=arguments.length, sampling=sampling, seed=arguments.seed

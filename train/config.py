@@ -1,18 +1,16 @@
 """What one run is: frozen dataclasses, written to JSON and read back without loss."""
 
 import dataclasses
-import enum
 import functools
-import inspect
 import math
 import operator
-import typing
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from seqattn.checks import check_integer, check_number, check_rate, check_seed
+from seqattn.interop.codec import SubclassesOf, UnknownType, from_json, to_json
 from seqattn.models import (
     CaptionerConfig,
     EncoderConfig,
@@ -67,7 +65,7 @@ Model = (
 class Experiment:
     """Everything that decides a run."""
 
-    task: AnyTask
+    task: Annotated[AnyTask, SubclassesOf(Task)]
     """Where examples come from."""
     model: Model
     """Which model; a vocab_size of 0 is taken from the tokenizer."""
@@ -146,21 +144,18 @@ class Experiment:
             "beam_size",
         )
         for name in (*counts, "pieces", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+            check_integer(name, getattr(self, name), 1)
         if self.profile is not None:
             first, _ = parse_steps(self.profile)
             if first > self.steps:
                 raise ValueError(f"profile ({self.profile}) must begin by the last update: steps ({self.steps})")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed ({self.seed}) must be in [0, 2**32)")
+        check_seed(self.seed)
         if self.patience is not None and not 1 <= self.patience < self.keep_checkpoints:
             raise ValueError(
                 f"patience ({self.patience}) must be at least 1 and below keep_checkpoints ({self.keep_checkpoints}): "
                 "the best checkpoint must still be there"
             )
-        if self.keep_best < 0:
-            raise ValueError(f"keep_best ({self.keep_best}) must not be negative")
+        check_integer("keep_best", self.keep_best, 0)
         saved = min(self.keep_checkpoints, math.ceil(self.steps / self.evaluate_every))
         if self.average > saved:
             raise ValueError(
@@ -168,10 +163,9 @@ class Experiment:
                 f"keep_checkpoints ({self.keep_checkpoints}), steps ({self.steps}) and evaluate_every "
                 f"({self.evaluate_every}); --average 1 takes the last one alone"
             )
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ema ({self.ema}) must be between 0 and 1, or None for no average")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing ({self.label_smoothing}) must be in [0, 1)")
+        if self.ema is not None:
+            check_number("ema", self.ema, above=0, below=1, hint=", or None for no average")
+        check_rate(self.label_smoothing, "label_smoothing")
         for name in ("initializer", "word_vectors"):
             if self.start_from is not None and getattr(self, name) is not None:
                 raise ValueError(
@@ -180,106 +174,35 @@ class Experiment:
                 )
 
 
-def _types() -> Mapping[str, type]:
-    """What a config may hold, by the names of the types: what an experiment reaches, or a task that was imported."""
-    return _reached((Experiment, *reversed(list(_concrete(Task)))))
-
-
-def _concrete(kind: type) -> Iterator[type]:
-    child: type
-    for child in kind.__subclasses__():
-        if not inspect.isabstract(child):
-            yield child
-        yield from _concrete(child)
-
-
-@functools.cache
-def _reached(kinds: tuple[type, ...]) -> Mapping[str, type]:
-    """The dataclasses and enums in the annotations of some types; of two with one name, the one that comes first."""
-    found: dict[str, type] = {"Path": Path}
-
-    def visit(annotation: Any) -> None:
-        for inner in typing.get_args(annotation):
-            visit(inner)
-        is_data = isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
-        is_enum = isinstance(annotation, type) and issubclass(annotation, enum.Enum)
-        if (is_data or is_enum) and annotation.__name__ not in found:
-            found[annotation.__name__] = annotation
-            for inner in typing.get_type_hints(annotation).values() if is_data else ():
-                visit(inner)
-
-    for kind in kinds:
-        visit(kind)
-    return found
-
-
 def encode(value: Any) -> Any:
     """A config as JSON values; dataclasses, enums and paths carry the name of their type.
+
+    Raises:
+        TypeError: naming a field whose value is not of its annotation.
 
     >>> encode(TokenLabels(3))
     {'type': 'TokenLabels', 'num_labels': 3}
     """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        _check_name(type(value))
-        fields = {field.name: encode(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
-    if isinstance(value, enum.Enum):
-        return {"type": type(value).__name__, "value": value.value}
-    if isinstance(value, Path):
-        return {"type": "Path", "value": str(value)}
-    if isinstance(value, (tuple, list)):
-        return [encode(item) for item in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"a config cannot hold a {type(value).__name__}")
+    return to_json(value, type(value))
 
 
-def decode(value: Any) -> Any:
-    """The inverse of `encode`.
+def decode(values: Any, kind: Any = Experiment) -> Any:
+    """The inverse of `encode`, for a config of this kind.
 
     Raises:
-        ValueError: an unknown type, or fields that are unknown, or missing where they have no default: a field that
-            was added since takes its default, which keeps what a model of an older version computes.
+        ValueError: an unknown type, or fields that are unknown, mistyped, or missing where they have no default: a
+            field that was added since takes its default, which keeps what a model of an older version computes.
 
-    >>> decode({"type": "Rotary", "base": 500.0})
-    Rotary(base=500.0)
+    >>> decode({"type": "TokenLabels", "num_labels": 3}, TokenLabels)
+    TokenLabels(num_labels=3)
     """
-    if isinstance(value, list):
-        return tuple(decode(item) for item in value)
-    if not isinstance(value, dict):
-        return value
-    kind = _types().get(value.get("type", ""))
-    if kind is None:
+    try:
+        return from_json(values, kind)
+    except UnknownType as error:
         raise ValueError(
-            f"a config cannot hold the type {value.get('type')!r}; if that is a task of your own, name the file of its "
-            "experiment (--experiment FILE), or put the file of the task into train/tasks/"
-        )
-    fields = {name: decode(item) for name, item in value.items() if name != "type"}
-    if not dataclasses.is_dataclass(kind):
-        return kind(fields["value"])
-    names = {field.name for field in dataclasses.fields(kind)}
-    unknown, missing = set(fields) - names, _without_default(kind) - set(fields)
-    if unknown or missing:
-        raise ValueError(
-            f"{kind.__name__} has the fields {sorted(names)}; unknown {sorted(unknown)}, missing {sorted(missing)}"
-        )
-    return kind(**fields)
-
-
-def _check_name(kind: type) -> None:
-    found = _types().get(kind.__name__)
-    if found is None:
-        raise TypeError(f"a config cannot hold a {kind.__name__}")
-    if found is not kind:
-        raise TypeError(
-            f"a config knows types by their names, and {kind.__name__} is both {found.__module__} and "
-            f"{kind.__module__}: give one of them another name"
-        )
-
-
-def _without_default(kind: type) -> set[str]:
-    none = dataclasses.MISSING
-    return {x.name for x in dataclasses.fields(kind) if x.default is none and x.default_factory is none}
+            f"{error}; if that is a task of your own, name the file of its experiment (--experiment FILE), or put the "
+            "file of the task into train/tasks/"
+        ) from error
 
 
 def differences(first: Any, second: Any, path: str = "") -> list[str]:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import tyro
 
+from seqattn.checks import check_integer
 from train import environment, objectives, run
 from train.catalogue import OwnCode
 
@@ -29,13 +30,12 @@ class Arguments(OwnCode):
 
 def main(arguments: Arguments) -> None:
     """Prints the figures, one a line."""
-    if arguments.beam_size is not None and arguments.beam_size < 1:
-        raise ValueError(f"--beam-size ({arguments.beam_size}) must be at least 1")
+    if arguments.beam_size is not None:
+        check_integer("--beam-size", arguments.beam_size, 1)
     trained = run.load(arguments.run, average=arguments.average)
     split = trained.splits()[arguments.split]
     if arguments.examples is not None:
-        if arguments.examples < 1:
-            raise ValueError(f"--examples ({arguments.examples}) must be at least 1")
+        check_integer("--examples", arguments.examples, 1)
         split = split.select(range(min(len(split), arguments.examples)))
     beam_size = arguments.beam_size
     if beam_size is None:

@@ -12,6 +12,7 @@ import huggingface_hub
 import huggingface_hub.errors
 import tyro
 
+from seqattn.checks import check_integer
 from train import environment, objectives, run
 from train.catalogue import OwnCode
 from train.hub import exported
@@ -71,8 +72,9 @@ def main(arguments: Arguments) -> None:
 
 def _check(arguments: Arguments) -> None:
     """Refuses what no model is needed to see."""
-    if min(arguments.stablehlo_shape) < 1:
-        raise ValueError(f"--stablehlo-shape {arguments.stablehlo_shape} must be at least 1 each")
+    rows, tokens = arguments.stablehlo_shape
+    check_integer("--stablehlo-shape, rows", rows, 1)
+    check_integer("--stablehlo-shape, tokens", tokens, 1)
     if arguments.private and arguments.push_to is None:
         raise ValueError("--private says who sees a model on the hub: it needs --push-to")
     if arguments.push_to is not None:

@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset
 from flax import nnx
 
+from seqattn.checks import check_integer
 from seqattn.interop import model_type
 from seqattn.models import EncoderConfig, TextLabels, TokenLabels
 from train.checkpoints import averaging
@@ -191,8 +192,8 @@ def load(folder: Path, *, average: int | None = None) -> Run:
         FileNotFoundError: the folder holds no checkpoint.
         ValueError: average is below 1, or the folder holds fewer checkpoints.
     """
-    if average is not None and average < 1:
-        raise ValueError(f"average ({average}) must be at least 1")
+    if average is not None:
+        check_integer("average", average, 1)
     for _ in range(_TRIES - 1):
         # Training goes on meanwhile: what it has removed is followed by something newer.
         with contextlib.suppress(MissingStep):

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from seqattn.checks import check_seed, check_sizes
 from seqattn.decoding import (
     GNMT,
     AverageLength,
@@ -151,8 +152,7 @@ def search_of(arguments: Arguments) -> Search:
     if beam.size > 1:
         flags = ", ".join(f"--{name}" for name in given)
         raise ValueError(f"{flags}: sampling has one hypothesis, beam_size ({beam.size}) must be 1")
-    if not 0 <= (arguments.seed or 0) < 2**32:
-        raise ValueError(f"seed ({arguments.seed}) must be in [0, 2**32)")
+    check_seed(arguments.seed or 0)
     return Sample(tuple(_made(name, _FILTERS[name], values[name]) for name in given if name in _FILTERS))
 
 
@@ -182,12 +182,8 @@ def _made(name: str, kind: Callable[[Any], LogitsProcessor], value: Any) -> Logi
 def _check(arguments: Arguments) -> None:
     """Refuses what no model is needed to see."""
     longest, plot = arguments.max_length, arguments.plot
-    if arguments.batch_size < 1:
-        raise ValueError(f"batch_size ({arguments.batch_size}) must be at least 1")
-    if arguments.average is not None and arguments.average < 1:
-        raise ValueError(f"average ({arguments.average}) must be at least 1")
-    if longest is not None and longest < 1:
-        raise ValueError(f"max_length ({longest}) must be at least 1")
+    given = {"batch_size": arguments.batch_size, "average": arguments.average, "max_length": longest}
+    check_sizes(**{name: value for name, value in given.items() if value is not None})
     if longest is not None and arguments.min_length > longest:
         raise ValueError(f"min_length ({arguments.min_length}) must be at most max_length ({longest})")
     if plot is not None and not arguments.text:
@@ -201,7 +197,7 @@ def main(arguments: Arguments) -> int:
     _check(arguments)
     search, processors = search_of(arguments), processors_of(arguments)
     trained = exported.load_trained(arguments.run, average=arguments.average)
-    objectives.check_serves(trained, "translate", objectives.SequenceToSequence)
+    exported.check_serves(trained, "translate", objectives.SequenceToSequence)
     config = trained.model.config
     if arguments.plot is not None and isinstance(config, Seq2SeqConfig) and config.attention is None:
         raise ValueError(f"--plot: the model of {arguments.run} has no attention (its attention is None): no map")

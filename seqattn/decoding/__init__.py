@@ -18,8 +18,8 @@ from seqattn.decoding.processors import (
     RepetitionPenalty,
 )
 from seqattn.decoding.sampling import Greedy, Sample, Sampling, row_keys
-from seqattn.decoding.state import Branching, Shared, branch, select
 from seqattn.decoding.stopping import Stopping
+from seqattn.hypotheses import Branching, Shared, branch, select
 
 __all__ = [
     "GNMT",

@@ -6,9 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from seqattn.checks import check_integer, check_multiple, check_range
 from seqattn.decoding.candidates import DiverseGroups
-from seqattn.decoding.processors import LogitsProcessor, Number, check_range
-from seqattn.static import check_integer
+from seqattn.decoding.processors import LogitsProcessor, Number
 
 
 def check_limits(max_length: int, end_token: int, pad_token: int) -> None:
@@ -22,10 +22,9 @@ def check_limits(max_length: int, end_token: int, pad_token: int) -> None:
 def check_sizes(beam_size: int, n_best: int, groups: DiverseGroups | None, alignment: Any, coverage: Any) -> None:
     """Raises ValueError unless the sizes of a beam go together, and a coverage penalty has what it needs."""
     check_integer("beam_size", beam_size, minimum=1)
-    if not 1 <= n_best <= beam_size:
-        raise ValueError(f"n_best ({n_best}) must be from 1 to beam_size ({beam_size})")
-    if groups is not None and beam_size % groups.count:
-        raise ValueError(f"beam_size ({beam_size}) must be a multiple of the count of groups ({groups.count})")
+    check_integer("n_best", n_best, 1, beam_size, maximum_name="beam_size")
+    if groups is not None:
+        check_multiple("beam_size", beam_size, groups.count, "the count of groups")
     if coverage is not None and alignment is None:
         raise ValueError("a coverage penalty needs alignment, the function that says what a step attended to")
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from seqattn.decoding import state as states
+from seqattn import hypotheses as states
 from seqattn.decoding.arguments import (
     check_limits,
     check_logits,
@@ -20,12 +20,12 @@ from seqattn.decoding.arguments import (
 )
 from seqattn.decoding.candidates import Candidates, DiverseGroups, choose, take
 from seqattn.decoding.generate import Step
-from seqattn.decoding.largest import Normaliser, largest
 from seqattn.decoding.penalties import AverageLength, CoveragePenalty, LengthPenalty
 from seqattn.decoding.processors import History, LogitsProcessor, Number, highest_after, process
 from seqattn.decoding.stopping import Stopping, reachable
 from seqattn.decoding.trace import Trace, of_hypotheses
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
+from seqattn.top_k import Normaliser, top_k
 
 
 @pytree
@@ -182,7 +182,7 @@ class _Ended:
     last: Int[Array, "*B K"]
 
     def best(self, count: int) -> "_Ended":
-        score, places = largest(self.score, count)
+        score, places = top_k(self.score, count)
         return dataclasses.replace(take(self, places), score=score)
 
 

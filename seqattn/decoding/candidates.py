@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from seqattn.decoding.largest import Normaliser, largest
+from seqattn.checks import check_integer, check_range
 from seqattn.decoding.penalties import scalar
-from seqattn.decoding.processors import Number, check_range
-from seqattn.static import check_integer, pytree
+from seqattn.decoding.processors import Number
+from seqattn.pytrees import pytree
+from seqattn.top_k import Normaliser, top_k
 
 
 @pytree
@@ -56,7 +57,7 @@ class Candidates:
 
     def take(self, objective: Float[Array, "*B C"], count: int) -> "Candidates":
         """The `count` best by another objective."""
-        objective, places = largest(objective, count)
+        objective, places = top_k(objective, count)
         chosen = take(self, places)
         return dataclasses.replace(chosen, objective=objective)
 
@@ -123,10 +124,10 @@ def _continue(
     """The best tokens of each hypothesis: what they add to its objective and to its log probability, and which."""
     gone = jnp.isposinf(normaliser.log_total)[..., None]
     if crowd is None:
-        best, tokens = largest(scores, count)
+        best, tokens = top_k(scores, count)
         gain = jnp.where(gone, -jnp.inf, normaliser.log_probabilities(best))
         return gain, gain, tokens
-    best, tokens = largest(scores.astype(jnp.float32) - crowd[:, None], count)
+    best, tokens = top_k(scores.astype(jnp.float32) - crowd[:, None], count)
     plain = take(scores, tokens)
     gain, plain = (jnp.where(gone, -jnp.inf, normaliser.log_probabilities(values)) for values in (best, plain))
     return gain, plain, tokens

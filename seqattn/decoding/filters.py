@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from seqattn.decoding.largest import Normaliser
-from seqattn.decoding.processors import History, LogitsProcessor, Lowering, Number, by_row, check_range, forbid
-from seqattn.static import check_integer, pytree
+from seqattn.checks import check_integer, check_range
+from seqattn.decoding.processors import History, LogitsProcessor, Lowering, Number, by_row, forbid
+from seqattn.pytrees import pytree
+from seqattn.top_k import Normaliser
 
 
 @pytree

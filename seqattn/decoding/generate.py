@@ -15,10 +15,10 @@ from seqattn.decoding.arguments import (
     checked_processors,
     checked_row_limit,
 )
-from seqattn.decoding.largest import Normaliser
 from seqattn.decoding.processors import ForcedPrefix, History, LogitsProcessor, Number, process
 from seqattn.decoding.sampling import Greedy, Sampling, row_keys
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
+from seqattn.top_k import Normaliser
 
 Step = Callable[[Array, Any], tuple[Array, Any]]
 """`step(tokens [B], state) -> (logits [B, V], state)`; the state is any pytree, batch first."""

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from seqattn.decoding.processors import Number, check_range
-from seqattn.static import pytree
+from seqattn.checks import check_range
+from seqattn.decoding.processors import Number
+from seqattn.pytrees import pytree
 
 
 class LengthPenalty(abc.ABC):

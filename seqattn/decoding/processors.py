@@ -8,7 +8,6 @@ import abc
 import dataclasses
 import enum
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from seqattn.static import check_integer, pytree, static
+from seqattn.checks import check_integer, check_range, is_known
+from seqattn.pytrees import pytree, static
 
 Number = float | int | np.number | np.ndarray | Array
 """A number for all rows, or an array `[B]` with one for each."""
@@ -314,33 +314,6 @@ def by_row(value: Number, logits: Float[Array, "B beams V"], dtype: DTypeLike | 
     if value.shape not in ((), logits.shape[:1]):
         raise ValueError(f"give one number or one for each of {logits.shape[0]} rows, got the shape {value.shape}")
     return value.reshape(-1, 1, 1)
-
-
-def is_known(value: Any) -> bool:
-    """Whether a leaf is a number or an array whose values are known: not traced, nor what else a pytree may hold."""
-    if isinstance(value, (int, float, np.number)):
-        return not isinstance(value, bool)
-    return isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, jax.core.Tracer)
-
-
-def check_range(
-    name: str,
-    value: Any,
-    *,
-    minimum: float | int = -np.inf,
-    maximum: float | int = np.inf,
-    above: float | int = -np.inf,
-) -> None:
-    """Refuses known numbers outside `[minimum, maximum]`, at most `above`, or not finite."""
-    if not is_known(value):
-        return
-    # In NumPy, since inside `jit` even the minimum of an array from outside would be traced.
-    values = np.asarray(value, np.float64)
-    outside = values[~(np.isfinite(values) & (values >= minimum) & (values <= maximum) & (values > above))]
-    if outside.size:
-        rules = [f"at least {minimum:g}"] * (minimum > -np.inf) + [f"at most {maximum:g}"] * (maximum < np.inf)
-        rules += [f"above {above:g}"] * (above > -np.inf)
-        raise ValueError(f"{name} ({outside.flat[0]:g}) must be finite and {' and '.join(rules)}")
 
 
 def _check_vocabulary(name: str, token: int, logits: Float[Array, "B beams V"]) -> None:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from seqattn.decoding.largest import largest
 from seqattn.decoding.processors import LogitsProcessor
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
+from seqattn.top_k import top_k
 
 
 class Sampling(abc.ABC):
@@ -37,7 +37,7 @@ class Greedy(Sampling):
 
     def choose(self, logits: Float[Array, "B V"], keys: Key[Array, "B"] | None) -> Int[Array, "B"]:
         """The lowest token of the largest logit."""
-        return largest(logits, 1)[1][:, 0].astype(jnp.int32)
+        return top_k(logits, 1)[1][:, 0].astype(jnp.int32)
 
 
 @pytree

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
 
 
 @pytree

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from seqattn.checks import check_even, check_integer, check_multiple, check_rate
+from seqattn.models.parameter_rules import rule_of
 from seqattn.models.positions import Sinusoidal
 from seqattn.models.transformer import Transformer, TransformerConfig
 from seqattn.nn.blocks import BlockConfig
 from seqattn.nn.feed_forward import Activation
-from seqattn.static import check_integer
+from seqattn.nn.parameter_rule import Kind
 
 Path = tuple[str | int, ...]
 """Where a parameter is in our model."""
@@ -96,13 +98,10 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
     for name, smallest in _SMALLEST.items():
         check_integer(name, config[name], smallest)
     model_dim, heads = config["d_model"], config["encoder_attention_heads"]
-    if model_dim % 2:
-        raise ValueError(f"d_model ({model_dim}) must be even: half of each vector of positions are sines")
-    if model_dim % heads:
-        raise ValueError(f"d_model ({model_dim}) must be a multiple of encoder_attention_heads ({heads})")
+    check_even("d_model", model_dim, ": half of each vector of positions are sines")
+    check_multiple("d_model", model_dim, heads, "encoder_attention_heads")
     for name in ("dropout", "attention_dropout", "activation_dropout"):
-        if not (isinstance(config[name], int | float) and 0 <= config[name] < 1):
-            raise ValueError(f"{name} ({config[name]!r}) must be in [0, 1)")
+        check_rate(config[name], name)
 
 
 def from_marian(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Transformer:
@@ -129,7 +128,7 @@ def from_marian(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
         if not np.array_equal(arrays[name], table):
             raise ValueError(f"{name} must be the same table as model.shared.weight: they are tied")
     order = _order(ours.block.model_dim)
-    converted = {path: _convert(given[name], axes, order) for name, (path, axes) in wanted.items()}
+    converted = {path: _convert(given[name], path, axes, order) for name, (path, axes) in wanted.items()}
     graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(ours, rngs=nnx.Rngs(0))))
 
     def fill(path: Path, empty: nnx.Variable) -> nnx.Variable:
@@ -149,7 +148,9 @@ def to_marian(model: Transformer) -> dict[str, np.ndarray]:
     if {path for path, _ in wanted.values()} != state.keys():
         raise ValueError("the model is not of the kind that marian_config describes: its parameters are others")
     inverse = np.argsort(_order(model.config.block.model_dim))
-    return {name: _convert(np.asarray(state[path]), axes, inverse, back=True) for name, (path, axes) in wanted.items()}
+    return {
+        name: _convert(np.asarray(state[path]), path, axes, inverse, back=True) for name, (path, axes) in wanted.items()
+    }
 
 
 def _check_shape(name: str, axes: str, shape: tuple[int, ...], config: TransformerConfig) -> None:
@@ -166,18 +167,20 @@ def _order(model_dim: int) -> np.ndarray:
     return np.arange(model_dim).reshape(2, -1).T.reshape(-1)
 
 
-def _convert(x: np.ndarray, axes: str, order: np.ndarray, *, back: bool = False) -> np.ndarray:
-    """A parameter in the other order: `axes` names those of Marian's array, D for model_dim; two are transposed.
+def _convert(x: np.ndarray, path: Path, axes: str, order: np.ndarray, *, back: bool = False) -> np.ndarray:
+    """A parameter in the other order: `axes` names those of Marian's array, D for model_dim.
 
-    A table of vectors, `VD`, is stored alike by both.
+    Marian's matrices are `[out, in]`; ours are transposed where the rule of their module has the outputs last.
     """
     x = np.asarray(x)
     if axes == "1V":
         return x.reshape(1, -1) if back else x.reshape(-1)
-    x = x.T if back and axes in ("DF", "FD", "DN", "ND") else x
+    rule = rule_of("/".join(map(str, path)))
+    transposed = rule is not None and rule.kind is Kind.MATRIX and rule.outputs == -1
+    x = x.T if back and transposed else x
     for axis, letter in enumerate(axes):
         x = np.take(x, order, axis) if letter == "D" else x
-    return x if back or axes not in ("DF", "FD", "DN", "ND") else x.T
+    return x if back or not transposed else x.T
 
 
 def _names(config: TransformerConfig) -> Iterator[tuple[str, tuple[Path, str]]]:

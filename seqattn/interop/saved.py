@@ -4,13 +4,9 @@ A config is a tree of JSON values, in which dataclasses and enums carry the name
 by dotted paths, such as `encoder.0.attention.query.kernel`; a table that two uses share is one array.
 """
 
-import dataclasses
-import enum
-import functools
 import math
-import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
+from seqattn.interop.codec import from_json, shown, to_json
 from seqattn.models.captioner import Captioner, CaptionerConfig
 from seqattn.models.encoder import Encoder, EncoderConfig
 from seqattn.models.language_model import LanguageModel, LanguageModelConfig
@@ -38,21 +35,16 @@ ModelConfig = (
 """The config of any model."""
 
 _MODELS: dict[type, type] = {
-    CaptionerConfig: Captioner,
-    EncoderConfig: Encoder,
-    LanguageModelConfig: LanguageModel,
-    RecurrentLanguageModelConfig: RecurrentLanguageModel,
-    Seq2SeqConfig: Seq2Seq,
-    TransformerConfig: Transformer,
+    typing.get_type_hints(model.__init__)["config"]: model
+    for model in (Captioner, Encoder, LanguageModel, RecurrentLanguageModel, Seq2Seq, Transformer)
 }
+"""The model of each config, which its `__init__` names."""
 
 _LARGEST = 2**31 - 1
 _MOST_LAYERS = 256
 """And most items of a list; the shapes alone of so many take seconds."""
 _LAYERS = ("num_layers", "num_encoder_layers", "num_decoder_layers")
 _MAY_BE_ZERO = (*_LAYERS, "vocab_size", "radius")
-_EXACT = 2**53
-"""Integers up to here are floats without loss."""
 _MOST_SHOWN = 12
 
 
@@ -76,8 +68,11 @@ def to_dict(config: ModelConfig) -> dict[str, Any]:
     >>> values["type"], values["positions"], values["block"]["activation"]
     ('LanguageModelConfig', {'type': 'Rotary', 'base': 500.0}, {'type': 'Activation', 'value': 'relu'})
     """
-    values = _written(config)
-    if _read(values, ModelConfig, "config") != config:
+    try:
+        values: dict[str, Any] = to_json(config, ModelConfig)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    if from_json(values, ModelConfig, check=_check_limits) != config:
         raise ValueError("config must be made of the types of seqattn.models alone: it would be read as another one")
     return values
 
@@ -99,7 +94,7 @@ def from_dict(values: Any, *, max_parameters: int = 1_000_000_000) -> ModelConfi
     Traceback (most recent call last):
     ValueError: config.num_layers must be an integer, got True
     """
-    config: ModelConfig = _read(values, ModelConfig, "config")
+    config: ModelConfig = from_json(values, ModelConfig, check=_check_limits)
     leaves = jax.tree.leaves(_empty(config, jnp.float32))
     count = sum(math.prod(leaf.shape) for leaf in leaves)
     if count > max_parameters:
@@ -168,111 +163,22 @@ def _check(arrays: Mapping[str, np.ndarray | jax.Array], wanted: Mapping[str, An
 
     names = sorted(wanted.keys() | arrays.keys())
     rows = [(name, described(arrays.get(name)), described(wanted.get(name))) for name in names]
-    wrong = [f"  {_shown(name)}: {given} given, {needed} wanted" for name, given, needed in rows if given != needed]
+    wrong = [f"  {shown(name)}: {given} given, {needed} wanted" for name, given, needed in rows if given != needed]
     if wrong:
         rest = [f"  and {len(wrong) - _MOST_SHOWN} more"] * (len(wrong) > _MOST_SHOWN)
         raise ValueError("\n".join(["arrays must be those of the model:", *wrong[:_MOST_SHOWN], *rest]))
 
 
-def _written(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return {"type": type(value).__name__, "value": value.value}
-    if dataclasses.is_dataclass(value):
-        fields = {field.name: _written(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
-    return list(map(_written, value)) if isinstance(value, tuple) else value
-
-
-def _read(value: Any, annotation: Any, path: str) -> Any:
-    """A value as the annotation of its field says. So no value is nested deeper than configs are."""
-    options = _options(annotation)
-    if isinstance(value, Mapping):
-        return _read_typed(value, [kind for kind in options if _has_name(kind)], path)
-    if value is None and types.NoneType in options:
-        return None
+def _check_limits(path: str, value: Any) -> None:
+    """Refuses numbers that are not finite or out of their range, and lists that are too long."""
     if isinstance(value, list | tuple):
-        for option in options:
-            if typing.get_origin(option) is tuple:
-                return _read_items(value, typing.get_args(option), path)
-    if type(value) is bool and bool in options:
-        return value
-    if type(value) is int and int in options:
-        return _in_range(value, path)
-    if float in options and _is_number(value):
-        return float(value)
-    raise ValueError(f"{path} must be {' or '.join(map(_described, options))}, got {_shown(value)}")
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is a finite number that a float holds without loss."""
-    return math.isfinite(value) if type(value) is float else type(value) is int and abs(value) <= _EXACT
-
-
-def _options(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type alone."""
-    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
-    return typing.get_args(annotation) if union else (annotation,)
-
-
-def _has_name(kind: Any) -> bool:
-    return isinstance(kind, type) and (dataclasses.is_dataclass(kind) or issubclass(kind, enum.Enum))
-
-
-def _read_typed(value: Mapping[str, Any], kinds: Sequence[Any], path: str) -> Any:
-    names, name = {kind.__name__: kind for kind in kinds}, value.get("type")
-    if not isinstance(name, str) or name not in names:
-        said = f"an object of type {' or '.join(names)}" if names else "no object"
-        raise ValueError(f"{path} must be {said}, got one of type {_shown(name)}")
-    kind = names[name]
-    if issubclass(kind, enum.Enum):
-        members, chosen = {member.value: member for member in kind}, value.get("value")
-        if value.keys() != {"type", "value"} or not isinstance(chosen, str) or chosen not in members:
-            raise ValueError(f"{path} must have the fields type and value, one of {', '.join(members)}")
-        return members[chosen]
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    none = dataclasses.MISSING
-    needed = [x.name for x in fields.values() if x.default is none and x.default_factory is none]
-    for given in value.keys() - {"type"} - fields.keys():
-        raise ValueError(f"{path} has the unknown field {_shown(given)}; those of {name} are {', '.join(fields)}")
-    for missing in [field for field in needed if field not in value]:
-        raise ValueError(f"{path}.{missing} is missing, and {name} has no default for it")
-    hints = _hints(kind)
-    read = {field: _read(value[field], hints[field], f"{path}.{field}") for field in fields if field in value}
-    try:
-        return kind(**read)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-_hints = functools.cache(typing.get_type_hints)
-
-
-def _read_items(value: Sequence[Any], items: tuple[Any, ...], path: str) -> tuple[Any, ...]:
-    if items[-1] is Ellipsis:
         if len(value) > _MOST_LAYERS:
             raise ValueError(f"{path} must have at most {_MOST_LAYERS} items, got {len(value)}")
-        items = items[:1] * len(value)
-    if len(value) != len(items):
-        raise ValueError(f"{path} must have {len(items)} items, got {len(value)}")
-    return tuple(_read(x, item, f"{path}[{i}]") for i, (x, item) in enumerate(zip(value, items, strict=True)))
-
-
-def _in_range(value: int, path: str) -> int:
-    field = path.rpartition(".")[2].partition("[")[0]
-    smallest, largest = 0 if field in _MAY_BE_ZERO else 1, _MOST_LAYERS if field in _LAYERS else _LARGEST
-    if not smallest <= value <= largest:
-        raise ValueError(f"{path} must be from {smallest} to {largest}, got {_shown(value)}")
-    return value
-
-
-def _described(option: Any) -> str:
-    plain = {types.NoneType: "null", int: "an integer", float: "a finite number", bool: "true or false"}
-    return plain.get(option) or ("a list" if typing.get_origin(option) is tuple else option.__name__)
-
-
-def _shown(value: Any) -> str:
-    """A value for a message, never all of what may be endless or nested without an end."""
-    if value is None or isinstance(value, bool | int | float | str):
-        # Python writes no integer of thousands of digits.
-        return repr(value)[:80] if not isinstance(value, int) or abs(value) < _EXACT else "a huge integer"
-    return f"a {type(value).__name__}"
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{path} must be a finite number, got {value}")
+    else:
+        field = path.rpartition(".")[2].partition("[")[0]
+        smallest, largest = 0 if field in _MAY_BE_ZERO else 1, _MOST_LAYERS if field in _LAYERS else _LARGEST
+        if not smallest <= value <= largest:
+            raise ValueError(f"{path} must be from {smallest} to {largest}, got {shown(value)}")

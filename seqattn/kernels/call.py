@@ -14,8 +14,9 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout, check_dropout
 from seqattn.masks import Mask
 from seqattn.precision import accumulator, lowest
+from seqattn.pytrees import pytree, static
 from seqattn.score_mod import ScoreMod, ScoreModLike, for_kernel
-from seqattn.static import Size, pytree, static
+from seqattn.sizes import Size
 
 Visible = Mask | Array | None
 """What `mask=` takes."""

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from seqattn.kernels import cached, chunked, cudnn, guard, reference, shared_keys, splash, xla
 from seqattn.kernels.call import Call, Kernel, Result, Shaped, check_sinks, is_known
 from seqattn.platforms import all_platforms, by_platform, platform_of
-from seqattn.static import may_exceed
+from seqattn.sizes import may_exceed
 
 
 @dataclasses.dataclass(frozen=True)

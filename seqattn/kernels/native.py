@@ -17,7 +17,7 @@ from seqattn.coordinates import Coordinates
 from seqattn.kernels import reference
 from seqattn.kernels.call import Call, refuse_unknown
 from seqattn.masks import And, Causal, Mask, NotPadding, SameSegment, SlidingWindow
-from seqattn.static import Size
+from seqattn.sizes import Size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from seqattn.dropout import Dropout
 from seqattn.kernels.call import Call, Result
 from seqattn.masks import Mask
 from seqattn.precision import lowest
-from seqattn.static import Size
+from seqattn.sizes import Size
 
 
 def refuse(call: Call) -> None:

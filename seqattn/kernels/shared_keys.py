@@ -16,7 +16,7 @@ from seqattn.coordinates import Coordinates
 from seqattn.masks import Mask, reads
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreMod
-from seqattn.static import Size
+from seqattn.sizes import Size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ from seqattn.kernels.call import Call
 from seqattn.kernels.instructions import Instructions, Once
 from seqattn.kernels.mesh_axes import mesh_axes, over
 from seqattn.masks import Mask
+from seqattn.pytrees import pytree
 from seqattn.score_mod import ScoreMod
-from seqattn.static import pytree
 
 AnyCall = TypeVar("AnyCall", bound=Call)
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from seqattn.checks import check_even, check_integer, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import split
 from seqattn.masks import SameSegment
@@ -17,7 +18,10 @@ from seqattn.models.pooling import mean_over_tokens
 from seqattn.models.positions import Learned, Sinusoidal
 from seqattn.nn.blocks import BlockConfig, EncoderBlock
 from seqattn.nn.linear import Linear
+from seqattn.nn.parameter_rule import INTO, Kind, ParameterRule
 from seqattn.nn.recurrent import Carry, Cell
+
+RULES = (ParameterRule("*starts/*/kernel", Kind.MATRIX, INTO),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +76,10 @@ class SelfAttentionEncoder(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        if config.num_layers < 0 or num_layers < 1:
-            raise ValueError(
-                f"num_layers of an attention encoder ({config.num_layers}) must not be negative, and num_layers of "
-                f"its decoder ({num_layers}) at least 1"
-            )
-        if isinstance(config.positions, Sinusoidal) and hidden_dim % 2:
-            raise ValueError(f"hidden_dim ({hidden_dim}) must be even for sinusoidal positions")
+        check_integer("num_layers of an attention encoder", config.num_layers, 0)
+        check_sizes(num_layers=num_layers)
+        if isinstance(config.positions, Sinusoidal):
+            check_even("hidden_dim", hidden_dim, " for sinusoidal positions")
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         block = BlockConfig(hidden_dim, config.hidden_dim, config.num_heads, dropout_rate=dropout_rate)
         self.input = Linear(input_dim, hidden_dim, **sizes)

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from seqattn.checks import check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import drop, split
 from seqattn.models import positions as order
@@ -18,6 +19,9 @@ from seqattn.models.stack import Attention, Full, Stack
 from seqattn.nn.blocks import BlockConfig
 from seqattn.nn.embedding import TokenEmbedding
 from seqattn.nn.linear import Linear
+from seqattn.nn.parameter_rule import INTO, Kind, ParameterRule
+
+RULES = (ParameterRule("head/output/kernel", Kind.LOGITS, INTO),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +169,6 @@ _HEADS: dict[type, type] = {TokenLabels: TokenHead, TextLabels: TextHead, Masked
 
 
 def _num_labels(head: Head) -> int:
-    labels = getattr(head, "num_labels", 0)
-    if labels < 1:
-        raise ValueError(f"num_labels ({labels}) must be at least 1")
+    labels: int = getattr(head, "num_labels", 0)
+    check_sizes(num_labels=labels)
     return labels

@@ -9,16 +9,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from seqattn.checks import check_sizes
 from seqattn.coordinates import Coordinates
-from seqattn.decoding.state import Shared
 from seqattn.dropout import drop, split
+from seqattn.hypotheses import Shared
 from seqattn.models import positions as order
 from seqattn.models.positions import Positions, Sinusoidal
 from seqattn.models.stack import Attention, Full, Stack
 from seqattn.nn.blocks import BlockConfig
 from seqattn.nn.cache import Cache
 from seqattn.nn.embedding import TokenEmbedding
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +89,7 @@ class LanguageModel(nnx.Module):
     """
 
     def __init__(self, config: LanguageModelConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
-        if config.num_layers < 1:
-            raise ValueError(f"num_layers ({config.num_layers}) must be at least 1")
+        check_sizes(num_layers=config.num_layers)
         order.check_positions(config.positions, config.block.model_dim)
         self.config = config
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}

@@ -8,12 +8,19 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from seqattn.checks import check_even, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
 from seqattn.nn.initializers import normal
+from seqattn.nn.parameter_rule import Kind, ParameterRule
 from seqattn.positions import sinusoidal
 from seqattn.score_mod import ScoreMod
 from seqattn.score_mods import Alibi, RelativeBuckets, RelativePositions
+
+RULES = (
+    # `[layers, distances, (heads,) H]`, small. The bias of buckets is a bias by its name.
+    ParameterRule("*scores/tables", Kind.TABLE, outputs=1),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +82,8 @@ def check_positions(positions: Positions, model_dim: int) -> None:
     Raises:
         ValueError: sines of an odd model_dim.
     """
-    if isinstance(positions, Sinusoidal) and model_dim % 2:
-        raise ValueError(f"model_dim ({model_dim}) must be even for sinusoidal positions")
+    if isinstance(positions, Sinusoidal):
+        check_even("model_dim", model_dim, " for sinusoidal positions")
 
 
 def table(
@@ -165,8 +172,7 @@ class PositionScores(nnx.Module):
             _check_buckets(positions, 2 if bidirectional else 1)
             bias = nnx.Param(jnp.zeros((positions.num_buckets, num_heads), param_dtype))
         elif isinstance(positions, RelativeKeys):
-            if positions.max_distance < 1:
-                raise ValueError(f"max_distance ({positions.max_distance}) must be at least 1")
+            check_sizes(max_distance=positions.max_distance)
             heads = (num_heads,) if positions.by_head else ()
             shape = (num_layers, 2 * positions.max_distance + 1, *heads, head_dim)
             tables = nnx.Param(normal(0.02)(rngs.params(), shape, param_dtype))

@@ -9,12 +9,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from seqattn.checks import check_rate, check_sizes
 from seqattn.coordinates import Coordinates
-from seqattn.dropout import check_rate, drop, split
+from seqattn.dropout import drop, split
 from seqattn.nn.embedding import TokenEmbedding
 from seqattn.nn.linear import Linear
 from seqattn.nn.recurrent import Carry, Cell, Recurrent
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +94,7 @@ class RecurrentLanguageModel(nnx.Module):
     ) -> None:
         embedded, hidden = config.embedding_dim, config.hidden_dim
         check_rate(config.dropout_rate)
-        if config.num_layers < 1:
-            raise ValueError(f"num_layers ({config.num_layers}) must be at least 1")
+        check_sizes(num_layers=config.num_layers)
         if config.tie_embeddings and embedded != hidden:
             raise ValueError(f"tie_embeddings needs embedding_dim ({embedded}) equal to hidden_dim ({hidden})")
         self.config = config

@@ -10,18 +10,26 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from seqattn.coordinates import Coordinates
-from seqattn.decoding.state import Shared
 from seqattn.dropout import drop, split
+from seqattn.hypotheses import Shared
 from seqattn.models import positions as order
 from seqattn.models.attention_encoder import AttentionEncoder, SelfAttentionEncoder
 from seqattn.nn.embedding import TokenEmbedding
 from seqattn.nn.key_value import KeyValue
 from seqattn.nn.linear import Linear
 from seqattn.nn.local import Monotonic, Predictive
+from seqattn.nn.parameter_rule import INTO, Kind, ParameterRule
 from seqattn.nn.recurrent import Carry, Cell, Direction, Recurrent, RecurrentEncoder
 from seqattn.nn.scored_attention import Score, ScoredAttention
 from seqattn.precision import accumulator
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
+
+RULES = (
+    # Of a recurrent language model, too, and of the decoder of a captioner.
+    ParameterRule("output/kernel", Kind.LOGITS, INTO),
+    ParameterRule("decoder/output/kernel", Kind.LOGITS, INTO),
+    ParameterRule("*combine/kernel", Kind.MATRIX, INTO),
+)
 
 
 @dataclasses.dataclass(frozen=True)

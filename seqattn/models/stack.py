@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from seqattn.checks import check_integer
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import split
 from seqattn.masks import Causal, Mask, SameBlock, SameSegment, SlidingWindow
@@ -85,8 +86,7 @@ class Stack(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        if num_layers < 0:
-            raise ValueError(f"num_layers ({num_layers}) must not be negative")
+        check_integer("num_layers", num_layers, 0)
         if not pattern:
             raise ValueError("pattern must name what at least one layer sees, got ()")
         if not causal and any(isinstance(each, Compressed) for each in pattern):

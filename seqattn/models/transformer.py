@@ -9,9 +9,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from seqattn.checks import check_integer, check_sizes
 from seqattn.coordinates import Coordinates
-from seqattn.decoding.state import Shared
 from seqattn.dropout import drop, split
+from seqattn.hypotheses import Shared
 from seqattn.masks import Causal, SameSegment, SlidingWindow
 from seqattn.models import positions as order
 from seqattn.models.layers import run_layers
@@ -20,8 +21,8 @@ from seqattn.nn.blocks import BlockConfig, DecoderBlock, EncoderBlock
 from seqattn.nn.cache import Cache, RingCache, StaticCache
 from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
 from seqattn.nn.key_value import KeyColumns, KeyValue
+from seqattn.pytrees import pytree
 from seqattn.score_mod import ScoreMod
-from seqattn.static import pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +119,8 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config, positions, dim = config, config.positions, config.block.model_dim
-        if config.num_encoder_layers < 0 or config.num_decoder_layers < 1:
-            raise ValueError(
-                f"num_encoder_layers ({config.num_encoder_layers}) must not be negative and num_decoder_layers "
-                f"({config.num_decoder_layers}) at least 1"
-            )
+        check_integer("num_encoder_layers", config.num_encoder_layers, 0)
+        check_sizes(num_decoder_layers=config.num_decoder_layers)
         order.check_positions(positions, dim)
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         rotary_base = order.rotary_base(positions)

@@ -9,16 +9,23 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from seqattn.attention import attend, attend_columns, attention_weights
+from seqattn.checks import check_even, check_multiple, check_rate, check_sizes
 from seqattn.coordinates import Coordinates
-from seqattn.dropout import Dropout, check_rate
+from seqattn.dropout import Dropout
 from seqattn.kernels.call import Columns, check_heads
 from seqattn.masks import Mask
 from seqattn.nn.cache import Cache
 from seqattn.nn.key_value import KeyColumns, KeyValue, Written
 from seqattn.nn.linear import Linear
+from seqattn.nn.parameter_rule import INTO, OUT_OF, Kind, ParameterRule
 from seqattn.positions import angular_frequencies, rotate
 from seqattn.score_mod import ScoreMod
-from seqattn.static import check_sizes
+
+RULES = (
+    # Heads `[D, N * H]` are split, and come together again.
+    ParameterRule("*attention/output/kernel", Kind.MATRIX, OUT_OF),
+    ParameterRule("*attention/*/kernel", Kind.MATRIX, INTO),
+)
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -76,13 +83,12 @@ class MultiHeadAttention(nnx.Module):
         check_sizes(model_dim=model_dim, num_heads=num_heads, num_kv_heads=num_kv_heads)
         check_heads(num_heads, num_kv_heads)
         check_rate(dropout_rate)
-        if head_dim is None and model_dim % num_heads:
-            raise ValueError(f"model_dim ({model_dim}) must be a multiple of num_heads ({num_heads}), or give head_dim")
+        if head_dim is None:
+            check_multiple("model_dim", model_dim, num_heads, "num_heads", ", or give head_dim")
         self.head_dim = model_dim // num_heads if head_dim is None else head_dim
         check_sizes(head_dim=self.head_dim)
         if rotary_base is not None:
-            if self.head_dim % 2:
-                raise ValueError(f"head_dim ({self.head_dim}) must be even to be rotated, a pair of features at a time")
+            check_even("head_dim", self.head_dim, " to be rotated, a pair of features at a time")
             angular_frequencies(self.head_dim, base=rotary_base)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         # A mask that captures arrays is data for NNX; one of static sizes must not become a leaf of the module.

@@ -1,7 +1,6 @@
 """Encoder and decoder blocks of the Transformer, with the norm first or last."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +9,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from seqattn.checks import check_multiple, check_number, check_rate, check_sizes
 from seqattn.coordinates import Coordinates
-from seqattn.dropout import check_rate, drop, split
+from seqattn.dropout import drop, split
 from seqattn.masks import Mask
 from seqattn.nn.attention import MultiHeadAttention
 from seqattn.nn.cache import Cache
@@ -21,7 +21,6 @@ from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.nn.mixture import MixtureOfExperts
 from seqattn.nn.routing import MixtureConfig
 from seqattn.score_mod import ScoreMod
-from seqattn.static import check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +74,7 @@ class BlockConfig:
                 f"remat ({self.remat}) and scan_layers ({self.scan_layers}) must be False where blocks have experts: "
                 "what experts tell of their routing cannot leave a block that is computed again or in a loop"
             )
-        if not 0 <= self.norm_epsilon < math.inf:
-            raise ValueError(f"norm_epsilon ({self.norm_epsilon}) must be at least 0 and finite")
+        check_number("norm_epsilon", self.norm_epsilon, minimum=0)
 
     @property
     def head_dim(self) -> int:
@@ -86,8 +84,7 @@ class BlockConfig:
             ValueError: the heads do not share model_dim.
         """
         check_sizes(model_dim=self.model_dim, num_heads=self.num_heads)
-        if self.model_dim % self.num_heads:
-            raise ValueError(f"model_dim ({self.model_dim}) must be a multiple of num_heads ({self.num_heads})")
+        check_multiple("model_dim", self.model_dim, self.num_heads, "num_heads")
         return self.model_dim // self.num_heads
 
     def attention(

@@ -18,9 +18,11 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
-from seqattn.decoding.state import Branching
+from seqattn.checks import check_sizes
+from seqattn.hypotheses import Branching
 from seqattn.nn.key_value import KeyColumns, KeyValue
-from seqattn.static import known_size, pytree
+from seqattn.pytrees import pytree
+from seqattn.sizes import known_size
 
 
 class Cache(Branching):
@@ -139,8 +141,7 @@ class RingCache(Cache):
         Raises:
             ValueError: the window is empty.
         """
-        if window < 1:
-            raise ValueError(f"window ({window}) must be at least 1")
+        check_sizes(window=window)
         value_dim = head_dim if value_dim is None else value_dim
         columns = KeyColumns.empty(batch, window, num_kv_heads, head_dim, value_dim=value_dim, dtype=dtype)
         return RingCache(columns, jnp.zeros(batch, bool))

@@ -11,12 +11,18 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from seqattn.checks import check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.nn.attention import MultiHeadAttention
 from seqattn.nn.cache import Cache, RingCache
 from seqattn.nn.key_value import KeyColumns, KeyValue
+from seqattn.nn.parameter_rule import Kind, ParameterRule
 from seqattn.precision import accumulator
-from seqattn.static import may_exceed, pytree
+from seqattn.pytrees import pytree
+from seqattn.sizes import may_exceed
+
+RULES = (ParameterRule("*_filter", Kind.MATRIX),)
+"""`[stride, heads, in, out]`, small."""
 
 
 class MemoryCompressedAttention(MultiHeadAttention):
@@ -52,8 +58,7 @@ class MemoryCompressedAttention(MultiHeadAttention):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
-        if stride < 1:
-            raise ValueError(f"stride ({stride}) must be at least 1")
+        check_sizes(stride=stride)
         super().__init__(model_dim, num_heads, param_dtype=param_dtype, rngs=rngs, **options)
         self.stride = stride
         # Two arrays: one under two parameters could not be donated.

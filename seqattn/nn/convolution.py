@@ -10,9 +10,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from seqattn.checks import check_sizes
 from seqattn.nn.initializers import lecun_normal
 from seqattn.nn.linear import Linear
+from seqattn.nn.parameter_rule import INTO, Kind, ParameterRule
 from seqattn.positions import sinusoidal
+
+RULES = (
+    # `[height, width, in, out]`, small.
+    ParameterRule("*convolutions/*/kernel", Kind.MATRIX),
+    ParameterRule("image/output/kernel", Kind.MATRIX, INTO),
+)
 
 _STRIDE = 2
 
@@ -73,11 +81,9 @@ class ConvolutionalEncoder(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         _check_grid_dim(model_dim)
-        if not channels or min(*channels, image_channels) < 1:
-            raise ValueError(
-                f"channels {tuple(channels)} must name at least one convolution, and they and image_channels "
-                f"({image_channels}) must be at least 1"
-            )
+        if not channels:
+            raise ValueError("channels must name at least one convolution, got ()")
+        check_sizes(image_channels=image_channels, **{f"channels[{i}]": size for i, size in enumerate(channels)})
         self.image_channels = image_channels
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         convolution = {"strides": _STRIDE, "padding": "SAME", "kernel_init": lecun_normal, **sizes}
@@ -138,8 +144,7 @@ class PatchEncoder(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         _check_grid_dim(model_dim)
-        if min(*patch, image_channels) < 1:
-            raise ValueError(f"patch {tuple(patch)} and image_channels ({image_channels}) must be at least 1")
+        check_sizes(image_channels=image_channels, **{f"patch[{i}]": size for i, size in enumerate(patch)})
         self.patch, self.image_channels = tuple(patch), image_channels
         pixels = math.prod(patch) * image_channels
         self.output = Linear(pixels, model_dim, param_dtype=param_dtype, rngs=rngs)

@@ -6,11 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from seqattn.checks import check_sizes
 from seqattn.nn.initializers import normal
 from seqattn.nn.linear import product
+from seqattn.nn.parameter_rule import OUT_OF, Kind, ParameterRule
+
+RULES = (
+    # `[V, D]`: a table's rows are also the columns of the logits. Learned positions have few rows.
+    ParameterRule("*embedding/table", Kind.TABLE, OUT_OF, outputs=-2),
+    ParameterRule("*table", Kind.TABLE, P(None, "fsdp"), outputs=-2),
+)
 
 
 def look_up(table: Float[Array, "V D"], index: Int[Array, "*batch"], name: str) -> Float[Array, "*batch D"]:
@@ -53,8 +62,7 @@ class TokenEmbedding(nnx.Module):
     def __init__(
         self, vocab_size: int, model_dim: int, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
     ) -> None:
-        if vocab_size < 1 or model_dim < 1:
-            raise ValueError(f"vocab_size ({vocab_size}) and model_dim ({model_dim}) must be at least 1")
+        check_sizes(vocab_size=vocab_size, model_dim=model_dim)
         init = normal(1 / math.sqrt(model_dim))
         self.table = nnx.Param(init(rngs.params(), (vocab_size, model_dim), param_dtype))
 
@@ -85,8 +93,7 @@ class PositionEmbedding(nnx.Module):
     def __init__(
         self, max_length: int, model_dim: int, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
     ) -> None:
-        if max_length < 1:
-            raise ValueError(f"max_length ({max_length}) must be at least 1")
+        check_sizes(max_length=max_length, model_dim=model_dim)
         init = normal(0.02)
         self.table = nnx.Param(init(rngs.params(), (max_length, model_dim), param_dtype))
 

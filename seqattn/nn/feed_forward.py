@@ -8,8 +8,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from seqattn.dropout import check_rate, drop
+from seqattn.checks import check_rate, check_sizes
+from seqattn.dropout import drop
 from seqattn.nn.linear import Linear
+from seqattn.nn.parameter_rule import INTO, OUT_OF, Kind, ParameterRule
+
+RULES = (
+    # Hidden layers `[D, F]` are split, and come together again.
+    ParameterRule("*feed_forward/output/kernel", Kind.MATRIX, OUT_OF),
+    ParameterRule("*feed_forward/*/kernel", Kind.MATRIX, INTO),
+)
 
 
 class Activation(enum.Enum):
@@ -55,8 +63,7 @@ class FeedForward(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         check_rate(dropout_rate)
-        if model_dim < 1 or hidden_dim < 1:
-            raise ValueError(f"model_dim ({model_dim}) and hidden_dim ({hidden_dim}) must be at least 1")
+        check_sizes(model_dim=model_dim, hidden_dim=hidden_dim)
         self.activation, self.dropout_rate = activation, dropout_rate
 
         def linear(inputs: int, outputs: int) -> Linear:

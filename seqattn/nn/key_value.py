@@ -14,7 +14,8 @@ from seqattn.coordinates import Coordinates, Tile
 from seqattn.kernels.cached import rows_of
 from seqattn.kernels.call import Columns
 from seqattn.masks import Mask, Reach, Truth
-from seqattn.static import known_size, may_exceed, pytree, static
+from seqattn.pytrees import pytree, static
+from seqattn.sizes import known_size, may_exceed
 
 
 @pytree

@@ -22,7 +22,16 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float
 
 from seqattn.nn.initializers import drawn_wide, lecun_normal
+from seqattn.nn.parameter_rule import INTO, Kind, ParameterRule
 from seqattn.platforms import all_platforms, by_platform, platform_of
+
+RULES = (
+    ParameterRule("*bias", Kind.VECTOR),
+    ParameterRule("*output/kernel", Kind.MATRIX, INTO),
+    ParameterRule("*hidden/kernel", Kind.MATRIX, INTO),
+    ParameterRule("*input/kernel", Kind.MATRIX, INTO),
+)
+"""Of linear layers by their usual names, and of every bias."""
 
 
 class Linear(nnx.Linear):

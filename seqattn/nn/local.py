@@ -4,13 +4,20 @@ import dataclasses
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from seqattn.checks import check_integer, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.nn.initializers import xavier_uniform
+from seqattn.nn.parameter_rule import Kind, ParameterRule
 from seqattn.precision import accumulator
-from seqattn.static import check_integer, check_sizes
+
+RULES = (
+    ParameterRule("*window/projection", Kind.VECTOR),
+    ParameterRule("*window/weight", Kind.MATRIX, P(None, "fsdp"), outputs=-2),
+)
 
 
 @dataclasses.dataclass(frozen=True)

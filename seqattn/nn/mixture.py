@@ -7,16 +7,26 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from seqattn.decoding.largest import largest
 from seqattn.dropout import split
 from seqattn.nn.feed_forward import Activation, FeedForward
 from seqattn.nn.initializers import drawn_wide
+from seqattn.nn.parameter_rule import INTO, OUT_OF, Kind, ParameterRule
 from seqattn.nn.routing import Choice, MixtureConfig, Routing, part_of
 from seqattn.precision import accumulator
-from seqattn.static import may_exceed
+from seqattn.sizes import may_exceed
+from seqattn.top_k import top_k
+
+RULES = (
+    ParameterRule("*/experts/*/bias", Kind.VECTOR, P("expert")),
+    # `[E, F, D]` and `[E, D, F]`.
+    ParameterRule("*/experts/output/kernel", Kind.MATRIX, P("expert", *OUT_OF)),
+    ParameterRule("*/experts/*/kernel", Kind.MATRIX, P("expert", *INTO)),
+    ParameterRule("*feed_forward/noise/kernel", Kind.MATRIX, P("fsdp")),
+)
 
 Output = TypeVar("Output")
 
@@ -135,8 +145,8 @@ class MixtureOfExperts(nnx.Module):
         real = jnp.ones(tokens.shape[:1], bool) if real is None else real.reshape(tokens.shape[0])
         tokens = jnp.where(real[:, None], tokens, jnp.zeros_like(tokens))
         logits = self._logits(tokens, key)
-        # Only the places: where `largest` makes every zero the same zero, it has no gradient.
-        _, expert = largest(jax.lax.stop_gradient(logits), self.config.top_k)
+        # Only the places: where `top_k` makes every zero the same zero, it has no gradient.
+        _, expert = top_k(jax.lax.stop_gradient(logits), self.config.top_k)
         weight = jax.nn.softmax(jnp.take_along_axis(logits, expert, axis=-1), axis=-1)
         # Room by the number of real tokens, so that padding changes nothing; capacity, the array's size, by all.
         share = (1, 1) if key is None else self.config.share

@@ -1,7 +1,6 @@
 """Batch normalisation as a pure function of a batch, or of statistics that were gathered from batches before."""
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,8 +8,13 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from seqattn.checks import check_number, check_sizes
+from seqattn.nn.parameter_rule import Kind, ParameterRule
 from seqattn.precision import accumulator
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
+
+RULES = (ParameterRule("*scale", Kind.VECTOR), ParameterRule("*shift", Kind.VECTOR))
+"""Those of flax's norms, too."""
 
 
 @pytree
@@ -61,10 +65,8 @@ class BatchNorm(nnx.Module):
     def __init__(
         self, dim: int, *, epsilon: float = 1e-5, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
     ) -> None:
-        if dim < 1:
-            raise ValueError(f"dim ({dim}) must be at least 1")
-        if not 0 <= epsilon < math.inf:
-            raise ValueError(f"epsilon ({epsilon}) must be at least 0 and finite")
+        check_sizes(dim=dim)
+        check_number("epsilon", epsilon, minimum=0)
         self.epsilon = epsilon
         self.scale = nnx.Param(nnx.initializers.ones(rngs.params(), (dim,), param_dtype))
         self.shift = nnx.Param(nnx.initializers.zeros(rngs.params(), (dim,), param_dtype))

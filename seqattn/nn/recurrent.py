@@ -6,13 +6,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from seqattn.checks import check_even, check_rate, check_sizes
 from seqattn.coordinates import Coordinates
-from seqattn.dropout import check_rate, drop, split
+from seqattn.dropout import drop, split
 from seqattn.nn.initializers import lecun_normal, orthogonal
-from seqattn.static import check_sizes
+from seqattn.nn.parameter_rule import Kind, ParameterRule
+
+RULES = (
+    # Split over `tensor`, the gates of one token would have to be collected before the next token is read.
+    ParameterRule("*/cell/*/kernel", Kind.MATRIX, P("fsdp")),
+)
 
 Carry = Any
 """The state of a cell: one array `[*batch, H]`, or for an LSTM two (cell, hidden)."""
@@ -171,10 +178,9 @@ class RecurrentEncoder(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         check_rate(dropout_rate)
-        if num_layers < 1:
-            raise ValueError(f"num_layers ({num_layers}) must be at least 1")
-        if direction is Direction.BOTH and hidden_dim % 2:
-            raise ValueError(f"hidden_dim ({hidden_dim}) must be even to be shared by two directions")
+        check_sizes(num_layers=num_layers)
+        if direction is Direction.BOTH:
+            check_even("hidden_dim", hidden_dim, " to be shared by two directions")
         self.dropout_rate = dropout_rate
         backwards = {Direction.FORWARD: [False], Direction.BACKWARD: [True], Direction.BOTH: [False, True]}[direction]
         size = hidden_dim // len(backwards)

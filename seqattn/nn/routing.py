@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from seqattn.static import pytree
+from seqattn.checks import check_integer, check_number
+from seqattn.pytrees import pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +35,11 @@ class MixtureConfig:
     """Of the z loss in a routing's loss."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"top_k ({self.top_k}) must be from 1 to num_experts ({self.num_experts})")
-        if self.capacity_factor is not None and not 0.01 <= self.capacity_factor < math.inf:
-            raise ValueError(f"capacity_factor ({self.capacity_factor}) must be None or at least 0.01 and finite")
+        check_integer("top_k", self.top_k, 1, self.num_experts, maximum_name="num_experts")
+        if self.capacity_factor is not None:
+            check_number("capacity_factor", self.capacity_factor, minimum=0.01, hint=", or None for no limit")
         for name in ("balance_weight", "z_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 0 and finite")
+            check_number(name, getattr(self, name), minimum=0)
 
     @property
     def share(self) -> tuple[int, int]:

@@ -5,17 +5,25 @@ import enum
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from seqattn import scores
 from seqattn.attention import attend_scores
+from seqattn.checks import check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Mask, NotPadding
 from seqattn.nn.initializers import xavier_uniform
 from seqattn.nn.key_value import KeyValue
 from seqattn.nn.local import LocalWindow, Monotonic, Predictive
-from seqattn.static import check_sizes
+from seqattn.nn.parameter_rule import Kind, ParameterRule
+
+RULES = (
+    ParameterRule("*attention/projection", Kind.VECTOR),
+    ParameterRule("*query_weight", Kind.MATRIX, P(None, "fsdp"), outputs=-2),
+    ParameterRule("*key_weight", Kind.MATRIX, P(None, "fsdp"), outputs=-2),
+)
 
 
 class Score(enum.Enum):

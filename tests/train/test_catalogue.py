@@ -62,7 +62,7 @@ def test_a_file_imports_from_its_folder_which_hides_no_library(tmp_path):
         (MINE.replace("EXPERIMENT", "experiment"), "it defines none"),
         (MINE + "OTHER = EXPERIMENT", "it defines EXPERIMENT, OTHER"),
         ("\nx = 1 / 0", "mine.py:2: ZeroDivisionError: division by zero"),
-        (MINE.replace("3", "0"), "mine.py:4: ValueError: steps (0) must be at least 1"),
+        (MINE.replace("3", "0"), "mine.py:4: ValueError: steps (0) must be an integer of at least 1"),
         ("import nothing_of_this_name", "mine.py:1: ModuleNotFoundError: No module named"),
         ("x = 1\ny = (", "mine.py:2: SyntaxError: '(' was never closed"),
         ("x = '\\ud800'.encode()", "mine.py:1: UnicodeEncodeError"),

@@ -112,7 +112,7 @@ def test_samples_depend_on_seed_and_index(models):
 
 def test_no_texts_and_no_room(models):
     assert Completer(models["recurrent"], LETTERS)([]) == []
-    with pytest.raises(ValueError, match=r"length \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"length \(0\) must be an integer of at least 1"):
         Completer(models["recurrent"], LETTERS, length=0)
 
 

@@ -70,7 +70,7 @@ def test_the_command_takes_so_many_examples(finished, capsys):
     evaluate.main(Arguments(finished, split="validation", examples=2))
     assert "validation split" in (printed := capsys.readouterr().out)
     assert ": 2 examples, after 12 updates" in printed
-    with pytest.raises(ValueError, match=r"--examples \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"--examples \(0\) must be an integer of at least 1"):
         evaluate.main(Arguments(finished, examples=0))
 
 
@@ -90,7 +90,7 @@ def test_the_command_searches_by_a_beam(finished, trained, monkeypatch, capsys):
     evaluate.main(Arguments(finished))
     assert asked == [{"beam_size": 3}, {"beam_size": trained.experiment.beam_size}]
     assert "after 12 updates, by a beam of 3\n" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"--beam-size \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"--beam-size \(0\) must be an integer of at least 1"):
         evaluate.main(Arguments(finished, beam_size=0))
 
 

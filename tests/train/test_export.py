@@ -136,7 +136,7 @@ def test_a_folder_that_holds_something_is_refused_before_the_run_is_read(written
     ("flags", "words"),
     [
         ({"private": True}, "--private says who sees a model on the hub: it needs --push-to"),
-        ({"stablehlo_shape": (8, 0)}, r"--stablehlo-shape \(8, 0\) must be at least 1 each"),
+        ({"stablehlo_shape": (8, 0)}, r"--stablehlo-shape, tokens \(0\) must be an integer of at least 1"),
         ({"push_to": "a/b/c"}, "a/b/c"),
     ],
 )

@@ -159,7 +159,7 @@ def slow(*values):
     [
         (["translation"], "--task.source"),
         slow(["translation", "--task.source", "no.de", "--task.target", "no.en"], "no.de"),
-        (["reverse", "--steps", "0"], "steps (0) must be at least 1"),
+        (["reverse", "--steps", "0"], "steps (0) must be an integer of at least 1"),
         slow(["translation", "--task.source", ".", "--task.target", "."], "--task.source: there is no file"),
         slow(["reverse", "--optimizer.clip-norm", "0"], "clip_norm (0.0) must be positive"),
     ],

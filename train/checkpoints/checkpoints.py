@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from seqattn.checks import check_integer
 from train.checkpoints.folders import StepFolders, exists
 from train.devices.processes import any_process, is_first
 from train.update.step import TrainState
@@ -59,8 +60,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, is_regular: Callable[[int], bool] = lambda step: True) -> None:
-        if keep < 1:
-            raise ValueError(f"keep ({keep}) must be at least 1")
+        check_integer("keep", keep, 1)
         self._folders, self._keep, self._is_regular = StepFolders(folder), keep, is_regular
         self.folder = self._folders.folder
         self._protected: frozenset[int] = frozenset()

@@ -8,6 +8,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from seqattn.checks import check_integer
 from train.data.packing import capacities, pack
 from train.data.tokenizer import Tokenizer
 
@@ -60,8 +61,7 @@ class Batches:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "max_length", "buckets"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"batches.{name} ({getattr(self, name)}) must be at least 1")
+            check_integer(f"batches.{name}", getattr(self, name), 1)
 
 
 def examples(pairs: Any, tokenizer: Tokenizer) -> list[Example]:

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Self
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+from seqattn.checks import check_integer
+
 _TOGETHER = 10_000
 """Texts that are encoded at a time."""
 SPECIAL_TOKENS = ("[PAD]", "[START]", "[END]", "[UNK]")
@@ -43,8 +45,7 @@ class ByteLevelBPE:
         """The merges of the most frequent pairs; fewer than asked for where the texts have no more of them."""
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         smallest = len(SPECIAL_TOKENS) + len(alphabet)
-        if self.vocab_size < smallest:
-            raise ValueError(f"vocab_size ({self.vocab_size}) must be at least {smallest}: special tokens and bytes")
+        check_integer("vocab_size", self.vocab_size, smallest, hint=": special tokens and bytes")
         trainer = trainers.BpeTrainer(
             vocab_size=self.vocab_size,
             special_tokens=list(SPECIAL_TOKENS),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float
 
+from seqattn.checks import check_integer
 from seqattn.nn import TokenEmbedding
 from train.tasks.lines import read_lines
 
@@ -45,8 +46,7 @@ def load_table(path: Path, tokens: Sequence[str], dim: int) -> tuple[Table, Foun
     ...     load_table(path, ["cat", "dog"], 2)
     (array([[-2.,  3.], [ 0.,  0.]], dtype=float32), array([ True, False]))
     """
-    if dim < 1:
-        raise ValueError(f"dim ({dim}) must be at least 1")
+    check_integer("dim", dim, 1)
     rows: dict[str, list[int]] = {}
     for row, token in enumerate(tokens):
         rows.setdefault(unicodedata.normalize("NFC", token), []).append(row)

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from seqattn.checks import check_integer
 from train.devices.sharding import AXES, shardings, whole_over
 from train.update.step import Metrics, TrainState, Update
 
@@ -98,9 +99,7 @@ class Sharded:
 
     def __post_init__(self) -> None:
         for name in AXES:
-            least = 0 if name == "data" else 1
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least {least}")
+            check_integer(name, getattr(self, name), 0 if name == "data" else 1)
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh of devices, those of all processes by default.

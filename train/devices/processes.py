@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from seqattn.checks import check_integer
 from train.devices.rendezvous import meet
 
 _ADDRESS = "JAX_COORDINATOR_ADDRESS"
@@ -49,12 +50,11 @@ class Processes:
     """Seconds to wait for the other processes."""
 
     def __post_init__(self) -> None:
-        if self.count is not None and self.count < 1:
-            raise ValueError(f"processes.count ({self.count}) must be at least 1")
+        if self.count is not None:
+            check_integer("processes.count", self.count, 1)
         if self.index is not None and not 0 <= self.index < (self.count or self.index + 1):
             raise ValueError(f"processes.index ({self.index}) must be in [0, {self.count or 'count'})")
-        if self.timeout < 1:
-            raise ValueError(f"processes.timeout ({self.timeout}) must be at least 1")
+        check_integer("processes.timeout", self.timeout, 1)
 
     def connect(self) -> None:
         """Meets the other processes; call it before JAX computes anything. One process alone has nothing to do.

@@ -1,16 +1,16 @@
-"""Which array of a state is split over which axes of a mesh: a table of rules from paths to axes."""
+"""Which array of a state is split over which axes of a mesh, by the rules that stand beside the modules."""
 
-import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from seqattn.models.parameter_rules import PARAMETER_RULES, rule_of
+from seqattn.nn.parameter_rule import ParameterRule
 from train.update.parameters import paths
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
@@ -20,68 +20,7 @@ with them, and `expert` by the experts of a mixture."""
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How the parameters of some paths are split.
-
-    Attributes:
-        glob: of whole paths, as in `train.update.parameters.matching`.
-        spec: the mesh axes of each dim, from the first one on; dims beyond it are not split.
-    """
-
-    glob: str
-    spec: P
-
-
-_NOT = P()
-_INTO, _OUT_OF = P("fsdp", "tensor"), P("tensor", "fsdp")
-
-RULES = (
-    # Small, or read whole at every step.
-    Rule("*/experts/*/bias", P("expert")),
-    Rule("*bias", _NOT),
-    Rule("*scale", _NOT),
-    Rule("*shift", _NOT),
-    Rule("*scores/tables", _NOT),
-    Rule("*_filter", _NOT),
-    Rule("*projection", _NOT),
-    Rule("*convolutions/*/kernel", _NOT),
-    # `[E, D, F]` and `[E, F, D]`.
-    Rule("*/experts/output/kernel", P("expert", *_OUT_OF)),
-    Rule("*/experts/*/kernel", P("expert", *_INTO)),
-    # `[V, D]`: a table's rows are also the columns of the logits. Learned positions have few rows.
-    Rule("*embedding/table", P("tensor", "fsdp")),
-    Rule("*table", P(None, "fsdp")),
-    # Heads `[D, N * H]` and hidden layers `[D, F]` are split, and come together again in what follows them.
-    Rule("*attention/output/kernel", _OUT_OF),
-    Rule("*attention/*/kernel", _INTO),
-    Rule("*feed_forward/output/kernel", _OUT_OF),
-    Rule("*feed_forward/noise/kernel", P("fsdp")),
-    Rule("*feed_forward/*/kernel", _INTO),
-    # `[F, D]` of scores that are no dot product.
-    Rule("*attention/*weight", P(None, "fsdp")),
-    # Split over `tensor`, the gates of one token would have to be collected before the next token is read.
-    Rule("*/cell/*/kernel", P("fsdp")),
-    # Logits, and other linear layers.
-    Rule("*output/kernel", _INTO),
-    Rule("*hidden/kernel", _INTO),
-    Rule("*input/kernel", _INTO),
-    Rule("*combine/kernel", _INTO),
-    Rule("*starts/*/kernel", _INTO),
-)
-"""The first rule that matches a path decides. A parameter that none matches is not split."""
-
-
-def rule_for(path: str, rules: Sequence[Rule] = RULES) -> Rule | None:
-    """The rule that decides about the parameter of a path; None where no rule matches.
-
-    >>> tuple(rule_for("encoder/0/feed_forward/hidden/kernel").spec)
-    ('fsdp', 'tensor')
-    """
-    return next((rule for rule in rules if fnmatchcase(path, rule.glob)), None)
-
-
-def shardings(state: Any, mesh: Mesh, rules: Sequence[Rule] = RULES) -> Any:
+def shardings(state: Any, mesh: Mesh, rules: Sequence[ParameterRule] = PARAMETER_RULES) -> Any:
     """The tree of `state` with a `NamedSharding` in place of every array.
 
     What the state holds beside `params` follows them: an array whose path ends in that of a parameter of the same
@@ -137,17 +76,17 @@ def whole_over(axis: str, sharded: Any) -> Any:
     return jax.tree.map(lambda each: NamedSharding(each.mesh, P(*map(without, each.spec))), sharded)
 
 
-def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[Rule]) -> tuple[P, list[str]]:
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[ParameterRule]) -> tuple[P, list[str]]:
     """The axes of each dim, and what the rule wanted to split and could not."""
-    rule = rule_for(path, rules)
+    rule = rule_of(path, rules)
     if rule is None:
         # Where no axis of parameters splits anything, nothing is missing.
         split = any(size > 1 for name, size in mesh.shape.items() if name in ("fsdp", "tensor", "expert"))
         return P(), [f"{path}: no rule"] * split
-    if len(rule.spec) > len(shape):
-        raise ValueError(f"the rule {rule.glob!r} splits {len(rule.spec)} dims, and {path} has the shape {shape}")
+    if len(rule.split) > len(shape):
+        raise ValueError(f"the rule {rule.glob!r} splits {len(rule.split)} dims, and {path} has the shape {shape}")
     axes, reasons = [], []
-    for dim, (size, names) in enumerate(zip(shape, rule.spec, strict=False)):
+    for dim, (size, names) in enumerate(zip(shape, rule.split, strict=False)):
         parts = _size(mesh.shape, names)
         axes.append(names if size % parts == 0 else None)
         if size % parts:

@@ -92,6 +92,48 @@ class Session:
         self.state = self.placed.place(self.checkpoints.restore(self.state))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Resolved:
+    """What the flags, the examples and the latest checkpoint say, before there is a model.
+
+    Attributes:
+        experiment: the resolved experiment.
+        objective: what it is about.
+        splits: examples by split.
+        texts: what checkpoints hold beside numbers.
+        checkpoints: those that the folder has; None before there are any.
+        saved: the texts of the latest checkpoint; None where the run begins.
+        changes: the settings that are others than those of the latest checkpoint.
+    """
+
+    experiment: Experiment
+    objective: Objective
+    splits: dict[str, Dataset]
+    texts: dict[str, str]
+    checkpoints: Checkpoints | None
+    saved: dict[str, str] | None
+    changes: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """The model and what it is trained with.
+
+    Attributes:
+        graph: the model's structure.
+        state: parameters, optimizer and step, new or of the latest checkpoint.
+        placed: the update, over the devices.
+        batches: those of all updates, in order.
+        rows: what the rows of a batch are a multiple of, in words.
+    """
+
+    graph: nnx.GraphDef
+    state: TrainState
+    placed: Placed
+    batches: grain.MapDataset
+    rows: str
+
+
 def prepare(experiment: Experiment) -> Session:
     """Examples, tokenizer, model and state; from the latest checkpoint where the run folder holds one.
 
@@ -99,67 +141,112 @@ def prepare(experiment: Experiment) -> Session:
         ValueError: the run folder holds something else, the settings do not fit the data or the devices, or one of them
             would do nothing.
     """
-    folder, versions = experiment.run, json.dumps(_versions())
+    resolved = _resolve(experiment)
+    begun = _restore_or_start(resolved)
+    return _place(resolved, begun)
+
+
+def _resolve(experiment: Experiment) -> _Resolved:
+    """Reads the examples and the folder, and refuses what does not go together."""
+    versions = json.dumps(_versions())
     # Before anything that one process may do and another not.
     _check_processes({"settings": run.shared(experiment), "versions": versions})
-    check_folder(folder)
+    check_folder(experiment.run)
     without_effect.check_settings(experiment)
     splits = experiment.task.load()
     # Process 0 decides: it may be ahead of another, or the only one that sees the folder.
-    is_begun = any_process(is_first() and (folder / "checkpoints").is_dir())
+    is_begun = any_process(is_first() and (experiment.run / "checkpoints").is_dir())
     checkpoints = _checkpoints(experiment) if is_begun else None
     saved = None if checkpoints is None else _saved(checkpoints)
     objective = _objective(experiment, splits["train"], saved)
-    tokenizer, labels = objective.tokenizer, objective.labels
-    experiment = run.resolve(experiment, tokenizer, labels)
-    texts = {"config": run.to_text(experiment), "tokenizer": tokenizer.to_json(), "data": run.fingerprint(splits)}
-    texts["labels"] = json.dumps(labels, ensure_ascii=False)
-    texts["versions"] = versions
+    experiment = run.resolve(experiment, objective.tokenizer, objective.labels)
+    texts = _texts(experiment, objective, splits) | {"versions": versions}
     _check_processes({name: texts[name] for name in ("tokenizer", "data", "labels")})
     changes: list[str] = []
     if checkpoints is not None and saved is not None:
-        changes = run.changes(folder, saved["config"], experiment)
+        changes = run.changes(experiment.run, saved["config"], experiment)
         done = checkpoints.latest or 0
         _check_steps(done, experiment)
         texts["changes"] = _noted(saved.get("changes", ""), done, changes)
         if saved["data"] != texts["data"]:
-            raise ValueError(f"the examples are not those that {folder} was trained on; give another folder with --run")
+            raise ValueError(
+                f"the examples are not those that {experiment.run} was trained on; give another folder with --run"
+            )
+    return _Resolved(experiment, objective, splits, texts, checkpoints, saved, changes)
+
+
+def _restore_or_start(resolved: _Resolved) -> _Begun:
+    """The model as the latest checkpoint has it, or new; nothing is written, since what was changed may not fit."""
+    experiment, objective = resolved.experiment, resolved.objective
     optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
-    if saved is None:
-        begun = fresh(experiment, tokenizer)
-        graph, state = start(begun, optimizer, average=experiment.ema is not None)
+    model: nnx.Module
+    if resolved.saved is None:
+        model = fresh(experiment, objective.tokenizer)
+        graph, state = start(model, optimizer, average=experiment.ema is not None)
         _check_processes({"what the model begins with": _digest(state.params)})
     else:
         # A run that goes on takes everything from its checkpoint: what it began with need not be there any more.
-        begun = nnx.eval_shape(lambda: run.build(experiment.model, seed=experiment.seed))
-        graph, state = _shapes(begun, optimizer, average=experiment.ema is not None)
+        model = nnx.eval_shape(lambda: run.build(experiment.model, seed=experiment.seed))
+        graph, state = _shapes(model, optimizer, average=experiment.ema is not None)
     without_effect.check_parameters(experiment, state.params)
-    rows = _examples(experiment, objective, splits, begun)
+    examples = _examples(experiment, objective, resolved.splits, model)
     placed = _placed(experiment, objective, graph, optimizer)
-    batches = _batches(experiment, rows, placed)
-    texts["rows"] = str(placed.rows * placed.part[1] * experiment.pieces)
-    if placed.lengths > 1:
-        texts["rows"] += f" with lengths that are multiples of {placed.lengths}"
-    if saved is not None and saved.get("rows", texts["rows"]) != texts["rows"]:
-        log.warning(
-            "%s: the rows of a batch, a multiple of %s, are one of %s here: other batches follow",
-            *(folder, saved["rows"], texts["rows"]),
-        )
-    if saved is not None and (others := _other_versions(json.loads(saved.get("versions", "{}")))):
-        log.warning("%s: %s: other versions may compute other numbers, or order examples otherwise", folder, others)
-    if checkpoints is not None and saved is not None:
-        # Before anything is written: what was changed may not fit.
-        state = checkpoints.restore(_spread(state, placed))
-    state = placed.place(state)
+    batches, rows = _batches(experiment, examples, placed), _rows(experiment, placed)
+    if resolved.checkpoints is not None and resolved.saved is not None:
+        _warn_of_differences(experiment.run, resolved.saved, rows)
+        state = resolved.checkpoints.restore(_spread(state, placed))
+    return _Begun(graph, state, placed, batches, rows)
+
+
+def _place(resolved: _Resolved, begun: _Begun) -> Session:
+    """The state on the devices, and the run in its folder."""
+    experiment, texts = resolved.experiment, resolved.texts | {"rows": begun.rows}
+    folder, state = experiment.run, begun.placed.place(begun.state)
     if is_first():
         folder.mkdir(parents=True, exist_ok=True)
         replace(folder / "tokenizer.json", texts["tokenizer"].encode())
         replace(folder / "config.json", texts["config"].encode())
         best = max(experiment.keep_best, experiment.patience is not None)
         check_space(folder / "checkpoints", state, experiment.keep_checkpoints + best)
-    if checkpoints is None:
-        checkpoints = _checkpoints(experiment)
-    return Session(experiment, objective, splits, batches, texts, graph, placed, state, checkpoints, bool(changes))
+    return Session(
+        experiment=experiment,
+        objective=resolved.objective,
+        splits=resolved.splits,
+        batches=begun.batches,
+        texts=texts,
+        graph=begun.graph,
+        placed=begun.placed,
+        state=state,
+        checkpoints=_checkpoints(experiment) if resolved.checkpoints is None else resolved.checkpoints,
+        changed=bool(resolved.changes),
+    )
+
+
+def _texts(experiment: Experiment, objective: Objective, splits: dict[str, Dataset]) -> dict[str, str]:
+    """What checkpoints hold beside numbers, of a resolved experiment."""
+    return {
+        "config": run.to_text(experiment),
+        "tokenizer": objective.tokenizer.to_json(),
+        "data": run.fingerprint(splits),
+        "labels": json.dumps(objective.labels, ensure_ascii=False),
+    }
+
+
+def _rows(experiment: Experiment, placed: Placed) -> str:
+    """What the rows of a batch are a multiple of: other batches follow where that changes."""
+    rows = str(placed.rows * placed.part[1] * experiment.pieces)
+    return rows if placed.lengths == 1 else f"{rows} with lengths that are multiples of {placed.lengths}"
+
+
+def _warn_of_differences(folder: Path, saved: dict[str, str], rows: str) -> None:
+    """Says what may make a run that goes on compute other numbers than it would have."""
+    if saved.get("rows", rows) != rows:
+        log.warning(
+            "%s: the rows of a batch, a multiple of %s, are one of %s here: other batches follow",
+            *(folder, saved["rows"], rows),
+        )
+    if others := _other_versions(json.loads(saved.get("versions", "{}"))):
+        log.warning("%s: %s: other versions may compute other numbers, or order examples otherwise", folder, others)
 
 
 def _checkpoints(experiment: Experiment) -> Checkpoints:

@@ -24,9 +24,10 @@ import numpy as np
 import safetensors.numpy
 
 from seqattn.interop import ModelConfig, from_arrays, from_dict, to_arrays, to_dict
-from seqattn.models import CaptionerConfig, EncoderConfig, MaskedTokens, TextLabels, TokenLabels
-from train import run
+from seqattn.models import EncoderConfig, TextLabels, TokenLabels
+from train import objectives, run
 from train.data.tokenizer import Tokenizer
+from train.objectives import Objective
 from train.run import PARAMETERS, Run
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -76,6 +77,27 @@ def load_trained(folder: Path, *, average: int | None = None) -> Run | Exported:
     if average not in (None, 1):
         raise ValueError(f"{folder} is an exported model and has no checkpoints to average: give average 1")
     return load(folder)
+
+
+def check_serves(trained: Run | Exported, command: str, objective: type[Objective]) -> None:
+    """Refuses a run that a command cannot serve.
+
+    Args:
+        trained: the run, or the exported model.
+        command: the name of the module, "translate".
+        objective: what the runs that it serves are about.
+
+    Raises:
+        ValueError: naming what the run is about, and the command that serves it.
+    """
+    found = (
+        objectives.named(trained.objective) if isinstance(trained, Exported) else objectives.kind(trained.experiment)
+    )
+    if found is not objective:
+        raise ValueError(
+            f"train.{command} serves runs of the objective {objective.name}, and that of {trained.folder} is "
+            f"{found.name}, which python -m train.{found.command} serves"
+        )
 
 
 def check_free(folder: Path) -> None:
@@ -239,13 +261,7 @@ def _labels(labels: list[Any], config: ModelConfig) -> tuple[str, ...]:
 
 
 def _check_objective(objective: str, config: ModelConfig) -> None:
-    served: tuple[str, ...] = ("SequenceToSequence", "Continuation")
-    if isinstance(config, CaptionerConfig):
-        served = ("Reading",)
-    elif isinstance(config, EncoderConfig):
-        served = {TokenLabels: ("Tagging",), TextLabels: ("Classification",), MaskedTokens: ("Masking",)}[
-            type(config.head)
-        ]
+    served = [kind.name for kind in objectives.serving(config)]
     if objective not in served:
         raise ValueError(f"the objective of a {type(config).__name__} must be {' or '.join(served)}")
 

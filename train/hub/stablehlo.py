@@ -13,6 +13,7 @@ from seqattn import Coordinates
 from seqattn.interop import from_arrays, to_arrays
 from seqattn.nn import with_implementation
 from train.hub.exported import FORWARD, SUMS, check_digests
+from train.objectives import named
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 """What a forward program runs on."""
@@ -51,13 +52,13 @@ def forward(
 
 def _shapes(objective: str, sizes: tuple[Any, ...], image: tuple[int, int] | None) -> dict[str, jax.ShapeDtypeStruct]:
     batch, *lengths = sizes
-    sides = {"SequenceToSequence": ("source", "target"), "Continuation": ("target",), "Reading": ("target",)}
+    given = named(objective).given
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
     for side, length in zip(("source", "target"), lengths, strict=True):
-        if side in sides.get(objective, ("source",)):
+        if side in given:
             shapes[side] = jax.ShapeDtypeStruct((batch, length), jnp.int32)
             shapes[f"{side}_length"] = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    if objective == "Reading":
+    if "image" in given:
         assert image is not None, "a captioner's forward program has images of one size"
         shapes["image"] = jax.ShapeDtypeStruct((batch, *image), jnp.float32)
     return shapes

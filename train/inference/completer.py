@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from seqattn import Coordinates
+from seqattn.checks import check_integer
 from seqattn.decoding import Greedy, Sampling, generate
 from seqattn.models import EncoderDecoder
 from train.data.tokenizer import Tokenizer
@@ -38,8 +39,7 @@ class Completer:
         sampling: Sampling = _GREEDY,
         seed: int = 0,
     ) -> None:
-        if length < 1:
-            raise ValueError(f"length ({length}) must be at least 1")
+        check_integer("length", length, 1)
         self.tokenizer, self._length, self._sampling, self._seed = tokenizer, length, sampling, seed
         self._limit = model.room(0)
         graph, self._params = nnx.split(model)

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from seqattn import Coordinates
+from seqattn.checks import check_integer
 from seqattn.decoding import (
     AverageLength,
     Greedy,
@@ -26,7 +27,7 @@ from seqattn.decoding import (
 )
 from seqattn.decoding.generate import Step
 from seqattn.models import EncoderDecoder
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
 from train.data.batches import Example, collate, rows_of
 from train.data.tokenizer import Tokenizer
 
@@ -56,10 +57,8 @@ class Beam:
     """When a text is done."""
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"beam_size ({self.size}) must be at least 1")
-        if not 1 <= self.n_best <= self.size:
-            raise ValueError(f"n_best ({self.n_best}) must be from 1 to beam_size ({self.size})")
+        check_integer("beam_size", self.size, 1)
+        check_integer("n_best", self.n_best, 1, self.size, maximum_name="beam_size")
 
 
 Search = Sampling | Beam

@@ -1,10 +1,10 @@
 """What a run is about: one file for each objective, chosen by the task and the model of the experiment."""
 
 from train.objectives.continuation import Continuation as Continuation
-from train.objectives.for_experiment import check_serves as check_serves
 from train.objectives.for_experiment import kind as kind
 from train.objectives.for_experiment import make as make
 from train.objectives.for_experiment import named as named
+from train.objectives.for_experiment import serving as serving
 from train.objectives.labels import Classification as Classification
 from train.objectives.labels import Tagging as Tagging
 from train.objectives.masking import Masking as Masking

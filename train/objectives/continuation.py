@@ -23,6 +23,8 @@ class Continuation(Objective):
 
     name = "Continuation"
     command = "complete"
+    models = SequenceToSequence.models
+    given = ("target",)
 
     @staticmethod
     def texts(split: Dataset) -> list[str]:

@@ -1,28 +1,17 @@
 """The objective for an experiment: its model decides, and where that writes text, its task."""
 
-from seqattn.models import (
-    CaptionerConfig,
-    EncoderConfig,
-    LanguageModelConfig,
-    MaskedTokens,
-    TextLabels,
-    TokenLabels,
-    TransformerConfig,
-)
-from train.config import Experiment
+from seqattn.models import LanguageModelConfig, TransformerConfig
+from train.config import Experiment, Model
 from train.data.tokenizer import Tokenizer
-from train.hub.exported import Exported
 from train.objectives.continuation import Continuation
 from train.objectives.labels import Classification, Tagging
 from train.objectives.masking import Masking
 from train.objectives.objective import Objective
 from train.objectives.reading import Reading
 from train.objectives.sequences import SequenceToSequence
-from train.run import Run
 from train.tasks.task import Task
 
-_HEADS: dict[type, type[Objective]] = {MaskedTokens: Masking, TokenLabels: Tagging, TextLabels: Classification}
-_KINDS: tuple[type[Objective], ...] = (SequenceToSequence, Continuation, Reading, *_HEADS.values())
+_KINDS: tuple[type[Objective], ...] = (SequenceToSequence, Continuation, Reading, Masking, Tagging, Classification)
 _OBJECTIVES = {kind.name: kind for kind in _KINDS}
 
 
@@ -40,28 +29,38 @@ def named(name: str) -> type[Objective]:
     return _OBJECTIVES[name]
 
 
+def serving(config: Model) -> tuple[type[Objective], ...]:
+    """The objectives that a model of a config can be trained for.
+
+    >>> [kind.name for kind in serving(TransformerConfig(11))]
+    ['SequenceToSequence', 'Continuation']
+    """
+    return tuple(kind for kind in _KINDS if kind.serves(config))
+
+
 def kind(experiment: Experiment) -> type[Objective]:
     """What an experiment is about.
 
     Raises:
         ValueError: the head of an encoder is for another objective than the examples are.
     """
-    if isinstance(experiment.model, CaptionerConfig):
-        return Reading
-    if isinstance(experiment.model, EncoderConfig):
-        return _of_encoder(experiment.task, type(experiment.model.head))
-    return named(experiment.task.objective)
+    first, *others = serving(experiment.model)
+    if others:  # of a model that writes text
+        return named(experiment.task.objective)
+    if first.head is not None:
+        _check_head(experiment.task, first)
+    return first
 
 
-def _of_encoder(task: Task, head: type) -> type[Objective]:
-    found, served = _HEADS[head], task.encoder_objective()
-    if served not in (None, found.name):
-        needed = next(each.__name__ for each, objective in _HEADS.items() if objective.name == served)
-        raise ValueError(
-            f"the examples of {type(task).__name__} are for {served}, and the head {head.__name__} is for "
-            f"{found.name}: give the model the head {needed}"
-        )
-    return found
+def _check_head(task: Task, found: type[Objective]) -> None:
+    served = task.encoder_objective()
+    if served is None or (needed := named(served)) is found:
+        return
+    heads = [each.head.__name__ for each in (found, needed) if each.head is not None]
+    raise ValueError(
+        f"the examples of {type(task).__name__} are for {served}, and the head {heads[0]} is for {found.name}: give "
+        f"the model the head {heads[-1]}"
+    )
 
 
 def make(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...], *, beam_size: int = 1) -> Objective:
@@ -77,31 +76,15 @@ def make(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...], 
             f"apart, and the model is a {type(experiment.model).__name__}: set --batches.packed False"
         )
     objective = kind(experiment)
-    if objective is SequenceToSequence:
-        scores = {"bleu": experiment.bleu, "rouge": "rouge" in experiment.task.scores}
-        return SequenceToSequence(tokenizer, **scores, beam_size=beam_size)
+    if not objective.searches:
+        _check_no_search(objective, experiment.bleu, max(beam_size, experiment.beam_size))
+    measured = {"bleu": experiment.bleu, "rouge": "rouge" in experiment.task.scores}
+    return objective.of_run(tokenizer, labels, **measured, beam_size=beam_size)
+
+
+def _check_no_search(objective: type[Objective], bleu: bool, beam_size: int) -> None:
     here = f"is for texts written from a source text, and the objective here is {objective.name}"
-    if experiment.bleu:
-        raise ValueError(f"bleu ({experiment.bleu}) {here}: set --bleu False")
-    if (beam_size := max(beam_size, experiment.beam_size)) > 1:
+    if bleu:
+        raise ValueError(f"bleu ({bleu}) {here}: set --bleu False")
+    if beam_size > 1:
         raise ValueError(f"beam_size ({beam_size}) {here}: set --beam-size 1")
-    return objective(tokenizer, labels)
-
-
-def check_serves(trained: Run | Exported, command: str, objective: type[Objective]) -> None:
-    """Refuses a run that a command cannot serve.
-
-    Args:
-        trained: the run.
-        command: the name of the module, "translate".
-        objective: what the runs that it serves are about.
-
-    Raises:
-        ValueError: naming what the run is about, and the command that serves it.
-    """
-    found = named(trained.objective) if isinstance(trained, Exported) else kind(trained.experiment)
-    if found is not objective:
-        raise ValueError(
-            f"train.{command} serves runs of the objective {objective.name}, and that of {trained.folder} is "
-            f"{found.name}, which python -m train.{found.command} serves"
-        )

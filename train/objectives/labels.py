@@ -2,7 +2,7 @@
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from datasets import Dataset
 from flax import nnx
 
 from seqattn import Coordinates, cross_entropy
-from seqattn.models import Encoder
+from seqattn.models import Encoder, EncoderConfig, TextLabels, TokenLabels
 from train.data.batches import Batch, Example, once
 from train.objectives.objective import Arrays, Objective, Scores, Sums
 from train.objectives.pictures import draw_heads
@@ -21,6 +21,8 @@ class Tagging(Objective):
     """A label for each token: the target text has a character for each token of the source."""
 
     name = "Tagging"
+    models = (EncoderConfig,)
+    head: ClassVar[type] = TokenLabels
 
     @staticmethod
     def texts(split: Dataset) -> list[str]:
@@ -86,6 +88,7 @@ class Classification(Tagging):
     """A label for each text: the target text is the label."""
 
     name = "Classification"
+    head = TextLabels
 
     @staticmethod
     def find_labels(split: Dataset) -> tuple[str, ...]:

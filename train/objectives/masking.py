@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from datasets import Dataset
 
 from seqattn import Coordinates, cross_entropy
-from seqattn.models import Encoder
+from seqattn.models import Encoder, EncoderConfig, MaskedTokens
 from train.data.batches import Batch, Example
 from train.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from train.objectives.objective import Arrays, Objective, Scores, Sums, perplexity
@@ -25,6 +25,8 @@ class Masking(Objective):
     """
 
     name = "Masking"
+    models = (EncoderConfig,)
+    head = MaskedTokens
 
     @staticmethod
     def texts(split: Dataset) -> list[str]:

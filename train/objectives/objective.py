@@ -47,13 +47,35 @@ class Objective(abc.ABC):
     Attributes:
         name: what configs, tasks and exported models call it.
         command: the command that shows what a run does, as in `python -m train.translate`.
+        models: the configs of the models that it is for.
+        head: the head of an encoder that it is for; None for models without one.
+        given: what a model is given to compute logits under teacher forcing, of "source", "target" and "image".
+        searches: outputs are texts that are searched for given a source, by a beam, too, and measured by BLEU.
     """
 
     name: ClassVar[str]
     command: ClassVar[str] = "evaluate"
+    models: ClassVar[tuple[type, ...]]
+    head: ClassVar[type | None] = None
+    given: ClassVar[tuple[str, ...]] = ("source",)
+    searches: ClassVar[bool] = False
 
     def __init__(self, tokenizer: Tokenizer, labels: tuple[str, ...] = ()) -> None:
         self.tokenizer, self.labels = tokenizer, labels
+
+    @classmethod
+    def of_run(
+        cls, tokenizer: Tokenizer, labels: tuple[str, ...], *, bleu: bool, rouge: bool, beam_size: int
+    ) -> "Objective":
+        """The objective of a run; how outputs are searched for and measured matters where it `searches`."""
+        del bleu, rouge, beam_size
+        return cls(tokenizer, labels)
+
+    @classmethod
+    def serves(cls, config: Any) -> bool:
+        """Whether a model of this config can be trained for it."""
+        has_head = cls.head is None or isinstance(getattr(config, "head", None), cls.head)
+        return has_head and isinstance(config, cls.models)
 
     @staticmethod
     def texts(split: Dataset) -> list[str]:

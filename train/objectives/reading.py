@@ -13,7 +13,7 @@ from flax import nnx
 
 from seqattn import Coordinates, cross_entropy
 from seqattn.decoding import generate
-from seqattn.models import Captioner
+from seqattn.models import Captioner, CaptionerConfig
 from train.data.batches import Batch, Example, collate, once
 from train.data.tokenizer import Tokenizer
 from train.inference.translator import FAILED
@@ -28,6 +28,8 @@ class Reading(Objective):
     """The text of the "target" column, given the picture whose recipe stands in the "source" column."""
 
     name = "Reading"
+    models = (CaptionerConfig,)
+    given = ("target", "image")
 
     @staticmethod
     def texts(split: Dataset) -> list[str]:

@@ -11,7 +11,13 @@ from datasets import Dataset
 
 from seqattn import Coordinates, cross_entropy
 from seqattn.decoding import Greedy
-from seqattn.models import EncoderDecoder
+from seqattn.models import (
+    EncoderDecoder,
+    LanguageModelConfig,
+    RecurrentLanguageModelConfig,
+    Seq2SeqConfig,
+    TransformerConfig,
+)
 from train.data.batches import Example, examples
 from train.data.tokenizer import Tokenizer
 from train.inference.translator import Beam, Search, Translator
@@ -34,11 +40,22 @@ class SequenceToSequence(Objective):
 
     name = "SequenceToSequence"
     command = "translate"
+    models = (TransformerConfig, Seq2SeqConfig, LanguageModelConfig, RecurrentLanguageModelConfig)
+    given = ("source", "target")
+    searches = True
 
     def __init__(self, tokenizer: Tokenizer, *, bleu: bool = False, rouge: bool = False, beam_size: int = 1) -> None:
         super().__init__(tokenizer)
         self._bleu, self._rouge = bleu, rouge
         self._search: Search = Beam(beam_size) if beam_size > 1 else Greedy()
+
+    @classmethod
+    def of_run(
+        cls, tokenizer: Tokenizer, labels: tuple[str, ...], *, bleu: bool, rouge: bool, beam_size: int
+    ) -> "SequenceToSequence":
+        """The objective of a run, with what it measures; it has no labels."""
+        del labels
+        return cls(tokenizer, bleu=bleu, rouge=rouge, beam_size=beam_size)
 
     def examples(self, split: Dataset) -> list[Example]:
         """Source ids with the end token, target ids between start and end token."""

@@ -8,6 +8,7 @@ from math import isqrt
 
 from datasets import Dataset
 
+from seqattn.checks import check_integer
 from train.tasks.task import DrawnTask, Pair, generator
 
 
@@ -27,8 +28,7 @@ class Addition(DrawnTask):
         >>> Addition(digits=2, train_examples=100, validation_examples=10, test_examples=10).load()["test"][0]
         {'source': '51+47', 'target': '98'}
         """
-        if not 1 <= self.digits <= 9:
-            raise ValueError(f"digits ({self.digits}) must be 1 to 9")
+        check_integer("digits", self.digits, 1, 9)
         operands = 10**self.digits
         sums = operands * (operands + 1) // 2
         if self.examples > sums:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from datasets import Dataset
 
+from seqattn.checks import check_integer
 from train.tasks.standard_library import Example, SourceFile, SourceTask, split_lines
 
 PACKAGES = ("asyncio", "email", "importlib", "multiprocessing", "unittest", "xml")
@@ -28,8 +29,7 @@ class CodeTopics(SourceTask):
         super().__post_init__()
         if len(set(self.packages)) < max(2, len(self.packages)):
             raise ValueError(f"packages ({', '.join(self.packages)}) must be two or more different ones")
-        if self.lines < 1:
-            raise ValueError(f"lines ({self.lines}) must be at least 1")
+        check_integer("lines", self.lines, 1)
 
     def encoder_objective(self) -> Literal["Classification"]:
         """A label for each text."""

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from datasets import Dataset
 
+from seqattn.checks import check_integer
 from train.tasks.standard_library import Example, SourceFile, SourceTask, split_lines
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -30,8 +31,8 @@ class Docstrings(SourceTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.first is not None and self.first < 1:
-            raise ValueError(f"first ({self.first}) must be at least 1, or None for whole functions")
+        if self.first is not None:
+            check_integer("first", self.first, 1, hint=", or None for whole functions")
 
     def load(self) -> dict[str, Dataset]:
         """The splits; FileNotFoundError or ValueError where there is no folder, or too few functions in it."""

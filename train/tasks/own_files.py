@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from seqattn.checks import check_number
 from train.tasks.task import Pair, Task, normalized
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,7 @@ class OwnFiles(Task):
 
     def __post_init__(self) -> None:
         for name in ("validation_share", "test_share"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be between 0 and 1")
+            check_number(name, getattr(self, name), above=0, below=1)
         if self.validation_share + self.test_share >= 1:
             raise ValueError(
                 f"validation_share ({self.validation_share}) and test_share ({self.test_share}) must be less than 1 "

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from datasets import Dataset
 
+from seqattn.checks import check_integer
 from train.tasks.standard_library import Example, SourceFile, SourceTask, split_lines
 
 
@@ -23,8 +24,7 @@ class PythonCode(SourceTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.characters < 1:
-            raise ValueError(f"characters ({self.characters}) must be at least 1")
+        check_integer("characters", self.characters, 1)
 
     def encoder_objective(self) -> Literal["Masking"]:
         """Hidden tokens of the text; there are no labels."""

@@ -11,6 +11,7 @@ from typing import Literal
 
 from datasets import Dataset
 
+from seqattn.checks import check_integer
 from train.tasks.standard_library import Example, SourceFile, SourceTask
 
 LABELS = {
@@ -49,8 +50,7 @@ class PythonTags(SourceTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.characters < 1:
-            raise ValueError(f"characters ({self.characters}) must be at least 1")
+        check_integer("characters", self.characters, 1)
 
     def encoder_objective(self) -> Literal["Tagging"]:
         """A label for each character."""

@@ -14,6 +14,7 @@ from datasets import Dataset
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from seqattn.checks import check_integer, check_number
 from train.tasks.task import DrawnTask, generator
 
 FONTS = (
@@ -104,10 +105,7 @@ class RenderedText(DrawnTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.min_length <= self.max_length:
-            raise ValueError(
-                f"min_length ({self.min_length}) must be at least 1 and at most max_length ({self.max_length})"
-            )
+        check_integer("min_length", self.min_length, 1, self.max_length, maximum_name="max_length")
         if len(set(self.alphabet)) < len(self.alphabet) or not self.alphabet or "|" in self.alphabet:
             raise ValueError(f"alphabet ({self.alphabet!r}) must name characters once each, and not the mark '|'")
         for two in map("".join, itertools.product(self.alphabet, repeat=2)):
@@ -116,8 +114,7 @@ class RenderedText(DrawnTask):
                 raise ValueError(f"alphabet ({self.alphabet!r}) must be of characters that NFC keeps, and not {two!r}")
         if min(self.height, self.width) <= 2 * _MARGIN:
             raise ValueError(f"height ({self.height}) and width ({self.width}) must be more than {2 * _MARGIN} pixels")
-        if not 0 <= self.distortion <= 1:
-            raise ValueError(f"distortion ({self.distortion}) must be from 0 to 1")
+        check_number("distortion", self.distortion, minimum=0, maximum=1)
 
     def load(self) -> dict[str, Dataset]:
         """The splits; ValueError where there are fewer strings than examples.

@@ -6,6 +6,7 @@ from string import ascii_lowercase
 from datasets import Dataset
 from numpy.random import Generator
 
+from seqattn.checks import check_integer
 from train.tasks.task import DrawnTask, generator
 
 
@@ -27,10 +28,7 @@ class Reverse(DrawnTask):
         >>> Reverse(max_length=5, train_examples=100, validation_examples=10, test_examples=10).load()["test"][0]
         {'source': 'qnhib', 'target': 'bihnq'}
         """
-        if not 1 <= self.min_length <= self.max_length:
-            raise ValueError(
-                f"min_length ({self.min_length}) must be at least 1 and at most max_length ({self.max_length})"
-            )
+        check_integer("min_length", self.min_length, 1, self.max_length, maximum_name="max_length")
         strings = sum(len(ascii_lowercase) ** length for length in range(self.min_length, self.max_length + 1))
         if self.examples > strings:
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from datasets import Dataset
 
+from seqattn.checks import check_integer
 from train.tasks.task import Task, generator, splits
 
 HELD_OUT = 10
@@ -75,8 +76,8 @@ class SourceTask(Task):
     def __post_init__(self) -> None:
         for name in ("train_examples", "validation_examples", "test_examples"):
             most = getattr(self, name)
-            if most is not None and most < 1:
-                raise ValueError(f"{name} ({most}) must be at least 1, or None for all there are")
+            if most is not None:
+                check_integer(name, most, 1, hint=", or None for all there are")
 
     def cut(self, examples: Callable[[SourceFile], Iterable[Example]]) -> dict[str, Dataset]:
         """The splits of what each file gives. No file is in two splits, and no key: the test's example is kept."""

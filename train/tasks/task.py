@@ -12,6 +12,8 @@ from typing import ClassVar, Literal
 import numpy as np
 from datasets import Dataset
 
+from seqattn.checks import check_integer
+
 Pair = tuple[str, str]
 """One example: the source text and the target text."""
 
@@ -103,12 +105,8 @@ class DrawnTask(Task):
     """any integer; it decides which examples are drawn"""
 
     def __post_init__(self) -> None:
-        if min(self.train_examples, self.validation_examples, self.test_examples) < 1:
-            raise ValueError(
-                "every split needs an example: "
-                f"train_examples ({self.train_examples}), validation_examples ({self.validation_examples}) "
-                f"and test_examples ({self.test_examples}) must be at least 1"
-            )
+        for name in ("train_examples", "validation_examples", "test_examples"):
+            check_integer(name, getattr(self, name), 1, hint=": every split needs an example")
 
     @property
     def examples(self) -> int:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from datasets import Dataset
 
+from seqattn.checks import check_integer
 from train.tasks.lines import read_lines
 from train.tasks.own_files import OwnFiles
 from train.tasks.python_code import pieces
@@ -32,8 +33,7 @@ class TextFiles(OwnFiles):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.characters < 1:
-            raise ValueError(f"characters ({self.characters}) must be at least 1")
+        check_integer("characters", self.characters, 1)
 
     def encoder_objective(self) -> Literal["Masking"]:
         """Hidden tokens of the text; there are no labels."""

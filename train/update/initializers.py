@@ -12,6 +12,8 @@ from flax import nnx
 from jax.nn.initializers import normal, variance_scaling
 from jaxtyping import Array
 
+from seqattn.checks import check_number
+from seqattn.models.parameter_rules import rule_of
 from seqattn.nn import MemoryCompressedAttention
 from train.update.parameters import matrices, paths
 
@@ -20,8 +22,6 @@ Distribution = Literal["normal", "uniform"]
 Fan = Literal["fan_in", "fan_out"]
 """What one output of a matrix is summed from, or what one input goes into."""
 Model = TypeVar("Model", bound=nnx.Module)
-_TRANSPOSED = ("table", "query_weight", "key_weight", "weight")
-"""The names in seqattn of matrices `[out, in]`: of embeddings, scores and predicted windows."""
 
 
 class Initializer(Protocol):
@@ -40,7 +40,7 @@ class Uniform:
     """Largest weight."""
 
     def __post_init__(self) -> None:
-        _check_positive("scale", self.scale)
+        check_number("scale", self.scale, above=0)
 
     def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
         """An array of this shape."""
@@ -56,7 +56,7 @@ class Normal:
     """Standard deviation."""
 
     def __post_init__(self) -> None:
-        _check_positive("stddev", self.stddev)
+        check_number("stddev", self.stddev, above=0)
 
     def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
         """An array of this shape."""
@@ -75,7 +75,7 @@ class Xavier:
 
     def __post_init__(self) -> None:
         _check_one_of("distribution", self.distribution, Distribution)
-        _check_positive("gain", self.gain)
+        check_number("gain", self.gain, above=0)
 
     def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
         """An array of this shape."""
@@ -96,7 +96,7 @@ class Kaiming:
     def __post_init__(self) -> None:
         _check_one_of("distribution", self.distribution, Distribution)
         _check_one_of("mode", self.mode, Fan)
-        _check_positive("gain", self.gain)
+        check_number("gain", self.gain, above=0)
 
     def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
         """An array of this shape."""
@@ -152,18 +152,13 @@ def _stacks(model: nnx.Module) -> dict[str, Sequence[int]]:
 
 def _rows(name: str, ndim: int) -> int | None:
     """The axis that counts outputs where it is not the last: of relative keys `[layers, distances, (heads,) H]` 1."""
-    last = name.rpartition("/")[-1]
-    return 1 if last == "tables" else ndim - 2 if last in _TRANSPOSED else None
+    rule = rule_of(name)
+    return None if rule is None or rule.outputs == -1 else rule.outputs % ndim
 
 
 def _key(seed: int, path: str) -> Array:
     # By a checksum, since Python's own hash of a text is another one in every process.
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} ({value}) must be positive")
 
 
 def _check_one_of(name: str, value: str, choices: object) -> None:

@@ -1,14 +1,14 @@
 """Gradients to updates: an algorithm over a schedule, gradients clipped by their global norm."""
 
 import dataclasses
-import math
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from seqattn.checks import check_number
 from seqattn.precision import widened
 from train.update.parameters import matching, matrices
 
@@ -17,19 +17,21 @@ class _Checked:
     """Settings of which each number follows the rule of its name."""
 
     def __post_init__(self) -> None:
-        for name, (rule, holds) in _RULES.items():
-            value = getattr(self, name, None)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                raise ValueError(f"{name} ({value}) must be {rule}")
+        for name, limits in _LIMITS.items():
+            if hasattr(self, name):
+                check_number(name, getattr(self, name), **limits)
 
 
-_RULES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    **dict.fromkeys(("rate", "peak", "factor", "weight_decay", "initial"), ("at least 0", lambda x: x >= 0)),
-    **dict.fromkeys(("beta1", "beta2", "momentum"), ("in [0, 1)", lambda x: 0 <= x < 1)),
-    **dict.fromkeys(("epsilon", "root_mean_square"), ("positive", lambda x: x > 0)),
-    "warmup_steps": ("at least 0", lambda x: x >= 0),
-    "final": ("in [0, 1]", lambda x: 0 <= x <= 1),
-    **dict.fromkeys(("model_dim", "every"), ("at least 1", lambda x: x >= 1)),
+_LIMITS: dict[str, dict[str, Any]] = {
+    name: limits
+    for names, limits in (
+        (("rate", "peak", "factor", "weight_decay", "initial", "warmup_steps"), {"minimum": 0}),
+        (("beta1", "beta2", "momentum"), {"minimum": 0, "below": 1}),
+        (("epsilon", "root_mean_square"), {"above": 0}),
+        (("final",), {"minimum": 0, "maximum": 1}),
+        (("model_dim", "every"), {"minimum": 1}),
+    )
+    for name in names
 }
 """What a number must be, by its name."""
 
@@ -275,8 +277,8 @@ class Optimizer:
 
         Its state is float32 at least, whatever the dtype of the parameters; updates have that of the gradients.
         """
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm ({self.clip_norm}) must be positive, or None for no limit")
+        if self.clip_norm is not None:
+            check_number("clip_norm", self.clip_norm, above=0, finite=False, hint=", or None for no limit")
         update = self.algorithm.transformation(self.schedule.schedule(steps))
         # With a limit or without one, the state has the same leaves: a run may go on with the other.
         limit = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)

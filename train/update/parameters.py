@@ -8,7 +8,11 @@ from typing import Any
 import jax
 from flax import nnx
 
+from seqattn.models.parameter_rules import rule_of
+from seqattn.nn.parameter_rule import Kind
+
 _VECTORS = ("bias", "scale")
+"""What the vectors of a model are called whose parameters have no rules."""
 
 
 def paths(params: Any) -> Any:
@@ -44,13 +48,20 @@ def matching(params: Any, patterns: Sequence[str]) -> Any:
 def matrices(params: Any) -> Any:
     """The same tree, with True in place of every array that is a matrix or a stack of them, else False.
 
-    A bias or scale is none even where the layers of several experts are stacked, which gives it a second axis.
+    A bias or scale is none even where the layers of several experts are stacked, which gives it a second axis. The
+    rules beside the modules say so (`seqattn.models.parameter_rules`), and of any other parameter its name.
 
     >>> import jax.numpy as jnp
     >>> matrices({"norm": {"scale": jnp.ones(3)}, "experts": {"kernel": jnp.ones((5, 2, 3)), "bias": jnp.ones((5, 3))}})
     {'experts': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}
     """
-    return jax.tree.map(lambda param, path: param.ndim > 1 and not path.endswith(_VECTORS), params, paths(params))
+
+    def is_matrix(param: Any, path: str) -> bool:
+        rule = rule_of(path)
+        is_vector = path.endswith(_VECTORS) if rule is None else rule.kind is Kind.VECTOR
+        return param.ndim > 1 and not is_vector
+
+    return jax.tree.map(is_matrix, params, paths(params))
 
 
 def check_patterns(params: Any, patterns: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from seqattn.nn import MixtureOfExperts, routings
 from seqattn.precision import widened
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
 
 Metrics = dict[str, jax.Array]
 """Scalars: `loss` (mean over labels, nats), `tokens` (labels that counted), `gradient_norm` (before clipping).

@@ -11,7 +11,7 @@ from seqattn.kernels.call import Call
 from seqattn.kernels.chunked import schedule
 from seqattn.kernels.chunked.schedule import Grid
 from seqattn.kernels.traced import capture
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
 
 Leaves = list[Any]
 """The leaves of a `Call`: arrays, numbers, and NumPy arrays that are known at trace time."""

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool
 
 from seqattn.coordinates import Coordinates, Tile
 from seqattn.masks import Mask, Reach, Truth
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
 
 _VECTOR, _BLOCK = 16, 32
 _QUERIES, _KEYS, _LANES = (256, 512), 512, 4

@@ -15,8 +15,8 @@ from seqattn.decoding import ForcedPrefix, MinLogProbability, PrefixCost, genera
 from seqattn.decoding.beam import Beams, beam_search
 from seqattn.decoding.candidates import DiverseGroups
 from seqattn.decoding.penalties import GNMT, AverageLength, CoveragePenalty, NoPenalty
-from seqattn.decoding.state import Shared
 from seqattn.decoding.stopping import Stopping
+from seqattn.hypotheses import Shared
 
 V, END, PAD, S = 5, 3, 1, 3
 FIRST = jnp.array([0, 2, 4])
@@ -498,7 +498,7 @@ def test_a_batch_of_nothing():
             {"min_log_probability": np.zeros(2)},
             r"min_log_probability must be one number or \[B\] for 3 rows, got \(2,\)",
         ),
-        ({"n_best": 3}, r"n_best \(3\) must be from 1 to beam_size \(2\)"),
+        ({"n_best": 3}, r"n_best \(3\) must be an integer from 1 to beam_size \(2\)"),
         ({"groups": DiverseGroups(3)}, r"beam_size \(2\) must be a multiple of the count of groups \(3\)"),
         ({"coverage": CoveragePenalty()}, "needs alignment"),
         ({"end_token": V}, rf"end_token \({V}\) must be below the size of the vocabulary \({V}\)"),

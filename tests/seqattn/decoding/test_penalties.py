@@ -99,7 +99,7 @@ def test_a_present_that_does_not_fit_is_refused(present, error, rule):
     [
         (lambda: AverageLength(np.nan), r"power \(nan\) must be finite"),
         (lambda: GNMT(np.inf), r"alpha \(inf\) must be finite"),
-        (lambda: CoveragePenalty(-0.1), r"beta \(-0.1\) must be finite and at least 0"),
+        (lambda: CoveragePenalty(-0.1), r"beta \(-0.1\) must be at least 0 and finite"),
     ],
 )
 def test_what_is_no_penalty_is_refused(make, message):

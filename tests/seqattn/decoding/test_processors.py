@@ -173,16 +173,16 @@ def test_a_processor_returns_what_it_was_given(change):
 
 
 REFUSED = {
-    "penalty (0) must be finite and above 0": lambda: RepetitionPenalty(0),
-    "penalty (-2) must be finite and above 0": lambda: RepetitionPenalty(np.array([1.0, -2.0])),
-    "penalty (nan) must be finite": lambda: RepetitionPenalty(jnp.array(jnp.nan)),
-    "penalty (inf) must be finite": lambda: RepetitionPenalty(float("inf")),
+    "penalty (0) must be positive and finite": lambda: RepetitionPenalty(0),
+    "penalty (-2) must be positive and finite": lambda: RepetitionPenalty(np.array([1.0, -2.0])),
+    "penalty (nan) must be positive and finite": lambda: RepetitionPenalty(jnp.array(jnp.nan)),
+    "penalty (inf) must be positive and finite": lambda: RepetitionPenalty(float("inf")),
     "size (0) must be an integer of at least 1": lambda: NoRepeatNgram(0),
     "size (2.0) must be an integer": lambda: NoRepeatNgram(2.0),
-    "length (-1) must be finite and at least 0": lambda: MinLength(-1, end_token=1),
+    "length (-1) must be in [0, 2.14748e+09]": lambda: MinLength(-1, end_token=1),
     "end_token (-1) must be an integer of at least 0": lambda: MinLength(1, end_token=-1),
-    "forced prefix (5) must be finite and at least 0 and at most 4": lambda: ForcedPrefix(PREFIX, np.array([5, 0])),
-    "forced prefix (-1) must be finite and at least 0": lambda: ForcedPrefix(PREFIX, np.array([-1, 0])),
+    "forced prefix (5) must be in [0, 4]": lambda: ForcedPrefix(PREFIX, np.array([5, 0])),
+    "forced prefix (-1) must be in [0, 4]": lambda: ForcedPrefix(PREFIX, np.array([-1, 0])),
     "a banned token (-1) must be an integer of at least 0": lambda: Banned((3, -1)),
     "a banned token (True) must be an integer": lambda: Banned((True,)),
 }

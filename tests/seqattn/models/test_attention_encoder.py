@@ -133,7 +133,7 @@ def test_param_dtype_reaches_every_parameter_and_state():
     [
         ({"hidden_dim": 5}, r"hidden_dim \(5\) must be even for sinusoidal positions"),
         ({"hidden_dim": 8}, r"model_dim \(8\) must be a multiple of num_heads \(3\)"),
-        ({"num_layers": 0}, r"num_layers of .* its decoder \(0\) at least 1"),
+        ({"num_layers": 0}, r"num_layers \(0\) must be an integer of at least 1"),
         ({"dropout_rate": 1.5}, r"dropout rate \(1.5\) must be in \[0, 1\)"),
     ],
     ids=str,

@@ -146,5 +146,5 @@ def test_a15_no_rows_or_no_tokens(name, rows, length):
 
 @pytest.mark.parametrize("head", [TokenLabels(0), TextLabels(0)])
 def test_a_head_has_labels(head):
-    with pytest.raises(ValueError, match=r"num_labels \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"num_labels \(0\) must be an integer of at least 1"):
         nnx.eval_shape(lambda: _fresh(head))

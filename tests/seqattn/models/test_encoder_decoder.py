@@ -11,7 +11,7 @@ from flax import nnx
 
 from seqattn.coordinates import Coordinates
 from seqattn.decoding import beam_search, generate
-from seqattn.decoding.state import branch, select
+from seqattn.hypotheses import branch, select
 from seqattn.models import (
     AttentionEncoder,
     BucketBiases,

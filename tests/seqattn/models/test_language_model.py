@@ -213,5 +213,5 @@ def test_alignment_is_what_targets_see_of_their_source():
 
 
 def test_a_model_has_a_block():
-    with pytest.raises(ValueError, match=r"num_layers \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"num_layers \(0\) must be an integer of at least 1"):
         LanguageModel(LanguageModelConfig(V, 0, BLOCK), rngs=nnx.Rngs(0))

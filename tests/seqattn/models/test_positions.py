@@ -146,8 +146,8 @@ MODELS = {
     [
         (Sinusoidal(), {"model_dim": 5, "num_heads": 1}, r"model_dim \(5\) must be even for sinusoidal positions"),
         (Rotary(), {"model_dim": 6, "num_heads": 2}, r"dim \(3\) must be even"),
-        (Learned(0), {}, r"max_length \(0\) must be at least 1"),
-        (RelativeKeys(0), {}, r"max_distance \(0\) must be at least 1"),
+        (Learned(0), {}, r"max_length \(0\) must be an integer of at least 1"),
+        (RelativeKeys(0), {}, r"max_distance \(0\) must be an integer of at least 1"),
         (BucketBiases(32, 8), {}, r"max_distance \(8\) must exceed the (8|16) distances that have a bucket of their"),
         (BucketBiases(1, 8), {}, r"num_buckets \(1\) must be (even and at least 4|at least 2)"),
     ],

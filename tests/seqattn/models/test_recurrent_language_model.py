@@ -12,7 +12,7 @@ from flax import nnx
 
 from seqattn.coordinates import Coordinates
 from seqattn.decoding import beam_search, generate
-from seqattn.decoding.state import branch, select
+from seqattn.hypotheses import branch, select
 from seqattn.losses import cross_entropy
 from seqattn.models.recurrent_language_model import RecurrentLanguageModel, RecurrentLanguageModelConfig
 from seqattn.nn import Cell
@@ -331,7 +331,7 @@ def test_a_model_is_its_parameters():
     ("changes", "message"),
     [
         ({"tie_embeddings": True}, r"tie_embeddings needs embedding_dim \(5\) equal to hidden_dim \(4\)"),
-        ({"num_layers": 0}, r"num_layers \(0\) must be at least 1"),
+        ({"num_layers": 0}, r"num_layers \(0\) must be an integer of at least 1"),
         ({"vocab_size": 0}, r"vocab_size \(0\)"),
         ({"dropout_rate": 1.5}, r"dropout rate \(1.5\) must be in \[0, 1\)"),
     ],

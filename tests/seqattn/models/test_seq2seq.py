@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from seqattn.coordinates import Coordinates
-from seqattn.decoding.state import branch, select
+from seqattn.hypotheses import branch, select
 from seqattn.models import Seq2Seq, Seq2SeqConfig
 from seqattn.models.attention_encoder import AttentionEncoder
 from seqattn.nn import Cell, Direction, Score
@@ -198,7 +198,7 @@ def test_param_dtype_reaches_every_parameter():
             r"local narrows an attention: it needs one, got attention=None and local=Monotonic\(radius=3\)",
         ),
         ({"hidden_dim": 5}, r"hidden_dim \(5\) must be even to be shared by two directions"),
-        ({"num_layers": 0}, r"num_layers \(0\) must be at least 1"),
+        ({"num_layers": 0}, r"num_layers \(0\) must be an integer of at least 1"),
         ({"vocab_size": 0}, r"vocab_size \(0\)"),
         ({"dropout_rate": 1.5}, r"dropout rate \(1.5\) must be in \[0, 1\)"),
     ],

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import export
 
 from seqattn.coordinates import Coordinates
-from seqattn.decoding.state import branch, select
+from seqattn.hypotheses import branch, select
 from seqattn.kernels.dispatch import IMPLEMENTATIONS
 from seqattn.masks import Causal, MaskMod, NotPadding, SameSegment, SlidingWindow
 from seqattn.nn import KeyColumns, KeyValue, MultiHeadAttention, PagedCache, RingCache, StaticCache
@@ -88,7 +88,7 @@ def test_a_ring_holds_the_window_alone():
 
 
 def test_an_empty_window_is_refused():
-    with pytest.raises(ValueError, match=r"window \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"window \(0\) must be an integer of at least 1"):
         RingCache.empty(B, 0, K, H)
 
 

@@ -317,7 +317,7 @@ def test_hypotheses_part_and_take_each_others_place():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"stride \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"stride \(0\) must be an integer of at least 1"):
         MemoryCompressedAttention(D, N, head_dim=H, stride=0, rngs=nnx.Rngs(0))
     attention, x, at = _attention(), jnp.asarray(X[:, :1]), Coordinates.from_lengths([1] * B, 1)
     with pytest.raises(TypeError, match="needs a CompressedCache, got StaticCache"):

@@ -281,9 +281,9 @@ def test_every_expert_starts_as_a_feed_forward_network_of_its_own():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 3, "num_experts": 2}, r"top_k \(3\) must be from 1 to num_experts \(2\)"),
-        ({"top_k": 0}, r"top_k \(0\) must be from 1 to num_experts \(8\)"),
-        ({"capacity_factor": 0.0}, r"capacity_factor \(0.0\) must be None or at least 0.01"),
+        ({"top_k": 3, "num_experts": 2}, r"top_k \(3\) must be an integer from 1 to num_experts \(2\)"),
+        ({"top_k": 0}, r"top_k \(0\) must be an integer from 1 to num_experts \(8\)"),
+        ({"capacity_factor": 0.0}, r"capacity_factor \(0.0\) must be at least 0.01 and finite, or None"),
         ({"capacity_factor": math.nan}, r"capacity_factor \(nan\)"),
         ({"balance_weight": -1.0}, r"balance_weight \(-1.0\) must be at least 0"),
         ({"z_weight": math.inf}, r"z_weight \(inf\) must be at least 0 and finite"),

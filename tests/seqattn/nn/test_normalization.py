@@ -91,7 +91,7 @@ def test_a_norm_starts_as_one_and_keeps_no_statistics():
     np.testing.assert_array_equal(norm.scale[...], np.ones(D))
     np.testing.assert_array_equal(norm.shift[...], np.zeros(D))
     assert not jax.tree.leaves(nnx.state(norm, nnx.Not(nnx.Param)))
-    with pytest.raises(ValueError, match=r"dim \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"dim \(0\) must be an integer of at least 1"):
         BatchNorm(0, rngs=nnx.Rngs(0))
     for epsilon in (-1e-6, np.nan, np.inf):
         with pytest.raises(ValueError, match=rf"epsilon \({epsilon}\) must be at least 0 and finite"):

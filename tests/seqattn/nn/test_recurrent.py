@@ -259,7 +259,7 @@ def test_no_random_state_is_stored():
     ("options", "message"),
     [
         ({"hidden_dim": 5, "direction": Direction.BOTH}, r"hidden_dim \(5\) must be even to be shared by two"),
-        ({"num_layers": 0}, r"num_layers \(0\) must be at least 1"),
+        ({"num_layers": 0}, r"num_layers \(0\) must be an integer of at least 1"),
         ({"dropout_rate": 1.5}, r"dropout rate \(1.5\) must be in \[0, 1\)"),
         ({"dropout_rate": -0.1}, r"dropout rate \(-0.1\)"),
         ({"dropout_rate": float("nan")}, r"dropout rate \(nan\)"),

@@ -116,7 +116,7 @@ def test_only_checkpoints_that_verify_are_averaged(saved, tmp_path):
         np.testing.assert_array_equal(leaf, wanted)
     with pytest.raises(ValueError, match=r"average \(3\) must be at most 2, the number of checkpoints that"):
         run.load(copy, average=3)
-    with pytest.raises(ValueError, match=r"average \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"average \(0\) must be an integer of at least 1"):
         run.load(copy, average=0)
 
 

@@ -89,7 +89,7 @@ def test_only_the_latest_stay(tmp_path):
             checkpoints.save(small(step), {})
         assert checkpoints.steps == [2, 3]
     assert names(tmp_path) == ["2", "3"]
-    with pytest.raises(ValueError, match=r"keep \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"keep \(0\) must be an integer of at least 1"):
         Checkpoints(tmp_path, keep=0)
 
 

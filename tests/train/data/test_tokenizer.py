@@ -78,7 +78,7 @@ def test_bpe_has_the_size_asked_for_or_as_many_as_the_texts_give():
     assert Tokenizer.train(ByteLevelBPE(vocab_size=270), TEXTS).vocab_size == 270
     assert Tokenizer.train(ByteLevelBPE(vocab_size=270), ["ab"]).vocab_size == 261
     assert Tokenizer.train(ByteLevelBPE(vocab_size=260), TEXTS).vocab_size == 260
-    with pytest.raises(ValueError, match=r"vocab_size \(259\) must be at least 260"):
+    with pytest.raises(ValueError, match=r"vocab_size \(259\) must be an integer of at least 260"):
         Tokenizer.train(ByteLevelBPE(vocab_size=259), TEXTS)
 
 

@@ -94,7 +94,7 @@ def test_equal_tokens_get_the_same_vector(written):
 
 
 def test_vectors_without_values_are_refused(written):
-    with pytest.raises(ValueError, match=r"dim \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"dim \(0\) must be an integer of at least 1"):
         load_table(written(GLOVE), ["a"], 0)
 
 

@@ -100,8 +100,8 @@ def test_every_cluster_that_may_be_named_is_one_of_jax():
     [
         ({"index": 2, "count": 2}, r"index \(2\) must be in \[0, 2\)"),
         ({"index": -1}, r"index \(-1\) must be in \[0, count\)"),
-        ({"count": 0}, r"count \(0\) must be at least 1"),
-        ({"timeout": 0}, r"timeout \(0\) must be at least 1"),
+        ({"count": 0}, r"count \(0\) must be an integer of at least 1"),
+        ({"timeout": 0}, r"timeout \(0\) must be an integer of at least 1"),
     ],
 )
 def test_e14_numbers_that_cannot_be_are_refused(flags, said):

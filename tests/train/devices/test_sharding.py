@@ -24,9 +24,11 @@ from seqattn.models import (
     TokenLabels,
     TransformerConfig,
 )
+from seqattn.models.parameter_rules import rule_of
 from seqattn.nn import BlockConfig, Cell, MixtureConfig, Predictive, Score
+from seqattn.nn.parameter_rule import Kind, ParameterRule
 from train import catalogue, run
-from train.devices.sharding import AXES, Rule, rule_for, shardings
+from train.devices.sharding import AXES, shardings
 from train.update.freezing import freeze
 from train.update.optimizer import AdaGrad, AdamW, Muon, Optimizer
 from train.update.parameters import paths
@@ -65,11 +67,11 @@ EVERY = {name: catalogue.named(name).model for name in catalogue.names()} | OTHE
 def test_every_parameter_has_a_rule_with_no_more_dims_than_it_has(name):
     params = shapes(sized(EVERY[name]))
     for path, leaf in zip(jax.tree.leaves(paths(params)), jax.tree.leaves(params), strict=True):
-        rule = rule_for(path)
+        rule = rule_of(path)
         assert rule is not None, path
-        assert len(rule.spec) <= len(leaf.shape), path
+        assert len(rule.split) <= len(leaf.shape), path
         # One dim alone is never split: biases and gains are small.
-        assert len(leaf.shape) > 1 or rule.spec == P(), path
+        assert len(leaf.shape) > 1 or rule.split == P(), path
 
 
 @pytest.mark.parametrize(
@@ -94,8 +96,8 @@ def test_every_parameter_has_a_rule_with_no_more_dims_than_it_has(name):
     ],
 )
 def test_the_first_rule_that_matches_decides(path, spec):
-    rule = rule_for(path)
-    assert (None if rule is None else rule.spec) == spec
+    rule = rule_of(path)
+    assert (None if rule is None else rule.split) == spec
 
 
 def tree():
@@ -160,7 +162,10 @@ def test_a_dim_that_does_not_divide_is_whole_and_named(caplog):
 
 
 def test_other_rules_may_be_given():
-    params, rules = {"hidden": {"kernel": jnp.ones((4, 6))}}, (Rule("*kernel", P(None, ("fsdp", "tensor"))),)
+    params, rules = (
+        {"hidden": {"kernel": jnp.ones((4, 6))}},
+        (ParameterRule("*kernel", Kind.MATRIX, P(None, ("fsdp", "tensor"))),),
+    )
     state = TrainState(jnp.zeros((), jnp.int32), params, ())
     assert specs(shardings(state, MESH, rules).params) == {"hidden": {"kernel": P(None, ("fsdp", "tensor"))}}
 

@@ -123,9 +123,9 @@ def test_a_beam_gives_its_best_in_order_as_many_for_each_text(model):
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"size": 0}, r"beam_size \(0\) must be at least 1"),
-        ({"size": 2, "n_best": 3}, r"n_best \(3\) must be from 1 to beam_size \(2\)"),
-        ({"size": 2, "n_best": 0}, r"n_best \(0\) must be from 1 to beam_size \(2\)"),
+        ({"size": 0}, r"beam_size \(0\) must be an integer of at least 1"),
+        ({"size": 2, "n_best": 3}, r"n_best \(3\) must be an integer from 1 to beam_size \(2\)"),
+        ({"size": 2, "n_best": 0}, r"n_best \(0\) must be an integer from 1 to beam_size \(2\)"),
     ],
 )
 def test_a_beam_refuses_sizes_that_cannot_be(sizes, words):

@@ -52,7 +52,7 @@ def test_a_seed_decides():
 
 @pytest.mark.parametrize("digits", [0, 10])
 def test_digits_out_of_range(digits):
-    with pytest.raises(ValueError, match=rf"digits \({digits}\) must be 1 to 9"):
+    with pytest.raises(ValueError, match=rf"digits \({digits}\) must be an integer from 1 to 9"):
         Addition(digits=digits).load()
 
 

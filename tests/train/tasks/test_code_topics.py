@@ -33,7 +33,7 @@ def test_packages_that_are_not_there_or_no_choice_are_refused(root):
     for packages in ((), ("red",), ("red", "blue", "red")):
         with pytest.raises(ValueError, match="must be two or more different ones"):
             CodeTopics(packages=packages)
-    with pytest.raises(ValueError, match=r"lines \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"lines \(0\) must be an integer of at least 1"):
         CodeTopics(lines=0)
 
 

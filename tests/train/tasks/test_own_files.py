@@ -116,7 +116,7 @@ def test_what_is_not_there_is_named_by_its_flag(tmp_path):
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])
 def test_shares_out_of_range_are_refused(share):
-    with pytest.raises(ValueError, match=rf"test_share \({share}\) must be between 0 and 1"):
+    with pytest.raises(ValueError, match=rf"test_share \({share}\) must be in \(0, 1\)"):
         Lines(test_share=share)
     with pytest.raises(ValueError, match=r"validation_share \(0.5\) and test_share \(0.5\) must be less than 1"):
         Lines(validation_share=0.5, test_share=0.5)

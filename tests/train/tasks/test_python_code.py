@@ -32,5 +32,5 @@ def test_sources_are_empty_and_every_piece_of_a_file_counts(tmp_path):
 
 
 def test_no_room_for_a_character():
-    with pytest.raises(ValueError, match=r"characters \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"characters \(0\) must be an integer of at least 1"):
         PythonCode(characters=0)

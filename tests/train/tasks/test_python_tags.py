@@ -78,5 +78,5 @@ def test_what_follows_a_dot_is_an_attribute_but_for_import():
 
 
 def test_no_room_for_a_character():
-    with pytest.raises(ValueError, match=r"characters \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"characters \(0\) must be an integer of at least 1"):
         PythonTags(characters=0)

@@ -111,13 +111,13 @@ def test_a_seed_decides():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"min_length": 0}, r"min_length \(0\) must be at least 1 and at most max_length \(5\)"),
+        ({"min_length": 0}, r"min_length \(0\) must be an integer from 1 to max_length \(5\)"),
         ({"alphabet": "aab"}, "must name characters once each"),
         ({"alphabet": "a|b"}, "not the mark '|'"),
         ({"alphabet": "ab\u0308"}, r"must be of characters that NFC keeps, and not 'a\u0308'"),
         ({"alphabet": "ab\u212b"}, r"must be of characters that NFC keeps, and not 'a\u212b'"),
         ({"height": 4}, r"height \(4\) and width \(128\) must be more than 4 pixels"),
-        ({"distortion": 1.5}, r"distortion \(1.5\) must be from 0 to 1"),
+        ({"distortion": 1.5}, r"distortion \(1.5\) must be in \[0, 1\]"),
     ],
     ids=str,
 )

@@ -45,5 +45,5 @@ def test_a_seed_decides():
 
 @pytest.mark.parametrize(("min_length", "max_length"), [(0, 3), (4, 3)])
 def test_lengths_that_make_no_sense(min_length, max_length):
-    with pytest.raises(ValueError, match=rf"min_length \({min_length}\) must be at least 1 and at most max_length"):
+    with pytest.raises(ValueError, match=rf"min_length \({min_length}\) must be an integer from 1 to max_length"):
         Reverse(min_length=min_length, max_length=max_length).load()

@@ -111,7 +111,7 @@ def test_fewer_examples_are_some_of_those_of_more_and_the_other_splits_stay(root
 
 
 def test_counts_below_one_and_empty_splits_are_refused(root):
-    with pytest.raises(ValueError, match=r"train_examples \(0\) must be at least 1, or None"):
+    with pytest.raises(ValueError, match=r"train_examples \(0\) must be an integer of at least 1, or None"):
         Statements(train_examples=0)
     with pytest.raises(ValueError, match="every split needs an example: train has 0"):
         Statements(root({"a.py": ""})).cut(statements)

@@ -16,7 +16,7 @@ def test_an_empty_split_is_refused_with_all_counts():
 
 
 def test_fewer_than_one_example_is_refused():
-    with pytest.raises(ValueError, match=r"test_examples \(-1\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"test_examples \(-1\) must be an integer of at least 1"):
         Drawn(test_examples=-1)
 
 

@@ -67,7 +67,7 @@ def test_damaged_gzip_is_named(task, tmp_path):
 
 
 def test_a_piece_has_a_character():
-    with pytest.raises(ValueError, match=r"characters \(0\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"characters \(0\) must be an integer of at least 1"):
         TextFiles(characters=0)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from seqattn.interop import model_type
 from seqattn.models import (
     BucketBiases,
     Captioner,
@@ -23,7 +24,11 @@ from seqattn.models import (
     Seq2SeqConfig,
     TransformerConfig,
 )
+from seqattn.models.parameter_rules import rule_of
 from seqattn.nn import BatchNorm, BlockConfig, MixtureConfig
+from seqattn.nn.parameter_rule import Kind
+from tests.every_model import GENERATING, LABELLING
+from train.update.optimizer import Muon
 from train.update.parameters import check_patterns, matching, matrices, paths
 
 
@@ -113,3 +118,19 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest():
         ValueError, match=r"pattern 'encoder/2' matches no parameter; the nearest are encoder/[01], enc"
     ):
         check_patterns(params, ["output", "encoder/2"])
+
+
+@pytest.mark.parametrize("name", GENERATING | LABELLING)
+def test_the_kinds_of_parameters_say_what_decays_and_what_muon_takes(name):
+    config = (GENERATING | LABELLING)[name]
+    kind = model_type(config)
+    params = nnx.state(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))), nnx.Param)
+    kinds = [rule_of(path).kind for path in jax.tree.leaves(paths(params))]
+    assert jax.tree.leaves(matrices(params)) == [each is not Kind.VECTOR for each in kinds]
+    taken = jax.tree.leaves(Muon()._labels(params))
+    assert taken == ["muon" if each is Kind.MATRIX else "adam" for each in kinds]
+
+
+def test_a_model_of_ones_own_is_judged_by_shapes_and_names():
+    params = {"mine": {"map": jax.ShapeDtypeStruct((2, 3), "float32"), "gain": jax.ShapeDtypeStruct((3,), "float32")}}
+    assert matrices(params) == {"mine": {"map": True, "gain": False}}

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqattn.decoding.state import Shared, branch, check_rows, select
+from seqattn.hypotheses import Shared, branch, check_rows, select
 
 
 def _state():

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 
 import seqattn
 from seqattn import Causal, NotPadding, SameSegment
 from seqattn.decoding import MinP, Temperature
-from seqattn.static import check_integer, pytree, static
+from seqattn.pytrees import pytree, static
 
 
 def _kind(name: str) -> type:
@@ -52,9 +51,3 @@ def test_no_file_registers_its_dataclasses_otherwise():
     files = [*folder.rglob("*.py"), *(folder.parent / "train").rglob("*.py")]
     assert len(files) > 50
     assert [path.name for path in files if "@jax.tree_util.register_dataclass" in path.read_text()] == []
-
-
-@pytest.mark.parametrize("value", [0, -1, True])
-def test_what_is_no_integer_of_at_least_the_minimum_is_refused(value):
-    with pytest.raises(ValueError, match=r"size \(.*\) must be an integer of at least 1"):
-        check_integer("size", value, 1)

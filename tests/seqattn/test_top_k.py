@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from seqattn.decoding.largest import BLOCK, Normaliser, largest
+from seqattn.top_k import BLOCK, Normaliser, top_k
 
-_LARGEST = jax.jit(largest, static_argnums=1)
+_LARGEST = jax.jit(top_k, static_argnums=1)
 
 
 def _expected(values, count):
@@ -56,8 +56,8 @@ def test_all_of_them_and_any_leading_axes():
 
 @pytest.mark.parametrize("count", [0, 4])
 def test_the_count_is_from_one_to_all(count):
-    with pytest.raises(ValueError, match=rf"count \({count}\) must be from 1 to the number of values \(3\)"):
-        largest(jnp.zeros(3), count)
+    with pytest.raises(ValueError, match=rf"count \({count}\) must be an integer from 1 to the number of values \(3\)"):
+        top_k(jnp.zeros(3), count)
 
 
 @pytest.mark.parametrize("size", [5, 1003])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from seqattn.static import pytree
+from seqattn.pytrees import pytree
 
 
 class Branching(abc.ABC):

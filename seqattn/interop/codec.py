@@ -1,0 +1,234 @@
+"""Frozen dataclasses as JSON values and back, by the annotations of their fields.
+
+A dataclass, an enum and a path carry the name of their type: `{"type": "Rotary", "base": 500.0}`. Which class a name
+stands for, the annotation of the field says: it must be a member of that union. No class has to be registered.
+"""
+
+import dataclasses
+import enum
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+Check = Callable[[str, Any], None]
+"""What is asked of each number, and of each list before its items are read; it raises ValueError, naming the path."""
+
+_EXACT = 2**53
+"""Integers up to here are floats without loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SubclassesOf:
+    """In `Annotated[X, SubclassesOf(Base)]`: beside X any subclass of `Base` that is not abstract."""
+
+    base: type
+
+
+class UnknownType(ValueError):
+    """A name of a type that the annotation of its field does not have."""
+
+
+def to_json(value: Any, annotation: Any, path: str = "config") -> Any:
+    """A value of an annotation as JSON values.
+
+    Raises:
+        TypeError: naming the field whose value is not of its annotation.
+
+    >>> import seqattn.models
+    >>> to_json(seqattn.models.Rotary(500.0), seqattn.models.Rotary)
+    {'type': 'Rotary', 'base': 500.0}
+    """
+    kind = type(value)
+    if dataclasses.is_dataclass(kind):
+        _check_named(kind, annotation, path)
+        hints, names = _hints(kind), _names(kind)
+        return {"type": kind.__name__} | {x: to_json(getattr(value, x), hints[x], f"{path}.{x}") for x in names}
+    if isinstance(value, enum.Enum):
+        _check_named(kind, annotation, path)
+        return {"type": kind.__name__, "value": value.value}
+    if _is_path(kind) and (name := next((each.__name__ for each in _options(annotation) if _is_path(each)), None)):
+        return {"type": name, "value": str(value)}
+    if isinstance(value, list | tuple) and (items := _items(annotation, len(value))) is not None:
+        return [to_json(x, item, f"{path}[{i}]") for i, (x, item) in enumerate(zip(value, items, strict=True))]
+    # As JSON writes what is a kind of them, such as a float of NumPy.
+    plain = next((of(value) for of in (bool, int, float, str) if isinstance(value, of)), value)
+    try:
+        return _read_plain(plain, annotation, path)
+    except ValueError as error:
+        raise TypeError(str(error)) from error
+
+
+def from_json(value: Any, annotation: Any, path: str = "config", check: Check | None = None) -> Any:
+    """The inverse of `to_json`. A field that is left out takes its default. No value is nested deeper than annotations.
+
+    Args:
+        value: what `json.loads` gives; from a stranger, too.
+        annotation: what it must be.
+        path: what messages call it.
+        check: further rules.
+
+    Raises:
+        UnknownType: a type that the annotation does not have.
+        ValueError: naming the field and the rule: an unknown, missing or mistyped field, or what `check` refuses.
+
+    >>> import seqattn.models
+    >>> from_json({"type": "Rotary", "base": "large"}, seqattn.models.Rotary)
+    Traceback (most recent call last):
+    ValueError: config.base must be a number, got 'large'
+    """
+    if isinstance(value, Mapping):
+        return _read_typed(value, annotation, path, check)
+    if isinstance(value, list | tuple) and _items(annotation, 0) is not None:
+        if check is not None:
+            check(path, value)
+        items = _items(annotation, len(value))
+        if items is None or len(items) != len(value):
+            raise ValueError(f"{path} must have {len(items or ())} items, got {len(value)}")
+        read = [from_json(x, item, f"{path}[{i}]", check) for i, (x, item) in enumerate(zip(value, items, strict=True))]
+        is_list = any(typing.get_origin(option) is list for option in _options(annotation))
+        return read if is_list else tuple(read)
+    plain = _read_plain(value, annotation, path)
+    if check is not None and type(plain) in (int, float):
+        check(path, plain)
+    return plain
+
+
+def shown(value: Any) -> str:
+    """A value for a message, never all of what may be endless or nested without an end."""
+    if value is None or isinstance(value, bool | int | float | str):
+        # Python writes no integer of thousands of digits.
+        return repr(value)[:80] if not isinstance(value, int) or abs(value) < _EXACT else "a huge integer"
+    return f"a {type(value).__name__}"
+
+
+def _read_plain(value: Any, annotation: Any, path: str) -> Any:
+    options = _options(annotation)
+    if type(value) in (bool, int, str) and type(value) in options:
+        return value
+    if value is None and types.NoneType in options:
+        return None
+    if float in options and (type(value) is float or (type(value) is int and abs(value) <= _EXACT)):
+        return float(value)
+    if any(type(value) is type(choice) and value == choice for option in options for choice in _choices(option)):
+        return value
+    raise ValueError(f"{path} must be {' or '.join(map(_described, options))}, got {shown(value)}")
+
+
+def _read_typed(value: Mapping[str, Any], annotation: Any, path: str, check: Check | None) -> Any:
+    kinds, name = _kinds(annotation), value.get("type")
+    if not isinstance(name, str) or name not in kinds:
+        said = f"an object of type {' or '.join(kinds)}" if kinds else "no object"
+        raise UnknownType(f"{path} must be {said}, got one of type {shown(name)}")
+    kind = kinds[name]
+    if not dataclasses.is_dataclass(kind):
+        return _read_value(value, kind, path)
+    made: Any = kind
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    none = dataclasses.MISSING
+    needed = [x.name for x in fields.values() if x.default is none and x.default_factory is none]
+    for given in value.keys() - {"type"} - fields.keys():
+        raise ValueError(f"{path} has the unknown field {shown(given)}; those of {name} are {', '.join(fields)}")
+    for missing in [field for field in needed if field not in value]:
+        raise ValueError(f"{path}.{missing} is missing, and {name} has no default for it")
+    hints = _hints(made)
+    read = {
+        field: from_json(value[field], hints[field], f"{path}.{field}", check) for field in fields if field in value
+    }
+    try:
+        return made(**read)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_value(value: Mapping[str, Any], kind: Any, path: str) -> Any:
+    """A path, or the member of an enum."""
+    given = value.get("value")
+    members = {member.value: member for member in kind} if issubclass(kind, enum.Enum) else None
+    if value.keys() == {"type", "value"} and isinstance(given, str) and (members is None or given in members):
+        return kind(given)
+    of = f", one of {', '.join(members)}" if members else ", a text"
+    raise ValueError(f"{path} must have the fields type and value{of}")
+
+
+def _check_named(kind: type, annotation: Any, path: str) -> None:
+    found = _kinds(annotation).get(kind.__name__)
+    if found is None:
+        raise TypeError(
+            f"{path} cannot be a {kind.__name__}: it must be {' or '.join(_kinds(annotation)) or 'no object'}"
+        )
+    if found is not kind:
+        raise TypeError(
+            f"{path}: types are known by their names, and {kind.__name__} is both {found.__module__} and "
+            f"{kind.__module__}: give one of them another name"
+        )
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type alone; with the subclasses that an annotation asks for."""
+    origin = typing.get_origin(annotation)
+    if origin in (types.UnionType, typing.Union):
+        return tuple(option for member in typing.get_args(annotation) for option in _options(member))
+    if origin is Annotated:
+        bases = [extra.base for extra in annotation.__metadata__ if isinstance(extra, SubclassesOf)]
+        # The newest first: a file that was run again has defined its classes anew.
+        return _options(annotation.__origin__) + tuple(kind for base in bases for kind in reversed([*_concrete(base)]))
+    return (annotation,)
+
+
+def _concrete(kind: type) -> Iterator[type]:
+    child: type
+    for child in kind.__subclasses__():
+        if not inspect.isabstract(child):
+            yield child
+        yield from _concrete(child)
+
+
+def _is_path(kind: Any) -> bool:
+    """Whether a class is that of paths; this file imports nothing that could open one."""
+    return isinstance(kind, type) and hasattr(kind, "__fspath__")
+
+
+def _kinds(annotation: Any) -> dict[str, Any]:
+    """The classes of an annotation by their names; of two with one name the first."""
+    found: dict[str, Any] = {}
+    for option in _options(annotation):
+        is_named = isinstance(option, type) and (dataclasses.is_dataclass(option) or issubclass(option, enum.Enum))
+        if is_named or _is_path(option):
+            found.setdefault(option.__name__, option)
+    return found
+
+
+def _items(annotation: Any, length: int) -> tuple[Any, ...] | None:
+    """The annotations of the items of a list, repeated for so many where any number may be; None where none may be."""
+    for option in _options(annotation):
+        items = typing.get_args(option)
+        if typing.get_origin(option) is tuple and items:
+            return items[:1] * length if items[-1] is Ellipsis else items
+        if typing.get_origin(option) in (list, Sequence):
+            return items[:1] * length
+    return None
+
+
+def _choices(option: Any) -> tuple[Any, ...]:
+    return typing.get_args(option) if typing.get_origin(option) is Literal else ()
+
+
+def _described(option: Any) -> str:
+    plain: dict[Any, str] = {types.NoneType: "null", int: "an integer", float: "a number", bool: "true or false"}
+    plain[str] = "a text"
+    if choices := _choices(option):
+        return " or ".join(map(repr, choices))
+    is_list = typing.get_origin(option) in (tuple, list, Sequence)
+    return plain.get(option) or ("a list" if is_list else str(getattr(option, "__name__", option)))
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def _names(kind: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind) if field.init]
