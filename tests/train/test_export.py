@@ -200,6 +200,20 @@ def test_figures_of_a_run_that_was_stopped_are_those_of_its_latest_evaluation(tm
     assert [result.metric_type for result in data.eval_results] == ["loss"], "JSON has no word for NaN"
 
 
+@pytest.mark.parametrize("name", ["on", "1.5", "a: b", "- 'x\"", "null", "überß # 5"])
+def test_the_header_quotes_names_that_mean_something_in_yaml(name):
+    found = card.Results("test", 5, 3, 1, 1, {"loss": 2.5, "bleu": 1.0}, {})
+    data = huggingface_hub.ModelCard(card._header(name, "x", name, "Dates", found, "no")).data
+    assert (data.model_name, data.tags[-1], data.license) == (name, name, "no")
+    assert [result.metric_value for result in data.eval_results] == [2.5, 1.0]
+    assert {result.metric_name for result in data.eval_results} == {"loss, test split", "bleu, test split"}
+
+
+def test_a_card_without_finite_figures_has_none():
+    found = card.Results("test", 5, 3, 1, 1, {"loss": float("nan")}, {})
+    assert "eval" not in card._header("x", "y", "z", "Dates", found, None)
+
+
 def test_there_is_a_card_for_every_objective():
     kinds = {
         kind.__name__ for kind in vars(objectives).values() if isinstance(kind, type) and issubclass(kind, Objective)
