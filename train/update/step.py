@@ -201,7 +201,7 @@ def _applied(
         # Else what the parameters were drawn as would be a part of the average for thousands of updates.
         made = (state.step - state.skipped).astype(jnp.float32)
         decay = jnp.minimum(settings.decay, (1 + made) / (10 + made))
-        average = jax.tree.map(lambda old, new: (old + (1 - decay) * (new - old)).astype(old.dtype), average, params)
+        average = optax.incremental_update(widened(params), average, 1 - decay)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
     # Once patience is at its end nothing changes, until the host sees it: when it looks decides nothing.
     sound = finite & (state.skipped_in_a_row < settings.patience)

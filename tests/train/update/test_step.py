@@ -264,13 +264,12 @@ def test_e4_an_infinite_gradient_is_no_update_though_it_could_be_clipped():
 def test_the_moving_average_follows_the_parameters():
     batch = collate(rows(3))
     graph, state = start(Transformer(CONFIG, rngs=nnx.Rngs(0)), SGD, average=True)
-    update = jax.jit(make_update(graph, SGD, LOSS, seed=0, decay=0.15))
-    first, _ = update(state, batch)
-    second, _ = update(first, batch)
-    expected = jax.tree.map(  # 1 / 10, and then 2 / 11 would be more than 0.15
-        lambda a, b, c: 0.15 * (0.1 * a + 0.9 * b) + 0.85 * c, state.params, first.params, second.params
-    )
-    assert closest(second.average, expected) < 1e-6
+    update = jax.jit(make_update(graph, SGD, LOSS, seed=0, decay=0.3))
+    expected = jax.tree.map(lambda x: np.asarray(x, np.float64), state.params)
+    for decay in (1 / 10, 2 / 11, 3 / 12, 0.3, 0.3, 0.3):  # 4 / 13 would be more than 0.3
+        state, _ = update(state, batch)
+        expected = jax.tree.map(lambda old, new, d=decay: old + (1 - d) * (new - old), expected, state.params)
+        assert closest(state.average, expected) < 1e-6
 
 
 def test_bfloat16_computes_nearly_the_same_with_parameters_in_float32():
