@@ -7,7 +7,7 @@ equally many updates, and none waits for one that has no batch left.
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -130,17 +130,6 @@ class Sharded:
 
 Parallel = Replicated | Sharded
 """How an update is spread over devices: `spread(update)` gives what is `Placed` there."""
-
-
-def data_parallel(
-    update: Update, devices: Sequence[jax.Device] | None = None
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`update` under `jax.pmap` over devices (those of all processes by default, also one); the state is donated.
-
-    Raises (when called):
-        ValueError: the rows of the batch do not divide among the devices.
-    """
-    return Replicated().spread(update, devices).update
 
 
 class _Mapped(Placed):
