@@ -1,7 +1,8 @@
 """Where the processes of a training meet before JAX connects them.
 
-JAX ends a process with a trace of C++ where process 0 does not answer, its port is taken, or two processes say that
-they are the same. So they meet first, at the same port, where each of these is one sentence.
+By itself JAX ends a process by a signal, with a trace of C++ and without saying who is missing, where process 0 does not
+answer or another one does not come; and it trains on, or waits, where processes count differently or two say that they
+are the same (measured with jax 0.10.2). So they meet first, at the same port, where each of these is one sentence.
 """
 
 import contextlib
