@@ -42,7 +42,9 @@ from seqattn.models import (
 )
 from seqattn.nn import BlockConfig
 from tests.parameters import drawn
-from train import export, objectives, run
+from train import export, objectives
+from train.checkpoints import run
+from train.checkpoints.run import Run
 from train.data.tokenizer import Characters, Tokenizer
 from train.export import Arguments
 from train.hub import card, exported, stablehlo
@@ -50,7 +52,6 @@ from train.hub.exported import FORWARD, SUMS, Exported
 from train.inference.completer import Completer
 from train.inference.translator import Translator
 from train.objectives import Objective
-from train.run import Run
 
 BLOCK = BlockConfig(model_dim=12, hidden_dim=7, num_heads=2)
 BLOCKS = re.compile(r"```python\n(.*?)```", re.DOTALL)

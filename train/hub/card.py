@@ -13,11 +13,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from jax import export
 
 from seqattn.interop import to_arrays
+from train.checkpoints.run import RESULTS
 from train.config import Experiment
 from train.hub.exported import Exported
 from train.objectives.for_experiment import named
 from train.reports.metrics import read_metrics
-from train.run import RESULTS
 
 _WHAT = {
     "SequenceToSequence": ("text2text-generation", "It writes a text, given a source text."),

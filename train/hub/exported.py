@@ -25,9 +25,9 @@ import safetensors.numpy
 
 from seqattn.interop import ModelConfig, from_arrays, from_dict, to_arrays, to_dict
 from seqattn.models import CaptionerConfig, EncoderConfig, MaskedTokens, TextLabels, TokenLabels
-from train import run
+from train.checkpoints import run
+from train.checkpoints.run import PARAMETERS, Run
 from train.data.tokenizer import Tokenizer
-from train.run import PARAMETERS, Run
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 FORWARD, CARD, SUMS = "forward.stablehlo", "README.md", "SHA256SUMS"

@@ -9,6 +9,7 @@ from seqattn.models import (
     TokenLabels,
     TransformerConfig,
 )
+from train.checkpoints.run import Run
 from train.config import Experiment
 from train.data.tokenizer import Tokenizer
 from train.hub.exported import Exported
@@ -18,7 +19,6 @@ from train.objectives.masking import Masking
 from train.objectives.objective import Objective
 from train.objectives.reading import Reading
 from train.objectives.sequences import SequenceToSequence
-from train.run import Run
 from train.tasks.task import Task
 
 _HEADS: dict[type, type[Objective]] = {MaskedTokens: Masking, TokenLabels: Tagging, TextLabels: Classification}

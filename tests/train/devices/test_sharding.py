@@ -25,8 +25,9 @@ from seqattn.models import (
     TransformerConfig,
 )
 from seqattn.nn import BlockConfig, Cell, MixtureConfig, Predictive, Score
-from train import catalogue, run
+from train.checkpoints import run
 from train.devices.sharding import AXES, Rule, rule_for, shardings
+from train.experiments import catalogue
 from train.update.freezing import freeze
 from train.update.optimizer import AdaGrad, AdamW, Muon, Optimizer
 from train.update.parameters import paths

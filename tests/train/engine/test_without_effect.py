@@ -8,10 +8,11 @@ import pytest
 from flax import nnx
 
 from seqattn.models import EncoderConfig, MaskedTokens
-from train import catalogue, run
+from train.checkpoints import run
 from train.config import decode
 from train.data.tokenizer import ByteLevelBPE, Characters, SavedTokenizer
 from train.engine import loop, without_effect
+from train.experiments import catalogue
 from train.update.optimizer import AdamW, Constant, InverseSquareRoot, InverseTime, Momentum, Muon, Noam, Optimizer
 
 STEPS = 12  # of the tiny experiment, which is evaluated after 5 and 10

@@ -11,11 +11,11 @@ import jax
 import pytest
 
 from seqattn.models import CaptionerConfig
-from train import catalogue
 from train.data.batches import stream
 from train.data.tokenizer import ByteLevelBPE
 from train.devices.parallel import Replicated
 from train.engine import loop
+from train.experiments import catalogue
 from train.tasks import CodeTopics, LabelledFiles, Multi30k, ParallelFiles
 from train.tasks.own_files import OwnFiles
 from train.tasks.standard_library import SourceTask
