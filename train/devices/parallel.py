@@ -69,7 +69,8 @@ class Placed(abc.ABC):
 class Replicated:
     """Every device keeps the whole state and computes its share of each batch (`jax.pmap`).
 
-    Each device drops by a key of its own, and an expert's room is counted in its share of the batch.
+    Each device drops by a key of its own, and an expert's room is counted in its share of the batch. Batch norm is by
+    the statistics of that share, and the running ones follow the whole batch.
     """
 
     def spread(self, update: Update, devices: Sequence[jax.Device] | None = None) -> Placed:

@@ -42,6 +42,8 @@ RULES = (
     Rule("*bias", _NOT),
     Rule("*scale", _NOT),
     Rule("*shift", _NOT),
+    Rule("*norms/*/mean", _NOT),
+    Rule("*norms/*/variance", _NOT),
     Rule("*scores/tables", _NOT),
     Rule("*_filter", _NOT),
     Rule("*projection", _NOT),
