@@ -28,7 +28,7 @@ from benchmarks.program import Program, product
 from benchmarks.row import CHECKED, FAILED, TIMED, WRONG, Rate, Row, refusal
 from benchmarks.shapes import Shape, named
 from benchmarks.timing import Times, interleaved
-from train import environment
+from train.devices import environment
 from train.reports.progress import Progress
 
 _PRODUCT = "product"

@@ -32,7 +32,7 @@ from benchmarks.translators import PEERS, Translator
 from seqattn.coordinates import Coordinates
 from seqattn.interop import from_marian
 from seqattn.models.transformer import Transformer
-from train import environment
+from train.devices import environment
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax
 from benchmarks import command, machine, memory, translators
 from benchmarks.marian import Case, Model, Sizes
 from benchmarks.memory import Peak
-from train import environment
+from train.devices import environment
 
 _MODULES = {"transformers": "transformers.models.marian.modeling_marian", "ctranslate2": "ctranslate2"}
 """Imported before memory is looked at, as ours is: the libraries differ by hundreds of MiB, which do not grow."""

@@ -27,7 +27,8 @@ from benchmarks.row import CHECKED, REFUSED, TIMED, WRONG
 from benchmarks.timing import Times, interleaved
 from seqattn.models import LanguageModelConfig
 from seqattn.nn import MemoryCompressedAttention, MultiHeadAttention, with_implementation
-from train import environment, run
+from train.checkpoints import run
+from train.devices import environment
 from train.experiments.docstrings_compressed import DOCSTRINGS_COMPRESSED
 from train.experiments.docstrings_stream import DOCSTRINGS_STREAM
 from train.objectives import SequenceToSequence

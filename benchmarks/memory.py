@@ -19,7 +19,7 @@ from benchmarks import implementations, machine, patterns
 from benchmarks.case import DIRECTIONS, Case
 from benchmarks.exact import TOLERANCES
 from benchmarks.shapes import named
-from train import environment
+from train.devices import environment
 
 
 @dataclass(frozen=True)

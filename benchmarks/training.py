@@ -33,8 +33,8 @@ from benchmarks.timing import Times, interleaved
 from benchmarks.training_case import MODELS, TrainingCase, operations, tokens
 from benchmarks.training_implementations import FORWARD, GRADIENT, NAMES, PARTS, PEERS, UPDATE
 from benchmarks.training_row import Beginning, TrainingRow, Work
-from train import environment
 from train.data.batches import filled
+from train.devices import environment
 from train.reports.flops import peak
 
 

@@ -16,7 +16,7 @@ from benchmarks.torch_transformer import torch_transformer
 from benchmarks.training_case import TrainingCase
 from benchmarks.translators import marian_mt
 from seqattn.interop import from_marian
-from train.devices.parallel import data_parallel
+from train.devices.parallel import Replicated
 from train.objectives.sequences import SequenceToSequence
 from train.update.optimizer import AdamW, Constant, Optimizer
 from train.update.step import make_update, start
@@ -42,12 +42,13 @@ def seqattn(case: TrainingCase, weights: Mapping[str, np.ndarray], part: str) ->
     if part != UPDATE:
         return _before_update(case, graph, state.params, part)
     settings: dict[str, Any] = {"seed": 0, "label_smoothing": case.label_smoothing}
-    update = data_parallel(make_update(graph, optimizer, SequenceToSequence.loss, **settings), jax.local_devices()[:1])
+    update = make_update(graph, optimizer, SequenceToSequence.loss, **settings)
+    placed = Replicated().spread(update, jax.local_devices()[:1])
     batch = case.batch()
 
     def run() -> dict[str, jax.Array]:
         nonlocal state
-        state, metrics = update(state, batch)
+        state, metrics = placed.update(state, batch)
         return metrics
 
     return Program(run, jax.block_until_ready, lambda found: [np.asarray(found[x]) for x in ("loss", "gradient_norm")])

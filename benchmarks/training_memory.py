@@ -17,7 +17,7 @@ from benchmarks.marian import Sizes
 from benchmarks.memory import Peak
 from benchmarks.training_case import TrainingCase
 from benchmarks.training_implementations import NAMES, UPDATE
-from train import environment
+from train.devices import environment
 
 _MODULES = {"transformers": "transformers.models.marian.modeling_marian", "torch": "torch._dynamo"}
 """Imported before memory is looked at, as ours is: the libraries differ by hundreds of MiB, which do not grow.

@@ -22,7 +22,7 @@ import hypothesis
 import jax
 import pytest
 
-from train import environment
+from train.devices import environment
 
 ROOT = Path(__file__).parents[1]
 _LEFT_OUT = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"

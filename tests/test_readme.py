@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from benchmarks import long_sequences
-from train import catalogue
 from train.__main__ import parse
+from train.experiments import catalogue
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from train import catalogue, environment
+from train.devices import environment
+from train.experiments import catalogue
 
 if TYPE_CHECKING:
     from train.config import Experiment

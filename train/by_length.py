@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from train import environment, objectives, run
-from train.catalogue import OwnCode
+from train import objectives
+from train.checkpoints import run
+from train.devices import environment
+from train.experiments.catalogue import OwnCode
 from train.hub import exported
 from train.inference.translator import Translator
 from train.reports.plots import line_chart

@@ -7,9 +7,10 @@ from pathlib import Path
 import tyro
 
 from seqattn.decoding import Sample, Temperature, TopP
-from train import environment, objectives
-from train.catalogue import OwnCode
+from train import objectives
 from train.data.standard_input import lines_as_they_come, standard_input
+from train.devices import environment
+from train.experiments.catalogue import OwnCode
 from train.hub import exported
 from train.inference.completer import Completer
 

@@ -7,8 +7,10 @@ from typing import Literal
 import tyro
 
 from seqattn.checks import check_integer
-from train import environment, objectives, run
-from train.catalogue import OwnCode
+from train import objectives
+from train.checkpoints import run
+from train.devices import environment
+from train.experiments.catalogue import OwnCode
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,10 @@ import huggingface_hub.errors
 import tyro
 
 from seqattn.checks import check_integer
-from train import environment, objectives, run
-from train.catalogue import OwnCode
+from train import objectives
+from train.checkpoints import run
+from train.devices import environment
+from train.experiments.catalogue import OwnCode
 from train.hub import exported
 from train.hub.card import card
 from train.hub.exported import CARD, FORWARD, SUMS, Exported

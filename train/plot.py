@@ -7,12 +7,14 @@ from pathlib import Path
 import tyro
 
 from seqattn.models import Encoder
-from train import environment, objectives, run
-from train.catalogue import OwnCode
+from train import objectives
+from train.checkpoints import run
+from train.checkpoints.run import Run
+from train.devices import environment
+from train.experiments.catalogue import OwnCode
 from train.objectives.pictures import draw_heads, draw_texts
 from train.reports.metrics import read_metrics
 from train.reports.plots import compared_curves, learning_curves
-from train.run import Run
 
 
 def draw(trained: Run, texts: Sequence[str] = ()) -> list[Path]:

@@ -37,16 +37,17 @@ from seqattn.decoding import (
     TopP,
 )
 from seqattn.models import Seq2SeqConfig
-from train import environment, objectives
-from train.catalogue import OwnCode
+from train import objectives
+from train.checkpoints.run import Run
 from train.data.standard_input import lines_as_they_come, lines_left, standard_input
 from train.data.tokenizer import Tokenizer
+from train.devices import environment
+from train.experiments.catalogue import OwnCode
 from train.hub import exported
 from train.hub.exported import Exported
 from train.inference.translator import Beam, Output, Search, Translator
 from train.objectives import pictures
 from train.reports.progress import Progress
-from train.run import Run
 
 _KINDS: dict[str, Callable[..., LengthPenalty]] = {"average": AverageLength, "gnmt": GNMT}
 _FILTERS: dict[str, Callable[[Any], LogitsProcessor]] = {

@@ -12,7 +12,7 @@ from seqattn.coordinates import Coordinates
 from seqattn.models.encoder_decoder import State
 from seqattn.models.seq2seq import Seq2Seq, Seq2SeqConfig, Seq2SeqMemory
 from seqattn.models.transformer import Transformer, TransformerConfig, TransformerMemory
-from seqattn.nn.convolution import ConvolutionalEncoder, PatchEncoder
+from seqattn.nn.convolution import ConvolutionalEncoder, OverBatch, OverImage, PatchEncoder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Convolutional:
     """Of each convolution."""
     image_channels: int = 1
     """Of the images: 1 for grey, 3 for colour."""
+    norm: OverImage | OverBatch = OverImage()
+    """Of what each convolution gives."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Captioner(nnx.Module):
         if isinstance(config.image, Patches):
             self.image: PatchEncoder | ConvolutionalEncoder = PatchEncoder(dim, patch=config.image.patch, **sizes)
         else:
-            self.image = ConvolutionalEncoder(dim, channels=config.image.channels, **sizes)
+            self.image = ConvolutionalEncoder(dim, channels=config.image.channels, norm=config.image.norm, **sizes)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the places that the model sees in an image of this size."""
@@ -106,6 +108,8 @@ class Captioner(nnx.Module):
     ) -> TransformerMemory | Seq2SeqMemory:
         """The memory of images, whose places have the coordinates `source_at` `[B, S]`.
 
+        With a dropout key, that is in training, batch norm is by the statistics of these images, not by running ones.
+
         Raises:
             ValueError: S is not the number of the images' places, or more than the decoder's learned positions.
         """
@@ -115,9 +119,13 @@ class Captioner(nnx.Module):
         if isinstance(self.decoder, Seq2Seq) and self.decoder.room(rows * columns) is not None:
             raise ValueError(f"the decoder has fewer learned positions than an image of {rows} x {columns} places")
         # Padding may hold anything, NaN too, which a convolution would carry into the gradient of its kernel.
-        present = jnp.broadcast_to((source_at.segment != 0).any(axis=-1), images.shape[:1])
-        present = present.reshape(-1, *[1] * (images.ndim - 1))
-        vectors = self.image(jnp.where(present, images, jnp.zeros_like(images)))
+        real = jnp.broadcast_to((source_at.segment != 0).any(axis=-1), images.shape[:1])
+        present = real.reshape(-1, *[1] * (images.ndim - 1))
+        images = jnp.where(present, images, jnp.zeros_like(images))
+        if isinstance(self.image, PatchEncoder):
+            vectors = self.image(images)
+        else:
+            vectors = self.image(images, real=real, by_batch=dropout_key is not None)
         return self.decoder.encode_vectors(vectors, source_at, dropout_key=dropout_key)
 
     def decode(

@@ -4,13 +4,13 @@ from seqattn.nn.attention import MultiHeadAttention, with_implementation
 from seqattn.nn.blocks import BlockConfig, DecoderBlock, EncoderBlock, Residual
 from seqattn.nn.cache import Cache, PagedCache, RingCache, StaticCache
 from seqattn.nn.compressed import CompressedCache, MemoryCompressedAttention
-from seqattn.nn.convolution import ConvolutionalEncoder, PatchEncoder
+from seqattn.nn.convolution import ConvolutionalEncoder, OverBatch, OverImage, PatchEncoder
 from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
 from seqattn.nn.feed_forward import Activation, FeedForward
 from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.nn.local import Monotonic, Predictive
 from seqattn.nn.mixture import MixtureOfExperts, routings
-from seqattn.nn.normalization import BatchNorm, BatchStatistics
+from seqattn.nn.normalization import BatchNorm, BatchStatistics, BatchSums, Statistic, measurements, move_statistics
 from seqattn.nn.recurrent import Cell, Direction, Recurrent, RecurrentEncoder
 from seqattn.nn.routing import MixtureConfig, Routing
 from seqattn.nn.scored_attention import Score, ScoredAttention
@@ -19,6 +19,7 @@ __all__ = [
     "Activation",
     "BatchNorm",
     "BatchStatistics",
+    "BatchSums",
     "BlockConfig",
     "Cache",
     "Cell",
@@ -35,6 +36,8 @@ __all__ = [
     "MixtureOfExperts",
     "Monotonic",
     "MultiHeadAttention",
+    "OverBatch",
+    "OverImage",
     "PagedCache",
     "PatchEncoder",
     "PositionEmbedding",
@@ -47,7 +50,10 @@ __all__ = [
     "Score",
     "ScoredAttention",
     "StaticCache",
+    "Statistic",
     "TokenEmbedding",
+    "measurements",
+    "move_statistics",
     "routings",
     "with_implementation",
 ]

@@ -1,5 +1,6 @@
 """Images as sequences of vectors: by convolutions, or patch by patch."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from seqattn.checks import check_sizes
 from seqattn.nn.initializers import lecun_normal
 from seqattn.nn.linear import Linear
+from seqattn.nn.normalization import BatchNorm
 from seqattn.nn.parameter_rule import INTO, Kind, ParameterRule
 from seqattn.positions import sinusoidal
 
@@ -48,23 +50,42 @@ def sinusoidal_grid(rows: int, columns: int, dim: int) -> Float[Array, "S dim"]:
     return places.reshape(rows * columns, dim)
 
 
+@dataclasses.dataclass(frozen=True)
+class OverImage:
+    """Layer norm over all places and channels of an image: no image of a batch depends on another (Ba 2016).
+
+    A norm of each place alone would make the noise of blank paper as loud as what is drawn.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class OverBatch:
+    """Batch norm of each channel over all places of the images of a batch (Ioffe 2015, section 3.2).
+
+    In training the images of a batch are not independent, and each device and each piece of a batch has statistics of
+    its own; evaluation uses running ones.
+    """
+
+    momentum: float = 0.9
+    """How much of the running statistics stays at each update."""
+
+
 class ConvolutionalEncoder(nnx.Module):
     """A vector for each place of an image, by 3 x 3 convolutions that each halve its height and width.
 
-    Each convolution is followed by a layer norm over all places and channels of an image (Ba 2016; Wu 2018 with one
-    group) and a ReLU; a linear layer and the place in the grid come last. So the encoder takes images of any size, and
-    no image of a batch depends on another. A norm of each place alone would make the noise of blank paper as loud as
-    what is drawn.
+    Each convolution is followed by a norm and a ReLU; a linear layer and the place in the grid come last. So the
+    encoder takes images of any size.
 
     Args:
         model_dim: D, a multiple of 4.
         channels: of each convolution.
         image_channels: of the images: 1 for grey ones.
+        norm: of what a convolution gives.
         param_dtype: dtype of the parameters.
         rngs: initialises the parameters; not kept.
 
     Raises:
-        ValueError: sizes below 1, no convolution, or a model_dim that is no multiple of 4.
+        ValueError: sizes below 1, no convolution, a model_dim that is no multiple of 4, or a momentum not in [0, 1).
 
     >>> encoder = ConvolutionalEncoder(8, channels=(3, 5), rngs=nnx.Rngs(0))
     >>> encoder.grid(13, 30), encoder(jnp.ones((2, 13, 30))).shape
@@ -77,6 +98,7 @@ class ConvolutionalEncoder(nnx.Module):
         *,
         channels: Sequence[int] = (32, 64, 128),
         image_channels: int = 1,
+        norm: OverImage | OverBatch = OverImage(),
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -94,7 +116,13 @@ class ConvolutionalEncoder(nnx.Module):
                 for before, after in zip(inputs, channels, strict=True)
             ]
         )
-        self.norms = nnx.List([nnx.LayerNorm(size, reduction_axes=(1, 2, 3), **sizes) for size in channels])
+
+        def made(size: int) -> nnx.Module:
+            if isinstance(norm, OverBatch):
+                return BatchNorm(size, momentum=norm.momentum, **sizes)
+            return nnx.LayerNorm(size, reduction_axes=(1, 2, 3), **sizes)
+
+        self.norms = nnx.List(map(made, channels))
         self.output = Linear(channels[-1], model_dim, **sizes)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -102,15 +130,33 @@ class ConvolutionalEncoder(nnx.Module):
         scale = _STRIDE ** len(self.convolutions)
         return -(-height // scale), -(-width // scale)
 
-    def __call__(self, images: Float[Array, "B height width *channels"]) -> Float[Array, "B S D"]:
+    def __call__(
+        self,
+        images: Float[Array, "B height width *channels"],
+        *,
+        real: Bool[Array, " B"] | None = None,
+        by_batch: bool = False,
+    ) -> Float[Array, "B S D"]:
         """Vectors of S = rows * columns places, row by row; images without an axis of channels are grey.
+
+        Args:
+            images: the images.
+            real: which of them are not padding, and count in the statistics of a batch; all of them by default.
+            by_batch: batch norm is by the statistics of these images, as in training, not by running ones.
 
         Raises:
             ValueError: the images have other channels than `image_channels`.
         """
         x = _with_channels(images, self.image_channels)
+        real = jnp.ones(x.shape[:1], bool) if real is None else real
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            x = jax.nn.relu(norm(convolution(x)))
+            x = convolution(x)
+            if isinstance(norm, BatchNorm):
+                present = jnp.broadcast_to(real[:, None, None], x.shape[:-1])
+                x, _ = norm(x, present, statistics=None if by_batch else norm.running)
+            else:
+                x = norm(x)
+            x = jax.nn.relu(x)
         return _placed(self.output(x))
 
 

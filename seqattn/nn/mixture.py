@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from seqattn.dropout import split
+from seqattn.nn.capture import Output, captured, tell
 from seqattn.nn.feed_forward import Activation, FeedForward
 from seqattn.nn.initializers import drawn_wide
 from seqattn.nn.parameter_rule import INTO, OUT_OF, Kind, ParameterRule
@@ -27,8 +28,6 @@ RULES = (
     ParameterRule("*/experts/*/kernel", Kind.MATRIX, P("expert", *INTO)),
     ParameterRule("*feed_forward/noise/kernel", Kind.MATRIX, P("fsdp")),
 )
-
-Output = TypeVar("Output")
 
 _MOST_TOGETHER = 4096
 """Of so many tokens at most `[E, tokens, D]` and `[E, tokens, F]` are made at once in evaluation."""
@@ -119,8 +118,7 @@ class MixtureOfExperts(nnx.Module):
         """
         noise_key, hidden_key = split(dropout_key, 2)
         tokens, choice = self._choose(x, real, noise_key)
-        if hasattr(self, "__captures__"):  # inside `nnx.capture`; anywhere else flax would store it in the module
-            self.sow(Routed, "routing", choice.routing(self.config))
+        tell(self, Routed, lambda: choice.routing(self.config))
         if not tokens.shape[0]:
             return x
         # A capacity of all tokens is room for all real ones too, however few they are.
@@ -222,10 +220,12 @@ def routings(call: Callable[..., Output], model: nnx.Module, *args: Any, **kwarg
     >>> len(found), found[0].load.shape
     (2, (3,))
     """
-    # flax marks each module that it captures from, refuses to where a transformation closes over the model, and after
-    # an error leaves the marks: later calls would store their tracers in it. A copy has none of this.
-    copy = jax.tree.map(lambda leaf: leaf, model)
-    output, sown = nnx.capture(call, Routed)(copy, *args, **kwargs)
+    output, (sown,) = captured(call, [Routed], model, *args, **kwargs)
+    return output, routings_among(sown, model)
+
+
+def routings_among(sown: Any, model: nnx.Module) -> list[Routing]:
+    """The routings that the mixture layers of a model sowed; see `routings`."""
     found = jax.tree.leaves(sown, is_leaf=lambda node: isinstance(node, Routing))
     layers = [module for _, module in nnx.iter_modules(model) if isinstance(module, MixtureOfExperts)]
     if layers and not found:
@@ -233,4 +233,4 @@ def routings(call: Callable[..., Output], model: nnx.Module, *args: Any, **kwarg
             f"none of the {len(layers)} mixture layers gave its routing: either none was called, or all were copies, "
             "as inside jax.jit(call)(model) or jax.checkpoint(call)(model)"
         )
-    return output, found
+    return found

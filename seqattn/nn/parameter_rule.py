@@ -24,6 +24,8 @@ class Kind(enum.Enum):
     """Vectors by a number: tokens, positions, distances. It decays."""
     LOGITS = "logits"
     """A matrix whose outputs are logits. It decays."""
+    STATISTIC = "statistic"
+    """Measured in training: no optimizer moves it, and it does not decay."""
 
 
 @dataclasses.dataclass(frozen=True)

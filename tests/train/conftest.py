@@ -11,7 +11,7 @@ import pytest
 
 from seqattn.models import EncoderConfig, LanguageModelConfig, MaskedTokens, Rotary, TokenLabels, TransformerConfig
 from seqattn.nn import BlockConfig
-from train import run
+from train.checkpoints import run
 from train.config import Experiment
 from train.data.batches import Batches
 from train.devices.parallel import Placed, Replicated

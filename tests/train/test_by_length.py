@@ -8,8 +8,9 @@ import matplotlib.image
 import pytest
 
 from seqattn.models import Transformer
-from train import by_length, run
+from train import by_length
 from train.by_length import Arguments, main
+from train.checkpoints import run
 
 
 class RightWhenShort:

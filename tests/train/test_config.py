@@ -28,8 +28,9 @@ from seqattn.models import (
     Window,
 )
 from seqattn.nn import BlockConfig, Cell, MixtureConfig, Monotonic, Predictive
-from train import catalogue, config
+from train import config
 from train.config import decode, differences, encode
+from train.experiments import catalogue
 from train.experiments.addition import ADDITION
 from train.experiments.dates import DATES
 from train.tasks import CodeTopics, Docstrings, PythonCode, PythonTags

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from train import run
-from train.checkpoints import checkpoints
+from train.checkpoints import checkpoints, run
 from train.checkpoints.lock import RunLock
 from train.devices import parallel
 from train.devices.parallel import Sharded

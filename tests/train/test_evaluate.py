@@ -11,7 +11,8 @@ import pytest
 import sacrebleu
 from datasets import Dataset
 
-from train import evaluate, objectives, run
+from train import evaluate, objectives
+from train.checkpoints import run
 from train.data.batches import collate
 from train.evaluate import Arguments
 from train.inference.translator import Translator

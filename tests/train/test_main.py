@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from train import catalogue, config
+from train import config
 from train.__main__ import parse
 from train.checkpoints import lock
 from train.engine import loop
+from train.experiments import catalogue
 
 
 def command(*arguments):

@@ -6,7 +6,8 @@ from flax import nnx
 
 from seqattn.models import Learned, Transformer, TransformerConfig
 from seqattn.nn import BlockConfig
-from train import plot, run
+from train import plot
+from train.checkpoints import run
 from train.data.tokenizer import Characters, Tokenizer
 from train.objectives import pictures
 from train.plot import Arguments

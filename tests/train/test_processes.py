@@ -12,8 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from train import run
-from train.checkpoints import lock
+from train.checkpoints import lock, run
 from train.reports.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +25,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2 // count)
 from tests.train.conftest import TINY
 from pathlib import Path
-from train import environment, loop
+from train.engine import loop
+from train.devices import environment
 from train.devices.processes import Processes
 
 processes = Processes(f"127.0.0.1:{port}", count, index, timeout=60) if count > 1 else Processes()

@@ -12,7 +12,8 @@ import tyro
 
 from seqattn.decoding import GNMT, AverageLength, Greedy, NoPenalty, Sample, Stopping, Temperature, TopK
 from seqattn.models import Seq2SeqConfig
-from train import run, translate
+from train import translate
+from train.checkpoints import run
 from train.inference.translator import Beam, Output, Translator
 from train.objectives import pictures
 from train.translate import Arguments

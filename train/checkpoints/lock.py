@@ -11,14 +11,9 @@ import logging
 import os
 import socket
 from pathlib import Path
-from types import ModuleType
-from typing import Self, TextIO
+from typing import Self
 
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from filelock import FileLock, Timeout
 
 NAME = ".lock"
 log = logging.getLogger(__name__)
@@ -27,7 +22,7 @@ log = logging.getLogger(__name__)
 class RunLock:
     """Holds a run folder for this process while the context lasts.
 
-    Where the file system or the platform cannot lock, a warning says so and training goes on.
+    Where the file system cannot lock, a warning says so and training goes on.
 
     Args:
         folder: the run folder; made if it is missing.
@@ -39,58 +34,48 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._file: TextIO | None = None
+        # The library says neither who holds a lock nor what to do about it; its soft lock outlives a killed process.
+        self._lock = FileLock(
+            folder / NAME, timeout=0, preserve_lock_file=True, fallback_to_soft=False, on_acquired=_sign
+        )
 
     def __enter__(self) -> Self:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            file = (self._folder / NAME).open("a+", encoding="utf-8")
+            self._lock.acquire()
+        except Timeout as error:
+            raise ValueError(
+                f"{self._folder} is being trained by {_holder(self._folder / NAME)}; wait until it ends, or give "
+                "another folder with --run"
+            ) from error
         except OSError as error:
+            if error.filename is None:  # of a file that is open: only to lock it has failed
+                reason = error.strerror
+                log.warning("%s cannot be locked (%s): let no other process train there", self._folder, reason)
+                return self
             raise OSError(
                 f"{self._folder} cannot be written to ({error.strerror}); make it writable, or give another folder "
                 "with --run"
             ) from error
-        try:
-            self._acquire(file)
-        except BaseException:
-            file.close()
-            raise
-        self._file = file
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _acquire(self, file: TextIO) -> None:
-        if fcntl is None:
-            log.warning("%s cannot be locked on this platform: let no other process train there", self._folder)
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{self._folder} is being trained by {_holder(file)}; wait until it ends, or give another folder with "
-                "--run"
-            ) from error
-        except OSError as error:
-            reason = error.strerror
-            log.warning("%s cannot be locked (%s): let no other process train there", self._folder, reason)
-            return
-        since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        # Who the lock belongs to is only said; a full disk does not keep anybody from resuming.
-        with contextlib.suppress(OSError):
-            file.truncate(0)
-            json.dump({"process": os.getpid(), "host": socket.gethostname(), "since": since}, file)
-            file.flush()
+        self._lock.release()
 
 
-def _holder(file: TextIO) -> str:
+def _sign(descriptor: int) -> None:
+    """Writes who holds the lock into its file."""
+    since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
+    # Who the lock belongs to is only said; a full disk does not keep anybody from resuming.
+    with contextlib.suppress(OSError):
+        os.truncate(descriptor, 0)
+        os.write(descriptor, json.dumps(holder).encode())
+
+
+def _holder(file: Path) -> str:
     """Who wrote the lock, as far as the file says it."""
-    file.seek(0)
     try:
-        row = json.load(file)
+        row = json.loads(file.read_text("utf-8"))
         return f"process {row['process']} on {row['host']} since {row['since']}"
-    except (ValueError, TypeError, KeyError):  # it has only just been taken
+    except (OSError, ValueError, TypeError, KeyError):  # it has only just been taken
         return "another process"

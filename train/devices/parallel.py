@@ -7,7 +7,7 @@ equally many updates, and none waits for one that has no batch left.
 import abc
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -70,7 +70,8 @@ class Placed(abc.ABC):
 class Replicated:
     """Every device keeps the whole state and computes its share of each batch (`jax.pmap`).
 
-    Each device drops by a key of its own, and an expert's room is counted in its share of the batch.
+    Each device drops by a key of its own, and an expert's room is counted in its share of the batch. Batch norm is by
+    the statistics of that share, and the running ones follow the whole batch.
     """
 
     def spread(self, update: Update, devices: Sequence[jax.Device] | None = None) -> Placed:
@@ -129,17 +130,6 @@ class Sharded:
 
 Parallel = Replicated | Sharded
 """How an update is spread over devices: `spread(update)` gives what is `Placed` there."""
-
-
-def data_parallel(
-    update: Update, devices: Sequence[jax.Device] | None = None
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`update` under `jax.pmap` over devices (those of all processes by default, also one); the state is donated.
-
-    Raises (when called):
-        ValueError: the rows of the batch do not divide among the devices.
-    """
-    return Replicated().spread(update, devices).update
 
 
 class _Mapped(Placed):

@@ -1,7 +1,8 @@
 """Where the processes of a training meet before JAX connects them.
 
-JAX ends a process with a trace of C++ where process 0 does not answer, its port is taken, or two processes say that
-they are the same. So they meet first, at the same port, where each of these is one sentence.
+Where process 0 does not answer, or another process does not come, JAX ends all of them by SIGABRT with a trace of C++
+that does not say who is missing. Where processes count differently, or two have the same index, some of them train on
+or wait until then (measured with jax 0.10.2). So they meet first, at the same port, where each case is one sentence.
 """
 
 import contextlib

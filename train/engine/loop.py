@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from train import objectives, run
-from train.checkpoints import lock
+from train import objectives
+from train.checkpoints import lock, run
 from train.checkpoints.checkpoints import agreed_numbers
 from train.checkpoints.durable import replace
 from train.config import Experiment, encode

@@ -17,8 +17,8 @@ from datasets import Dataset
 from flax import nnx
 
 from seqattn.models import Learned
-from train import objectives, run
-from train.checkpoints import lock
+from train import objectives
+from train.checkpoints import lock, run
 from train.checkpoints.checkpoints import Checkpoints
 from train.checkpoints.disk_space import check_space
 from train.checkpoints.durable import replace

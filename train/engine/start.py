@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from seqattn.models import Captioner, Transformer
-from train import run
+from train.checkpoints import run
 from train.config import Experiment
 from train.data.tokenizer import Tokenizer
 from train.data.word_vectors import load_table, put_vectors

@@ -9,12 +9,14 @@ import math
 from typing import Any
 
 import jax
+from flax import nnx
 
+from seqattn.nn import Statistic
 from train.config import Experiment
 from train.data.tokenizer import Characters
 from train.reports.profile import parse_steps
 from train.update.optimizer import Momentum, Muon
-from train.update.parameters import check_patterns, matching, matrices
+from train.update.parameters import check_patterns, matching, matrices, paths
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +48,10 @@ def check_parameters(experiment: Experiment, params: Any) -> None:
         params: the parameters, or their shapes.
 
     Raises:
-        ValueError: a pattern of Muon that matches no parameter, or no matrix that is left to it.
+        ValueError: running statistics are frozen, which follow the batches; a pattern of Muon that matches no
+            parameter, or no matrix that is left to it.
     """
+    _check_statistics(experiment, params)
     algorithm = experiment.optimizer.algorithm
     if not isinstance(algorithm, Muon):
         return
@@ -58,6 +62,17 @@ def check_parameters(experiment: Experiment, params: Any) -> None:
         raise ValueError(
             f"Muon would orthogonalise no matrix: its adam ({', '.join(algorithm.adam)}) and frozen "
             f"({', '.join(experiment.frozen)}) match all of them; AdamW does the same"
+        )
+
+
+def _check_statistics(experiment: Experiment, params: Any) -> None:
+    variables = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    names, chosen = jax.tree.leaves(paths(params)), jax.tree.leaves(matching(params, experiment.frozen))
+    rows = zip(names, chosen, variables, strict=True)
+    if found := [name for name, is_frozen, variable in rows if is_frozen and isinstance(variable, Statistic)]:
+        raise ValueError(
+            f"frozen ({', '.join(experiment.frozen)}) matches running statistics, which follow the batches all the "
+            f"same: {', '.join(found)}; freeze the rest by name, such as */kernel and */scale"
         )
 
 

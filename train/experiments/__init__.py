@@ -1,1 +1,1 @@
-"""One file per experiment; its docstring holds the command, the time and the result. `train.catalogue` finds them."""
+"""One file per experiment; its docstring holds the command, the time and the result. `catalogue` finds them."""

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from huggingface_hub import EvalResult, ModelCardData
 from jax import export
 
 from seqattn.interop import to_arrays
+from train.checkpoints.run import RESULTS
 from train.config import Experiment
 from train.hub.exported import Exported
 from train.objectives.for_experiment import named
 from train.reports.metrics import read_metrics
-from train.run import RESULTS
 
 _WHAT = {
     "SequenceToSequence": ("text2text-generation", "It writes a text, given a source text."),
@@ -126,19 +127,21 @@ def _results(folder: Path) -> Results | None:
 
 
 def _header(name: str, kind: str, model: str, task: str, results: Results | None, license: str | None) -> str:
-    """The hub's metadata: YAML, of which JSON is a part."""
-    data: dict[str, Any] = {} if license is None else {"license": license}
-    data |= {"library_name": "seqattn", "tags": ["jax", "flax", "seqattn", model]}
-    if results is not None:
-        metrics = [
-            {"type": metric, "value": round(x, 4), "name": f"{metric}, {results.split} split"}
-            for metric, x in results.numbers.items()
-            if math.isfinite(x)
-        ]
-        result = {"task": {"type": kind}, "dataset": {"name": task, "type": task.lower()}, "metrics": metrics}
-        data["model-index"] = [{"name": name, "results": [result]}]
-    lines = (f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in data.items())
-    return "\n".join(["---", *lines, "---"])
+    """The hub's metadata, as YAML."""
+    of, numbers = ("", {}) if results is None else (f"{results.split} split", results.numbers)
+    figures = [
+        EvalResult(kind, task.lower(), task, metric, round(x, 4), metric_name=f"{metric}, {of}")
+        for metric, x in numbers.items()
+        if math.isfinite(x)
+    ]
+    data = ModelCardData(
+        license=license,
+        library_name="seqattn",
+        tags=["jax", "flax", "seqattn", model],
+        model_name=name if figures else None,
+        eval_results=figures or None,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _training(experiment: Experiment, step: int, average: int) -> str:
@@ -301,6 +304,7 @@ _PROGRAM = """from pathlib import Path
 
 import jax.numpy as jnp
 import jax
+from huggingface_hub import EvalResult, ModelCardData
 from jax import export
 from safetensors.numpy import load_file
 

@@ -25,10 +25,11 @@ import safetensors.numpy
 
 from seqattn.interop import ModelConfig, from_arrays, from_dict, to_arrays, to_dict
 from seqattn.models import EncoderConfig, TextLabels, TokenLabels
-from train import objectives, run
+from train import objectives
+from train.checkpoints import run
+from train.checkpoints.run import PARAMETERS, Run
 from train.data.tokenizer import Tokenizer
 from train.objectives import Objective
-from train.run import PARAMETERS, Run
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 FORWARD, CARD, SUMS = "forward.stablehlo", "README.md", "SHA256SUMS"

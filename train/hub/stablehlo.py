@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ from jax import export
 from seqattn import Coordinates
 from seqattn.interop import from_arrays, to_arrays
 from seqattn.nn import with_implementation
-from train.hub.exported import FORWARD, SUMS, check_digests
+from train.hub.exported import FORWARD
 from train.objectives import named
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -89,28 +88,6 @@ def _logits(config: Any) -> Any:
 
 
 def check_flatbuffers() -> None:
-    """Raises ValueError where the package is missing by which JAX reads and writes programs."""
+    """Raises ValueError where the package is missing by which JAX writes programs."""
     if importlib.util.find_spec("flatbuffers") is None:
         raise ValueError(f"{FORWARD} needs the package flatbuffers: pip install flatbuffers")
-
-
-def load_forward(path: Path) -> export.Exported:
-    """The program of a `forward.stablehlo`; call it as the model card says. Unlike `load`, this trusts who made it.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: flatbuffers is not installed, the file is not what `SHA256SUMS` beside it says, it is no program,
-            or one for other platforms than this.
-    """
-    check_flatbuffers()
-    path = Path(path)
-    if path.name not in check_digests(path.parent):
-        raise ValueError(f"{path.parent / SUMS} must have a digest of {path.name}")
-    try:
-        program = export.deserialize(bytearray(path.read_bytes()))
-        program.mlir_module()
-    except Exception as error:  # whatever the bytes lead to
-        raise ValueError(f"{path} holds no program that this version of JAX reads: {error}") from error
-    if (here := export.default_export_platform()) not in program.platforms:
-        raise ValueError(f"{path} is made for {', '.join(program.platforms)}, and this is {here}")
-    return program

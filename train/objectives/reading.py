@@ -122,7 +122,7 @@ def _encode(model: Captioner, source: jax.Array | np.ndarray, length: jax.Array 
     places = jnp.where(length > 0, rows * columns, 0)
     # As loud as any other, however pale it is; what lies outside is as bright as the mean.
     images = jax.nn.standardize(jnp.asarray(source, jnp.float32), axis=(1, 2), epsilon=1.0)
-    images = images.astype(jax.tree.leaves(nnx.state(model.image, nnx.Param))[0].dtype)
+    images = images.astype(model.image.output.kernel[...].dtype)
     return model.encode(images, Coordinates.from_lengths(places, rows * columns), **options)
 
 

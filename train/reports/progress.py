@@ -17,8 +17,8 @@ import rich.text
 class Progress:
     """A progress bar on a terminal, plain lines elsewhere; a context manager.
 
-    Rate and remaining time come from this session's steps alone, counted from the first update on, so that neither the
-    steps before a resumption nor the first compilation count.
+    The remaining time comes from this session's latest steps, at most 1000, and not from its first one, so that neither
+    the steps before a resumption nor the first compilation count.
 
     Args:
         total: steps of the whole run.
@@ -41,54 +41,49 @@ class Progress:
         self._stream = sys.stdout if stream is None else stream
         if isinstance(self._stream, io.TextIOWrapper):
             self._stream.reconfigure(errors="backslashreplace")
-        self._first: tuple[int, float] | None = None
         self._printed = -math.inf
         self._metrics: dict[str, float] = {}
-        self._bar = _bar(self._stream) if self._stream.isatty() and os.environ.get("TERM") != "dumb" else None
-        if self._bar:
-            self._task = self._bar.add_task("", total=total, completed=initial_step, text="")
+        self._is_bar = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._bar = _bar(self._stream, clock)
+        self._task = self._bar.add_task("", total=total, completed=initial_step, text="")
 
     def update(self, step: int, **metrics: float) -> None:
         """Shows that `step` steps are done. Metrics stay on show until they are given anew; they are Python numbers."""
         now = self._clock()
-        self._first = self._first or (step, now)
         self._metrics |= metrics
-        text = "  ".join([*map(_show, self._metrics.items()), f"ETA {_duration(self._remaining(step, now))}"])
-        if self._bar:
-            self._bar.update(self._task, completed=step, text=text)
-        elif now - self._printed >= self._seconds or step == self._total:
+        text = "  ".join(map(_show, self._metrics.items()))
+        self._bar.update(self._task, completed=step, text=text)
+        if not self._is_bar and (now - self._printed >= self._seconds or step == self._total):
             self._printed = now
-            self.print(f"step {step}/{self._total}  {text}")
+            eta = f"ETA {_duration(self._bar.tasks[0].time_remaining)}"
+            self.print("  ".join(filter(None, [f"step {step}/{self._total}", text, eta])))
 
     def print(self, text: str) -> None:
         """Prints lines, above the bar where there is one."""
-        if self._bar:
+        if self._is_bar:
             self._bar.console.print(rich.text.Text(text), soft_wrap=True)
         else:
             print(text, file=self._stream, flush=True)
 
     def __enter__(self) -> Self:
-        if self._bar:
+        if self._is_bar:
             self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar:
+        if self._is_bar:
             self._bar.stop()
 
-    def _remaining(self, step: int, now: float) -> float | None:
-        first_step, start = self._first or (step, now)
-        if step <= first_step or now <= start:
-            return None
-        return (self._total - step) * (now - start) / (step - first_step)
 
-
-def _bar(stream: TextIO) -> rich.progress.Progress:
+def _bar(stream: TextIO, clock: Callable[[], float]) -> rich.progress.Progress:
     return rich.progress.Progress(
         rich.progress.TextColumn("{task.completed}/{task.total}"),
         rich.progress.BarColumn(bar_width=None),
-        rich.progress.TextColumn("{task.fields[text]}", markup=False),
+        rich.progress.TextColumn("{task.fields[text]}  ETA", markup=False),
+        rich.progress.TimeRemainingColumn(),
         console=rich.console.Console(file=stream),
+        get_time=clock,
+        speed_estimate_period=math.inf,  # an update may take longer than its 30 seconds
         refresh_per_second=4,  # the training program needs the processor more
         expand=True,
     )

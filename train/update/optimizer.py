@@ -118,10 +118,9 @@ class Cosine(_Checked):
                 "set --optimizer.schedule.warmup-steps"
             )
         decay = optax.cosine_decay_schedule(self.peak, steps - self.warmup_steps, alpha=self.final)
-        return lambda step: jnp.where(
-            step < self.warmup_steps,
-            self.peak * _warmup(step, self.warmup_steps),
-            decay(jnp.maximum(step - self.warmup_steps, 0)),
+        # Not `optax.warmup_cosine_decay_schedule`: its first update has the rate 0.
+        return optax.join_schedules(
+            [lambda step: self.peak * _warmup(step, self.warmup_steps), decay], [self.warmup_steps]
         )
 
 

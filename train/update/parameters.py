@@ -58,7 +58,7 @@ def matrices(params: Any) -> Any:
 
     def is_matrix(param: Any, path: str) -> bool:
         rule = rule_of(path)
-        is_vector = path.endswith(_VECTORS) if rule is None else rule.kind is Kind.VECTOR
+        is_vector = path.endswith(_VECTORS) if rule is None else rule.kind in (Kind.VECTOR, Kind.STATISTIC)
         return param.ndim > 1 and not is_vector
 
     return jax.tree.map(is_matrix, params, paths(params))

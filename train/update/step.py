@@ -1,7 +1,8 @@
 """One update, as a pure function of state and batch."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,10 @@ import optax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from seqattn.nn import MixtureOfExperts, routings
+from seqattn.nn import BatchNorm, BatchSums, MixtureOfExperts, Routing, Statistic, move_statistics
+from seqattn.nn.capture import captured
+from seqattn.nn.mixture import Routed, routings_among
+from seqattn.nn.normalization import Measured, measurements_among
 from seqattn.precision import widened
 from seqattn.pytrees import pytree
 
@@ -123,14 +127,15 @@ def make_update(
         metrics = {"loss": sums["total"] / labels, "tokens": sums["count"], "gradient_norm": optax.tree.norm(gradients)}
         if "dropped" in sums:
             metrics["dropped"] = sums["dropped"] / jnp.maximum(sums["choices"], 1)
-        return _applied(optimizer, settings, state, gradients, metrics), metrics
+        move = partial(_moved, graph, sums["measured"], state.params)
+        return _applied(optimizer, settings, state, gradients, metrics, move), metrics
 
     return update
 
 
 def _add_pieces(
     graph: nnx.GraphDef, loss: Loss, settings: _Settings, params: Any, batch: dict[str, jax.Array], key: jax.Array
-) -> tuple[dict[str, jax.Array], Any]:
+) -> tuple[dict[str, Any], Any]:
     """Sums of losses and labels, and the gradient of the former, added over the pieces of a batch."""
     pieces = settings.pieces
     if pieces == 1:
@@ -163,18 +168,17 @@ def _first(tree: Any) -> Any:
 
 def _sums_and_gradients(
     graph: nnx.GraphDef, loss: Loss, settings: _Settings, params: Any, batch: dict[str, jax.Array], key: jax.Array
-) -> tuple[dict[str, jax.Array], Any]:
+) -> tuple[dict[str, Any], Any]:
     """What a batch adds to the sums of an update, and the gradient of its summed loss."""
 
-    def total_loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def total_loss(params: Any) -> tuple[jax.Array, dict[str, Any]]:
         model = nnx.merge(graph, _cast(params, settings.compute_dtype))
         given = _cast(batch, settings.compute_dtype)
         options: dict[str, Any] = {"label_smoothing": settings.label_smoothing, "dropout_key": key}
-        if not any(isinstance(module, MixtureOfExperts) for _, module in nnx.iter_modules(model)):
-            total, count = loss(model, given, **options)
-            return total, {"total": total, "count": count}
-        (total, count), found = routings(loss, model, given, **options)
-        sums = {"total": total, "count": count}
+        (total, count), found, measured = _told(loss, model, given, **options)
+        sums: dict[str, Any] = {"total": total, "count": count, "measured": measured}
+        if not found:
+            return total, sums
         sums["dropped"] = jnp.sum(jnp.stack([routing.dropped for routing in found]))
         sums["choices"] = jnp.sum(jnp.stack([routing.load.sum() for routing in found]))
         # The loss of a routing is a mean over tokens, and is divided by the number of labels later.
@@ -185,23 +189,53 @@ def _sums_and_gradients(
     return sums, widened(gradients)
 
 
+def _told(loss: Loss, model: nnx.Module, *args: Any, **options: Any) -> tuple[Any, list[Routing], list[BatchSums]]:
+    """A loss, and what mixtures of experts and batch norms tell beside it."""
+    if not any(isinstance(module, MixtureOfExperts | BatchNorm) for _, module in nnx.iter_modules(model)):
+        return loss(model, *args, **options), [], []
+    losses, (routed, measured) = captured(loss, (Routed, Measured), model, *args, **options)
+    return losses, routings_among(routed, model), measurements_among(measured, model)
+
+
 def _cast(tree: Any, dtype: DTypeLike | None) -> Any:
-    if dtype is None:
-        return tree
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
+    """The tree in a dtype, but for statistics: what is measured is told as the distance from them."""
+
+    def cast(leaf: Any) -> Any:
+        wanted = not isinstance(leaf, Statistic) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jax.tree.map(lambda array: array.astype(dtype), leaf) if wanted else leaf
+
+    return tree if dtype is None else jax.tree.map(cast, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _moved(graph: nnx.GraphDef, measured: Sequence[BatchSums], before: Any, params: Any) -> Any:
+    """The parameters, with running statistics moved from where they were before, whatever an optimizer did."""
+    if not measured:
+        return params
+    merged = jax.tree.map(
+        lambda old, new: old if isinstance(old, Statistic) else new,
+        before,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+    return nnx.split(move_statistics(nnx.merge(graph, merged), measured), nnx.Param)[1]
 
 
 def _applied(
-    optimizer: optax.GradientTransformation, settings: _Settings, state: TrainState, gradients: Any, metrics: Metrics
+    optimizer: optax.GradientTransformation,
+    settings: _Settings,
+    state: TrainState,
+    gradients: Any,
+    metrics: Metrics,
+    move: Callable[[Any], Any],
 ) -> TrainState:
     """The state after a batch: updated, or left as it is where something is not finite."""
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params, average = optax.apply_updates(state.params, updates), state.average
+    params, average = move(optax.apply_updates(state.params, updates)), state.average
     if settings.decay is not None:
         # Else what the parameters were drawn as would be a part of the average for thousands of updates.
         made = (state.step - state.skipped).astype(jnp.float32)
         decay = jnp.minimum(settings.decay, (1 + made) / (10 + made))
-        average = jax.tree.map(lambda old, new: (old + (1 - decay) * (new - old)).astype(old.dtype), average, params)
+        average = optax.incremental_update(widened(params), average, 1 - decay)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
     # Once patience is at its end nothing changes, until the host sees it: when it looks decides nothing.
     sound = finite & (state.skipped_in_a_row < settings.patience)

@@ -39,7 +39,7 @@ from seqattn.models import (
     TransformerConfig,
     Window,
 )
-from seqattn.nn import Activation, BlockConfig, Cell, Direction, MixtureConfig, Monotonic, Predictive, Score
+from seqattn.nn import Activation, BlockConfig, Cell, Direction, MixtureConfig, Monotonic, OverBatch, Predictive, Score
 from tests.parameters import drawn
 
 BLOCK = BlockConfig(model_dim=12, hidden_dim=7, num_heads=2, activation=Activation.SILU, gated=True, norm_first=True)
@@ -58,6 +58,7 @@ CONFIGS = {
     "between": Seq2SeqConfig(11, 5, 8, local=Monotonic(0), attention_encoder=AttentionEncoder(1, 2, 7, Learned(9))),
     "captioner": CaptionerConfig(11, Patches((2, 3)), TransformerConfig(0, 0, 1, BLOCK)),
     "recurrent captioner": CaptionerConfig(11, Convolutional((3, 5), 2), Seq2SeqConfig(0, 8, 6)),
+    "batch norm": CaptionerConfig(11, Convolutional((3,), norm=OverBatch(0.5)), Seq2SeqConfig(0, 8, 6)),
 }
 MODELS = {
     CaptionerConfig: Captioner,

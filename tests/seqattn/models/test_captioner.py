@@ -23,7 +23,7 @@ from seqattn.models import (
     Transformer,
     TransformerConfig,
 )
-from seqattn.nn import BlockConfig, Score, TokenEmbedding
+from seqattn.nn import BlockConfig, OverBatch, Score, TokenEmbedding
 from tests.parameters import drawn
 
 V, B, T = 13, 3, 5
@@ -153,6 +153,28 @@ def test_what_a_row_of_padding_holds_changes_nothing_forward_and_backward(name):
         assert np.all(np.isfinite(theirs))
         np.testing.assert_array_equal(ours, theirs)
     assert np.all(np.any(np.asarray(expected[-1]) != 0, axis=(1, 2)) == [True, True, False])
+
+
+def test_what_a_row_of_padding_holds_changes_nothing_beside_batch_norm():
+    image = dataclasses.replace(CONVOLUTIONAL, norm=OverBatch())
+    config = dataclasses.replace(CONFIGS["convolutions_transformer"], image=image)
+    model = drawn(lambda: Captioner(config, rngs=nnx.Rngs(0)))
+
+    @jax.jit
+    def gradients(model, images):
+        def total(model, images):
+            vectors = model.encode(images, SOURCE_AT, dropout_key=jax.random.key(0))
+            return jnp.sum(model.decode(TARGET, TARGET_AT, vectors)[:2] ** 2)
+
+        return jax.value_and_grad(total, argnums=(0, 1))(model, images)
+
+    images = _images("convolutions_transformer")
+    expected = jax.tree.leaves(gradients(model, images))
+    for ours, theirs in zip(jax.tree.leaves(gradients(model, images.at[2].set(jnp.nan))), expected, strict=True):
+        assert np.all(np.isfinite(theirs))
+        np.testing.assert_array_equal(ours, theirs)
+    other = gradients(model, images.at[1].multiply(2.0))[0]
+    assert float(other) != float(expected[0]), "each real image counts in the statistics"
 
 
 @one_of_each

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax import export
 
-from seqattn.nn.convolution import ConvolutionalEncoder, PatchEncoder, sinusoidal_grid
+from seqattn.nn.convolution import ConvolutionalEncoder, OverBatch, PatchEncoder, sinusoidal_grid
 from seqattn.positions import sinusoidal
 from tests.parameters import drawn
 
@@ -64,6 +64,24 @@ def _grid(rows: int, columns: int) -> np.ndarray:
 def test_places_are_told_by_row_and_column():
     np.testing.assert_allclose(sinusoidal_grid(3, 5, D), _grid(3, 5), atol=1e-6)
     assert sinusoidal_grid(0, 0, D).shape == (0, D)
+
+
+@pytest.mark.parametrize("by_batch", [False, True])
+def test_batch_norm_is_by_running_statistics_or_those_of_the_real_images(by_batch):
+    encoder = drawn(lambda: ConvolutionalEncoder(D, channels=(5, 7), norm=OverBatch(), rngs=nnx.Rngs(0)))
+    for norm in encoder.norms:
+        norm.variance[...] = jnp.abs(norm.variance[...]) + 0.5
+    images = np.concatenate([GREY, 9 + GREY[:1]])
+    x = images.astype(np.float64)[..., None]
+    for convolution, norm in zip(encoder.convolutions, encoder.norms, strict=True):
+        x = _convolve(convolution, x)
+        batch = x[:B].mean((0, 1, 2)), x[:B].var((0, 1, 2))
+        mean, variance = batch if by_batch else (_array(norm.mean), _array(norm.variance))
+        x = np.maximum((x - mean) / np.sqrt(variance + 1e-5) * _array(norm.scale) + _array(norm.shift), 0)
+    expected = (x @ _array(encoder.output.kernel) + _array(encoder.output.bias)).reshape(3, 24, D) + _grid(4, 6)
+    run = jax.jit(lambda encoder, images, real: encoder(images, real=real, by_batch=by_batch))
+    found = run(encoder, jnp.asarray(images), jnp.array([True, True, False]))
+    np.testing.assert_allclose(found[:B], expected[:B], atol=5e-5)
 
 
 @pytest.mark.parametrize("images", [GREY, COLOUR], ids=["grey", "colour"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seqattn.nn.normalization import BatchNorm, BatchStatistics
+from seqattn.nn.normalization import BatchNorm, BatchStatistics, Statistic, measurements, move_statistics
 from tests.parameters import drawn
 
 B, T, D = 3, 5, 7
@@ -86,11 +86,79 @@ def test_any_dtype_and_any_number_of_batch_dims():
             np.testing.assert_allclose(statistics.mean, X[0][REAL[0]].mean(axis=0), rtol=1e-2)
 
 
-def test_a_norm_starts_as_one_and_keeps_no_statistics():
+def _train(norm, x, real):
+    return norm(x, real)[0]
+
+
+def test_a_call_changes_no_statistic_and_measurements_move_them():
+    norm = BatchNorm(D, momentum=0.75, rngs=nnx.Rngs(0))
+    _, sums = jax.jit(measurements, static_argnums=0)(_train, norm, jnp.asarray(X), jnp.asarray(REAL))
+    np.testing.assert_array_equal(norm.mean[...], np.zeros(D))
+    real = X[REAL].astype(np.float64)
+    for number in range(1, 4):
+        before = norm
+        norm = move_statistics(norm, sums)
+        _, sums = measurements(_train, norm, jnp.asarray(X), jnp.asarray(REAL))
+        assert np.all(before.mean[...] != norm.mean[...]), "the model of before stays what it was"
+        left = 0.75**number
+        np.testing.assert_allclose(norm.mean[...], (1 - left) * real.mean(axis=0), rtol=1e-5)
+        np.testing.assert_allclose(norm.variance[...], left + (1 - left) * real.var(axis=0), rtol=1e-4)
+
+
+def test_sums_of_parts_are_those_of_the_whole():
+    """About a running mean that is far away, too, and with parts of which one has no element."""
+    norm = BatchNorm(D, rngs=nnx.Rngs(0))
+    norm.mean[...] = jnp.full(D, -50.0)
+    real = REAL.copy()
+    real[1] = False
+    whole, *parts = (
+        measurements(_train, norm, jnp.asarray(X[part]), jnp.asarray(real[part]))[1][0]
+        for part in (slice(None), slice(0, 1), slice(1, 2), slice(2, 3))
+    )
+    added = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+    for ours, theirs in zip(jax.tree.leaves(added), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_norms_measure_in_their_order_and_add_up_what_several_calls_do():
+    norms = nnx.List([BatchNorm(D, rngs=nnx.Rngs(0)) for _ in range(3)])
+    ones = jnp.ones((B, D))
+
+    def call(norms):
+        evaluated, _ = norms[1](ones, jnp.ones(B, bool), statistics=norms[1].running)
+        return [norms[2](x, jnp.ones(B, bool))[0] for x in (ones, 3 * ones)], evaluated
+
+    _, sums = measurements(call, norms)
+    assert [int(each.count[0]) for each in sums] == [0, 0, 2 * B]
+    moved = move_statistics(norms, sums)
+    for norm in moved[:2]:
+        np.testing.assert_array_equal(norm.variance[...], np.ones(D))
+    np.testing.assert_allclose(moved[2].mean[...], 0.01 * 2, rtol=1e-5)
+    np.testing.assert_allclose(moved[2].variance[...], 0.99 + 0.01, rtol=1e-5)
+    with pytest.raises(ValueError, match="2 sums were given for the 3 batch norms"):
+        move_statistics(norms, sums[1:])
+
+
+def test_no_gradient_reaches_running_statistics():
+    def total(norm):
+        return jnp.sum(norm(jnp.asarray(X), jnp.asarray(REAL), statistics=norm.running)[0] ** 2)
+
+    gradients = nnx.state(jax.grad(total)(NORM), Statistic)
+    assert len(jax.tree.leaves(gradients)) == 2
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
+
+
+def test_a_norm_starts_as_one_and_its_statistics_are_parameters():
     norm = BatchNorm(D, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(norm.scale[...], np.ones(D))
     np.testing.assert_array_equal(norm.shift[...], np.zeros(D))
+    np.testing.assert_array_equal(norm.mean[...], np.zeros(D))
+    np.testing.assert_array_equal(norm.variance[...], np.ones(D))
     assert not jax.tree.leaves(nnx.state(norm, nnx.Not(nnx.Param)))
+    assert BatchNorm(D, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)).mean.dtype == jnp.float32
+    for momentum in (-0.1, 1.0, np.nan):
+        with pytest.raises(ValueError, match=rf"momentum \({momentum}\) must be in \[0, 1\)"):
+            BatchNorm(D, momentum=momentum, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"dim \(0\) must be an integer of at least 1"):
         BatchNorm(0, rngs=nnx.Rngs(0))
     for epsilon in (-1e-6, np.nan, np.inf):

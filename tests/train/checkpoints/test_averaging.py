@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import run
+from train.checkpoints import run
 from train.checkpoints.averaging import average
 from train.checkpoints.checkpoints import Checkpoints, MissingStep
 from train.engine import loop

@@ -23,10 +23,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from seqattn.models import Transformer, TransformerConfig
 from seqattn.nn import BlockConfig
-from train import environment
 from train.checkpoints import checkpoints as module
 from train.checkpoints import digests
 from train.checkpoints.checkpoints import Checkpoints, MissingStep
+from train.devices import environment
 from train.update.step import TrainState, start
 
 
@@ -520,7 +520,7 @@ with Checkpoints(folder, keep=2) as checkpoints:
         for one, other in zip(before.addressable_shards, after.addressable_shards, strict=True):
             np.testing.assert_array_equal(one.data, other.data)
     if rank == 0:
-        from train import digests
+        from train.checkpoints import digests
         def fail(folder):
             raise OSError(28, "No space left on device")
         digests.write = fail

@@ -1,14 +1,15 @@
 """One process trains in a folder; the lock ends with it."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from train.checkpoints import lock
 from train.checkpoints.lock import RunLock
 
 HOLD = (
@@ -59,33 +60,39 @@ def test_a_lock_that_was_only_just_taken_names_nobody(tmp_path):
             pass
 
 
-def test_a_file_system_that_cannot_lock_is_only_warned_of(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_that_cannot_lock_is_only_warned_of(code, tmp_path, monkeypatch, caplog):
     def fail(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(lock.fcntl, "flock", fail)
-    with RunLock(tmp_path):
-        assert f"{tmp_path} cannot be locked (No locks available)" in caplog.text
+    monkeypatch.setattr(fcntl, "flock", fail)
+    for _ in range(2):  # nothing stays that would keep the next one out
+        with RunLock(tmp_path):
+            assert f"{tmp_path} cannot be locked ({os.strerror(code)})" in caplog.text
+        caplog.clear()
 
 
-def test_a_platform_that_cannot_lock_is_only_warned_of(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(lock, "fcntl", None)
-    with RunLock(tmp_path):
-        assert "cannot be locked on this platform" in caplog.text
+def test_a_full_disk_keeps_nobody_from_training(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", fail)
+    with RunLock(tmp_path), pytest.raises(ValueError, match="is being trained by another process"), RunLock(tmp_path):
+        pass
 
 
 def test_d14_a_missing_folder_is_made_and_a_relative_one_means_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with RunLock(lock.Path("missing") / "run"):
+    with RunLock(Path("missing") / "run"):
         assert (tmp_path / "missing" / "run" / ".lock").is_file()
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
 def test_d14_a_folder_that_is_read_only_is_refused_in_a_sentence(code, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise OSError(code, os.strerror(code))
+    def fail(path, *_, **__):
+        raise OSError(code, os.strerror(code), path)
 
-    monkeypatch.setattr(lock.Path, "open", fail)
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(OSError, match=rf"cannot be written to \({os.strerror(code)}\); .*--run"), RunLock(tmp_path):
         pass
 

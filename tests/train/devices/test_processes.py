@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax._src import clusters
 
-from train import environment
+from train.devices import environment
 from train.devices.parallel import Replicated, Sharded
 from train.devices.processes import Agreement, Processes, any_process, detected, differing, is_first
 
@@ -143,7 +143,7 @@ def python(*arguments):
 
 def connecting(port, index, count, timeout):
     flags = f"'127.0.0.1:{port}', {count}, {index}, timeout={timeout}"
-    script = "from train import environment\nfrom train.devices import processes\n"
+    script = "from train.devices import environment, processes\n"
     return python("-c", f"{script}environment.command(processes.Processes({flags}).connect)")
 
 

@@ -27,8 +27,9 @@ from seqattn.models import (
 from seqattn.models.parameter_rules import rule_of
 from seqattn.nn import BlockConfig, Cell, MixtureConfig, Predictive, Score
 from seqattn.nn.parameter_rule import Kind, ParameterRule
-from train import catalogue, run
+from train.checkpoints import run
 from train.devices.sharding import AXES, shardings
+from train.experiments import catalogue
 from train.update.freezing import freeze
 from train.update.optimizer import AdaGrad, AdamW, Muon, Optimizer
 from train.update.parameters import paths

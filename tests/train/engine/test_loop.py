@@ -13,7 +13,7 @@ import pytest
 import train.evaluate
 import train.update.step
 from seqattn.models import Learned
-from train import run
+from train.checkpoints import run
 from train.checkpoints.checkpoints import Checkpoints
 from train.checkpoints.lock import RunLock
 from train.data.batches import Batches

@@ -10,7 +10,7 @@ from flax import nnx
 
 from seqattn.models import CaptionerConfig, Patches, Seq2SeqConfig, TransformerConfig
 from seqattn.nn import BlockConfig
-from train import run
+from train.checkpoints import run
 from train.data.tokenizer import ByteLevelBPE, Characters, Tokenizer
 from train.engine import loop
 from train.engine.start import fresh

@@ -7,11 +7,13 @@ import jax
 import pytest
 from flax import nnx
 
-from seqattn.models import EncoderConfig, MaskedTokens
-from train import catalogue, run
+from seqattn.models import Captioner, CaptionerConfig, Convolutional, EncoderConfig, MaskedTokens, Seq2SeqConfig
+from seqattn.nn import OverBatch
+from train.checkpoints import run
 from train.config import decode
 from train.data.tokenizer import ByteLevelBPE, Characters, SavedTokenizer
 from train.engine import loop, without_effect
+from train.experiments import catalogue
 from train.update.optimizer import AdamW, Constant, InverseSquareRoot, InverseTime, Momentum, Muon, Noam, Optimizer
 
 STEPS = 12  # of the tiny experiment, which is evaluated after 5 and 10
@@ -74,6 +76,16 @@ def test_freezing_everything_is_refused(frozen, refused):
 
 def test_a_frozen_pattern_that_matches_nothing_is_refused(refused):
     refused(r"pattern 'encode/\*' matches no parameter; the nearest are ", frozen=("encode/*",))
+
+
+def test_frozen_running_statistics_are_refused(tiny):
+    image = Convolutional((3,), norm=OverBatch())
+    config = CaptionerConfig(7, image, Seq2SeqConfig(0, embedding_dim=4, hidden_dim=6))
+    params = nnx.state(nnx.eval_shape(lambda: Captioner(config, rngs=nnx.Rngs(0))), nnx.Param)
+    words = r"frozen \(image/\*\) matches running statistics.*: image/norms/0/mean, image/norms/0/variance; freeze the"
+    with pytest.raises(ValueError, match=words):
+        without_effect.check_parameters(dataclasses.replace(tiny, frozen=("image/*",)), params)
+    without_effect.check_parameters(dataclasses.replace(tiny, frozen=("image/*/kernel", "image/*/scale")), params)
 
 
 def test_muon_beside_frozen_matrices_needs_one_that_learns(refused, tiny):

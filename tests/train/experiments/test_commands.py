@@ -10,8 +10,8 @@ import pytest
 
 from seqattn.models import Rotary
 from seqattn.models.positions import Positions
-from train import catalogue
 from train.__main__ import parse
+from train.experiments import catalogue
 from train.experiments.reading import READING
 from train.experiments.reading_transformer import READING_TRANSFORMER
 

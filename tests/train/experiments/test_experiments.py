@@ -11,11 +11,11 @@ import jax
 import pytest
 
 from seqattn.models import CaptionerConfig
-from train import catalogue
 from train.data.batches import stream
 from train.data.tokenizer import ByteLevelBPE
-from train.devices.parallel import data_parallel
+from train.devices.parallel import Replicated
 from train.engine import loop
+from train.experiments import catalogue
 from train.tasks import CodeTopics, LabelledFiles, Multi30k, ParallelFiles
 from train.tasks.own_files import OwnFiles
 from train.tasks.standard_library import SourceTask
@@ -85,9 +85,9 @@ def test_the_loss_falls(name, tmp_path):
     optimizer = freeze(session.experiment.optimizer.make(experiment.steps), experiment.frozen)
     settings = {"seed": 0, "label_smoothing": experiment.label_smoothing}
     make = make_update(session.graph, optimizer, session.objective.loss, **settings)
-    update, state, losses = data_parallel(make, jax.local_devices()[:1]), session.state, []
+    placed, state, losses = Replicated().spread(make, jax.local_devices()[:1]), session.state, []
     for _ in range(6):
-        state, metrics = update(state, batch)
+        state, metrics = placed.update(state, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.97 * losses[0]
 

@@ -16,8 +16,10 @@ from seqattn.models import (
     TextLabels,
     TokenLabels,
 )
-from train import by_length, catalogue, complete, objectives, run, translate
+from train import by_length, complete, objectives, translate
+from train.checkpoints import run
 from train.data.tokenizer import Characters, Tokenizer
+from train.experiments import catalogue
 from train.objectives import Classification, Continuation, Masking, Reading, SequenceToSequence, Tagging
 from train.tasks import CodeTopics, Docstrings, LabelledFiles, PythonCode, PythonTags, RenderedText, Reverse, TextFiles
 from train.tasks.task import Task, splits

@@ -13,7 +13,7 @@ from flax import nnx
 from seqattn import Coordinates
 from seqattn.models import Encoder, EncoderConfig, TextLabels, TokenLabels
 from seqattn.nn import BlockConfig
-from train import run
+from train.checkpoints import run
 from train.data.batches import collate
 from train.data.tokenizer import ByteLevelBPE, Characters, Tokenizer
 from train.engine import loop

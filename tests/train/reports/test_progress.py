@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,11 @@ def test_remaining_time_counts_this_session_only_and_not_the_first_compilation()
     assert [line.split("  ")[-1] for line in lines] == ["ETA -", "ETA 0:02:58"]
 
 
+def test_remaining_time_is_that_of_the_latest_steps():
+    updates = [(9, step, {}) for step in range(1, 1002)] + [(1, step, {}) for step in range(1002, 2002)]
+    assert plain_lines(3001, updates)[-1].split("  ")[-1] == "ETA 0:16:40"
+
+
 def test_messages_keep_their_brackets_and_escape_what_the_stream_lacks():
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
@@ -91,7 +97,7 @@ def _read(terminal):
 
 
 def test_terminal_shows_a_bar_with_loss_rate_and_remaining_time():
-    shown = on_terminal(TERM="xterm", COLUMNS="90", PYTHONUTF8="1")
+    shown = re.sub(r"\x1b\[\d+m", "", on_terminal(TERM="xterm", COLUMNS="90", PYTHONUTF8="1"))  # without colours
     for part in ("3/3", "━", "loss 0.25", "1,000 tokens/s", "ETA 0:00:00", "[EOS] 5 янв [/]"):
         assert part in shown
 

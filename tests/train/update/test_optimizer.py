@@ -64,12 +64,16 @@ def test_inverse_square_root_peaks_at_the_end_of_the_warm_up():
     np.testing.assert_allclose(rates(InverseSquareRoot(peak=0.5, warmup_steps=7)), expected, rtol=1e-5)
 
 
-def test_cosine_rises_and_falls_to_its_final_share():
-    values = rates(Cosine(peak=0.5, warmup_steps=5, final=0.1), STEPS + 1)
-    np.testing.assert_allclose(values[:5], 0.5 * np.arange(1, 6) / 5, rtol=1e-5)
-    halfway = 5 + (STEPS - 5) // 2
-    expected = 0.5 * (0.1 + 0.9 * (1 + math.cos(math.pi * (halfway - 5) / (STEPS - 5))) / 2)
-    np.testing.assert_allclose(values[[halfway, STEPS]], [expected, 0.05], rtol=1e-5)
+@pytest.mark.parametrize("warmup_steps", [0, 1, 5])
+def test_cosine_is_its_formula_at_every_update(warmup_steps):
+    def rate(step):
+        if step < warmup_steps:
+            return 0.5 * (step + 1) / warmup_steps
+        share = min(1.0, (step - warmup_steps) / (STEPS - warmup_steps))
+        return 0.5 * (0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2)
+
+    schedule = Cosine(peak=0.5, warmup_steps=warmup_steps, final=0.1)
+    np.testing.assert_allclose(rates(schedule, STEPS + 9), [*map(rate, range(STEPS + 9))], rtol=1e-5)
 
 
 def test_cosine_shorter_than_its_warm_up_is_refused():

@@ -95,7 +95,7 @@ def test_what_is_a_matrix_in_a_model():
             last = name.rpartition("/")[-1]
             assert not (is_matrix and last.endswith(("bias", "scale", "shift", "projection"))), name
             vectors |= set() if is_matrix else {last}
-    assert vectors == {"bias", "hidden_bias", "scale", "shift", "projection"}
+    assert vectors == {"bias", "hidden_bias", "scale", "shift", "projection", "mean", "variance"}
     language = nnx.eval_shape(lambda: nnx.state(models["language"](nnx.Rngs(0)), nnx.Param))
     chosen = dict(zip(jax.tree.leaves(paths(language)), jax.tree.leaves(matrices(language)), strict=True))
     assert chosen["stack/scores/bias"] is False

@@ -11,7 +11,7 @@ from flax import nnx
 from seqattn.models import Encoder, EncoderConfig, TokenLabels, Transformer, TransformerConfig
 from seqattn.nn import BlockConfig, MixtureConfig, routings
 from train.data.batches import collate
-from train.devices.parallel import data_parallel
+from train.devices.parallel import Replicated
 from train.objectives import SequenceToSequence, Tagging
 from train.update.step import make_update, start
 
@@ -34,6 +34,11 @@ def fresh(dropout_rate=0.0):
     return start(Transformer(config, rngs=nnx.Rngs(0)), SGD)
 
 
+def mapped(update, count):
+    """The update over some devices, as training makes it."""
+    return Replicated().spread(update, jax.local_devices()[:count]).update
+
+
 def closest(first, second):
     return max(float(abs(a - b).max()) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
 
@@ -44,7 +49,7 @@ def test_e5_several_devices_update_as_one_does(count):
     graph, state = fresh()
     update = make_update(graph, SGD, LOSS, seed=0)
     one, metrics = jax.jit(update)(state, batch)
-    several, parallel = data_parallel(update, jax.local_devices()[:count])(state, batch)
+    several, parallel = mapped(update, count)(state, batch)
     assert closest(one.params, several.params) < 1e-6
     assert float(metrics["loss"]) == pytest.approx(float(parallel["loss"]), rel=1e-6)
     assert float(metrics["gradient_norm"]) == pytest.approx(float(parallel["gradient_norm"]), rel=1e-5)
@@ -53,7 +58,7 @@ def test_e5_several_devices_update_as_one_does(count):
 def test_e6_a_batch_that_does_not_divide_is_refused():
     graph, state = fresh()
     with pytest.raises(ValueError, match=r"3 rows .* must be a multiple of the 2 devices"):
-        data_parallel(make_update(graph, SGD, LOSS, seed=0), jax.local_devices()[:2])(state, collate(rows(3)))
+        mapped(make_update(graph, SGD, LOSS, seed=0), 2)(state, collate(rows(3)))
 
 
 def test_empty_rows_change_nothing():
@@ -106,9 +111,9 @@ def test_devices_drop_differently():
     both = {name: np.concatenate([array, array]) for name, array in half.items()}
     graph, state = fresh(dropout_rate=0.5)
     update = make_update(graph, SGD, LOSS, seed=0)
-    _, metrics = data_parallel(update, jax.local_devices()[:2])(state, both)
+    _, metrics = mapped(update, 2)(state, both)
     graph, state = fresh(dropout_rate=0.5)
-    _, first = data_parallel(update, jax.local_devices()[:1])(state, half)
+    _, first = mapped(update, 1)(state, half)
     assert float(metrics["loss"]) != pytest.approx(float(first["loss"]), rel=1e-4)
 
 
@@ -149,7 +154,7 @@ def test_the_update_of_a_mixture_adds_the_loss_of_its_routing_on_each_device(exp
     dropped, choices = sum(int(each.dropped) for each in found), sum(int(each.load.sum()) for each in found)
     expected = jax.tree.map(lambda param, gradient: param - gradient, state.params, gradients)
 
-    update = data_parallel(make_update(graph, SGD, Tagging.loss, seed=0), jax.local_devices()[:devices])
+    update = mapped(make_update(graph, SGD, Tagging.loss, seed=0), devices)
     after, metrics = update(jax.tree.map(jax.numpy.array, state), batch)
     assert closest(after.params, expected) < 1e-5
     assert float(metrics["loss"]) == pytest.approx(pure, rel=1e-5)
@@ -168,7 +173,7 @@ def test_b7_pieces_of_a_batch_update_as_the_whole_does(devices):
     graph, state = fresh()
     whole, metrics = jax.jit(make_update(graph, SGD, LOSS, seed=0, label_smoothing=0.1))(state, batch)
     update = make_update(graph, SGD, LOSS, seed=0, label_smoothing=0.1, pieces=3)
-    pieced, same = data_parallel(update, jax.local_devices()[:devices])(state, batch)
+    pieced, same = mapped(update, devices)(state, batch)
     assert closest(whole.params, pieced.params) < 1e-6
     assert float(metrics["tokens"]) == float(same["tokens"])
     assert float(metrics["loss"]) == pytest.approx(float(same["loss"]), rel=1e-6)
@@ -180,7 +185,7 @@ def test_pieces_of_a_mixture_update_as_devices_with_these_rows_do(experts):
     pieced, metrics = jax.jit(make_update(graph, SGD, Tagging.loss, seed=0, pieces=2))(state, batch)
     order = np.array([0, 2, 1, 3])  # a piece takes every second row, a device the first or the last half
     sorted_batch = {name: array[order] for name, array in batch.items()}
-    update = data_parallel(make_update(graph, SGD, Tagging.loss, seed=0), jax.local_devices()[:2])
+    update = mapped(make_update(graph, SGD, Tagging.loss, seed=0), 2)
     expected, same = update(jax.tree.map(jax.numpy.array, state), sorted_batch)
     assert closest(pieced.params, expected.params) < 1e-5
     assert metrics.keys() == same.keys()
@@ -264,13 +269,12 @@ def test_e4_an_infinite_gradient_is_no_update_though_it_could_be_clipped():
 def test_the_moving_average_follows_the_parameters():
     batch = collate(rows(3))
     graph, state = start(Transformer(CONFIG, rngs=nnx.Rngs(0)), SGD, average=True)
-    update = jax.jit(make_update(graph, SGD, LOSS, seed=0, decay=0.15))
-    first, _ = update(state, batch)
-    second, _ = update(first, batch)
-    expected = jax.tree.map(  # 1 / 10, and then 2 / 11 would be more than 0.15
-        lambda a, b, c: 0.15 * (0.1 * a + 0.9 * b) + 0.85 * c, state.params, first.params, second.params
-    )
-    assert closest(second.average, expected) < 1e-6
+    update = jax.jit(make_update(graph, SGD, LOSS, seed=0, decay=0.3))
+    expected = jax.tree.map(lambda x: np.asarray(x, np.float64), state.params)
+    for decay in (1 / 10, 2 / 11, 3 / 12, 0.3, 0.3, 0.3):  # 4 / 13 would be more than 0.3
+        state, _ = update(state, batch)
+        expected = jax.tree.map(lambda old, new, d=decay: old + (1 - d) * (new - old), expected, state.params)
+        assert closest(state.average, expected) < 1e-6
 
 
 def test_bfloat16_computes_nearly_the_same_with_parameters_in_float32():

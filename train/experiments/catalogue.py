@@ -1,4 +1,4 @@
-"""Experiments by name, from the files of `train/experiments/`, or from any file: each defines one experiment.
+"""Experiments by name, from the other files of this folder, or from any file: each defines one experiment.
 
 `train.config`, and JAX with it, is imported only once an experiment is wanted: to list them takes no time.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from train.config import Experiment
 
-_FOLDER = Path(__file__).with_name("experiments")
+_FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
@@ -26,7 +26,7 @@ def names() -> list[str]:
     >>> "dates" in names()
     True
     """
-    return sorted(file.stem for file in _FOLDER.glob("*.py") if not file.stem.startswith("_"))
+    return sorted(file.stem for file in _FOLDER.glob("*.py") if file.stem not in ("__init__", "catalogue"))
 
 
 def sentences() -> dict[str, str]:

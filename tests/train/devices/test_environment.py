@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train import environment
+from train.devices import environment
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
@@ -44,7 +44,7 @@ def test_configuring_twice_sets_the_flag_once(monkeypatch):
 
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_a_product_followed_by_a_reduction_is_right_in_this_process(size):
-    """A version of jaxlib that fails here is affected too: widen the range in train/environment.py."""
+    """A version of jaxlib that fails here is affected too: widen the range in train/devices/environment.py."""
     left, right = np.full((5, size, size), 2, np.float32), np.ones((size, size), np.float32)
     norms = jax.jit(jax.vmap(lambda matrix: jnp.sum((matrix @ right) ** 2)))(left)
     np.testing.assert_allclose(norms, np.full(5, (2.0 * size) ** 2 * size**2), rtol=1e-5)
