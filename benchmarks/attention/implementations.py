@@ -11,22 +11,24 @@ from benchmarks.bench import machine
 from benchmarks.bench.program import Program
 from seqattn.choice import IMPLEMENTATIONS
 
-Prepare = Callable[[AttentionCase, Iterable[np.ndarray]], Program]
+PrepareCall = Callable[[AttentionCase, Iterable[np.ndarray]], Program]
 """Makes a program for a case from its inputs.
 
 Raises ImportError where the library is not installed, NotImplementedError where it cannot serve the case.
 """
 
 
-def _in_jax(call: Callable[[AttentionCase, str | None], AttentionCall], implementation: str | None = None) -> Prepare:
+def _in_jax(
+    call: Callable[[AttentionCase, str | None], AttentionCall], implementation: str | None = None
+) -> PrepareCall:
     return lambda case, inputs: prepare(call(case, implementation), case, inputs)
 
 
-def _in_pytorch(implementation: str) -> Prepare:
+def _in_pytorch(implementation: str) -> PrepareCall:
     return lambda case, inputs: pytorch_calls.prepare(case, inputs, implementation)
 
 
-NAMES: dict[str, Prepare] = {
+NAMES: dict[str, PrepareCall] = {
     "seqattn": _in_jax(seqattn_calls.call),
     **{f"seqattn:{name}": _in_jax(seqattn_calls.call, name) for name in IMPLEMENTATIONS},
     "jax.nn:xla": _in_jax(jax_calls.jax_nn, "xla"),

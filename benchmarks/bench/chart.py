@@ -16,6 +16,8 @@ from train.reports.style import COLORS, entitle, save
 _HATCHES = ["", "///", "..."]
 """More implementations than colours are hatched."""
 
+_NAME = 1.3  # inches that a name takes in the legend
+
 
 def with_value(lines: Sequence[Line], field: str, path: str | os.PathLike[str]) -> list[Line]:
     """The lines with a number in a field, without the baseline that others are relative to, if there is one.
@@ -60,7 +62,8 @@ def finish(figure: Figure, names: Sequence[str], title: str, path: str | os.Path
     The suffix of the path does not matter, and its folder need not be there.
     """
     handles = [Patch(label=name, **fill(number)) for number, name in enumerate(names)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+    fitting = max(1, int(figure.get_figwidth() / _NAME))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), fitting, 5))
     entitle(figure, title)
     stem = Path(path).with_suffix("")
     stem.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from train.update.step import make_update, start
 FORWARD, GRADIENT, UPDATE = PARTS = ("forward", "gradient", WHOLE)
 """The loss; the loss and its gradient; and both with what AdamW makes of them. Each is a part of the next."""
 
-Prepare = Callable[[TrainingCase, Mapping[str, np.ndarray], str], Program]
+PreparePart = Callable[[TrainingCase, Mapping[str, np.ndarray], str], Program]
 """Makes a program of a case, of weights by Marian's names, and of a part. That of updates makes one after the other.
 
 What updates give is the loss and the norm of its gradient, both before the update. Raises ImportError where the library
@@ -141,7 +141,7 @@ def _adamw(trained: Mapping[str, Any]) -> Any:
     return torch.optim.AdamW(groups, RATE, (ADAMW.beta1, ADAMW.beta2), ADAMW.epsilon, fused=True)
 
 
-NAMES: dict[str, Prepare] = {"seqattn": seqattn, "transformers": hugging_face, "torch": pytorch}
+NAMES: dict[str, PreparePart] = {"seqattn": seqattn, "transformers": hugging_face, "torch": pytorch}
 
 PEERS = ("transformers", "torch")
 """Whom ours are compared with."""
