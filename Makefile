@@ -43,7 +43,7 @@ clean:
 	@$(python) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	@touch $@
 
-# pip refuses tokamax beside tyro: each pins another typeguard. benchmarks/peers.py does without it.
+# pip refuses tokamax beside tyro: each pins another typeguard. benchmarks/attention/jax_calls.py does without it.
 .venv/tokamax: .venv/bench
 	@$(python) -m pip install --quiet --disable-pip-version-check --no-deps tokamax
 	@touch $@

@@ -1,1 +1,1 @@
-"""Time: what attention and decoding cost, here and in other libraries."""
+"""What attention, decoding and training cost, in time and memory, here and in other libraries."""

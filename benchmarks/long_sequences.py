@@ -8,11 +8,8 @@ same loss before they are timed. All take turns in one process: only figures of 
 """
 
 import math
-import textwrap
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,10 +18,11 @@ import optax
 import tyro
 from flax import nnx
 
-from benchmarks import command, machine, table
-from benchmarks.program import Program, planned
-from benchmarks.row import CHECKED, REFUSED, TIMED, WRONG
-from benchmarks.timing import Times, interleaved
+from benchmarks.bench import command, table
+from benchmarks.bench.attempt import WHOLE, Attempt, take_turns, timed
+from benchmarks.bench.program import compiled, require_memory
+from benchmarks.bench.record import CHECKED, REFUSED, WRONG, Record
+from benchmarks.bench.table import Column, Table
 from seqattn.models import LanguageModelConfig
 from seqattn.nn import MemoryCompressedAttention, MultiHeadAttention, with_implementation
 from train.checkpoints import run
@@ -39,8 +37,7 @@ COMPRESSED_KEPT, COMPRESSED = "local-compressed-scores-kept", "local-compressed-
 NAMES = (KEPT, COMPRESSED_KEPT, TILED, COMPRESSED)
 _SAME = ((KEPT, TILED), (COMPRESSED_KEPT, COMPRESSED))
 """What is the same function, computed in two ways."""
-_TARGET, _TOLERANCE = 50, 1e-4
-_COLUMNS = {"attention": 28, "planned MiB": 12, "ms": 13, "min - max": 19, "loss": 9, "compile s": 10}
+_TARGET, _TOLERANCE, _ROUNDS = 50, 1e-4, 5
 _LEGEND = (
     "planned MiB: arguments, results and temporaries of an update, as XLA plans it, with the state before and after "
     "it, which training keeps once. ms: median of the rounds, their range beside it. loss: before the first update; "
@@ -49,103 +46,84 @@ _LEGEND = (
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """Measures updates on long texts. Lists are words separated by spaces or commas."""
+class LongSequenceArguments(command.Arguments):
+    """Measures updates on long texts, in 5 rounds. Lists are words separated by spaces or commas."""
 
     lengths: command.Words = ("1000", "4000", "16000")
     """Tokens of the text that is read."""
     attentions: command.Words = NAMES
     """Of full-scores-kept, local-compressed-scores-kept (those of its compressed layers), full-tiled and
     local-compressed-tiled (neither scores nor weights are kept), in turn."""
-    rounds: int = 5
-    """How many turns each has; 0 plans and compares and times nothing."""
-    json: Path | None = None
-    """File that gets one line of JSON for each row, after what it holds."""
 
 
 @dataclass(frozen=True)
-class UpdateRow:
-    """What came of one kind of attention at one length."""
+class LongSequenceCase:
+    """An update on one text of this length."""
 
-    implementation: str
     length: int
-    status: str
-    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """Such as "4,000 tokens"."""
+        return f"{self.length:,} tokens"
+
+    def fields(self) -> dict[str, Any]:
+        """Lengths and dtype."""
+        return {"length": self.length, "target_length": _TARGET, "dtype": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongSequenceRecord(Record):
+    """A record, whose implementation is a kind of attention, with the loss before the first update."""
+
+    case: LongSequenceCase
     loss: float = math.nan
-    planned_bytes: int | None = None
-    compile_seconds: float | None = None
-    times: Times | None = None
 
-    def record(self) -> dict[str, Any]:
-        """Everything, in units without prefixes, with the machine it was measured on."""
-        times = self.times
-        return {
-            "attention": self.implementation,
-            "length": self.length,
-            "target_length": _TARGET,
-            "dtype": "float32",
-            "status": self.status,
-            "reason": self.reason,
-            "loss": None if math.isnan(self.loss) else self.loss,
-            "planned_bytes": self.planned_bytes,
-            "compile_seconds": self.compile_seconds,
-            "median_seconds": times.median if times else None,
-            "seconds": times.seconds if times else None,
-            **machine.describe(),
-        }
-
-    def cells(self) -> list[str]:
-        """Texts in the order of the columns."""
-        times = self.times
-        return [
-            self.implementation,
-            table.number(self.planned_bytes / 2**20) if self.planned_bytes else "",
-            table.number(times.median * 1e3) if times else self.status,
-            f"{table.number(min(times.seconds) * 1e3)} - {table.number(max(times.seconds) * 1e3)}" if times else "",
-            "" if math.isnan(self.loss) else f"{self.loss:.5f}",
-            table.number(self.compile_seconds) if self.compile_seconds else "",
-        ]
+    def own_fields(self) -> dict[str, Any]:
+        """The kind of attention and its loss."""
+        return {"attention": self.implementation, "loss": None if math.isnan(self.loss) else self.loss}
 
 
-def measure(lengths: Sequence[int], attentions: Sequence[str], rounds: int) -> Iterator[list[UpdateRow]]:
-    """The rows of one length after the other."""
+TABLE = Table[LongSequenceRecord](
+    (
+        Column("attention", 28, table.implementation, left=True),
+        Column("planned MiB", 12, table.planned_mebibytes),
+        Column("ms", 13, table.milliseconds),
+        Column("min - max", 19, table.milliseconds_range),
+        Column("loss", 9, lambda record: "" if math.isnan(record.loss) else f"{record.loss:.5f}"),
+        Column("compile s", 10, table.compile_seconds),
+    ),
+    lambda record: record.case.name,
+    _LEGEND,
+)
+
+LongSequenceAttempt = Attempt[LongSequenceRecord]
+
+
+def measure(lengths: Sequence[int], attentions: Sequence[str], rounds: int) -> Iterator[list[LongSequenceRecord]]:
+    """The records of one length after the other."""
     for length in lengths:
-        rows, programs = [], {}
-        for name in attentions:
-            row, program = attempt(name, length, DOCSTRINGS_STREAM.model)
-            rows.append(row)
-            if program is not None:
-                programs[name] = program
-        rows = compare(rows)
-        right = {row.implementation: programs[row.implementation] for row in rows if row.status == CHECKED}
-        times = interleaved(right, rounds)
-        yield [
-            replace(row, status=TIMED, times=times[row.implementation]) if times.get(row.implementation) else row
-            for row in rows
-        ]
+        tried = compare([attempt(name, length, DOCSTRINGS_STREAM.model) for name in attentions])
+        times = take_turns(tried, rounds)
+        yield [timed(one.record, times) for one in tried]
 
 
-def attempt(name: str, length: int, config: Any) -> tuple[UpdateRow, Program | None]:
+def attempt(name: str, length: int, config: Any) -> LongSequenceAttempt:
     """Compiles an update and takes one, where memory suffices."""
     model = build(name, replace(config, vocab_size=2_000))
     optimizer = optax.adam(1e-3)
     graph, state = start(model, optimizer)
-    update = jax.jit(make_update(graph, optimizer, SequenceToSequence.loss, seed=0))
+    update = make_update(graph, optimizer, SequenceToSequence.loss, seed=0)
     batch = jax.device_put(texts(length))
-    begun = time.perf_counter()
-    executable = update.lower(state, batch).compile()
-    seconds = time.perf_counter() - begun
-    row = UpdateRow(name, length, CHECKED, planned_bytes=planned(executable), compile_seconds=seconds)
+    program = compiled(update, state, batch)
+    program = replace(program, arrays=lambda result: [np.asarray(result[1]["loss"])])
+    record = LongSequenceRecord(case=LongSequenceCase(length), implementation=name).prepared(program)
     try:
-        given = sum(leaf.nbytes for leaf in jax.tree.leaves((state, batch)))
-        machine.require((row.planned_bytes or 0) - given, "temporaries and results of an update")
+        require_memory(program, state, batch)
     except NotImplementedError as error:
-        return replace(row, status=REFUSED, reason=f"{length} tokens: {error}"), None
-    program = Program(
-        lambda: executable(state, batch), jax.block_until_ready, lambda result: [np.asarray(result[1]["loss"])]
-    )
+        return Attempt(replace(record, status=REFUSED, reason=f"{record.case.name}: {error}"))
     (loss,) = program.arrays(program.run())
-    return replace(row, loss=float(loss)), program
+    return Attempt(replace(record, loss=float(loss)), {WHOLE: program})
 
 
 def build(name: str, config: LanguageModelConfig) -> nnx.Module:
@@ -171,43 +149,31 @@ def texts(length: int) -> dict[str, np.ndarray]:
     }
 
 
-def compare(rows: Sequence[UpdateRow]) -> list[UpdateRow]:
-    """The rows; wrong are both of an attention where their losses differ."""
-    compared = list(rows)
+def compare(tried: Sequence[LongSequenceAttempt]) -> list[LongSequenceAttempt]:
+    """The attempts; wrong are both of an attention where their losses differ."""
+    compared = list(tried)
     for names in _SAME:
-        pair = [row for row in rows if row.implementation in names and row.status == CHECKED]
-        if len(pair) == 2 and not abs(pair[0].loss - pair[1].loss) <= _TOLERANCE:
-            reason = f"{pair[0].length} tokens: losses {pair[0].loss:.6f} and {pair[1].loss:.6f}"
-            compared = [replace(row, status=WRONG, reason=reason) if row in pair else row for row in compared]
+        pair = [one for one in tried if one.record.implementation in names and one.record.status == CHECKED]
+        losses = [one.record.loss for one in pair]
+        if len(pair) == 2 and not abs(losses[0] - losses[1]) <= _TOLERANCE:
+            reason = f"losses {losses[0]:.6f} and {losses[1]:.6f}"
+            compared = [one.wrong(reason) if one in pair else one for one in compared]
     return compared
 
 
-def plan(arguments: Arguments) -> tuple[list[int], list[str]]:
-    """Lengths and kinds of attention; raises ValueError for what does not exist."""
-    given = command.words(arguments.lengths)
-    if not given or not all(word.isdecimal() and int(word) for word in given) or arguments.rounds < 0:
-        raise ValueError(
-            f"lengths ({', '.join(given)}) must be numbers of at least 1, rounds ({arguments.rounds}) at least 0"
-        )
+def plan(arguments: LongSequenceArguments) -> tuple[list[int], list[str], int]:
+    """Lengths, kinds of attention and rounds; raises ValueError for what does not exist."""
     names = list(command.words(arguments.attentions))
     command.check("attention", names, NAMES)
-    return [int(word) for word in given], names
+    return command.numbers("lengths", arguments.lengths), names, arguments.turns(_ROUNDS)
 
 
-def _lines(rows: Sequence[UpdateRow]) -> list[str]:
-    cells = (table.aligned(row.cells(), _COLUMNS, left=("attention",)) for row in rows)
-    return [f"{rows[0].length:,} tokens", *cells]
-
-
-def main(arguments: Arguments) -> int:
+def main(arguments: LongSequenceArguments) -> int:
     """Prints the table; returns 1 if one is wrong, else 0."""
-    lengths, names = plan(arguments)
-    header = [table.aligned(list(_COLUMNS), _COLUMNS, left=("attention",))]
-    measured = measure(lengths, names, arguments.rounds)
-    rows = command.shown(measured, len(lengths), header=header, lines=_lines, json=arguments.json)
-    print(*table.notes(rows), *textwrap.wrap(_LEGEND, 120), table.measured_on(), sep="\n")
-    return int(any(row.status == WRONG for row in rows))
+    lengths, names, rounds = plan(arguments)
+    records = command.show(measure(lengths, names, rounds), len(lengths), TABLE, arguments.json)
+    return int(any(record.status == WRONG for record in records))
 
 
 if __name__ == "__main__":
-    environment.command(lambda: main(tyro.cli(Arguments, prog="python -m benchmarks.long_sequences")))
+    environment.command(lambda: main(tyro.cli(LongSequenceArguments, prog="python -m benchmarks.long_sequences")))

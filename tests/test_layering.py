@@ -26,7 +26,8 @@ ROWS = (
     "seqattn.interop",
     "seqattn.__init__",
     "train",
-    "benchmarks",
+    "benchmarks.bench",
+    "benchmarks.attention benchmarks.decoding benchmarks.training benchmarks.long_sequences benchmarks.__init__",
 )
 RANK = {layer: rank for rank, row in enumerate(ROWS) for layer in row.split()}
 
@@ -47,11 +48,12 @@ def sources() -> dict[str, str]:
 
 
 def layer(name: str) -> str:
-    """The layer that a module, or a name inside one, belongs to; what `seqattn` itself offers belongs to its index."""
-    parts = name.split(".")
-    if parts[0] != "seqattn":
-        return parts[0]
-    return ".".join(parts[:2]) if ".".join(parts[:2]) in RANK else "seqattn.__init__"
+    """The layer that a module, or a name inside one, belongs to; what a package itself offers belongs to its index."""
+    top, *inside = name.split(".")
+    if top not in ("seqattn", "benchmarks"):
+        return top
+    found = ".".join([top, *inside[:1]])
+    return found if found in RANK else f"{top}.__init__"
 
 
 def imported_names(module: str, source: str) -> Iterator[tuple[int, str]]:
@@ -150,6 +152,11 @@ def test_no_import_cycle():
     assert not found, " -> ".join(found)
 
 
+def test_the_top_floor_of_benchmarks_has_at_most_8_rooms():
+    rooms = [path.name for path in (ROOT / "benchmarks").iterdir() if path.name != "__pycache__"]
+    assert len(rooms) <= 8, rooms
+
+
 def test_every_library_test_has_its_source():
     tests = [path.relative_to(ROOT / "tests") for path in (ROOT / "tests" / "seqattn").rglob("test_*.py")]
     orphans = [path for path in tests if not any(source.is_file() for source in _sources_of(path))]
@@ -177,6 +184,12 @@ OFFENDERS = {
     "the training program": (out_of_order, "seqattn.attention", "from train import log"),
     "a program that knows the tests": (out_of_order, "train.reports.metrics", "from tests.oracle import attend"),
     "training that knows benchmarks": (out_of_order, "train.reports.metrics", "import benchmarks"),
+    "a benchmark that knows another one": (out_of_order, "benchmarks.training.case", "import benchmarks.decoding.case"),
+    "what benchmarks share that knows one": (
+        out_of_order,
+        "benchmarks.bench.table",
+        "from benchmarks import attention",
+    ),
     "a file without a row": (out_of_order, "seqattn.novelty", ""),
     "a third-party package": (impure, "seqattn.nn.key_value", "import optax"),
     "the operating system": (impure, "seqattn.masks", "from os import environ"),
@@ -204,7 +217,7 @@ def test_an_offender_is_caught(rule, module, source):
         ("seqattn.kernels.flash", "from seqattn import masks\nfrom . import reference"),
         ("seqattn.__init__", "from seqattn.models import Transformer"),
         ("train.engine.loop", "import optax\nfrom seqattn import attend\nfrom train.reports.progress import Progress"),
-        ("benchmarks.training", "from train import loop"),
+        ("benchmarks.training.case", "from benchmarks.bench import marian\nfrom train.engine import loop"),
     ],
 )
 def test_imports_from_above_and_beside_are_fine(module, source):

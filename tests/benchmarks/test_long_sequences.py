@@ -1,26 +1,29 @@
 """What an update on a long text costs: kinds of attention that are compared before they are timed."""
 
 import dataclasses
-import json
 import math
 
 import pytest
 from flax import nnx
 
-from benchmarks import long_sequences, machine
+from benchmarks import long_sequences
+from benchmarks.bench import machine
+from benchmarks.bench.attempt import WHOLE, Attempt
+from benchmarks.bench.program import Program
+from benchmarks.bench.record import CHECKED, REFUSED, TIMED, WRONG, append, read
 from benchmarks.long_sequences import (
     COMPRESSED,
     COMPRESSED_KEPT,
     KEPT,
     NAMES,
     TILED,
-    Arguments,
-    UpdateRow,
+    LongSequenceArguments,
+    LongSequenceCase,
+    LongSequenceRecord,
     attempt,
     compare,
     main,
 )
-from benchmarks.row import CHECKED, REFUSED, TIMED, WRONG
 from seqattn.models import LanguageModelConfig, Sinusoidal
 from seqattn.nn import BlockConfig, MemoryCompressedAttention, MultiHeadAttention
 from train.experiments.docstrings_stream import DOCSTRINGS_STREAM
@@ -39,8 +42,8 @@ def small(monkeypatch):
 
 def test_every_kind_is_compared_planned_and_timed(small, tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
-    assert main(Arguments(lengths=(str(LENGTH),), rounds=1, json=file)) == 0
-    rows = {row["attention"]: row for row in map(json.loads, file.read_text().splitlines())}
+    assert main(LongSequenceArguments(lengths=(str(LENGTH),), rounds=1, json=file)) == 0
+    rows = {row["attention"]: row for row in read(file)}
     assert set(rows) == set(NAMES)
     assert all(
         row["status"] == TIMED and row["median_seconds"] > 0 and row["length"] == LENGTH for row in rows.values()
@@ -76,31 +79,39 @@ def test_the_layers_that_keep_their_scores(name, kernels):
 @pytest.mark.parametrize("names", [(KEPT, TILED), (COMPRESSED_KEPT, COMPRESSED)])
 @pytest.mark.parametrize("loss", [7.01, math.nan])
 def test_an_attention_with_two_losses_is_wrong_and_not_timed(names, loss):
-    rows = [UpdateRow(names[0], 5, CHECKED, loss=7.0), UpdateRow(names[1], 5, CHECKED, loss=loss)]
-    other = UpdateRow(COMPRESSED if KEPT in names else TILED, 5, CHECKED, loss=9.0)
-    assert [row.status for row in compare([*rows, other])] == [WRONG, WRONG, CHECKED]
-    assert compare([rows[0], other]) == [rows[0], other]
+    case, program = LongSequenceCase(5), Program(lambda: None, lambda _: None, lambda _: [])
+
+    def tried(name, loss):
+        return Attempt(LongSequenceRecord(case=case, implementation=name, loss=loss), {WHOLE: program})
+
+    pair, other = [tried(names[0], 7.0), tried(names[1], loss)], tried(COMPRESSED if KEPT in names else TILED, 9.0)
+    compared = compare([*pair, other])
+    assert [one.record.status for one in compared] == [WRONG, WRONG, CHECKED]
+    assert [len(one.programs) for one in compared] == [0, 0, 1]
+    assert compare([pair[0], other]) == [pair[0], other]
 
 
-def test_an_update_beyond_the_memory_is_planned_and_refused(monkeypatch):
+def test_an_update_beyond_the_memory_is_planned_and_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "free_bytes", lambda: 1000)
-    row, program = attempt(TILED, 11, SMALL)
-    assert program is None
+    tried = attempt(TILED, 11, SMALL)
+    assert not tried.programs
+    row = tried.record
     assert row.status == REFUSED
     assert "11 tokens" in row.reason
     assert "GiB are free" in row.reason
     assert row.planned_bytes > 1000
     assert math.isnan(row.loss)
-    assert json.loads(json.dumps(row.record()))["loss"] is None
+    append(tmp_path / "rows.jsonl", [row])
+    assert read(tmp_path / "rows.jsonl")[0]["loss"] is None
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (Arguments(lengths=("0",)), r"lengths \(0\) must be numbers of at least 1"),
-        (Arguments(lengths=("1e3",)), r"lengths \(1e3\)"),
-        (Arguments(rounds=-1), r"rounds \(-1\) at least 0"),
-        (Arguments(attentions=("sparse",)), "no attention 'sparse': give full-scores-kept"),
+        (LongSequenceArguments(lengths=("0",)), r"lengths \(0\) must be numbers of at least 1"),
+        (LongSequenceArguments(lengths=("1e3",)), r"lengths \(1e3\)"),
+        (LongSequenceArguments(rounds=-1), r"rounds \(-1\) must be at least 0"),
+        (LongSequenceArguments(attentions=("sparse",)), "no attention 'sparse': give full-scores-kept"),
     ],
 )
 def test_what_does_not_exist_is_refused(arguments, message):

@@ -4,19 +4,14 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.0,
-    "text.parse_math": False,
-    "svg.hashsalt": "seqattn",  # the same picture gives the same file
-}
+from train.reports.style import STYLE, save
+
 _COLUMNS, _WIDTH, _TITLE = 4, 2.2, 0.25  # panels side by side, and inches
 
 
@@ -51,7 +46,7 @@ def attention_over_image(
     height, width = pixels.shape[:2]
     rows = math.ceil((len(places) + 1) / _COLUMNS)
     panel = _WIDTH * height / width + _TITLE
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE | {"text.parse_math": False}):
         figure = Figure(figsize=(_COLUMNS * _WIDTH, rows * panel + 2 * _TITLE), layout="constrained")
         axes = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
         for ax in axes:
@@ -65,7 +60,4 @@ def attention_over_image(
             ax.imshow(veil, extent=extent, interpolation="nearest")
             ax.set_title(token, pad=2)
         figure.suptitle(title)
-        png, svg = Path(f"{os.fspath(path_stem)}.png"), Path(f"{os.fspath(path_stem)}.svg")
-        figure.savefig(png, dpi=160)
-        figure.savefig(svg, metadata={"Date": None})
-    return png, svg
+        return save(figure, path_stem)

@@ -1,12 +1,8 @@
-"""Pictures of a run, each as PNG and as SVG: how it learned, and where its attention looked.
-
-Figures are drawn without pyplot, which would keep them in global state and look for a screen.
-"""
+"""Pictures of a run, each as PNG and as SVG: how it learned, and where its attention looked."""
 
 import functools
 import math
 import os
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,26 +15,13 @@ from matplotlib.axis import Axis, XAxis
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
+from train.reports.style import BLUE, COLORS, FONT, GREY, ORANGE, STYLE, entitle, save
+
 Rows = Sequence[Mapping[str, Any]]
 Numbers = NDArray[np.float64]
 
-# Okabe and Ito's colours, which colour-blind people tell apart.
-_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#555555"
-_COLORS = (_BLUE, _ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", _GREY)
-
-_FONT = "DejaVu Sans"  # comes with matplotlib
-_STYLE: dict[Any, Any] = {
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "font.family": _FONT,
-    "font.size": 9.0,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "svg.hashsalt": "seqattn",  # the same picture gives the same file
-}
 _CELL, _LABEL = 0.22, 0.12  # inches that a token takes, and that a label needs so as not to touch the next one
 _LONGEST_LABEL = 14  # letters
-_LETTERS_AN_INCH = 10  # of a title
 
 
 def learning_curves(metrics: Iterable[Mapping[str, Any]], path_stem: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -61,14 +44,14 @@ def learning_curves(metrics: Iterable[Mapping[str, Any]], path_stem: str | os.Pa
     if not panels:
         raise ValueError(f"{path_stem}: none of {len(rows)} rows of metrics holds a loss, a score or a learning rate")
     heights = [height for _, height in panels]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, sum(heights) + 0.6), layout="constrained")
         axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         for (draw, _), ax in zip(panels, axes, strict=True):
             draw(ax, rows)
             ax.grid(True)
         axes[-1].set_xlabel("step")
-        return _save(figure, path_stem)
+        return save(figure, path_stem)
 
 
 def compared_curves(
@@ -86,8 +69,8 @@ def compared_curves(
     Raises:
         ValueError: there is no run, or too many, or one that holds nothing to draw.
     """
-    if not 1 <= len(runs) <= len(_COLORS):
-        raise ValueError(f"a picture compares 1 to {len(_COLORS)} runs, got {len(runs)}")
+    if not 1 <= len(runs) <= len(COLORS):
+        raise ValueError(f"a picture compares 1 to {len(COLORS)} runs, got {len(runs)}")
     found = {name: list(rows) for name, rows in runs.items()}
     empty = [name for name, rows in found.items() if not any("loss" in row for row in rows)]
     if empty:
@@ -96,11 +79,11 @@ def compared_curves(
     panels = [("train", "loss", "training loss (nats)", 1.0)]
     panels += [("validation", "loss", "validation loss (nats)", 1.0)] if "loss" in validated else []
     panels += [("validation", name, label, scale) for name, (label, scale, _) in _SCORES.items() if name in validated]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 2.4 * len(panels) + 0.4), layout="constrained")
         axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
         for ax, (kind, name, height, scale) in zip(axes, panels, strict=True):
-            for (label, rows), color in zip(found.items(), _COLORS, strict=False):
+            for (label, rows), color in zip(found.items(), COLORS, strict=False):
                 steps, values = _series(rows, kind, name)
                 shown = _smooth(values) if kind == "train" else values
                 ax.plot(steps, scale * shown, "-" if kind == "train" else "o-", color=color, markersize=3, label=label)
@@ -108,7 +91,7 @@ def compared_curves(
             ax.grid(True)
         axes[0].legend()
         axes[-1].set_xlabel("step")
-        return _save(figure, path_stem)
+        return save(figure, path_stem)
 
 
 def line_chart(
@@ -134,19 +117,19 @@ def line_chart(
     Raises:
         ValueError: there is no line, or too many.
     """
-    if not 1 <= len(lines) <= len(_COLORS):
-        raise ValueError(f"a chart takes 1 to {len(_COLORS)} lines, got {len(lines)}")
-    with matplotlib.rc_context(_STYLE):
+    if not 1 <= len(lines) <= len(COLORS):
+        raise ValueError(f"a chart takes 1 to {len(COLORS)} lines, got {len(lines)}")
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 3.5), layout="constrained")
         ax = figure.subplots()
-        for (name, heights), color in zip(lines.items(), _COLORS, strict=False):
+        for (name, heights), color in zip(lines.items(), COLORS, strict=False):
             ax.plot(list(heights), list(heights.values()), "o-", color=color, markersize=3, label=name)
         ax.set_xlabel(x)
         ax.set_ylabel(y)
         ax.set_ylim(limits)
         ax.grid(True)
         ax.legend()
-        return _save(figure, path_stem)
+        return save(figure, path_stem)
 
 
 def attention_map(
@@ -179,21 +162,20 @@ def attention_map(
     if heads.ndim not in (2, 3) or heads.shape[-2:] != shape or not heads.size:
         raise ValueError(f"weights {heads.shape} must be [T, S] or [N, T, S] with T, S = {shape}, and none of them 0")
     families, missing = _fonts("".join([title, *source_tokens, *target_tokens]))
-    with matplotlib.rc_context(_STYLE | {"font.family": families, "text.parse_math": False}):
+    with matplotlib.rc_context(STYLE | {"font.family": families, "text.parse_math": False}):
         source, target = ([_label(token, missing) for token in tokens] for tokens in (source_tokens, target_tokens))
         figure = _draw_heads(heads.reshape(-1, *shape), source, target)
-        width = int(_LETTERS_AN_INCH * figure.get_figwidth())
-        figure.suptitle(textwrap.fill(_drawable(title, missing), width))
-        return _save(figure, path_stem)
+        entitle(figure, _drawable(title, missing))
+        return save(figure, path_stem)
 
 
 def _draw_losses(ax: Axes, rows: Rows) -> None:
     (steps, training), (checks, validation) = (_series(rows, kind, "loss") for kind in ("train", "validation"))
     if len(steps):
-        ax.plot(steps, training, color=_BLUE, alpha=0.25, linewidth=0.8)
-        ax.plot(steps, _smooth(training), color=_BLUE, label="training, running mean")
+        ax.plot(steps, training, color=BLUE, alpha=0.25, linewidth=0.8)
+        ax.plot(steps, _smooth(training), color=BLUE, label="training, running mean")
     if len(checks):
-        ax.plot(checks, validation, "o-", color=_ORANGE, markersize=3, label="validation")
+        ax.plot(checks, validation, "o-", color=ORANGE, markersize=3, label="validation")
     losses = np.concatenate([training, validation])
     if np.any(losses > 0) and not np.any(losses <= 0):
         ax.set_yscale("log")
@@ -202,10 +184,10 @@ def _draw_losses(ax: Axes, rows: Rows) -> None:
 
 
 _SCORES = {
-    "exact_match": ("exact match (%)", 100, _BLUE),
-    "accuracy": ("accuracy (%)", 100, _BLUE),
-    "bleu": ("BLEU", 1, _ORANGE),
-    "rouge_l": ("ROUGE-L", 1, _ORANGE),
+    "exact_match": ("exact match (%)", 100, BLUE),
+    "accuracy": ("accuracy (%)", 100, BLUE),
+    "bleu": ("BLEU", 1, ORANGE),
+    "rouge_l": ("ROUGE-L", 1, ORANGE),
 }
 
 
@@ -220,7 +202,7 @@ def _draw_scores(ax: Axes, rows: Rows) -> None:
 
 
 def _draw_rate(ax: Axes, rows: Rows) -> None:
-    ax.plot(*_series(rows, "train", "learning_rate"), color=_GREY)
+    ax.plot(*_series(rows, "train", "learning_rate"), color=GREY)
     ax.set_ylim(bottom=0)
     ax.ticklabel_format(axis="y", scilimits=(-2, 3))
     ax.set_ylabel("learning rate")
@@ -285,7 +267,7 @@ def _drawable(text: str, missing: frozenset[str]) -> str:
 def _fonts(text: str) -> tuple[list[str], frozenset[str]]:
     """The installed font families that a text needs, matplotlib's own first, and the letters that none of them has."""
     installed = {font.name: font.fname for font in font_manager.fontManager.ttflist}
-    families, missing = [_FONT], {letter for letter in text if ord(letter) not in _charmap(installed[_FONT])}
+    families, missing = [FONT], {letter for letter in text if ord(letter) not in _charmap(installed[FONT])}
     for family in sorted(installed):
         found = {letter for letter in missing if ord(letter) in _charmap(installed[family])} if missing else set()
         if found:
@@ -299,10 +281,3 @@ def _charmap(path: str) -> frozenset[int]:
     """The code points that a font file draws; none for the font of boxes that stand for letters without a picture."""
     font = font_manager.get_font(path)
     return frozenset() if "Last Resort" in font.family_name else frozenset(font.get_charmap())
-
-
-def _save(figure: Figure, path_stem: str | os.PathLike[str]) -> tuple[Path, Path]:
-    png, svg = Path(f"{os.fspath(path_stem)}.png"), Path(f"{os.fspath(path_stem)}.svg")
-    figure.savefig(png, dpi=160)
-    figure.savefig(svg, metadata={"Date": None})
-    return png, svg

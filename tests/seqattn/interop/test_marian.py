@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks.marian import END, Model, Sizes
-from benchmarks.translators import marian_mt
+from benchmarks.bench.marian import END, RandomMarian, Sizes, marian_mt
 from seqattn.coordinates import Coordinates
 from seqattn.decoding import AverageLength, Stopping, beam_search, generate
 from seqattn.interop import from_marian, marian_config, to_marian
@@ -252,10 +251,10 @@ POWERS = (0.6, 1.0, 2.0)
 
 
 @functools.cache
-def random_model() -> Model:
+def random_model() -> RandomMarian:
     """Weights of the decoding benchmark, with which tokens seldom repeat; but here sequences end, at many lengths."""
     sizes = Sizes(num_layers=2, model_dim=32, hidden_dim=29, num_heads=2, vocab_size=VOCABULARY)
-    model = Model(sizes, Path())
+    model = RandomMarian(sizes, Path())
     model.arrays["final_logits_bias"][0, END] = END_BIAS
     return model
 

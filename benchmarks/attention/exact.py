@@ -1,0 +1,133 @@
+"""The answer in float64, and how far another one is from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.attention import patterns
+from benchmarks.attention.case import AttentionCase
+
+NAMES = ("output", "d_query", "d_key", "d_value")
+
+TOLERANCES = {"float64": 1e-11, "float32": 2e-5, "bfloat16": 2e-2, "float16": 2.5e-3}
+"""How large an error may be, by the size of the exact values."""
+
+_TILE = 1 << 21  # scores held at once
+_PAIRS = 1 << 27  # how many scores are checked; the heads that this covers stand for the others
+
+Answer = dict[str, np.ndarray]
+"""By name, `[T, G, D]` or `[S, D]` float64: for one key head and the G query heads that share it."""
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far a result is from the exact one, over all that was computed."""
+
+    largest: float
+    """The largest absolute error of one number."""
+    relative: float
+    """The largest over output and gradients of: root mean square of the error by that of the exact values."""
+    right: bool
+    """Whether both, the former by the largest exact value, are within the tolerance."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The answers for some (row of the batch, key head), chosen at random where all would take too long."""
+
+    answers: Mapping[tuple[int, int], Answer]
+    tolerance: float
+
+    def error(self, results: Sequence[np.ndarray]) -> Error:
+        """Of output `[B, T, N, D]` and, if there are more results, of the gradients of query, key and value."""
+        each = [self._error_of(name, result) for name, result in zip(NAMES, results, strict=False)]
+        largest, relative = (float(np.max([getattr(e, name) for e in each])) for name in ("largest", "relative"))
+        return Error(largest, relative, all(e.right for e in each))
+
+    def _error_of(self, name: str, result: np.ndarray) -> Error:
+        errors, sizes, largest, most = 0.0, 0.0, 0.0, 0.0
+        for (b, k), answer in self.answers.items():
+            exact = answer[name]
+            group = exact.shape[1] if exact.ndim == 3 else 1
+            mine = result[b, :, k * group : (k + 1) * group].astype(np.float64).reshape(exact.shape)
+            error = np.abs(mine - exact)
+            errors, sizes = errors + np.square(error).sum(), sizes + np.square(exact).sum()
+            # np.maximum keeps a NaN, max would lose it
+            largest, most = np.maximum(largest, error.max()), max(most, np.abs(exact).max())
+        relative = np.sqrt(errors / sizes) if sizes else np.sqrt(errors)
+        right = relative <= self.tolerance and largest <= self.tolerance * most
+        return Error(float(largest), float(relative), bool(right))
+
+
+def solve(case: AttentionCase, tolerance: float | None = None) -> Exact:
+    """Computes a case in float64 from inputs rounded to its dtype, with gradients where the case has them."""
+    shape = case.shape
+    inputs = list(case.inputs())
+    spans, slopes = patterns.spans(case.pattern, shape), patterns.slopes(case.pattern, shape)
+    group = shape.num_heads // shape.kv_heads
+    answers = {}
+    for b, k in _checked(case):
+        heads = slice(k * group, (k + 1) * group)
+        of = [heads, slice(k, k + 1), slice(k, k + 1), heads]
+        query, key, value, *d_output = (x[b, :, h].astype(np.float64) for x, h in zip(inputs, of, strict=False))
+        row = spans.row(b)
+        answers[b, k] = _attend(query, key[:, 0], value[:, 0], d_output[0] if d_output else None, row, slopes[heads])
+    return Exact(answers, TOLERANCES[case.dtype] if tolerance is None else tolerance)
+
+
+def _checked(case: AttentionCase) -> list[tuple[int, int]]:
+    """The (row, key head) to compute: all of them, or as many random ones as the budget allows, at least one."""
+    shape = case.shape
+    every = [(b, k) for b in range(shape.batch) for k in range(shape.kv_heads)]
+    allowed = max(1, _PAIRS * len(every) // (case.pairs * shape.num_heads))
+    chosen = np.random.default_rng(len(every)).permutation(len(every))[:allowed]
+    return [every[i] for i in sorted(chosen)]
+
+
+def _attend(
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    d_output: np.ndarray | None,
+    spans: patterns.Spans,
+    slopes: np.ndarray,
+) -> Answer:
+    """Queries `[T, G, D]` over keys and values `[S, D]`, tile by tile; gradients where there is a cotangent."""
+    scale = query.shape[-1] ** -0.5
+    answer = {"output": np.zeros_like(query)}
+    if d_output is not None:
+        answer |= {"d_query": np.zeros_like(query), "d_key": np.zeros_like(key), "d_value": np.zeros_like(value)}
+    for g, slope in enumerate(slopes):
+        for rows in _tiles(spans):
+            keys = slice(int(spans.first[rows].min()), int(spans.beyond[rows].max()))
+            weights = _weights(query[rows, g] @ (scale * key[keys].T), rows, keys, spans, slope)
+            answer["output"][rows, g] = weights @ value[keys]
+            if d_output is not None:
+                d_rows = d_output[rows, g]
+                answer["d_value"][keys] += weights.T @ d_rows
+                d_logits = d_rows @ value[keys].T
+                d_logits -= (weights * d_logits).sum(axis=1, keepdims=True)
+                d_logits *= scale * weights
+                answer["d_query"][rows, g] = d_logits @ key[keys]
+                answer["d_key"][keys] += d_logits.T @ query[rows, g]
+    return answer
+
+
+def _tiles(spans: patterns.Spans) -> list[slice]:
+    length = len(spans.first)
+    step = max(16, _TILE // int(spans.beyond.max()))
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _weights(logits: np.ndarray, rows: slice, keys: slice, spans: patterns.Spans, slope: float) -> np.ndarray:
+    """The softmax of a tile of scores over the spans of its rows, in place."""
+    at = np.arange(keys.start, keys.stop)
+    if slope:
+        logits -= slope * (np.arange(rows.start, rows.stop)[:, None] - at)
+    hidden = (at < spans.first[rows, None]) | (at >= spans.beyond[rows, None])
+    logits[hidden] = -np.inf
+    logits -= logits.max(axis=1, keepdims=True)
+    np.exp(logits, out=logits)
+    logits /= logits.sum(axis=1, keepdims=True)
+    return logits

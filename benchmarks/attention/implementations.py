@@ -1,0 +1,54 @@
+"""Who computes: every implementation by the name that `--implementations` takes."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from benchmarks.attention import jax_calls, pytorch_calls, seqattn_calls
+from benchmarks.attention.call import AttentionCall, prepare
+from benchmarks.attention.case import AttentionCase
+from benchmarks.bench import machine
+from benchmarks.bench.program import Program
+from seqattn.kernels.dispatch import IMPLEMENTATIONS
+
+PrepareCall = Callable[[AttentionCase, Iterable[np.ndarray]], Program]
+"""Makes a program for a case from its inputs.
+
+Raises ImportError where the library is not installed, NotImplementedError where it cannot serve the case.
+"""
+
+
+def _in_jax(
+    call: Callable[[AttentionCase, str | None], AttentionCall], implementation: str | None = None
+) -> PrepareCall:
+    return lambda case, inputs: prepare(call(case, implementation), case, inputs)
+
+
+def _in_pytorch(implementation: str) -> PrepareCall:
+    return lambda case, inputs: pytorch_calls.prepare(case, inputs, implementation)
+
+
+NAMES: dict[str, PrepareCall] = {
+    "seqattn": _in_jax(seqattn_calls.call),
+    **{f"seqattn:{name}": _in_jax(seqattn_calls.call, name) for name in IMPLEMENTATIONS},
+    "jax.nn:xla": _in_jax(jax_calls.jax_nn, "xla"),
+    "jax.nn:cudnn": _in_jax(jax_calls.jax_nn, "cudnn"),
+    "flax.nnx": _in_jax(jax_calls.flax_nnx),
+    "tokamax": _in_jax(jax_calls.tokamax),
+    **{f"tokamax:{name}": _in_jax(jax_calls.tokamax, name) for name in ("xla_chunked", "triton", "mosaic", "cudnn")},
+    "torch:sdpa": _in_pytorch("sdpa"),
+    "torch:flex": _in_pytorch("flex"),
+}
+
+BASELINE = "jax.nn:xla"
+"""What speeds are given relative to, unless another one is asked for."""
+
+SHORT = ("seqattn", "jax.nn:xla", "tokamax", "torch:sdpa")
+
+_ON_GPU = ("jax.nn:cudnn", "tokamax:triton", "tokamax:mosaic", "tokamax:cudnn", "seqattn:cudnn", "seqattn:flash")
+
+
+def default() -> tuple[str, ...]:
+    """All that may run on the device at hand, and what is not installed."""
+    elsewhere = {"cpu": (*_ON_GPU, "seqattn:splash"), "gpu": ("seqattn:splash",)}.get(machine.platform_name(), ())
+    return tuple(name for name in NAMES if name not in elsewhere)

@@ -1,0 +1,112 @@
+"""The masks that are measured. In each a query sees one span of keys, so that pairs are counted and not guessed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.attention.shapes import Shape
+from benchmarks.bench import machine
+
+WINDOW = 256
+DOCUMENTS = 16
+_SEED = 20261101
+
+PATTERNS = {
+    "full": "every key",
+    "causal": "the query's own key and those before it",
+    "window": f"the {WINDOW} latest keys",
+    "documents": f"{DOCUMENTS} packed documents of random lengths, causal in each",
+    "prefix": "causal, and the first quarter of the keys for every query",
+    "alibi": "causal, with ALiBi's slopes added to the scores",
+}
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The keys that each query sees, `first` to before `beyond`: integers `[B or 1, T]`."""
+
+    first: np.ndarray
+    beyond: np.ndarray
+
+    def pairs(self, batch: int) -> int:
+        """How many pairs may attend, over `batch` rows and for one head."""
+        return int((self.beyond - self.first).sum()) * batch // len(self.first)
+
+    def row(self, b: int) -> "Spans":
+        """Those of one row of the batch, `[T]`."""
+        b %= len(self.first)
+        return Spans(self.first[b], self.beyond[b])
+
+    def visible(self, size: int) -> np.ndarray:
+        """`[B or 1, T, S]`, True where a query may attend."""
+        key = np.arange(size)
+        return (self.first[..., None] <= key) & (key < self.beyond[..., None])
+
+
+def fits(pattern: str, shape: Shape) -> bool:
+    """Whether the pattern means anything there: all but `full` relate the tokens of one sequence to each other."""
+    return pattern == "full" or shape.size == shape.length
+
+
+def spans(pattern: str, shape: Shape) -> Spans:
+    """The spans of a pattern, those of `documents` for each row of the batch, the others for all."""
+    query = np.arange(shape.length)[None]
+    zero = np.zeros_like(query)
+    if pattern == "full":
+        return Spans(zero, zero + shape.size)
+    if pattern == "window":
+        return Spans(np.maximum(zero, query - WINDOW + 1), query + 1)
+    if pattern == "prefix":
+        return Spans(zero, np.maximum(query + 1, prefix_length(shape)))
+    if pattern == "documents":
+        segment = segments(shape)
+        starts = np.diff(segment, axis=1, prepend=0) != 0
+        return Spans(
+            np.maximum.accumulate(np.where(starts, query, 0), axis=1), np.broadcast_to(query + 1, segment.shape)
+        )
+    return Spans(zero, query + 1)
+
+
+def segments(shape: Shape) -> np.ndarray:
+    """Which document each token belongs to, from 1 on: int32 `[B, T]`, the same in every run."""
+    rng = np.random.default_rng([_SEED, shape.batch, shape.length])
+    count = min(DOCUMENTS, shape.length)
+    rows = []
+    for _ in range(shape.batch):
+        starts = rng.choice(np.arange(1, shape.length), count - 1, replace=False)
+        rows.append(1 + np.isin(np.arange(shape.length), starts).cumsum())
+    return np.stack(rows).astype(np.int32)
+
+
+def prefix_length(shape: Shape) -> int:
+    """The number of keys that every query of `prefix` sees."""
+    return shape.size // 4
+
+
+def slopes(pattern: str, shape: Shape) -> np.ndarray:
+    """What a score loses for each token of distance, float64 `[N]`: zero for all patterns but `alibi`.
+
+    The slopes of Press 2022, section 3; between powers of two as in the authors' code.
+    """
+    if pattern != "alibi":
+        return np.zeros(shape.num_heads)
+    whole = 1 << (shape.num_heads.bit_length() - 1)
+    exponents = np.concatenate([np.arange(1, whole + 1) / whole, np.arange(1, 2 * whole, 2) / (2 * whole)])
+    return 2.0 ** (-8 * exponents[: shape.num_heads])
+
+
+def dense_mask(pattern: str, shape: Shape) -> np.ndarray:
+    """Booleans `[B or 1, 1, T, S]` for those who can take a pattern in no other form."""
+    rows = shape.batch if pattern == "documents" else 1
+    machine.require(rows * shape.length * shape.size, "a dense mask")
+    return spans(pattern, shape).visible(shape.size)[:, None]
+
+
+def dense_bias(pattern: str, shape: Shape) -> np.ndarray:
+    """Float32 `[B or 1, N or 1, T, S]` to add to the scores, -inf where a query may not attend."""
+    heads = shape.num_heads if pattern == "alibi" else 1
+    rows = shape.batch if pattern == "documents" else 1
+    machine.require(4 * rows * heads * shape.length * shape.size, "a dense bias")
+    back = np.arange(shape.length, dtype=np.float32)[:, None] - np.arange(shape.size, dtype=np.float32)
+    slope = slopes(pattern, shape).astype(np.float32)[:heads, None, None]
+    return np.where(dense_mask(pattern, shape), -slope * back, np.float32(-np.inf))

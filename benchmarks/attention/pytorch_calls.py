@@ -1,0 +1,110 @@
+"""The calls of PyTorch: its fused attention and FlexAttention, on the tensors `[B, N, T, D]` that it is made for."""
+
+import functools
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.attention import patterns
+from benchmarks.attention.case import AttentionCase
+from benchmarks.bench import machine
+from benchmarks.bench.program import Program, there_already
+
+
+def prepare(case: AttentionCase, inputs: Iterable[np.ndarray], implementation: str) -> Program:
+    """`scaled_dot_product_attention` ("sdpa"), or FlexAttention ("flex") compiled for the case."""
+    import torch
+
+    if machine.platform_name() == "gpu" and not torch.cuda.is_available():
+        raise NotImplementedError(f"PyTorch {torch.__version__} sees no GPU")
+    device = "cuda" if machine.platform_name() == "gpu" else "cpu"
+    torch.set_num_threads(machine.cores())
+    torch.cuda.empty_cache()  # what the programs before left, else no one else could have
+    tensors = [_tensor(x, device) for x in inputs]
+    start = time.perf_counter()
+    attention, how = (_flex if implementation == "flex" else _sdpa)(case, device)
+    run = functools.partial(_with_gradients if case.backward else _forward, attention, *tensors)
+    wait = (lambda result: torch.cuda.synchronize()) if device == "cuda" else there_already
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    wait(run())  # compiles; and refuses, if it will
+    return Program(
+        run=run,
+        wait=wait,
+        arrays=lambda result: [x.detach().double().cpu().numpy().transpose(0, 2, 1, 3) for x in result],
+        how=how,
+        compile_seconds=time.perf_counter() - start if implementation == "flex" else None,
+        planned_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else None,
+    )
+
+
+def _tensor(array: np.ndarray, device: str) -> Any:
+    import torch
+
+    # By way of float32: NumPy's bfloat16 is unknown to PyTorch, and its values are exact in float32.
+    wide = torch.from_numpy(np.ascontiguousarray(array.swapaxes(1, 2)).astype(np.float32))
+    return wide.to(device, getattr(torch, str(array.dtype)))
+
+
+def _forward(attention: Callable[..., Any], *inputs: Any) -> tuple[Any, ...]:
+    import torch
+
+    with torch.no_grad():
+        return (attention(*inputs[:3]),)
+
+
+def _with_gradients(attention: Callable[..., Any], *inputs: Any) -> tuple[Any, ...]:
+    import torch
+
+    query_key_value = [x.detach().requires_grad_() for x in inputs[:3]]
+    output = attention(*query_key_value)
+    return (output, *torch.autograd.grad(output, query_key_value, inputs[3]))
+
+
+def _sdpa(case: AttentionCase, device: str) -> tuple[Callable[..., Any], str]:
+    import torch
+
+    options: dict[str, Any] = {"enable_gqa": case.shape.kv_heads != case.shape.num_heads}
+    how = {"full": "", "causal": "is_causal"}.get(case.pattern, "dense bias")
+    if case.pattern == "causal":
+        options["is_causal"] = True
+    elif case.pattern != "full":
+        # A boolean mask would be turned into this at every call.
+        bias = torch.from_numpy(patterns.dense_bias(case.pattern, case.shape))
+        options["attn_mask"] = bias.to(device, getattr(torch, case.dtype))
+    return functools.partial(torch.nn.functional.scaled_dot_product_attention, **options), how
+
+
+def _flex(case: AttentionCase, device: str) -> tuple[Callable[..., Any], str]:
+    import torch
+    from torch.nn.attention import flex_attention as flex
+
+    torch.compiler.reset()  # else the cases before count towards PyTorch's limit of recompilations
+    shape, options, how = case.shape, dict[str, Any](), []
+    if case.pattern != "full":
+        rows = shape.batch if case.pattern == "documents" else None
+        visible = _mask_mod(case, device)
+        options["block_mask"] = flex.create_block_mask(visible, rows, None, shape.length, shape.size, device=device)
+        how.append("block_mask")
+    if case.pattern == "alibi":
+        slopes = torch.from_numpy(patterns.slopes(case.pattern, shape).astype(np.float32)).to(device)
+        options["score_mod"] = lambda score, b, head, query, key: score - slopes[head] * (query - key)
+        how.append("score_mod")
+    options["enable_gqa"] = shape.kv_heads != shape.num_heads
+    return functools.partial(torch.compile(flex.flex_attention, dynamic=False), **options), ", ".join(how)
+
+
+def _mask_mod(case: AttentionCase, device: str) -> Callable[..., Any]:
+    import torch
+
+    length = patterns.prefix_length(case.shape)
+    segment = torch.from_numpy(patterns.segments(case.shape)).to(device)
+    return {
+        "causal": lambda b, head, query, key: query >= key,
+        "alibi": lambda b, head, query, key: query >= key,
+        "window": lambda b, head, query, key: (query >= key) & (query - key < patterns.WINDOW),
+        "prefix": lambda b, head, query, key: (query >= key) | (key < length),
+        "documents": lambda b, head, query, key: (query >= key) & (segment[b, query] == segment[b, key]),
+    }[case.pattern]

@@ -1,0 +1,73 @@
+"""The calls of `seqattn.attend`: masks as values, documents as coordinates that the batch brings."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from benchmarks.attention import patterns
+from benchmarks.attention.call import AttentionCall
+from benchmarks.attention.case import AttentionCase
+from seqattn.attention import attend
+from seqattn.coordinates import Coordinates
+from seqattn.kernels.dispatch import Explanation, explain
+from seqattn.masks import Causal, Prefix, SameSegment, SlidingWindow
+from seqattn.score_mods import Alibi
+
+
+def call(case: AttentionCase, implementation: str | None) -> AttentionCall:
+    """The call for a case; `implementation` as in `attend`."""
+    extra: tuple[Array, ...] = ()
+    if case.pattern == "documents":
+        at = Coordinates.from_segments(jnp.asarray(patterns.segments(case.shape)))
+        extra = (jnp.asarray(at.position), jnp.asarray(at.segment))
+    arguments, words = _arguments(case)
+
+    def attention(query: Array, key: Array, value: Array, *at: Array) -> Array:
+        return attend(query, key, value, **arguments(*at), implementation=implementation)
+
+    def explained(query: Array, key: Array, value: Array, *at: Array) -> Explanation:
+        return explain(query, key, value, **arguments(*at), implementation=implementation)
+
+    return AttentionCall(
+        attention, ", ".join(filter(None, [*_choice(case, implementation, explained, extra), words])), extra
+    )
+
+
+def _arguments(case: AttentionCase) -> tuple[Callable[..., dict[str, Any]], str]:
+    """What `attend` is given besides query, key and value, from the coordinates if any, and how one writes it."""
+    if case.pattern == "documents":
+        return _packed, "Causal() & SameSegment()"
+    window, length = patterns.WINDOW, patterns.prefix_length(case.shape)
+    given: dict[str, tuple[dict[str, Any], str]] = {
+        "full": ({}, ""),
+        "causal": ({"mask": Causal()}, "Causal()"),
+        "window": ({"mask": Causal() & SlidingWindow(window)}, f"Causal() & SlidingWindow({window})"),
+        "prefix": ({"mask": Causal() | Prefix(length)}, f"Causal() | Prefix({length})"),
+        "alibi": ({"mask": Causal(), "score_mod": Alibi()}, "Causal(), Alibi()"),
+    }
+    arguments, words = given[case.pattern]
+    return lambda: arguments, words
+
+
+def _packed(position: Array, segment: Array) -> dict[str, Any]:
+    at = Coordinates(position, segment)
+    return {"mask": Causal() & SameSegment(), "q_at": at, "kv_at": at}
+
+
+def _choice(
+    case: AttentionCase, implementation: str | None, explained: Callable[..., Explanation], extra: tuple[Array, ...]
+) -> list[str]:
+    """The implementation that is chosen, unless it was named, and what is to be known of it."""
+    found: list[Explanation] = []
+
+    def trace(*arguments: Any) -> None:
+        # Traced as it will be timed: what is known at trace time decides which implementation can serve a call.
+        found.append(explained(*arguments))
+
+    sizes = (case.shape.query, case.shape.key, case.shape.key)
+    jax.eval_shape(trace, *(jax.ShapeDtypeStruct(size, case.dtype) for size in sizes), *extra)
+    chosen = found[0].chosen or ""
+    return [chosen if implementation is None else "", found[0].notes.get(chosen, "")]

@@ -1,0 +1,113 @@
+"""A translator of random weights, with the names and shapes of MarianMT: what all that decode are given.
+
+Nothing in it is trained, and nothing needs to be: the time of a step does not depend on what the weights are. But they
+are such that implementations can be compared by what they say: no sequence ends before the wanted length, what is said
+depends on the source, tokens seldom repeat, and the best ones are well apart.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from seqattn.interop import marian_config, to_marian
+from seqattn.models.transformer import Transformer
+
+END = 0
+_NEVER = -1e9  # a logit: as good as forbidden, yet no -inf that a library might stumble over
+_GAINS = {
+    "shared": 3.4,  # a token's vector is larger than that of its position
+    "q_proj": 2.0,  # so that attention chooses
+    "k_proj": 2.0,
+    "encoder_attn": 3.0,  # so that the source is heard
+    "": 0.5,  # so that nothing drowns the rest
+}
+"""By how much a parameter enlarges what has a variance of 1; the first part of a name that is found decides."""
+_SEED = 20
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the model and of what it reads."""
+
+    num_layers: int = 3
+    """Of the encoder, and of the decoder."""
+    model_dim: int = 256
+    hidden_dim: int = 1024
+    num_heads: int = 4
+    vocab_size: int = 8000
+    source_length: int = 24
+    """Tokens of each source, the end token counted."""
+
+    @property
+    def pad_token(self) -> int:
+        """The last one, which also starts each target."""
+        return self.vocab_size - 1
+
+
+@dataclass(frozen=True)
+class RandomMarian:
+    """The weights, and a folder for libraries that want them in a file."""
+
+    sizes: Sizes
+    folder: Path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """As in a `config.json` of MarianMT."""
+        sizes = self.sizes
+        sides = {
+            f"{side}_{name}": value
+            for side in ("encoder", "decoder")
+            for name, value in (
+                ("layers", sizes.num_layers),
+                ("attention_heads", sizes.num_heads),
+                ("ffn_dim", sizes.hidden_dim),
+            )
+        }
+        tokens = {"eos_token_id": END, "pad_token_id": sizes.pad_token, "decoder_start_token_id": sizes.pad_token}
+        others = {"activation_function": "relu", "scale_embedding": True, "forced_eos_token_id": None}
+        return {"vocab_size": sizes.vocab_size, "d_model": sizes.model_dim} | sides | tokens | others
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """float32 parameters by Marian's names; the same in every run and process."""
+        names = to_marian(Transformer(marian_config(self.config), rngs=nnx.Rngs(0)))
+        random = np.random.default_rng(_SEED)
+        arrays = {name: _draw(name, names[name].shape, random) for name in sorted(names)}
+        # As in every OPUS-MT model: what starts a target adds nothing. CTranslate2 counts on it.
+        arrays["model.shared.weight"][self.sizes.pad_token] = 0
+        arrays["final_logits_bias"][0, [END, self.sizes.pad_token]] = _NEVER
+        # The last token is what the sum below the last norm says most of; signs at random keep it from being repeated.
+        last = f"model.decoder.layers.{self.sizes.num_layers - 1}.final_layer_norm.weight"
+        arrays[last] *= random.choice(np.array([-1, 1], np.float32), arrays[last].shape)
+        return arrays
+
+
+def marian_mt(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
+    """The `MarianMTModel` of transformers with these parameters."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    network = transformers.MarianMTModel(transformers.MarianConfig(**config)).eval()
+    found = network.load_state_dict({name: torch.from_numpy(x) for name, x in arrays.items()}, strict=False)
+    # The rest are sines and second names of the one table.
+    missing = [name for name in found.missing_keys if "embed_" not in name and name != "lm_head.weight"]
+    if missing or found.unexpected_keys:
+        raise RuntimeError(f"MarianMTModel lacks {missing} and does not know {found.unexpected_keys}")
+    return network
+
+
+def _draw(name: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
+    """A weight `[out, in]`, a table of vectors `[V, D]`, which Marian scales by `sqrt(D)` on the way in, or a bias."""
+    if name.endswith("layer_norm.weight"):
+        return np.ones(shape, np.float32)
+    if name == "final_logits_bias" or len(shape) == 1:
+        return random.standard_normal(shape, np.float32) * np.float32(0.02)
+    gain = next(gain for part, gain in _GAINS.items() if part in name)
+    return random.standard_normal(shape, np.float32) * np.float32(gain / shape[-1] ** 0.5)

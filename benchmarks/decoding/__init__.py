@@ -1,0 +1,1 @@
+"""What decoding costs, here and in other libraries: `python -m benchmarks.decoding`."""

@@ -1,0 +1,1 @@
+"""What an update costs, here and in other libraries: `python -m benchmarks.training`."""

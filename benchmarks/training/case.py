@@ -1,0 +1,94 @@
+"""What every implementation trains: models by name, their batch, their weights, and how much there is to compute."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from benchmarks.bench.marian import END, RandomMarian, Sizes
+from seqattn.interop import from_marian
+from seqattn.nn import with_implementation
+from train.data.batches import Batch, collate, filled
+from train.objectives.sequences import SequenceToSequence
+from train.reports.flops import products
+
+START = 1
+"""Starts a target. Not the padding, as in Marian: torch's embeddings leave the gradient of that one out."""
+_SHORTEST = 5 / 8
+"""Of the longest text: captions of Multi30k in a bucket of similar lengths are about so different."""
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """An update of a model by one batch, which is the same in every run and process."""
+
+    name: str
+    sizes: Sizes
+    target_length: int
+    """Tokens of each target, padding counted."""
+    rows: int
+    """Pairs of source and target in a batch."""
+    dropout_rate: float
+    """Of the embeddings and of each sublayer's output, and nowhere else."""
+    label_smoothing: float = 0.1
+
+    def fields(self) -> dict[str, Any]:
+        """Name and sizes of the model, of its batch, and what is dropped and smoothed."""
+        batch = {"target_length": self.target_length, "rows": self.rows}
+        rates = {"dropout_rate": self.dropout_rate, "label_smoothing": self.label_smoothing, "dtype": "float32"}
+        return {"model": self.name} | asdict(self.sizes) | batch | rates
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """As in a `config.json` of MarianMT."""
+        dropout = {"dropout": self.dropout_rate, "attention_dropout": 0.0, "activation_dropout": 0.0}
+        return RandomMarian(self.sizes, Path()).config | dropout
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """float32 parameters by Marian's names, with which any token may be said."""
+        arrays = RandomMarian(self.sizes, Path()).arrays
+        bias = arrays["final_logits_bias"]
+        return arrays | {"final_logits_bias": np.where(bias < -1, 0, bias)}
+
+    def batch(self) -> Batch:
+        """Random tokens, as `train.data.batches` makes batches."""
+        shape = (self.rows, self.sizes.source_length, self.target_length + 1)
+        random = np.random.default_rng(shape)
+
+        def text(longest: int) -> list[int]:
+            length = random.integers(max(1, round(_SHORTEST * longest)), longest, endpoint=True)
+            return [*random.integers(START + 1, self.sizes.pad_token, length - 1).tolist(), END]
+
+        rows = [(text(self.sizes.source_length), [START, *text(self.target_length)]) for _ in range(self.rows)]
+        return collate(rows, shape, self.sizes.pad_token)
+
+
+MODELS = {
+    case.name: case
+    for case in (
+        TrainingCase("multi30k", Sizes(4, 128, 256, 4, 10_000, source_length=16), 16, 256, dropout_rate=0.3),
+        TrainingCase("base256", Sizes(3, 256, 1024, 4, 8000, source_length=32), 32, 64, dropout_rate=0.1),
+    )
+}
+"""By what `--models` takes: one of the sizes of Multi30k's best, and one of 3 + 3 layers of 256."""
+
+
+def tokens(batch: Batch) -> int:
+    """Those of source and target, without padding."""
+    return int(batch["source_length"].sum() + (batch["target_length"] - 1).sum())
+
+
+def operations(case: TrainingCase, weights: dict[str, np.ndarray]) -> float:
+    """Operations of the products of our loss, forward, for a padded token: F of `train.engine.meter.Meter`."""
+    graph, parameters = nnx.split(from_marian(case.config, weights))
+
+    def loss(parameters: nnx.State, batch: dict[str, jax.Array]) -> Any:
+        # The tiles of others are a loop of a length that is not known.
+        model = with_implementation(nnx.merge(graph, parameters), "reference")
+        return SequenceToSequence.loss(model, batch)
+
+    batch = case.batch()
+    return products(loss, parameters, batch) / tokens(filled(batch))

@@ -1,0 +1,56 @@
+"""The records of updates as people read them."""
+
+from collections.abc import Sequence
+
+from benchmarks.bench import table
+from benchmarks.bench.table import Column, Table, number
+from benchmarks.training.record import TrainingRecord
+
+_LEGEND = (
+    "step ms: one update, the median of the rounds, and their range. tokens/s: of source and target, padding not "
+    "counted. MFU: 3 F U / (t P), F operations of the products of our loss for a padded token, U tokens without "
+    "padding in t seconds, P what the device could do. by faster peer: how many times the tokens/s of the faster one "
+    "of those in PyTorch. fwd bwd opt %: of a step's time, that of the loss alone, what its gradient adds, and what "
+    "AdamW adds, each timed as a program of its own in the same rounds (--parts). MiB: what a process that does "
+    "nothing else came to hold beyond Python, libraries and the given weights: compilation, state, updates. loss: "
+    "before the first update, without dropout. compile s: how much longer the first update took than the second; not "
+    "in the times."
+)
+
+
+def title(record: TrainingRecord) -> str:
+    """The case and its sizes."""
+    case, sizes, work = record.case, record.case.sizes, record.work
+    return (
+        f"{case.name}: {sizes.num_layers} + {sizes.num_layers} layers of {sizes.model_dim}, hidden "
+        f"{sizes.hidden_dim}, vocabulary {sizes.vocab_size:,}, dropout {case.dropout_rate}; {case.rows} rows of "
+        f"{sizes.source_length} + {case.target_length}, {work.tokens:,} of {work.padded_tokens:,} tokens"
+    )
+
+
+def remarks(records: Sequence[TrainingRecord]) -> list[str]:
+    """Where P is from."""
+    return list(dict.fromkeys(f"P: {record.work.peak_source}" for record in records))
+
+
+def _shares(record: TrainingRecord) -> str:
+    return " ".join(f"{100 * share:.0f}" for share in record.shares) if record.shares else ""
+
+
+TABLE = Table[TrainingRecord](
+    (
+        Column("implementation", 14, table.implementation, left=True),
+        Column("step ms", 9, table.milliseconds),
+        Column("min - max", 17, table.milliseconds_range),
+        Column("tokens/s", 9, lambda record: number(record.rate) if record.rate else ""),
+        Column("MFU", 6, lambda record: f"{record.mfu:.1%}" if record.mfu else ""),
+        Column("by faster peer", 15, lambda record: f"{record.speed:.2f}x" if record.speed else ""),
+        Column("fwd bwd opt %", 14, _shares),
+        Column("MiB", 7, table.mebibytes_beyond_idle),
+        Column("loss", 8, lambda record: f"{record.beginning.loss:.4f}" if record.beginning else ""),
+        Column("compile s", 9, table.compile_seconds),
+    ),
+    title,
+    _LEGEND,
+    remarks,
+)
