@@ -304,7 +304,6 @@ _PROGRAM = """from pathlib import Path
 
 import jax.numpy as jnp
 import jax
-from huggingface_hub import EvalResult, ModelCardData
 from jax import export
 from safetensors.numpy import load_file
 
