@@ -7,19 +7,8 @@ from seqattn.drop_in import dot_product_attention
 from seqattn.dropout import Dropout
 from seqattn.kernels.dispatch import Explanation, explain
 from seqattn.losses import cross_entropy
-from seqattn.masks import (
-    Causal,
-    Dilated,
-    Mask,
-    MaskMod,
-    Neighborhood,
-    NotPadding,
-    Prefix,
-    Reach,
-    SameBlock,
-    SameSegment,
-    SlidingWindow,
-)
+from seqattn.mask import Mask, MaskMod, Reach
+from seqattn.masks import Causal, Dilated, Neighborhood, NotPadding, Prefix, SameBlock, SameSegment, SlidingWindow
 from seqattn.positions import angular_frequencies, rotate, sinusoidal
 from seqattn.pytrees import pytree, static
 from seqattn.ring import RingCost, ring_attend, ring_cost, zigzag

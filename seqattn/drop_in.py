@@ -10,7 +10,8 @@ from seqattn.attention import attend
 from seqattn.checks import check_integer
 from seqattn.coordinates import Coordinates
 from seqattn.kernels.call import Visible, check_arrays, check_pairs
-from seqattn.masks import Causal, Mask, NotPadding, SlidingWindow
+from seqattn.mask import Mask
+from seqattn.masks import Causal, NotPadding, SlidingWindow
 from seqattn.sizes import Size
 
 

@@ -13,7 +13,7 @@ from seqattn.coordinates import Coordinates
 from seqattn.kernels import ring
 from seqattn.kernels.call import Call, Shaped, check_arrays, flatten, infinite_where_empty, locate, scale_of
 from seqattn.kernels.chunked.schedule import plan
-from seqattn.masks import Mask
+from seqattn.mask import Mask
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreMod, ScoreModLike, for_kernel
 from seqattn.score_mods import Alibi

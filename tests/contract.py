@@ -24,7 +24,7 @@ from seqattn.dropout import Dropout
 from seqattn.kernels import cached, ring
 from seqattn.kernels.call import Call, Columns
 from seqattn.kernels.dispatch import IMPLEMENTATIONS, Implementation
-from seqattn.masks import Mask, MaskMod
+from seqattn.mask import Mask, MaskMod
 from tests import oracle
 
 PLATFORM = {"cudnn": "gpu", "splash": "tpu"}

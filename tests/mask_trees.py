@@ -5,7 +5,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from seqattn.coordinates import Coordinates
-from seqattn.masks import Causal, Dilated, MaskMod, NotPadding, Prefix, SameBlock, SameSegment, SlidingWindow
+from seqattn.mask import MaskMod
+from seqattn.masks import Causal, Dilated, NotPadding, Prefix, SameBlock, SameSegment, SlidingWindow
 
 
 def _window(size, ahead):

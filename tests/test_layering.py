@@ -16,7 +16,8 @@ ROWS = (
     "seqattn.platforms seqattn.precision seqattn.pytrees seqattn.checks seqattn.sizes",
     "seqattn.coordinates seqattn.dropout seqattn.positions seqattn.scores seqattn.losses seqattn.top_k "
     "seqattn.hypotheses",
-    "seqattn.masks seqattn.score_mod",
+    "seqattn.mask seqattn.score_mod",
+    "seqattn.masks",
     "seqattn.score_mods",
     "seqattn.kernels",
     "seqattn.attention seqattn.ring",

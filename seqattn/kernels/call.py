@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout, check_dropout
-from seqattn.masks import Mask
+from seqattn.mask import Mask
 from seqattn.precision import accumulator, lowest
 from seqattn.pytrees import pytree, static
 from seqattn.score_mod import ScoreMod, ScoreModLike, for_kernel

@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Int
 from seqattn.coordinates import Coordinates
 from seqattn.kernels import reference
 from seqattn.kernels.call import Call, refuse_unknown
-from seqattn.masks import And, Causal, Mask, NotPadding, SameSegment, SlidingWindow
+from seqattn.mask import And, Mask
+from seqattn.masks import Causal, NotPadding, SameSegment, SlidingWindow
 from seqattn.sizes import Size
 
 

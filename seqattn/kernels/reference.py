@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels.call import Call, Result
-from seqattn.masks import Mask
+from seqattn.mask import Mask
 from seqattn.precision import lowest
 from seqattn.sizes import Size
 

@@ -26,7 +26,7 @@ from seqattn.kernels.chunked.plan import Leaves, Plan, is_floating, prepare
 from seqattn.kernels.chunked.schedule import Grid
 from seqattn.kernels.mesh_axes import varying
 from seqattn.kernels.traced import capture
-from seqattn.masks import Mask
+from seqattn.mask import Mask
 from seqattn.precision import accumulator
 
 Arrays = dict[str, Any]

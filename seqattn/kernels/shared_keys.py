@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from seqattn.coordinates import Coordinates
-from seqattn.masks import Mask, reads
+from seqattn.mask import Mask, reads
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreMod
 from seqattn.sizes import Size

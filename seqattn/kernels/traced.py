@@ -21,7 +21,7 @@ from seqattn.coordinates import Coordinates
 from seqattn.kernels.call import Call
 from seqattn.kernels.instructions import Instructions, Once
 from seqattn.kernels.mesh_axes import mesh_axes, over
-from seqattn.masks import Mask
+from seqattn.mask import Mask
 from seqattn.pytrees import pytree
 from seqattn.score_mod import ScoreMod
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from seqattn.checks import check_integer
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import split
-from seqattn.masks import Causal, Mask, SameBlock, SameSegment, SlidingWindow
+from seqattn.mask import Mask
+from seqattn.masks import Causal, SameBlock, SameSegment, SlidingWindow
 from seqattn.models.layers import run_layers
 from seqattn.models.positions import Positions, PositionScores, rotary_base
 from seqattn.nn.blocks import BlockConfig, EncoderBlock

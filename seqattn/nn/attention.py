@@ -13,7 +13,7 @@ from seqattn.checks import check_even, check_multiple, check_rate, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels.call import Columns, check_heads
-from seqattn.masks import Mask
+from seqattn.mask import Mask
 from seqattn.nn.cache import Cache
 from seqattn.nn.key_value import KeyColumns, KeyValue, Written
 from seqattn.nn.linear import Linear

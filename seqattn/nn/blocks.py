@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from seqattn.checks import check_multiple, check_number, check_rate, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import drop, split
-from seqattn.masks import Mask
+from seqattn.mask import Mask
 from seqattn.nn.attention import MultiHeadAttention
 from seqattn.nn.cache import Cache
 from seqattn.nn.compressed import MemoryCompressedAttention

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int
 from seqattn.coordinates import Coordinates, Tile
 from seqattn.kernels.cached import rows_of
 from seqattn.kernels.call import Columns
-from seqattn.masks import Mask, Reach, Truth
+from seqattn.mask import Mask, Reach, Truth
 from seqattn.pytrees import pytree, static
 from seqattn.sizes import known_size, may_exceed
 

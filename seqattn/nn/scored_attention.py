@@ -13,7 +13,8 @@ from seqattn import scores
 from seqattn.attention import attend_scores
 from seqattn.checks import check_sizes
 from seqattn.coordinates import Coordinates
-from seqattn.masks import Mask, NotPadding
+from seqattn.mask import Mask
+from seqattn.masks import NotPadding
 from seqattn.nn.initializers import xavier_uniform
 from seqattn.nn.key_value import KeyValue
 from seqattn.nn.local import LocalWindow, Monotonic, Predictive

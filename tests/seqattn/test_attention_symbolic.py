@@ -10,7 +10,8 @@ from seqattn.attention import attend, attention_weights
 from seqattn.coordinates import Coordinates
 from seqattn.drop_in import dot_product_attention
 from seqattn.kernels.dispatch import explain
-from seqattn.masks import Causal, MaskMod, SameSegment, SlidingWindow
+from seqattn.mask import MaskMod
+from seqattn.masks import Causal, SameSegment, SlidingWindow
 from seqattn.score_mods import Alibi, RelativePositions
 
 N, K, H = 4, 2, 3

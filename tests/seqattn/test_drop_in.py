@@ -11,7 +11,7 @@ import pytest
 from seqattn.drop_in import dot_product_attention
 from seqattn.kernels import reference
 from seqattn.kernels.dispatch import IMPLEMENTATIONS, Implementation
-from seqattn.masks import Mask
+from seqattn.mask import Mask
 from tests import oracle
 from tests.contract import SHAPES, Shape, arrays, close
 

@@ -8,17 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqattn.coordinates import Coordinates, Tile
-from seqattn.masks import (
-    Causal,
-    Dilated,
-    MaskMod,
-    Neighborhood,
-    NotPadding,
-    Prefix,
-    SameBlock,
-    SameSegment,
-    SlidingWindow,
-)
+from seqattn.mask import MaskMod
+from seqattn.masks import Causal, Dilated, Neighborhood, NotPadding, Prefix, SameBlock, SameSegment, SlidingWindow
 from tests import oracle
 from tests.mask_trees import coordinates, mask_trees
 

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 from seqattn.kernels.chunked import layouts
 from seqattn.kernels.chunked.plan import TiledCall
 from seqattn.kernels.chunked.schedule import Grid
-from seqattn.masks import Mask
+from seqattn.mask import Mask
 from seqattn.precision import accumulator
 
 Operands = dict[str, Array]

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from seqattn.coordinates import Coordinates, Tile
-from seqattn.masks import Mask, Reach, Truth
+from seqattn.mask import Mask, Reach, Truth
 from seqattn.pytrees import pytree
 
 _VECTOR, _BLOCK = 16, 32

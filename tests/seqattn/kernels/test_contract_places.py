@@ -7,7 +7,8 @@ import pytest
 
 from seqattn.attention import attend
 from seqattn.coordinates import Coordinates
-from seqattn.masks import Causal, MaskMod, Neighborhood, Prefix
+from seqattn.mask import MaskMod
+from seqattn.masks import Causal, Neighborhood, Prefix
 from seqattn.score_mod import ScoreFunction
 from tests.contract import GROUPED, Shape, agrees_with_oracle, arrays, close, every_implementation, with_gradients
 

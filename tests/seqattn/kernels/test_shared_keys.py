@@ -11,7 +11,8 @@ from seqattn.attention import attend, attention_weights
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels.dispatch import explain
-from seqattn.masks import Causal, MaskMod, SameSegment, SlidingWindow
+from seqattn.mask import MaskMod
+from seqattn.masks import Causal, SameSegment, SlidingWindow
 from seqattn.score_mods import Alibi, RelativePositions
 from tests.contract import close, every_implementation
 

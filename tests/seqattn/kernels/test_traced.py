@@ -12,7 +12,8 @@ from flax import nnx
 from seqattn.attention import attend
 from seqattn.coordinates import Coordinates
 from seqattn.kernels.chunked import kernel
-from seqattn.masks import Causal, Mask, MaskMod, Prefix
+from seqattn.mask import Mask, MaskMod
+from seqattn.masks import Causal, Prefix
 from seqattn.score_mod import ScoreFunction
 from tests.contract import close, every_implementation
 

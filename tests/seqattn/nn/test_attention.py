@@ -9,7 +9,8 @@ import pytest
 from flax import linen, nnx
 
 from seqattn.coordinates import Coordinates
-from seqattn.masks import Causal, MaskMod, NotPadding, Prefix, SameSegment
+from seqattn.mask import MaskMod
+from seqattn.masks import Causal, NotPadding, Prefix, SameSegment
 from seqattn.nn import MemoryCompressedAttention, MultiHeadAttention, StaticCache, with_implementation
 from tests import oracle
 from tests.parameters import drawn

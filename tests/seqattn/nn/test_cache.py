@@ -13,7 +13,8 @@ from jax import export
 from seqattn.coordinates import Coordinates
 from seqattn.hypotheses import branch, select
 from seqattn.kernels.dispatch import IMPLEMENTATIONS
-from seqattn.masks import Causal, MaskMod, NotPadding, SameSegment, SlidingWindow
+from seqattn.mask import MaskMod
+from seqattn.masks import Causal, NotPadding, SameSegment, SlidingWindow
 from seqattn.nn import KeyColumns, KeyValue, MultiHeadAttention, PagedCache, RingCache, StaticCache
 
 B, T, D, N, K, H, WINDOW = 3, 11, 6, 4, 2, 2, 3

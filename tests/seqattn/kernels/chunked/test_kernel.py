@@ -13,7 +13,8 @@ from seqattn.attention import attend
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels.chunked import schedule as tiles
-from seqattn.masks import Causal, MaskMod, SameSegment, SlidingWindow
+from seqattn.mask import MaskMod
+from seqattn.masks import Causal, SameSegment, SlidingWindow
 from seqattn.score_mod import ScoreFunction
 from seqattn.score_mods import Alibi, SoftCap
 from tests import oracle

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 
 from seqattn.coordinates import Coordinates
 from seqattn.kernels.chunked import schedule as tiles
-from seqattn.masks import Causal, MaskMod, Prefix, SameSegment, SlidingWindow
+from seqattn.mask import MaskMod
+from seqattn.masks import Causal, Prefix, SameSegment, SlidingWindow
 from tests.mask_trees import coordinates, mask_trees
 
 T, S = 13, 17
