@@ -11,7 +11,7 @@ from seqattn.mask import Mask, MaskMod, Reach
 from seqattn.masks import Causal, Dilated, Neighborhood, NotPadding, Prefix, SameBlock, SameSegment, SlidingWindow
 from seqattn.positions import angular_frequencies, rotate, sinusoidal
 from seqattn.pytrees import pytree, static
-from seqattn.ring import RingCost, ring_attend, ring_cost, zigzag
+from seqattn.ring_attention import RingCost, ring_attend, ring_cost, zigzag
 from seqattn.score_mod import ScoreFunction, ScoreMod, compose
 from seqattn.score_mods import Alibi, RelativeBuckets, RelativePositions, SoftCap
 

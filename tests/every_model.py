@@ -37,7 +37,7 @@ from seqattn.models import (
     TransformerConfig,
     Window,
 )
-from seqattn.nn import BlockConfig, Cell, Direction, MixtureConfig, Monotonic, Predictive, Score
+from seqattn.nn import BlockConfig, Cell, Direction, MixtureConfig, Monotonic, OverBatch, Predictive, Score
 from tests.parameters import drawn
 
 V, B, S, HEIGHT, WIDTH = 13, 4, 7, 6, 9
@@ -55,6 +55,9 @@ GENERATING = {
     "seq2seq": Seq2SeqConfig(V, **_FEEDING),
     "seq2seq_attention_encoder": Seq2SeqConfig(V, **_FEEDING, local=Predictive(2), attention_encoder=_LOCAL),
     "captioner": CaptionerConfig(V, Convolutional((3,)), TransformerConfig(0, 0, 1, BLOCK)),
+    "captioner_batch_norm": CaptionerConfig(
+        V, Convolutional((3,), norm=OverBatch()), TransformerConfig(0, 0, 1, BLOCK)
+    ),
     "captioner_recurrent": CaptionerConfig(V, Patches((3, 3)), Seq2SeqConfig(0, **_FEEDING, attention_encoder=_MEAN)),
     # In `make test-all` alone.
     "transformer_window": TransformerConfig(V, 1, 2, BLOCK, RelativeKeys(3), decoder_window=2),

@@ -15,9 +15,14 @@ def drawn(make: Callable[[], Made], seed: int = 1) -> Made:
     """The module that `make` builds, every parameter normal with variance 1 / its first dim.
 
     Also the biases that start at zero and the scales that start at one: as they start, they would hide that a module
-    does not use them. `make` builds its own `nnx.Rngs`, as it is traced.
+    does not use them. Running variances are the squares of such numbers. `make` builds its own `nnx.Rngs`, as it is
+    traced.
     """
     random = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: jnp.asarray(random.normal(size=x.shape) / x.shape[0] ** 0.5, x.dtype), nnx.eval_shape(make)
-    )
+
+    def draw(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
+        values = random.normal(size=x.shape) / x.shape[0] ** 0.5
+        return jnp.asarray(values**2 if any("variance" in str(key) for key in path) else values, x.dtype)
+
+    graph, state = nnx.split(nnx.eval_shape(make))
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, state))

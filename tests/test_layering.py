@@ -20,7 +20,7 @@ ROWS = (
     "seqattn.masks",
     "seqattn.score_mods",
     "seqattn.kernels",
-    "seqattn.attention seqattn.ring",
+    "seqattn.attention seqattn.ring_attention",
     "seqattn.drop_in",
     "seqattn.nn seqattn.decoding",
     "seqattn.models",

@@ -14,7 +14,7 @@ from flax import nnx
 
 from seqattn.checks import check_even, check_integer, check_multiple, check_rate
 from seqattn.models.parameter_rules import rule_of
-from seqattn.models.positions import Sinusoidal
+from seqattn.models.position_encodings import Sinusoidal
 from seqattn.models.transformer import Transformer, TransformerConfig
 from seqattn.nn.blocks import BlockConfig
 from seqattn.nn.feed_forward import Activation

@@ -10,7 +10,7 @@ from seqattn.models.language_model import (
     LanguageModelMemory,
     LanguageModelState,
 )
-from seqattn.models.positions import (
+from seqattn.models.position_encodings import (
     BucketBiases,
     Learned,
     LinearBiases,

@@ -13,9 +13,9 @@ from seqattn.checks import check_even, check_integer, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import split
 from seqattn.masks import SameSegment
-from seqattn.models import positions as order
+from seqattn.models import position_encodings
 from seqattn.models.pooling import mean_over_tokens
-from seqattn.models.positions import Learned, Sinusoidal
+from seqattn.models.position_encodings import Learned, Sinusoidal
 from seqattn.nn.blocks import BlockConfig, EncoderBlock
 from seqattn.nn.linear import Linear
 from seqattn.nn.parameter_rule import INTO, Kind, ParameterRule
@@ -84,7 +84,7 @@ class SelfAttentionEncoder(nnx.Module):
         block = BlockConfig(hidden_dim, config.hidden_dim, config.num_heads, dropout_rate=dropout_rate)
         self.input = Linear(input_dim, hidden_dim, **sizes)
         self.order = config.positions
-        self.positions = order.table(config.positions, hidden_dim, **sizes)
+        self.positions = position_encodings.table(config.positions, hidden_dim, **sizes)
         self.blocks = nnx.List([EncoderBlock(block, mask=SameSegment(), **sizes) for _ in range(config.num_layers)])
         # Without a bias an empty source starts the decoder from zeros, as a recurrent encoder does.
         self.is_lstm = cell is Cell.LSTM
@@ -100,7 +100,7 @@ class SelfAttentionEncoder(nnx.Module):
         # Padding may hold anything, also NaN and a position outside the table.
         x = self.input(jnp.where(real[..., None], x, jnp.zeros_like(x)))
         position = jnp.where(real, at.position, jnp.zeros_like(at.position))
-        x = order.add(x, position, self.order, self.positions)
+        x = position_encodings.add(x, position, self.order, self.positions)
         for block, key in zip(self.blocks, split(dropout_key, len(self.blocks)), strict=True):
             x = block(x, at, dropout_key=key)
         mean = mean_over_tokens(x, real)

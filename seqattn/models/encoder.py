@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from seqattn.checks import check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import drop, split
-from seqattn.models import positions as order
+from seqattn.models import position_encodings
 from seqattn.models.pooling import mean_over_tokens
-from seqattn.models.positions import Positions, Sinusoidal
+from seqattn.models.position_encodings import Positions, Sinusoidal
 from seqattn.models.stack import Attention, Full, Stack
 from seqattn.nn.blocks import BlockConfig
 from seqattn.nn.embedding import TokenEmbedding
@@ -86,10 +86,10 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: EncoderConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         self.config, dim = config, config.block.model_dim
-        order.check_positions(config.positions, dim)
+        position_encodings.check_positions(config.positions, dim)
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         self.embedding = TokenEmbedding(config.vocab_size, dim, **sizes)
-        self.learned = order.table(config.positions, dim, **sizes)
+        self.learned = position_encodings.table(config.positions, dim, **sizes)
         choices: dict[str, Any] = {"positions": config.positions, "pattern": config.pattern}
         self.stack = Stack(config.block, config.num_layers, causal=False, **choices, **sizes)
         self.head = _HEADS[type(config.head)](config, **sizes)
@@ -108,7 +108,7 @@ class Encoder(nnx.Module):
 
     def room(self, source_length: int) -> int | None:
         """None where a text of so many tokens can be read, 0 where it is longer than there are learned positions."""
-        limit = order.limit(self.config.positions)
+        limit = position_encodings.limit(self.config.positions)
         return None if limit is None or source_length <= limit else 0
 
     def encode(
@@ -116,12 +116,14 @@ class Encoder(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """A vector for each token `[B, T]`, before the head."""
         keys = split(dropout_key, 2)
-        x = order.embed(self.embedding, self.learned, self.config.positions, tokens, at)
+        x = position_encodings.embed(self.embedding, self.learned, self.config.positions, tokens, at)
         return self.stack(drop(x, self.config.block.dropout_rate, keys[0]), at, dropout_key=keys[1])
 
     def attention(self, tokens: Int[Array, "B T"], at: Coordinates) -> Float[Array, "B L T T"]:
         """Where each token looks: every head of every layer, `[B, layers * N, T, T]`."""
-        return self.stack.weights(order.embed(self.embedding, self.learned, self.config.positions, tokens, at), at)
+        return self.stack.weights(
+            position_encodings.embed(self.embedding, self.learned, self.config.positions, tokens, at), at
+        )
 
 
 class TokenHead(nnx.Module):

@@ -13,8 +13,8 @@ from seqattn.checks import check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import drop, split
 from seqattn.hypotheses import Shared
-from seqattn.models import positions as order
-from seqattn.models.positions import Positions, Sinusoidal
+from seqattn.models import position_encodings
+from seqattn.models.position_encodings import Positions, Sinusoidal
 from seqattn.models.stack import Attention, Full, Stack
 from seqattn.nn.blocks import BlockConfig
 from seqattn.nn.cache import Cache
@@ -90,11 +90,11 @@ class LanguageModel(nnx.Module):
 
     def __init__(self, config: LanguageModelConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         check_sizes(num_layers=config.num_layers)
-        order.check_positions(config.positions, config.block.model_dim)
+        position_encodings.check_positions(config.positions, config.block.model_dim)
         self.config = config
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         self.embedding = TokenEmbedding(config.vocab_size, config.block.model_dim, **sizes)
-        self.learned = order.table(config.positions, config.block.model_dim, **sizes)
+        self.learned = position_encodings.table(config.positions, config.block.model_dim, **sizes)
         choices: dict[str, Any] = {"positions": config.positions, "pattern": config.pattern}
         self.stack = Stack(config.block, config.num_layers, causal=True, **choices, **sizes)
 
@@ -122,7 +122,7 @@ class LanguageModel(nnx.Module):
 
     def room(self, source_length: int) -> int | None:
         """How many target tokens have a place behind a source of so many: the learned positions that it leaves."""
-        limit = order.limit(self.config.positions)
+        limit = position_encodings.limit(self.config.positions)
         return limit if limit is None else limit - source_length
 
     def start(self, memory: LanguageModelMemory, max_length: int) -> LanguageModelState:
@@ -201,4 +201,4 @@ class LanguageModel(nnx.Module):
         return self._embed(tokens, at), at
 
     def _embed(self, tokens: Int[Array, "B T"], at: Coordinates) -> Float[Array, "B T D"]:
-        return order.embed(self.embedding, self.learned, self.config.positions, tokens, at)
+        return position_encodings.embed(self.embedding, self.learned, self.config.positions, tokens, at)

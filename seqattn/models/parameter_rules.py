@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from seqattn.models import attention_encoder, encoder, positions, seq2seq
+from seqattn.models import attention_encoder, encoder, position_encodings, seq2seq
 from seqattn.nn import (
-    attention,
     compressed,
     convolution,
     embedding,
     feed_forward,
     linear,
-    local,
+    local_window,
     mixture,
+    multi_head_attention,
     normalization,
     recurrent,
     scored_attention,
@@ -20,8 +20,9 @@ from seqattn.nn import (
 from seqattn.nn.parameter_rule import ParameterRule
 
 _FILES = (
-    *(mixture, convolution, compressed, local, scored_attention, attention, feed_forward, recurrent),
-    *(positions, embedding, encoder, seq2seq, attention_encoder, normalization, linear),
+    *(mixture, convolution, compressed, local_window, scored_attention),
+    *(multi_head_attention, feed_forward, recurrent, position_encodings),
+    *(embedding, encoder, seq2seq, attention_encoder, normalization, linear),
 )
 PARAMETER_RULES: tuple[ParameterRule, ...] = tuple(rule for file in _FILES for rule in file.RULES)
 """The first rule that matches a path decides."""

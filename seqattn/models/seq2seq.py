@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import drop, split
 from seqattn.hypotheses import Shared
-from seqattn.models import positions as order
+from seqattn.models import position_encodings
 from seqattn.models.attention_encoder import AttentionEncoder, SelfAttentionEncoder
 from seqattn.nn.embedding import TokenEmbedding
 from seqattn.nn.key_value import KeyValue
 from seqattn.nn.linear import Linear
-from seqattn.nn.local import Monotonic, Predictive
+from seqattn.nn.local_window import Monotonic, Predictive
 from seqattn.nn.parameter_rule import INTO, Kind, ParameterRule
 from seqattn.nn.recurrent import Carry, Cell, Direction, Recurrent, RecurrentEncoder
 from seqattn.nn.scored_attention import Score, ScoredAttention
@@ -170,7 +170,7 @@ class Seq2Seq(nnx.Module):
     def room(self, source_length: int) -> int | None:
         """None for any number of target tokens, or 0 where a source of so many has no learned position for each."""
         encoder = self.config.attention_encoder
-        limit = None if encoder is None else order.limit(encoder.positions)
+        limit = None if encoder is None else position_encodings.limit(encoder.positions)
         return None if limit is None or source_length <= limit else 0
 
     def start(self, memory: Seq2SeqMemory, max_length: int) -> Seq2SeqState:

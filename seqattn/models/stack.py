@@ -14,8 +14,8 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import split
 from seqattn.mask import Mask
 from seqattn.masks import Causal, SameBlock, SameSegment, SlidingWindow
-from seqattn.models.layers import run_layers
-from seqattn.models.positions import Positions, PositionScores, rotary_base
+from seqattn.models.layer_loop import run_layers
+from seqattn.models.position_encodings import Positions, PositionScores, rotary_base
 from seqattn.nn.blocks import BlockConfig, EncoderBlock
 from seqattn.nn.cache import Cache, RingCache, StaticCache
 from seqattn.nn.compressed import CompressedCache

@@ -14,9 +14,9 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import drop, split
 from seqattn.hypotheses import Shared
 from seqattn.masks import Causal, SameSegment, SlidingWindow
-from seqattn.models import positions as order
-from seqattn.models.layers import run_layers
-from seqattn.models.positions import Positions, PositionScores, Sinusoidal
+from seqattn.models import position_encodings
+from seqattn.models.layer_loop import run_layers
+from seqattn.models.position_encodings import Positions, PositionScores, Sinusoidal
 from seqattn.nn.blocks import BlockConfig, DecoderBlock, EncoderBlock
 from seqattn.nn.cache import Cache, RingCache, StaticCache
 from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
@@ -121,13 +121,13 @@ class Transformer(nnx.Module):
         self.config, positions, dim = config, config.positions, config.block.model_dim
         check_integer("num_encoder_layers", config.num_encoder_layers, 0)
         check_sizes(num_decoder_layers=config.num_decoder_layers)
-        order.check_positions(positions, dim)
+        position_encodings.check_positions(positions, dim)
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
-        rotary_base = order.rotary_base(positions)
+        rotary_base = position_encodings.rotary_base(positions)
         self.embedding = TokenEmbedding(config.vocab_size, dim, **sizes)
         self.source_embedding = None if config.share_embeddings else TokenEmbedding(config.vocab_size, dim, **sizes)
-        self.source_positions = order.table(positions, dim, **sizes)
-        self.target_positions = order.table(positions, dim, **sizes)
+        self.source_positions = position_encodings.table(positions, dim, **sizes)
+        self.target_positions = position_encodings.table(positions, dim, **sizes)
         self.encoder = nnx.List(
             [
                 EncoderBlock(config.block, mask=SameSegment(), rotary_base=rotary_base, **sizes)
@@ -158,7 +158,7 @@ class Transformer(nnx.Module):
     ) -> TransformerMemory:
         """The memory of source tokens `[B, S]` at their coordinates."""
         embedding = self.embedding if self.source_embedding is None else self.source_embedding
-        x = order.embed(embedding, self.source_positions, self.config.positions, source, source_at)
+        x = position_encodings.embed(embedding, self.source_positions, self.config.positions, source, source_at)
         return self.encode_vectors(x, source_at, dropout_key=dropout_key)
 
     def encode_vectors(
@@ -205,7 +205,7 @@ class Transformer(nnx.Module):
 
     def room(self, source_length: int) -> int | None:
         """How many target tokens have a place behind a source of so many: all learned positions, if it has one too."""
-        limit = order.limit(self.config.positions)
+        limit = position_encodings.limit(self.config.positions)
         return limit if limit is None or source_length <= limit else 0
 
     def start(self, memory: TransformerMemory, max_length: int) -> TransformerState:
@@ -301,7 +301,7 @@ class Transformer(nnx.Module):
         at: Coordinates,
         dropout_key: PRNGKeyArray | None,
     ) -> Array:
-        x = order.embed(embedding, learned, self.config.positions, tokens, at)
+        x = position_encodings.embed(embedding, learned, self.config.positions, tokens, at)
         return drop(x, self.config.block.dropout_rate, dropout_key)
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

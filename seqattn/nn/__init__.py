@@ -1,6 +1,5 @@
 """Parameters around the functions: modules of flax.nnx that keep no random state and no mode."""
 
-from seqattn.nn.attention import MultiHeadAttention, with_implementation
 from seqattn.nn.blocks import BlockConfig, DecoderBlock, EncoderBlock, Residual
 from seqattn.nn.cache import Cache, PagedCache, RingCache, StaticCache
 from seqattn.nn.compressed import CompressedCache, MemoryCompressedAttention
@@ -8,8 +7,9 @@ from seqattn.nn.convolution import ConvolutionalEncoder, OverBatch, OverImage, P
 from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
 from seqattn.nn.feed_forward import Activation, FeedForward
 from seqattn.nn.key_value import KeyColumns, KeyValue
-from seqattn.nn.local import Monotonic, Predictive
+from seqattn.nn.local_window import Monotonic, Predictive
 from seqattn.nn.mixture import MixtureOfExperts, routings
+from seqattn.nn.multi_head_attention import MultiHeadAttention, with_implementation
 from seqattn.nn.normalization import BatchNorm, BatchStatistics, BatchSums, Statistic, measurements, move_statistics
 from seqattn.nn.recurrent import Cell, Direction, Recurrent, RecurrentEncoder
 from seqattn.nn.routing import MixtureConfig, Routing

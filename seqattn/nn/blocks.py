@@ -13,12 +13,12 @@ from seqattn.checks import check_multiple, check_number, check_rate, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import drop, split
 from seqattn.mask import Mask
-from seqattn.nn.attention import MultiHeadAttention
 from seqattn.nn.cache import Cache
 from seqattn.nn.compressed import MemoryCompressedAttention
 from seqattn.nn.feed_forward import Activation, FeedForward
 from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.nn.mixture import MixtureOfExperts
+from seqattn.nn.multi_head_attention import MultiHeadAttention
 from seqattn.nn.routing import MixtureConfig
 from seqattn.score_mod import ScoreMod
 

@@ -13,9 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from seqattn.checks import check_sizes
 from seqattn.coordinates import Coordinates
-from seqattn.nn.attention import MultiHeadAttention
 from seqattn.nn.cache import Cache, RingCache
 from seqattn.nn.key_value import KeyColumns, KeyValue
+from seqattn.nn.multi_head_attention import MultiHeadAttention
 from seqattn.nn.parameter_rule import Kind, ParameterRule
 from seqattn.precision import accumulator
 from seqattn.pytrees import pytree

@@ -17,7 +17,7 @@ from seqattn.mask import Mask
 from seqattn.masks import NotPadding
 from seqattn.nn.initializers import xavier_uniform
 from seqattn.nn.key_value import KeyValue
-from seqattn.nn.local import LocalWindow, Monotonic, Predictive
+from seqattn.nn.local_window import LocalWindow, Monotonic, Predictive
 from seqattn.nn.parameter_rule import Kind, ParameterRule
 
 RULES = (

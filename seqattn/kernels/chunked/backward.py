@@ -13,7 +13,7 @@ from seqattn.kernels.chunked.forward import Carry, visit
 from seqattn.kernels.chunked.layouts import At
 from seqattn.kernels.chunked.operands import zero_unless_finite
 from seqattn.kernels.chunked.plan import Leaves, Plan
-from seqattn.kernels.chunked.scores import Place, TileScores, dropped, product
+from seqattn.kernels.chunked.tile_scores import Place, TileScores, dropped, product
 from seqattn.kernels.traced import TracedMod
 
 

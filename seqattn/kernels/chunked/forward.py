@@ -17,7 +17,7 @@ from seqattn.kernels.chunked import layouts, operands
 from seqattn.kernels.chunked.layouts import At
 from seqattn.kernels.chunked.plan import Leaves, Plan, TiledCall
 from seqattn.kernels.chunked.schedule import Steps
-from seqattn.kernels.chunked.scores import Place, TileScores, dropped, product
+from seqattn.kernels.chunked.tile_scores import Place, TileScores, dropped, product
 from seqattn.kernels.mesh_axes import varying
 from seqattn.kernels.reference import log_sum_exp
 from seqattn.precision import lowest

@@ -19,7 +19,7 @@ from benchmarks.bench.marian import END, RandomMarian, Sizes, marian_mt
 from seqattn.coordinates import Coordinates
 from seqattn.decoding import AverageLength, Stopping, beam_search, generate
 from seqattn.interop import from_marian, marian_config, to_marian
-from seqattn.models.positions import Sinusoidal
+from seqattn.models.position_encodings import Sinusoidal
 from seqattn.models.transformer import Transformer, TransformerConfig
 from seqattn.nn.blocks import BlockConfig
 from tests.parameters import drawn

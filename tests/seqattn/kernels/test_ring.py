@@ -16,7 +16,7 @@ from seqattn.dropout import Dropout
 from seqattn.kernels import ring
 from seqattn.kernels.call import Call
 from seqattn.masks import Causal, NotPadding, Prefix, SameSegment, SlidingWindow
-from seqattn.ring import ring_attend, ring_cost, zigzag
+from seqattn.ring_attention import ring_attend, ring_cost, zigzag
 from seqattn.score_mod import compose
 from seqattn.score_mods import Alibi, RelativePositions, SoftCap
 from tests.contract import NUMPY_DTYPES, Shape, arrays, close, cotangents

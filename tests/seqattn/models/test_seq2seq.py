@@ -14,7 +14,7 @@ from seqattn.hypotheses import branch, select
 from seqattn.models import Seq2Seq, Seq2SeqConfig
 from seqattn.models.attention_encoder import AttentionEncoder
 from seqattn.nn import Cell, Direction, Score
-from seqattn.nn.local import Monotonic, Predictive
+from seqattn.nn.local_window import Monotonic, Predictive
 from tests.parameters import drawn
 
 V, B, S, T, E, H = 13, 3, 7, 5, 3, 4

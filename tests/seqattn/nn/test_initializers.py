@@ -36,7 +36,7 @@ from seqattn.models import (
     Transformer,
     TransformerConfig,
 )
-from seqattn.models.positions import PositionScores
+from seqattn.models.position_encodings import PositionScores
 from seqattn.nn import (
     BatchNorm,
     BlockConfig,
@@ -56,7 +56,7 @@ from seqattn.nn import (
 from seqattn.nn.convolution import ConvolutionalEncoder
 from seqattn.nn.initializers import drawn_wide
 from seqattn.nn.linear import Linear
-from seqattn.nn.local import LocalWindow
+from seqattn.nn.local_window import LocalWindow
 
 V, D, F, H = 11, 8, 5, 4
 BLOCK = BlockConfig(model_dim=D, hidden_dim=F, num_heads=2, gated=True, attention_bias=True, qk_norm=True)

@@ -12,7 +12,7 @@ from seqattn import scores
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, NotPadding
 from seqattn.nn import Score, ScoredAttention
-from seqattn.nn.local import Monotonic, Predictive
+from seqattn.nn.local_window import Monotonic, Predictive
 from tests.parameters import drawn
 
 B, T, S, Q, D, F = 3, 2, 7, 5, 4, 11

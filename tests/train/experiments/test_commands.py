@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 
 from seqattn.models import Rotary
-from seqattn.models.positions import Positions
+from seqattn.models.position_encodings import Positions
 from train.__main__ import parse
 from train.experiments import catalogue
 from train.experiments.reading import READING

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from seqattn.models import RelativeKeys
-from seqattn.models.positions import PositionScores
+from seqattn.models.position_encodings import PositionScores
 from seqattn.nn import MemoryCompressedAttention, Predictive, Score, ScoredAttention, TokenEmbedding
-from seqattn.nn.local import LocalWindow
+from seqattn.nn.local_window import LocalWindow
 from tests.parameters import drawn
 from train.update.initializers import Kaiming, Normal, Uniform, Xavier, redraw
 

@@ -126,7 +126,7 @@ def test_the_kinds_of_parameters_say_what_decays_and_what_muon_takes(name):
     kind = model_type(config)
     params = nnx.state(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))), nnx.Param)
     kinds = [rule_of(path).kind for path in jax.tree.leaves(paths(params))]
-    assert jax.tree.leaves(matrices(params)) == [each is not Kind.VECTOR for each in kinds]
+    assert jax.tree.leaves(matrices(params)) == [each not in (Kind.VECTOR, Kind.STATISTIC) for each in kinds]
     taken = jax.tree.leaves(Muon()._labels(params))
     assert taken == ["muon" if each is Kind.MATRIX else "adam" for each in kinds]
 

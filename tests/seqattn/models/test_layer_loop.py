@@ -19,7 +19,7 @@ from seqattn.models import (
     Transformer,
     TransformerConfig,
 )
-from seqattn.models.layers import run_layers
+from seqattn.models.layer_loop import run_layers
 from seqattn.nn import BlockConfig, MixtureConfig
 
 BLOCK = BlockConfig(model_dim=6, hidden_dim=7, num_heads=2, dropout_rate=0.3, attention_dropout_rate=0.2)

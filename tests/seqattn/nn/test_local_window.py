@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from seqattn.coordinates import Coordinates
-from seqattn.nn.local import LocalWindow, Monotonic, Predictive
+from seqattn.nn.local_window import LocalWindow, Monotonic, Predictive
 from tests.parameters import drawn
 
 B, T, S, Q, F = 3, 5, 11, 4, 7

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, SameSegment
-from seqattn.ring import ring_attend, ring_cost, zigzag
+from seqattn.ring_attention import ring_attend, ring_cost, zigzag
 from seqattn.score_mods import Alibi, SoftCap
 
 TOKENS = jax.ShapeDtypeStruct((8192, 2, 5), np.float32)

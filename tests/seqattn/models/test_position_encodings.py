@@ -32,7 +32,7 @@ from seqattn.models import (
     Transformer,
     TransformerConfig,
 )
-from seqattn.models.positions import PositionScores
+from seqattn.models.position_encodings import PositionScores
 from seqattn.nn import BlockConfig
 from tests.parameters import drawn
 
