@@ -6,6 +6,7 @@ which compiling leaves one.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -233,16 +234,19 @@ def explain(
     """
     check_sinks(arguments.pop("sinks", None), query)
     arguments.pop("return_lse", None)  # what becomes of the output is no matter of a kernel
-    optional = ("mask", "bias", "score_mod", "q_at", "kv_at", "scale", "dropout")
-    if unknown := arguments.keys() - set(optional):
+    if unknown := arguments.keys() - set(_OPTIONS):
         raise TypeError(f"explain takes the arguments of attend, and {', '.join(sorted(unknown))} is none of them")
-    options: dict[str, Any] = {**dict.fromkeys(optional), **arguments}
+    make = functools.partial(call_of, **arguments)
+    return explain_call(implementation, make, (query, key, value), platform=platform)
 
-    def call(*arrays: Array) -> Call:
-        folded, key, value, rest = shared_keys.fold(arrays[0], arrays[1], arrays[2], options)
-        return Call.of(folded, key, value, **rest)
 
-    return explain_call(implementation, call, (query, key, value), platform=platform)
+_OPTIONS = ("mask", "bias", "score_mod", "q_at", "kv_at", "scale", "dropout")
+
+
+def call_of(query: Array, key: Array, value: Array, **options: Any) -> Call:
+    """The call that `attend` makes of these arguments."""
+    query, key, value, options = shared_keys.fold(query, key, value, dict.fromkeys(_OPTIONS) | options)
+    return Call.of(query, key, value, **options)
 
 
 def explain_call(

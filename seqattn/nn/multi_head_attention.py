@@ -12,7 +12,8 @@ from seqattn.attention import attend, attend_columns, attention_weights
 from seqattn.checks import check_even, check_multiple, check_rate, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
-from seqattn.kernels.call import Columns, check_heads
+from seqattn.kernels.call import Call, Columns, check_heads
+from seqattn.kernels.dispatch import Explanation, call_of, explain_call
 from seqattn.mask import Mask
 from seqattn.nn.cache import Cache
 from seqattn.nn.key_value import KeyColumns, KeyValue, Written
@@ -137,6 +138,30 @@ class MultiHeadAttention(nnx.Module):
         else:
             output = attend(query, kv.key, kv.value, **options, **_located(self._mask_over(kv), at, kv.at, score_mod))
         return self.output(output.reshape(*x.shape[:-1], self.num_heads * self.head_dim))
+
+    def explain(
+        self,
+        x: Float[Array, "*batch T D"],
+        at: Coordinates,
+        kv: KeyValue | KeyColumns,
+        *,
+        score_mod: ScoreMod | None = None,
+        dropout_key: PRNGKeyArray | None = None,
+        platform: str | None = None,
+    ) -> Explanation:
+        """Which kernel the same call takes, and why not another; `platform` is as in `seqattn.explain`."""
+        dropout = None if dropout_key is None else Dropout(self.dropout_rate, dropout_key)
+
+        def call(x: Array) -> Call:
+            query = self._rotated(self._heads(self.query(x), self.query_norm), at)
+            if isinstance(kv, KeyColumns):
+                located = _located(_of_slots(self.mask, at, kv, self.num_heads), at, kv.at, score_mod)
+                columns = Columns(kv.key, kv.value, kv.finite)
+                return Call.of_columns(query, columns, **{"q_at": None, "kv_at": None} | located, dropout=dropout)
+            located = _located(self._mask_over(kv), at, kv.at, score_mod)
+            return call_of(query, kv.key, kv.value, **located, dropout=dropout)
+
+        return explain_call(self.implementation, call, (x,), platform=platform)
 
     def weights(
         self,

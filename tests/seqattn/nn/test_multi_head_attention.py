@@ -359,3 +359,21 @@ def test_another_implementation_makes_another_model():
     assert [layer.implementation for layer in changed] == ["chunked", "xla"]
     for a, b in zip(jax.tree.leaves(nnx.state(given)), jax.tree.leaves(nnx.state(changed)), strict=True):
         assert a is b
+
+
+def test_a_module_explains_which_kernel_reads_memory_and_which_a_cache():
+    attention = _attention(dropout_rate=0.5)
+    x = jnp.asarray(X)
+    memory = attention.project(jnp.asarray(MEMORY), MEMORY_AT)
+    assert attention.explain(x, X_AT, memory).chosen == "xla"
+    assert attention.explain(x, X_AT, memory).refusals["cached"] == (
+        "the keys do not lie as columns, in which a cache keeps them"
+    )
+    _, kv = attention.extend(StaticCache.empty(B, S, N, H), x, X_AT)
+    assert attention.explain(x, X_AT, kv).chosen == "cached"
+    told = attention.explain(x, X_AT, kv, dropout_key=jax.random.key(0))
+    assert "drops no weights" in told.refusals["cached"]
+    assert told.chosen == "reference"
+    with_name = with_implementation(attention, "chunked")
+    assert with_name.explain(x, X_AT, kv).chosen == "chunked"
+    assert attention.explain(x, X_AT, kv, platform="tpu").chosen == "cached"
