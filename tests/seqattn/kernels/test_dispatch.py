@@ -1,6 +1,7 @@
 """Which implementation runs, and what is said of it: with kernels that only count and refuse."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,36 @@ def test_what_another_platform_would_compute_changes_nothing_here():
     np.testing.assert_array_equal(
         jax.jit(jax.grad(lambda x: mapped(x).astype(jnp.float32).sum()))(ANYWHERE), expected(ANYWHERE)
     )
+
+
+KERNEL = '''"""Every query gets the mean of all values."""
+
+import jax.numpy as jnp
+
+
+def attend(call):
+    if call.mask is not None:
+        raise NotImplementedError("a mean knows no mask")
+    group = call.query.shape[2] // call.value.shape[2]
+    mean = jnp.repeat(call.value.mean(axis=1, keepdims=True), group, axis=2)
+    output = jnp.broadcast_to(mean, (*call.query.shape[:3], mean.shape[-1]))
+    return output.astype(call.query.dtype), jnp.zeros(call.query.shape[:3], call.high)
+'''
+
+
+def test_a_new_kernel_is_one_file_and_one_line(tmp_path, monkeypatch):
+    (tmp_path / "mean_kernel.py").write_text(KERNEL, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(IMPLEMENTATIONS, "mean", Implementation(importlib.import_module("mean_kernel").attend))
+    value = jax.random.normal(jax.random.key(0), (2, 5, 3, 7))
+    for call in (attend, jax.jit(attend, static_argnames="implementation")):
+        found = call(jnp.ones((2, 4, 6, 2)), jnp.ones((2, 5, 3, 2)), value, implementation="mean")
+        np.testing.assert_allclose(found, jnp.broadcast_to(value.mean(1)[:, None].repeat(2, 2), found.shape), rtol=1e-6)
+    with pytest.raises(NotImplementedError, match="mean: a mean knows no mask"):
+        attend(X, X, X, mask=Causal(), implementation="mean")
+    told = explain(X, X, X, mask=Causal(), implementation=("mean", "reference"))
+    assert told.refusals["mean"] == "a mean knows no mask"
+    assert told.chosen == "reference"
 
 
 def test_an_explanation_tells_of_each(ran):
