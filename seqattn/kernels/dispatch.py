@@ -7,6 +7,7 @@ which compiling leaves one.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -240,7 +241,7 @@ def explain(
     return explain_call(implementation, make, (query, key, value), platform=platform)
 
 
-_OPTIONS = ("mask", "bias", "score_mod", "q_at", "kv_at", "scale", "dropout")
+_OPTIONS = tuple(x.name for x in inspect.signature(Call.of).parameters.values() if x.kind is x.KEYWORD_ONLY)
 
 
 def call_of(query: Array, key: Array, value: Array, **options: Any) -> Call:
