@@ -19,7 +19,8 @@ from benchmarks.training.torch_transformer import torch_transformer
 from seqattn.interop import from_marian
 from train.devices.parallel import Replicated
 from train.objectives.sequences import SequenceToSequence
-from train.update.optimizer import AdamW, Constant, Optimizer
+from train.update.optimizer import AdamW, Optimizer
+from train.update.schedules import Constant
 from train.update.step import make_update, start
 
 FORWARD, GRADIENT, UPDATE = PARTS = ("forward", "gradient", WHOLE)

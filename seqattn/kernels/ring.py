@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array
 
 from seqattn.kernels.call import Call, Result, refuse_unknown
-from seqattn.kernels.chunked import backward, forward
+from seqattn.kernels.chunked import backward, tile_loop
 from seqattn.kernels.chunked.plan import Leaves, Plan, is_floating, prepare
 from seqattn.kernels.chunked.schedule import Grid
 from seqattn.kernels.mesh_axes import varying
@@ -122,12 +122,12 @@ def _add_columns(x: Array | None, new: Array | None, source: Array, size: int) -
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(ring: Ring, leaves: Leaves) -> tuple[Array, Array]:
     output, peak, log_total = _results(ring, leaves)
-    return output, forward.lse_of(peak, log_total)
+    return output, tile_loop.lse_of(peak, log_total)
 
 
 def _forward(ring: Ring, leaves: Leaves) -> tuple[tuple[Array, Array], tuple]:
     output, peak, log_total = _results(ring, leaves)
-    return (output, forward.lse_of(peak, log_total)), (leaves, output, peak, log_total)
+    return (output, tile_loop.lse_of(peak, log_total)), (leaves, output, peak, log_total)
 
 
 def _backward(ring: Ring, residuals: tuple, directions: tuple) -> tuple[list[Array | np.ndarray]]:
@@ -138,22 +138,22 @@ def _backward(ring: Ring, residuals: tuple, directions: tuple) -> tuple[list[Arr
 
 @functools.partial(jax.jit, static_argnums=0)
 def _results(ring: Ring, leaves: Leaves) -> tuple[Array, Array, Array]:
-    """What `forward.finish` gives for the keys of all devices."""
+    """What `tile_loop.finish` gives for the keys of all devices."""
     call = ring.call(leaves)
 
-    def absorb(step: int | Array, block: Block, state: forward.State) -> forward.State:
-        return forward.absorb(*_step(call, block, ring.source(step)), state)
+    def absorb(step: int | Array, block: Block, state: tile_loop.State) -> tile_loop.State:
+        return tile_loop.absorb(*_step(call, block, ring.source(step)), state)
 
-    def absorb_and_send(step: Array, carry: tuple[Block, forward.State]) -> tuple[Block, forward.State]:
+    def absorb_and_send(step: Array, carry: tuple[Block, tile_loop.State]) -> tuple[Block, tile_loop.State]:
         block, state = carry
         return ring.send(block), absorb(step, block, state)
 
     first = _step(call, _block(call), ring.source(0))
-    block, state = _block(call), varying(forward.start(*first), leaves)
+    block, state = _block(call), varying(tile_loop.start(*first), leaves)
     last = ring.devices - 1
     if last:
         block, state = lax.fori_loop(0, last, absorb_and_send, (block, state))
-    return forward.finish(*first, absorb(last, block, state))
+    return tile_loop.finish(*first, absorb(last, block, state))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

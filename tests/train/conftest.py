@@ -17,7 +17,8 @@ from train.data.batches import Batches
 from train.devices.parallel import Placed, Replicated
 from train.engine import loop
 from train.tasks import PythonCode, PythonTags, Reverse
-from train.update.optimizer import Constant, Optimizer
+from train.update.optimizer import Optimizer
+from train.update.schedules import Constant
 
 BLOCK = BlockConfig(model_dim=12, hidden_dim=17, num_heads=2, norm_first=True, dropout_rate=0.1)
 TINY = Experiment(

@@ -36,7 +36,8 @@ from train.experiments.dates import DATES
 from train.tasks import CodeTopics, Docstrings, PythonCode, PythonTags
 from train.tasks.task import Task
 from train.update.initializers import Kaiming, Normal, Uniform, Xavier
-from train.update.optimizer import SGD, AdaGrad, InverseTime, Momentum, Muon, Optimizer
+from train.update.optimizer import SGD, AdaGrad, Momentum, Muon, Optimizer
+from train.update.schedules import InverseTime
 
 TASKS = Path(config.__file__).with_name("tasks")
 ALL = [catalogue.named(name) for name in catalogue.names()]

@@ -84,7 +84,8 @@ from seqattn.models import TransformerConfig
 from seqattn.nn import BlockConfig
 from train.config import Experiment
 from train.data.batches import Batches
-from train.update.optimizer import Constant, Optimizer
+from train.update.optimizer import Optimizer
+from train.update.schedules import Constant
 
 CAPITALS = Experiment(
     task=Capitals(),

@@ -50,7 +50,8 @@ from pathlib import Path
 from train.data.batches import Batches
 from train.experiments.reverse import REVERSE
 from train.tasks import Reverse
-from train.update.optimizer import Cosine, Optimizer
+from train.update.optimizer import Optimizer
+from train.update.schedules import Cosine
 
 ABLATIONS = dataclasses.replace(
     REVERSE,

@@ -33,7 +33,8 @@ from seqattn.nn import Cell, Direction, Score
 from train.config import FROM_TOKENIZER, Experiment
 from train.data.batches import Batches
 from train.tasks import Reverse
-from train.update.optimizer import Cosine, Optimizer
+from train.update.optimizer import Optimizer
+from train.update.schedules import Cosine
 
 BOTTLENECK = Experiment(
     task=Reverse(min_length=1, max_length=24),

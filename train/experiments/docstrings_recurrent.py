@@ -18,7 +18,8 @@ from train.config import FROM_TOKENIZER, Experiment
 from train.data.batches import Batches
 from train.data.tokenizer import ByteLevelBPE
 from train.tasks import Docstrings
-from train.update.optimizer import Cosine, Optimizer
+from train.update.optimizer import Optimizer
+from train.update.schedules import Cosine
 
 DOCSTRINGS_RECURRENT = Experiment(
     task=Docstrings(max_source=12_000, first=1_500),

@@ -18,7 +18,8 @@ from pathlib import Path
 from train.data.batches import Batches
 from train.experiments.tags import TAGS
 from train.tasks import PythonTags
-from train.update.optimizer import Cosine, Optimizer
+from train.update.optimizer import Optimizer
+from train.update.schedules import Cosine
 
 FEW_TAGS = dataclasses.replace(
     TAGS,

@@ -14,7 +14,8 @@ from seqattn.nn import Cell, Score
 from train.config import FROM_TOKENIZER, Experiment
 from train.data.batches import Batches
 from train.tasks import Reverse
-from train.update.optimizer import Cosine, Optimizer
+from train.update.optimizer import Optimizer
+from train.update.schedules import Cosine
 
 IN_BETWEEN = Experiment(
     task=Reverse(min_length=1, max_length=16),

@@ -32,7 +32,8 @@ from train.config import FROM_DATA, FROM_TOKENIZER, Experiment
 from train.data.batches import Batches
 from train.data.tokenizer import ByteLevelBPE
 from train.tasks import LabelledFiles
-from train.update.optimizer import Cosine, Optimizer
+from train.update.optimizer import Optimizer
+from train.update.schedules import Cosine
 
 LABELLED_TEXT = Experiment(
     task=LabelledFiles(),

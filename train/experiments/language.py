@@ -18,7 +18,8 @@ from seqattn.nn import BlockConfig
 from train.config import FROM_TOKENIZER, Experiment
 from train.data.batches import Batches
 from train.tasks import PythonCode
-from train.update.optimizer import Cosine, Optimizer
+from train.update.optimizer import Optimizer
+from train.update.schedules import Cosine
 
 LANGUAGE = Experiment(
     task=PythonCode(characters=128),

@@ -16,7 +16,8 @@ from train.config import Experiment
 from train.data.batches import Batches
 from train.experiments.tags import MODEL
 from train.tasks import PythonCode
-from train.update.optimizer import Cosine, Optimizer
+from train.update.optimizer import Optimizer
+from train.update.schedules import Cosine
 
 MASKED = Experiment(
     task=PythonCode(characters=160),

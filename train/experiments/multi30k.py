@@ -22,7 +22,8 @@ from train.config import FROM_TOKENIZER, Experiment
 from train.data.batches import Batches
 from train.data.tokenizer import ByteLevelBPE
 from train.tasks import Multi30k
-from train.update.optimizer import Adam, InverseSquareRoot, Optimizer
+from train.update.optimizer import Adam, Optimizer
+from train.update.schedules import InverseSquareRoot
 
 MULTI30K = Experiment(
     task=Multi30k(),

@@ -26,7 +26,8 @@ from train.config import FROM_TOKENIZER, Experiment
 from train.data.batches import Batches
 from train.data.tokenizer import ByteLevelBPE
 from train.tasks import TextFiles
-from train.update.optimizer import Cosine, Optimizer
+from train.update.optimizer import Optimizer
+from train.update.schedules import Cosine
 
 OWN_TEXT = Experiment(
     task=TextFiles(),

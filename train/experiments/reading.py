@@ -17,7 +17,8 @@ from seqattn.nn import Cell, Score
 from train.config import FROM_TOKENIZER, Experiment
 from train.data.batches import Batches
 from train.tasks import RenderedText
-from train.update.optimizer import Cosine, Optimizer
+from train.update.optimizer import Optimizer
+from train.update.schedules import Cosine
 
 READING = Experiment(
     task=RenderedText(train_examples=100_000, max_length=6),

@@ -12,7 +12,8 @@ from seqattn.nn import BlockConfig
 from train.config import FROM_TOKENIZER, Experiment
 from train.data.batches import Batches
 from train.tasks import Reverse
-from train.update.optimizer import Cosine, Optimizer
+from train.update.optimizer import Optimizer
+from train.update.schedules import Cosine
 
 REVERSE = Experiment(
     task=Reverse(),

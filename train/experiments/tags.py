@@ -14,7 +14,8 @@ from seqattn.nn import BlockConfig
 from train.config import FROM_DATA, FROM_TOKENIZER, Experiment
 from train.data.batches import Batches
 from train.tasks import PythonTags
-from train.update.optimizer import Cosine, Optimizer
+from train.update.optimizer import Optimizer
+from train.update.schedules import Cosine
 
 MODEL = EncoderConfig(
     FROM_TOKENIZER,

@@ -15,7 +15,8 @@ from train.config import FROM_DATA, FROM_TOKENIZER, Experiment
 from train.data.batches import Batches
 from train.data.tokenizer import ByteLevelBPE
 from train.tasks import CodeTopics
-from train.update.optimizer import Cosine, Optimizer
+from train.update.optimizer import Optimizer
+from train.update.schedules import Cosine
 
 TOPICS = Experiment(
     task=CodeTopics(),

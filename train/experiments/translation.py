@@ -18,7 +18,8 @@ from train.config import FROM_TOKENIZER, Experiment
 from train.data.batches import Batches
 from train.data.tokenizer import ByteLevelBPE
 from train.tasks import ParallelFiles
-from train.update.optimizer import Adam, Cosine, Optimizer
+from train.update.optimizer import Adam, Optimizer
+from train.update.schedules import Cosine
 
 TRANSLATION = Experiment(
     task=ParallelFiles(),

@@ -1,142 +1,16 @@
 """Gradients to updates: an algorithm over a schedule, gradients clipped by their global norm."""
 
 import dataclasses
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 import optax.contrib
 
 from seqattn.checks import check_number
 from seqattn.precision import widened
+from train.update.limits import Checked
 from train.update.parameters import matching, matrices
-
-
-class _Checked:
-    """Settings of which each number follows the rule of its name."""
-
-    def __post_init__(self) -> None:
-        for name, limits in _LIMITS.items():
-            if hasattr(self, name):
-                check_number(name, getattr(self, name), **limits)
-
-
-_LIMITS: dict[str, dict[str, Any]] = {
-    name: limits
-    for names, limits in (
-        (("rate", "peak", "factor", "weight_decay", "initial", "warmup_steps"), {"minimum": 0}),
-        (("beta1", "beta2", "momentum"), {"minimum": 0, "below": 1}),
-        (("epsilon", "root_mean_square"), {"above": 0}),
-        (("final",), {"minimum": 0, "maximum": 1}),
-        (("model_dim", "every"), {"minimum": 1}),
-    )
-    for name in names
-}
-"""What a number must be, by its name."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Constant(_Checked):
-    """One rate after a linear warm-up."""
-
-    rate: float = 1e-3
-    """Learning rate."""
-    warmup_steps: int = 0
-    """Updates over which the rate rises from 0."""
-
-    def schedule(self, steps: int) -> optax.Schedule:
-        """The rate of each update, counted from 0."""
-        del steps
-        return lambda step: self.rate * _warmup(step, self.warmup_steps)
-
-
-@dataclasses.dataclass(frozen=True)
-class Noam(_Checked):
-    """`factor * model_dim**-0.5 * min(step**-0.5, step * warmup_steps**-1.5)` (Vaswani 2017, equation 3)."""
-
-    model_dim: int = 512
-    """D of the equation."""
-    warmup_steps: int = 4000
-    """Updates until the peak."""
-    factor: float = 1.0
-    """Multiplies the whole."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.warmup_steps < 1:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) of Noam must be at least 1")
-
-    def schedule(self, steps: int) -> optax.Schedule:
-        """The rate of each update; the first update is step 1 of the equation."""
-        del steps
-
-        def rate(step: jax.Array) -> jax.Array:
-            count = jnp.asarray(step, jnp.float32) + 1
-            return self.factor * self.model_dim**-0.5 * jnp.minimum(count**-0.5, count * self.warmup_steps**-1.5)
-
-        return rate
-
-
-@dataclasses.dataclass(frozen=True)
-class InverseSquareRoot(_Checked):
-    """Linear warm-up to a peak, then `peak * (warmup_steps / step)**0.5` (fairseq's inverse_sqrt)."""
-
-    peak: float = 5e-4
-    """Highest learning rate."""
-    warmup_steps: int = 4000
-    """Updates until the peak."""
-
-    def schedule(self, steps: int) -> optax.Schedule:
-        """The rate of each update; the first update is step 1."""
-        del steps
-        start = max(1, self.warmup_steps)
-
-        def rate(step: jax.Array) -> jax.Array:
-            count = jnp.asarray(step, jnp.float32) + 1
-            return self.peak * jnp.minimum(count / start, (start / count) ** 0.5)
-
-        return rate
-
-
-@dataclasses.dataclass(frozen=True)
-class Cosine(_Checked):
-    """Linear warm-up to a peak, then half a cosine down to a share of it (Loshchilov 2017)."""
-
-    peak: float = 1e-3
-    """Highest learning rate."""
-    warmup_steps: int = 100
-    """Updates until the peak."""
-    final: float = 0.0
-    """Share of the peak at the last update."""
-
-    def schedule(self, steps: int) -> optax.Schedule:
-        """The rate of each update of `steps` in all."""
-        if self.warmup_steps >= steps:
-            raise ValueError(
-                f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({steps}); "
-                "set --optimizer.schedule.warmup-steps"
-            )
-        decay = optax.cosine_decay_schedule(self.peak, steps - self.warmup_steps, alpha=self.final)
-        # Not `optax.warmup_cosine_decay_schedule`: its first update has the rate 0.
-        return optax.join_schedules(
-            [lambda step: self.peak * _warmup(step, self.warmup_steps), decay], [self.warmup_steps]
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class InverseTime(_Checked):
-    """`rate / (t + 1)`, where t counts periods of `every` updates (the lecture's schedule, a period an epoch)."""
-
-    rate: float = 1e-3
-    """Learning rate of the first period."""
-    every: int = 1000
-    """Updates in a period."""
-
-    def schedule(self, steps: int) -> optax.Schedule:
-        """The rate of each update."""
-        del steps
-        return lambda step: self.rate / (1.0 + jnp.asarray(step) // self.every)
+from train.update.schedules import Constant, Cosine, InverseSquareRoot, InverseTime, Noam
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +23,7 @@ class SGD:
 
 
 @dataclasses.dataclass(frozen=True)
-class Momentum(_Checked):
+class Momentum(Checked):
     """A running sum of gradients times the learning rate (Polyak 1964; Sutskever 2013, equations 1 to 4)."""
 
     momentum: float = 0.9
@@ -163,7 +37,7 @@ class Momentum(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaGrad(_Checked):
+class AdaGrad(Checked):
     """Gradients over the root of the sum of all squared gradients so far (Duchi 2011)."""
 
     initial: float = 0.1
@@ -177,7 +51,7 @@ class AdaGrad(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Adam(_Checked):
+class Adam(Checked):
     """Adam (Kingma 2015)."""
 
     beta1: float = 0.9
@@ -193,7 +67,7 @@ class Adam(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW(_Checked):
+class AdamW(Checked):
     """Adam with decoupled weight decay on matrices, not on norms and biases (Loshchilov 2019)."""
 
     beta1: float = 0.9
@@ -212,7 +86,7 @@ class AdamW(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class Muon(_Checked):
+class Muon(Checked):
     """Momentum of matrices, orthogonalised (Jordan 2024); everything else, tables and logits too, by AdamW.
 
     An orthogonal matrix has the root mean square 1 / sqrt(its longer side); the update is scaled to a fixed one, so
@@ -306,7 +180,3 @@ def _wide(transformation: optax.GradientTransformation) -> optax.GradientTransfo
 def _last_two_axes(params: optax.Params) -> optax.Params:
     """What Muon orthogonalises of each array; all axes but the last two count matrices."""
     return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), params)
-
-
-def _warmup(step: jax.Array, steps: int) -> jax.Array:
-    return jnp.minimum(1.0, (jnp.asarray(step, jnp.float32) + 1) / max(1, steps))

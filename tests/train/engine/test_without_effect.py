@@ -14,7 +14,8 @@ from train.config import decode
 from train.data.tokenizer import ByteLevelBPE, Characters, SavedTokenizer
 from train.engine import loop, without_effect
 from train.experiments import catalogue
-from train.update.optimizer import AdamW, Constant, InverseSquareRoot, InverseTime, Momentum, Muon, Noam, Optimizer
+from train.update.optimizer import AdamW, Momentum, Muon, Optimizer
+from train.update.schedules import Constant, InverseSquareRoot, InverseTime, Noam
 
 STEPS = 12  # of the tiny experiment, which is evaluated after 5 and 10
 EVALUATIONS = r"evaluations of the run \({}\), by steps \(12\) and evaluate_every \({}\)"

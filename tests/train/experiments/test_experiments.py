@@ -21,7 +21,7 @@ from train.tasks.own_files import OwnFiles
 from train.tasks.standard_library import SourceTask
 from train.tasks.task import DrawnTask
 from train.update.freezing import freeze
-from train.update.optimizer import Constant
+from train.update.schedules import Constant
 from train.update.step import make_update
 
 FEW = {"train_examples": 48, "validation_examples": 4, "test_examples": 4}
