@@ -150,8 +150,8 @@ def test_a_list_of_implementations_is_taken_in_its_order():
     ("options", "message"),
     [
         ({"local_window_size": -1}, r"local_window_size to the left \(-1\) must be an integer of at least 0"),
-        ({"local_window_size": (2, -1)}, r"local_window_size \(2, -1\)"),
-        ({"local_window_size": (-3, 1)}, r"local_window_size \(-3, 1\)"),
+        ({"local_window_size": (2, -1)}, r"local_window_size to the right \(-1\) must be an integer of at least 0"),
+        ({"local_window_size": (-3, 1)}, r"local_window_size to the left \(-3\) must be an integer of at least 0"),
         ({"key_value_seq_lengths": jnp.array([S + 1, 1])}, r"a length \(12\) exceeds max_length \(11\)"),
         ({"query_seq_lengths": jnp.array([T + 1, 1])}, r"a length \(8\) exceeds max_length \(7\)"),
         ({"query_seq_lengths": jnp.array([-1, 1])}, "lengths must not be negative, got -1"),

@@ -96,7 +96,7 @@ def test_a_mask_of_keys_alone_is_padding_and_hides_no_structure(batch, monkeypat
         given.append((call.mask, call.kv_at))
         return reference.attend(call)
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "spy", Implementation(spy))
+    monkeypatch.setitem(IMPLEMENTATIONS, "spy", Implementation(spy, reference.refuse))
     inputs = arrays(Shape(batch=batch, T=7, S=11, N=6, K=2, H=5, V=5))
     mask = MASK[:, :, :1] if batch else MASK[1, :, :1]
     call = functools.partial(dot_product_attention, local_window_size=4, implementation="spy")

@@ -305,7 +305,13 @@ true, "norm_gain": true, "norm_bias": true, "use_residual": true, "dropout_rate"
 """What `to_dict` gave in November 2026."""
 
 
+ADDED_SINCE = {"recurrent captioner": {'"image_channels": 2}': '"image_channels": 2, "norm": {"type": "OverImage"}}'}}
+
+
 @pytest.mark.parametrize("name", WRITTEN_BEFORE)
 def test_the_one_codec_reads_and_writes_what_was_written_before_it(name):
     assert from_dict(json.loads(WRITTEN_BEFORE[name])) == CONFIGS[name]
-    assert json.dumps(to_dict(CONFIGS[name])) == " ".join(WRITTEN_BEFORE[name].split())
+    before = " ".join(WRITTEN_BEFORE[name].split())
+    for had, has in ADDED_SINCE.get(name, {}).items():
+        before = before.replace(had, has)
+    assert json.dumps(to_dict(CONFIGS[name])) == before

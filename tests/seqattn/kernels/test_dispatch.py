@@ -30,8 +30,9 @@ def ran(monkeypatch):
         if isinstance(call.score_mod, SoftCap):
             raise NotImplementedError("it has no cap")
 
-    def kernel(name):
+    def kernel(name, refuse):
         def attend(call):
+            refuse(call)
             ran.append(name)
             return reference.attend(call)
 
@@ -43,8 +44,8 @@ def ran(monkeypatch):
     def order(platform, query, key):
         return ("absent", "odd", "noisy", "reference")
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "odd", Implementation(kernel("odd"), no_mask))
-    monkeypatch.setitem(IMPLEMENTATIONS, "noisy", Implementation(kernel("noisy"), no_cap, note))
+    monkeypatch.setitem(IMPLEMENTATIONS, "odd", Implementation(kernel("odd", no_mask), no_mask))
+    monkeypatch.setitem(IMPLEMENTATIONS, "noisy", Implementation(kernel("noisy", no_cap), no_cap, note))
     monkeypatch.setattr(dispatch, "order", order)
     return ran
 
