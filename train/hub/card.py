@@ -19,15 +19,6 @@ from train.hub.exported import Exported
 from train.objectives.for_experiment import named
 from train.reports.metrics import read_metrics
 
-_WHAT = {
-    "SequenceToSequence": ("text2text-generation", "It writes a text, given a source text."),
-    "Continuation": ("text-generation", "It goes on with a text."),
-    "Tagging": ("token-classification", "It gives a label to each token of a text."),
-    "Classification": ("text-classification", "It gives a label to a text."),
-    "Masking": ("fill-mask", "It finds hidden tokens; the start token (id 1) stands where one is to be found."),
-    "Reading": ("image-to-text", "It writes what stands in an image."),
-}
-"""The hub's name for each objective, and a sentence."""
 _MOST_LABELS = 50
 
 
@@ -54,7 +45,7 @@ def card(
         image: height and width of a captioner's images.
         program: the forward program, where there is one.
     """
-    kind, what = _WHAT[made.objective]
+    objective = named(made.objective)
     model, results = made.model, _results(trained_in)
     name = (uploaded_as or made.folder.resolve().name).rpartition("/")[2]
     count = sum(x.size for x in to_arrays(model).values())
@@ -62,9 +53,9 @@ def card(
     shown = ", ".join(map(repr, made.labels[:_MOST_LABELS])) + ", ..." * (len(made.labels) > _MOST_LABELS)
     labels = f" Its labels: {shown}." if made.labels else ""
     parts = [
-        _header(name, kind, type(model).__name__, type(experiment.task).__name__, results, license),
-        f"# {name}\n\n{what} A `{type(model).__name__}` of {count:,} parameters, made with seqattn (JAX, Flax NNX): "
-        f"{said}{labels}\n\nIts vocabulary has {made.tokenizer.vocab_size:,} tokens.",
+        _header(name, objective.hub_task, type(model).__name__, type(experiment.task).__name__, results, license),
+        f"# {name}\n\n{objective.sentence} A `{type(model).__name__}` of {count:,} parameters, made with seqattn (JAX, "
+        f"Flax NNX): {said}{labels}\n\nIts vocabulary has {made.tokenizer.vocab_size:,} tokens.",
         _training(experiment, made.step, average),
         _figures(results, made.step, average),
         _limits(made, experiment),
@@ -200,7 +191,7 @@ def _limits(made: Exported, experiment: Experiment) -> str:
         "is worth nothing, however sure it looks.",
         "- Nothing checks what it writes: neither that it is true, nor that it does no harm.",
     ]
-    limit = made.model.room(0) if made.objective != "Reading" else None
+    limit = made.model.room(0) if "image" not in named(made.objective).given else None
     if limit is not None:
         lines.append(f"- It has learned positions for {limit:,} tokens; longer texts are refused.")
     return "## Limits\n\n" + "\n".join(lines)

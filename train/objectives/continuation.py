@@ -22,6 +22,8 @@ class Continuation(Objective):
     """
 
     name = "Continuation"
+    hub_task = "text-generation"
+    sentence = "It goes on with a text."
     command = "complete"
     models = SequenceToSequence.models
     given = ("target",)

@@ -21,6 +21,8 @@ class Tagging(Objective):
     """A label for each token: the target text has a character for each token of the source."""
 
     name = "Tagging"
+    hub_task = "token-classification"
+    sentence = "It gives a label to each token of a text."
     models = (EncoderConfig,)
     head: ClassVar[type] = TokenLabels
 
@@ -88,6 +90,8 @@ class Classification(Tagging):
     """A label for each text: the target text is the label."""
 
     name = "Classification"
+    hub_task = "text-classification"
+    sentence = "It gives a label to a text."
     head = TextLabels
 
     @staticmethod

@@ -25,6 +25,8 @@ class Masking(Objective):
     """
 
     name = "Masking"
+    hub_task = "fill-mask"
+    sentence = "It finds hidden tokens; the start token (id 1) stands where one is to be found."
     models = (EncoderConfig,)
     head = MaskedTokens
 

@@ -46,6 +46,8 @@ class Objective(abc.ABC):
 
     Attributes:
         name: what configs, tasks and exported models call it.
+        hub_task: what the Hugging Face hub calls it.
+        sentence: what a model of it does, for a model card.
         command: the command that shows what a run does, as in `python -m train.translate`.
         models: the configs of the models that it is for.
         head: the head of an encoder that it is for; None for models without one.
@@ -54,6 +56,8 @@ class Objective(abc.ABC):
     """
 
     name: ClassVar[str]
+    hub_task: ClassVar[str]
+    sentence: ClassVar[str]
     command: ClassVar[str] = "evaluate"
     models: ClassVar[tuple[type, ...]]
     head: ClassVar[type | None] = None

@@ -28,6 +28,8 @@ class Reading(Objective):
     """The text of the "target" column, given the picture whose recipe stands in the "source" column."""
 
     name = "Reading"
+    hub_task = "image-to-text"
+    sentence = "It writes what stands in an image."
     models = (CaptionerConfig,)
     given = ("target", "image")
 

@@ -39,6 +39,8 @@ class SequenceToSequence(Objective):
     """
 
     name = "SequenceToSequence"
+    hub_task = "text2text-generation"
+    sentence = "It writes a text, given a source text."
     command = "translate"
     models = (TransformerConfig, Seq2SeqConfig, LanguageModelConfig, RecurrentLanguageModelConfig)
     given = ("source", "target")
