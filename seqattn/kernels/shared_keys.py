@@ -52,7 +52,7 @@ class Folding:
         folded = math.prod(x.shape[i] for i in (*self.shared, count))
         return moved.reshape(*rows, folded, *x.shape[count + 1 :])
 
-    def repeat(self, x: Array, dims: int) -> Array:
+    def repeat(self, x: Array | np.ndarray, dims: int) -> Array:
         """Keys, values or their coordinates `[*batch, ...]` with a row for each of the queries; `dims` follow batch."""
         return jnp.broadcast_to(x, (*self.batch, *x.shape[x.ndim - dims :]))
 
@@ -96,7 +96,7 @@ def fold(query: Array, key: Array, value: Array, options: dict[str, Any]) -> tup
         return query, key, value, options
     jax.eval_shape(functools.partial(_check, folding, options), query, key, value)
     if _must_repeat(query, key, options):
-        return query, folding.repeat(key, 3), folding.repeat(value, 3), options
+        return query, *_repeated(folding, key, value, options)
     length, size, mask = query.shape[-3], key.shape[-3], options["mask"]
     bias = None if options["bias"] is None else folding.pairs(jnp.asarray(options["bias"]), length)
     if mask is not None and not isinstance(mask, Mask):
@@ -109,11 +109,19 @@ def fold(query: Array, key: Array, value: Array, options: dict[str, Any]) -> tup
 
 
 def _check(folding: Folding, options: dict[str, Any], query: Array, key: Array, value: Array) -> None:
-    """Raises what the call with repeated keys raises; keys of one row may give their coordinates once, too."""
+    """Raises what the call with repeated keys raises."""
+    key, value, options = _repeated(folding, key, value, options)
+    Call.of(query, key, value, **options)
+
+
+def _repeated(
+    folding: Folding, key: Array, value: Array, options: dict[str, Any]
+) -> tuple[Array, Array, dict[str, Any]]:
+    """Keys and values with a row for each of the queries, and so their coordinates where these have the keys' rows."""
     kv_at, own = options["kv_at"], (*key.shape[:-3], key.shape[-3])
     if kv_at is not None:
         kv_at = jax.tree.map(lambda x: folding.repeat(x, 1) if x.shape == own else x, kv_at)
-    Call.of(query, folding.repeat(key, 3), folding.repeat(value, 3), **options | {"kv_at": kv_at})
+    return folding.repeat(key, 3), folding.repeat(value, 3), options | {"kv_at": kv_at}
 
 
 def _is_located(options: dict[str, Any]) -> bool:
