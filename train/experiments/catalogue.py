@@ -86,7 +86,8 @@ class OwnCode:
     """The part of a command's arguments by which runs of an experiment in a file are known."""
 
     experiment: Path | None = None
-    """File of the run's experiment, which is run; needed only where its task is not one of train/tasks/."""
+    """File of the run's experiment, which is run; needed only where its task is not one of train/tasks/. The task's
+    examples must be those of the training."""
 
     def __post_init__(self) -> None:
         if self.experiment is not None:
