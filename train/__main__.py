@@ -1,5 +1,6 @@
 """`python -m train EXPERIMENT [--overrides]` trains, or resumes, an experiment: a name or a file; --list names them."""
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -35,7 +36,9 @@ def parse(arguments: Sequence[str] | None = None) -> "Experiment":
 
 
 def _is_path(argument: str) -> bool:
-    return not argument.startswith("-") and (argument.endswith(".py") or len(Path(argument).parts) > 1)
+    return not argument.startswith("-") and (
+        argument.endswith(".py") or any(mark and mark in argument for mark in (os.sep, os.altsep))
+    )
 
 
 def _from_file(file: Path, overrides: Sequence[str]) -> "Experiment":

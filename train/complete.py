@@ -37,6 +37,7 @@ def main(arguments: Arguments) -> None:
     """Prints each text with its continuation."""
     trained = exported.load_trained(arguments.run)
     exported.check_serves(trained, "complete", objectives.Continuation)
+    exported.check_task(trained, arguments.experiment)
     sampling = Sample((Temperature(arguments.temperature), TopP(arguments.top_p)))
     completer = Completer(
         trained.model, trained.tokenizer, length=arguments.length, sampling=sampling, seed=arguments.seed

@@ -50,6 +50,7 @@ def main(arguments: Arguments) -> None:
     """Writes the folder, says where it is, and uploads it where that is asked for."""
     _check(arguments)
     trained = run.load(arguments.run, average=arguments.average)
+    exported.check_task(trained, arguments.experiment)
     objective = objectives.kind(trained.experiment).name
     made = Exported(arguments.folder, trained.model, trained.tokenizer, trained.labels, objective, trained.step)
     task, program = trained.experiment.task, None

@@ -199,6 +199,7 @@ def main(arguments: Arguments) -> int:
     search, processors = search_of(arguments), processors_of(arguments)
     trained = exported.load_trained(arguments.run, average=arguments.average)
     exported.check_serves(trained, "translate", objectives.SequenceToSequence)
+    exported.check_task(trained, arguments.experiment)
     config = trained.model.config
     if arguments.plot is not None and isinstance(config, Seq2SeqConfig) and config.attention is None:
         raise ValueError(f"--plot: the model of {arguments.run} has no attention (its attention is None): no map")

@@ -4,6 +4,7 @@ Rows that share their keys differ in nothing but their queries, so they are comp
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from seqattn.coordinates import Coordinates
+from seqattn.kernels.call import Call
 from seqattn.mask import Mask, reads
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreMod
@@ -50,6 +52,10 @@ class Folding:
         folded = math.prod(x.shape[i] for i in (*self.shared, count))
         return moved.reshape(*rows, folded, *x.shape[count + 1 :])
 
+    def repeat(self, x: Array | np.ndarray, dims: int) -> Array:
+        """Keys, values or their coordinates `[*batch, ...]` with a row for each of the queries; `dims` follow batch."""
+        return jnp.broadcast_to(x, (*self.batch, *x.shape[x.ndim - dims :]))
+
     def unfold(self, x: Array) -> Array:
         """The inverse of `fold`."""
         count = len(self.batch)
@@ -80,13 +86,17 @@ def fold(query: Array, key: Array, value: Array, options: dict[str, Any]) -> tup
 
     Where rows differ in more than their queries (dropout, coordinates of keys by row, a mask or a score modification
     that reads `query.batch`) keys and values are repeated instead.
+
+    Raises:
+        TypeError, ValueError: what the same call with repeated keys raises. Once folded, an array that fits no row
+            could fit the folded one.
     """
     folding = Folding.of(query, key, value)
     if not folding.shared:
         return query, key, value, options
+    jax.eval_shape(functools.partial(_check, folding, options), query, key, value)
     if _must_repeat(query, key, options):
-        key, value = (jnp.broadcast_to(x, (*folding.batch, *x.shape[-3:])) for x in (key, value))
-        return query, key, value, options
+        return query, *_repeated(folding, key, value, options)
     length, size, mask = query.shape[-3], key.shape[-3], options["mask"]
     bias = None if options["bias"] is None else folding.pairs(jnp.asarray(options["bias"]), length)
     if mask is not None and not isinstance(mask, Mask):
@@ -98,6 +108,22 @@ def fold(query: Array, key: Array, value: Array, options: dict[str, Any]) -> tup
     return folding.fold(query), key, value, folded
 
 
+def _check(folding: Folding, options: dict[str, Any], query: Array, key: Array, value: Array) -> None:
+    """Raises what the call with repeated keys raises."""
+    key, value, options = _repeated(folding, key, value, options)
+    Call.of(query, key, value, **options)
+
+
+def _repeated(
+    folding: Folding, key: Array, value: Array, options: dict[str, Any]
+) -> tuple[Array, Array, dict[str, Any]]:
+    """Keys and values with a row for each of the queries, and so their coordinates where these have the keys' rows."""
+    kv_at, own = options["kv_at"], (*key.shape[:-3], key.shape[-3])
+    if kv_at is not None:
+        kv_at = jax.tree.map(lambda x: folding.repeat(x, 1) if x.shape == own else x, kv_at)
+    return folding.repeat(key, 3), folding.repeat(value, 3), options | {"kv_at": kv_at}
+
+
 def _is_located(options: dict[str, Any]) -> bool:
     """Whether it matters where queries and keys are."""
     mod = options["score_mod"]
@@ -105,14 +131,12 @@ def _is_located(options: dict[str, Any]) -> bool:
 
 
 def _must_repeat(query: Array, key: Array, options: dict[str, Any]) -> bool:
-    """Whether rows differ in more than their queries, or the call is one that attention refuses for its coordinates."""
+    """Whether rows differ in more than their queries."""
     q_at, kv_at, mod = options["q_at"], options["kv_at"], options["score_mod"]
-    if options["dropout"] is not None or (q_at is None) != (kv_at is None):
+    if options["dropout"] is not None:
         return True
     if not _is_located(options):
-        return q_at is not None
-    if q_at is None and query.shape[-3] != key.shape[-3]:
-        return True
+        return False
     if kv_at is not None and any(x.shape[:-1] not in ((), key.shape[:-3]) for x in jax.tree.leaves(kv_at)):
         return True
     at = tuple(Coordinates.range(1) if x is None else x for x in (q_at, kv_at))

@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -20,6 +21,7 @@ from seqattn.nn.key_value import KeyColumns, KeyValue, Written
 from seqattn.nn.linear import Linear
 from seqattn.nn.parameter_rule import INTO, OUT_OF, Kind, ParameterRule
 from seqattn.positions import angular_frequencies, rotate
+from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreMod
 
 RULES = (
@@ -175,7 +177,11 @@ class MultiHeadAttention(nnx.Module):
         query = self._rotated(self._heads(self.query(x), self.query_norm), at)
         if isinstance(kv, KeyColumns):
             mask: Mask | Array | None = _of_slots(self.mask, at, kv, self.num_heads)
-            return attention_weights(query, kv.rows().key, **_located(mask, at, kv.at, score_mod))
+            key = kv.rows().key
+            if key.dtype != query.dtype:  # a cache may have a dtype of its own
+                wider = np.promote_types(accumulator(query.dtype), accumulator(key.dtype))
+                query, key = query.astype(wider), key.astype(wider)
+            return attention_weights(query, key, **_located(mask, at, kv.at, score_mod))
         return attention_weights(query, kv.key, **_located(self._mask_over(kv), at, kv.at, score_mod))
 
     def _mask_over(self, kv: KeyValue) -> Mask | None:

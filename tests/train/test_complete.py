@@ -1,5 +1,6 @@
 """Continuations: the same as by one step after the other, each text for itself."""
 
+import dataclasses
 import io
 
 import jax
@@ -19,11 +20,16 @@ from seqattn.models import (
     Rotary,
 )
 from seqattn.nn import BlockConfig
-from train import complete
+from train import complete, evaluate, export, plot, translate
+from train.checkpoints import run
 from train.complete import Arguments
 from train.data.tokenizer import Characters, Tokenizer
 from train.inference.completer import Completer
 
+MINE = """from train.experiments.reverse import REVERSE
+import dataclasses
+MINE = dataclasses.replace(REVERSE, steps=3)
+"""
 LETTERS = Tokenizer.train(Characters(), ["abcdefg"])
 BLOCK = BlockConfig(model_dim=8, hidden_dim=7, num_heads=2)
 TEXTS = ["abc", "", "fedcbagfedcbagfedcbaa", "g"]
@@ -130,3 +136,22 @@ def test_without_texts_the_command_reads_standard_input_and_a_byte_order_mark_is
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
         complete.main(Arguments(language.folder, length=7))
         assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("command", [complete, translate, export, plot, evaluate], ids=lambda module: module.__name__)
+def test_the_experiment_of_another_task_of_the_same_name_is_refused_by_every_command(
+    command, language, trained, tmp_path, monkeypatch
+):
+    """Types are known by their names, and tasks by what they load: here others than those of the training."""
+    other = dataclasses.replace(trained if command is translate else language, data="0" * 64)
+    monkeypatch.setattr(run, "load", lambda folder, *, average=None: other)
+    (file := tmp_path / "mine.py").write_text(MINE)
+    given = {
+        complete: {"text": ("x",)},
+        translate: {"text": ("x",)},
+        export: {"folder": tmp_path / "exported"},
+        plot: {"run": (other.folder,), "text": ("x",)},
+    }.get(command, {})
+    with pytest.raises(ValueError, match=r"the examples are not those that .* or the --experiment that it was trained"):
+        command.main(command.Arguments(**{"run": other.folder, "experiment": file} | given))
+    assert not (tmp_path / "exported").exists()

@@ -145,6 +145,13 @@ def test_help_of_a_file_shows_its_own_settings(own_files, capsys):
     assert "--task.letters" in text
 
 
+def test_a_file_in_this_folder_without_an_ending_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "noext").write_text(EXPERIMENT)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"noext is no Python file: its name must end in \.py"):
+        parse(["./noext"])
+
+
 def test_a_file_that_is_no_experiment_is_one_sentence(tmp_path):
     code, text = command("train", str(tmp_path / "no.py"))
     assert (code, text.count("\n")) == (2, 1), text

@@ -81,7 +81,8 @@ class Run:
         if fingerprint(splits) != self.data:
             raise ValueError(
                 f"the examples are not those that {self.folder} was trained with, so that no split is known to be "
-                "unseen; bring back the data, or train anew in another folder"
+                "unseen; bring back the data, or the --experiment that it was trained by, or train anew in another "
+                "folder"
             )
         return splits
 

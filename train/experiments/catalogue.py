@@ -60,7 +60,8 @@ def from_file(path: Path) -> "Experiment":
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file defines no experiment or several ones, or it fails; the message has the line and the error.
+        ValueError: the file defines no experiment or several ones, or it fails or ends the process; the message has the
+            line and the error.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}, and an experiment is a name (see --list) or a file")
@@ -75,7 +76,7 @@ def from_file(path: Path) -> "Experiment":
     sys.modules[name] = module  # dataclasses look up their module there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a process that ends here would seem to have trained
         raise ValueError(f"{path}:{_line(error, path)}: {type(error).__name__}: {error}") from error
     return _the_only_one(module, path)
 
@@ -85,7 +86,8 @@ class OwnCode:
     """The part of a command's arguments by which runs of an experiment in a file are known."""
 
     experiment: Path | None = None
-    """File of the run's experiment, which is run; needed only where its task is not one of train/tasks/."""
+    """File of the run's experiment, which is run; needed only where its task is not one of train/tasks/. The task's
+    examples must be those of the training."""
 
     def __post_init__(self) -> None:
         if self.experiment is not None:
@@ -127,9 +129,10 @@ def _parsed(file: Path) -> ast.Module:
     return ast.parse(file.read_bytes())
 
 
-def _line(error: Exception, file: Path) -> int:
+def _line(error: BaseException, file: Path) -> int:
     """The line of a file where an error came from, or passed through."""
-    if isinstance(error, SyntaxError) and error.filename is not None and Path(error.filename) == file:
+    here = file.resolve()
+    if isinstance(error, SyntaxError) and error.filename is not None and Path(error.filename).resolve() == here:
         return error.lineno or 1
     frames = traceback.extract_tb(error.__traceback__)
-    return next((frame.lineno or 1 for frame in frames if Path(frame.filename) == file.absolute()), 1)
+    return next((frame.lineno or 1 for frame in frames if Path(frame.filename).resolve() == here), 1)

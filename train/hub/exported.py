@@ -101,6 +101,20 @@ def check_serves(trained: Run | Exported, command: str, objective: type[Objectiv
         )
 
 
+def check_task(trained: Run | Exported, experiment: Path | None) -> None:
+    """Refuses the file of an experiment whose task is another one than that of the run, of the same name.
+
+    Args:
+        trained: the run, or the exported model, which has no task.
+        experiment: the file, if one was given.
+
+    Raises:
+        ValueError: the task that it defines gives other examples than those that the run was trained with.
+    """
+    if experiment is not None and isinstance(trained, Run):
+        trained.splits()
+
+
 def check_free(folder: Path) -> None:
     """Refuses a folder that nothing can be exported to.
 

@@ -2,11 +2,22 @@
 
 import gzip
 import zlib
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections.abc import Iterator
 from pathlib import Path
 
 from train.tasks.task import Pair
+
+_UTF16, _UTF32 = (
+    f"{name} by its byte order mark, not UTF-8: convert it with iconv -f {name} -t UTF-8"
+    for name in ("UTF-16", "UTF-32")
+)
+_NO_TEXT = (
+    (b"\x1f\x8b", "gzip data, not text: end the name of the file in .gz, or decompress it"),
+    *((mark, _UTF32) for mark in (BOM_UTF32_LE, BOM_UTF32_BE)),  # before those of UTF-16, of which one begins alike
+    *((mark, _UTF16) for mark in (BOM_UTF16_LE, BOM_UTF16_BE)),
+)
+"""How files begin that hold something else than UTF-8, and what to do about it."""
 
 
 def read_pairs(source: Path, target: Path) -> list[Pair]:
@@ -32,7 +43,8 @@ def read_lines(path: Path) -> Iterator[str]:
     Only "\n" ends a line: "\x0b", U+0085, U+2028 and a lone "\r" are characters like any other. A byte order mark at
     the start of the file and one "\r" at the end of a line are no part of the text; the last line may lack its "\n".
 
-    Raises ValueError, naming file and line, where a line is not UTF-8 or holds a NUL, or the gzip data are damaged.
+    Raises ValueError, naming file and line, where a line is not UTF-8 or holds a NUL, or the gzip data are damaged; and
+    where the file is UTF-16 or UTF-32 by its byte order mark, or gzip data without ".gz".
     """
     number = 0
     try:
@@ -52,12 +64,17 @@ def decoded(line: bytes, where: str, number: int) -> str:
         number: of the line, from 1.
 
     Raises:
-        ValueError: naming the place, where the line is not UTF-8 or holds a NUL.
+        ValueError: naming the place, where the line is not UTF-8 or holds a NUL, or the first one begins as gzip data,
+            UTF-16 or UTF-32 do.
 
     >>> decoded(b"\xef\xbb\xbfein Haus\r\n", "line 1 of standard input", 1)
     'ein Haus'
     """
-    line = line.removeprefix(BOM_UTF8) if number == 1 else line
+    if number == 1:
+        for mark, what in _NO_TEXT:
+            if line.startswith(mark):
+                raise ValueError(f"{where}: {what}")
+        line = line.removeprefix(BOM_UTF8)
     try:
         text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
     except UnicodeDecodeError as error:

@@ -20,7 +20,8 @@ _AGAIN, _CONTRADICTED = "are repeated", "are repeated with another label"
 class OwnFiles(Task):
     """Where the files of a task lie, and what is held out where a split has none.
 
-    A folder stands for all files in it and in its folders, in the order of their names, without hidden ones.
+    A folder stands for all files in it and in its folders, in the order of their names, without hidden ones. It may
+    hold links to files, but none to folders.
     """
 
     train: Path | None = None
@@ -52,7 +53,8 @@ class OwnFiles(Task):
             read: the examples of a file.
 
         Raises:
-            ValueError: no training file is given, or a folder has no file; or what `read` raises.
+            ValueError: no training file is given, or a folder has no file, or holds something that is neither file nor
+                folder, such as a link to a folder or to nothing; or what `read` raises.
             FileNotFoundError: there is no such file or folder.
         """
         if self.train is None:
@@ -67,19 +69,21 @@ class OwnFiles(Task):
     def divide(self, found: Mapping[str, Sequence[Pair]]) -> dict[str, list[Pair]]:
         """The distinct examples (text, label) of all three splits; the counts of those that are left out are logged.
 
-        Texts are compared in NFC, and none is in two splits: those of the test stay there, then those of validation. Of
-        a text that is repeated the first one is kept. Which split holds a text that is held out depends on the text and
-        the seed alone, not on what else the files hold.
+        Texts are compared in NFC and without blanks at their ends, and none is in two splits: those of the test stay
+        there, then those of validation. Of a text that is repeated the first one is kept, as it stands. Which split
+        holds a text that is held out depends on the text and the seed alone, not on what else the files hold.
 
         Raises:
-            ValueError: nothing is left for a split; the message has the counts of all three.
+            ValueError: nothing is left for a split; the message has the counts of all three, and the settings by which
+                texts are held out.
         """
         rows: dict[str, list[Pair]] = {"test": [], "validation": [], "train": []}
         for split, pairs in found.items():
             for pair in normalized(pairs):
-                held_out = split == "train" and pair[0].strip()
-                rows[self._held_out(pair[0], found) if held_out else split].append(pair)
-        chosen: dict[str, dict[str, str]] = {}
+                text = pair[0].strip()
+                held_out = split == "train" and text
+                rows[self._held_out(text, found) if held_out else split].append(pair)
+        chosen: dict[str, dict[str, Pair]] = {}
         counts: dict[str, str] = {}
         for split, pairs in rows.items():
             chosen[split], left_out = _distinct(pairs, set().union(*chosen.values()))
@@ -88,8 +92,20 @@ class OwnFiles(Task):
             if len(chosen[split]) < len(pairs):
                 log.warning("%s", counts[split])
         if empty := [split for split, kept in chosen.items() if not kept]:
-            raise ValueError(f"nothing to use for {' and '.join(empty)} ({'; '.join(counts.values())})")
-        return {split: list(kept.items()) for split, kept in chosen.items()}
+            cure = self._how_to_fill([split for split in empty if split not in found])
+            raise ValueError(f"nothing to use for {' and '.join(empty)} ({'; '.join(counts.values())}){cure}")
+        return {split: list(kept.values()) for split, kept in chosen.items()}
+
+    def _how_to_fill(self, drawn: Sequence[str]) -> str:
+        """What helps where nothing was drawn for these splits."""
+        if not drawn:
+            return ""
+        shares = " and ".join(f"--task.{split}-share ({getattr(self, f'{split}_share')})" for split in drawn)
+        files = " and ".join(f"--task.{split}" for split in drawn)
+        return (
+            f": {shares} of the training texts are drawn by --task.seed ({self.seed}); give more texts, a larger "
+            f"share, another seed, or other texts with {files}"
+        )
 
     def _held_out(self, text: str, given: Iterable[str]) -> str:
         """The split of a text of the training files."""
@@ -103,19 +119,20 @@ class OwnFiles(Task):
         return "train"
 
 
-def _distinct(pairs: Sequence[Pair], seen: set[str]) -> tuple[dict[str, str], Counter[str]]:
-    """The label of each text that is kept, and why how many others are not."""
-    kept: dict[str, str] = {}
+def _distinct(pairs: Sequence[Pair], seen: set[str]) -> tuple[dict[str, Pair], Counter[str]]:
+    """The examples that are kept, by their texts without blanks at the ends; and why how many others are not."""
+    kept: dict[str, Pair] = {}
     reasons: Counter[str] = Counter()
-    for text, label in pairs:
-        if not text.strip():
+    for pair in pairs:
+        text = pair[0].strip()
+        if not text:
             reasons[_BLANK] += 1
         elif text in seen:
             reasons[_ELSEWHERE] += 1
         elif text in kept:
-            reasons[_AGAIN if kept[text] == label else _CONTRADICTED] += 1
+            reasons[_AGAIN if kept[text][1] == pair[1] else _CONTRADICTED] += 1
         else:
-            kept[text] = label
+            kept[text] = pair
     return kept, reasons
 
 
@@ -125,8 +142,21 @@ def _files(path: Path, flag: str) -> Iterator[Path]:
         return
     if not path.is_dir():
         raise FileNotFoundError(f"{flag}: there is no file or folder {path}")
-    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    shown = [name for name in names if not any(part.startswith(".") for part in Path(name).parts)]
-    if not shown:
+    found = sorted(_within(path, flag), key=Path.as_posix)
+    if not found:
         raise ValueError(f"{flag}: the folder {path} has no file")
-    yield from (path / name for name in shown)
+    yield from found
+
+
+def _within(folder: Path, flag: str) -> Iterator[Path]:
+    """The files of a folder and of its folders, without hidden ones."""
+    for entry in folder.iterdir():
+        if entry.name.startswith("."):
+            continue
+        if entry.is_file():
+            yield entry
+        elif entry.is_dir() and not entry.is_symlink():
+            yield from _within(entry, flag)
+        else:
+            kind = "a link to no file" if entry.is_symlink() else "neither a file nor a folder"
+            raise ValueError(f"{flag}: {entry} is {kind}: remove it, or put the files themselves in its place")

@@ -79,24 +79,50 @@ def json_rows(text: str, field: str | None = None) -> Iterator[Row]:
         field: the field of the only object that holds the list.
 
     Raises:
-        ValueError: starting with the line, where the text is no JSON or something else than objects.
+        ValueError: starting with the line, where the text is no JSON or something else than objects, or an object has
+            one key twice. Objects within a row that have are no objects, but `Twice`.
 
     >>> list(json_rows('{"a": "05"}\n{"a": null}\n'))
     [(1, {'a': '05'}), (2, {'a': None})]
     """
     number = 0
     for line, value in _json_values(text):
-        if field is not None:
+        if field is not None and not isinstance(value, Twice):
             value = value.get(field) if isinstance(value, dict) else None
         for row in value if isinstance(value, list) else [value]:
+            if isinstance(row, Twice):
+                raise ValueError(f"{line}: {row!r}, in row {number}: keep one of the two")
             if not isinstance(row, dict):
                 raise ValueError(f"{line}: no object, but {row!r:.60}, in row {number}")
             yield line, row
             number += 1
 
 
+@dataclass(frozen=True, repr=False)
+class Twice:
+    """What stands in the place of an object of JSON that has one key twice: which of the two counts would be a guess.
+
+    Attributes:
+        key: the first such key.
+    """
+
+    key: str
+
+    def __repr__(self) -> str:
+        return f"an object with the key {self.key!r} twice"
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any] | Twice:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            return Twice(key)
+        found[key] = value
+    return found
+
+
 def _json_values(text: str) -> Iterator[tuple[int, Any]]:
-    decoder, line, counted = json.JSONDecoder(), 1, 0
+    decoder, line, counted = json.JSONDecoder(object_pairs_hook=_object), 1, 0
     at = _after_space(text, 0)
     for number in itertools.count():
         if at == len(text):
@@ -105,7 +131,8 @@ def _json_values(text: str) -> Iterator[tuple[int, Any]]:
         try:
             value, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{error.lineno}: {error.msg} (column {error.colno}) in row {number}") from error
+            row = "" if number == 0 and text[at] == "[" else f" in row {number}"  # of a list it is not known
+            raise ValueError(f"{error.lineno}: {error.msg} (column {error.colno}){row}") from error
         except (ValueError, RecursionError) as error:  # a number of too many digits, or too deep
             raise ValueError(f"{line}: {error} in row {number}") from error
         yield line, value

@@ -103,6 +103,57 @@ def test_what_is_refused_is_refused_as_for_repeated_keys():
         attend(inputs["query"], inputs["key"], inputs["value"][:, :1])
 
 
+ONE_ROW = {"query": (4, T, 4, H), "key": (1, S, 4, H), "value": (1, S, 4, H)}
+"""As many rows as heads: a mask of three dims could be of either."""
+PLACES = {"mask": Causal(), "q_at": Coordinates.range(T), "kv_at": Coordinates.range(S)}
+
+UNFIT = {
+    "mask_of_three_dims": {"mask": np.ones((4, T, S), bool)},
+    "mask_of_one_dim": {"mask": np.ones(S, bool)},
+    "mask_of_other_keys": {"mask": np.ones((4, 4, T, S - 1), bool)},
+    "mask_of_numbers": {"mask": np.ones((T, S))},
+    "class_of_masks": {"mask": Causal},
+    "class_of_masks_with_places": PLACES | {"mask": Causal},
+    "bias_of_three_dims": {"bias": np.zeros((4, T, S), np.float32)},
+    "bias_of_integers": {"bias": np.zeros((T, S), np.int32)},
+    "one_place_of_queries": PLACES | {"q_at": Coordinates.range(1, start=3)},
+    "one_row_of_queries": PLACES | {"q_at": _at(T, (1,))},
+    "more_queries": PLACES | {"q_at": Coordinates.range(T + 1)},
+    "unsigned_queries": PLACES | {"q_at": Coordinates(np.zeros(T, np.uint8), np.ones(T, np.uint8))},
+    "one_place_of_keys": PLACES | {"kv_at": Coordinates.range(1)},
+    "two_rows_of_keys": PLACES | {"kv_at": _at(S, (2,))},
+    "one_place_for_a_mod": PLACES | {"mask": None, "score_mod": Alibi(), "q_at": Coordinates.range(1, start=3)},
+    "dropout_of_a_number": {"dropout": 0.4},
+    "scale_of_heads": {"scale": np.ones(4, np.float32)},
+}
+
+
+def _said(call, arguments):
+    with pytest.raises((TypeError, ValueError)) as told:
+        call(**arguments)
+    return type(told.value), str(told.value)
+
+
+@pytest.mark.usefixtures("as_users_call_it")
+@pytest.mark.parametrize("name", UNFIT)
+def test_keys_of_batch_1_raise_what_keys_of_every_row_raise(name):
+    options = UNFIT[name]
+    arrays = {name: jnp.ones(shape) for name, shape in ONE_ROW.items()}
+    repeated = {name: jnp.ones((4, *shape[1:])) for name, shape in ONE_ROW.items()}
+    expected = _said(attend, repeated | options)
+    assert _said(attend, arrays | options) == expected
+    assert _said(explain, arrays | options) == expected
+
+
+def test_keys_of_batch_1_have_coordinates_of_their_own_batch():
+    inputs = _inputs((0,))
+    own = {"q_at": _at(T, BATCH), "kv_at": _at(S, (1, 2))}
+    of_each = own | {"kv_at": jax.tree.map(lambda x: np.broadcast_to(x, (*BATCH, S)), own["kv_at"])}
+    for more in ({}, {"dropout": Dropout(0.4, jax.random.key(0))}):
+        found = attend(**inputs, mask=ROWED_MASK, **own, **more)
+        close(found, attend(**_repeated(inputs), mask=ROWED_MASK, **of_each, **more))
+
+
 def test_explain_says_what_runs():
     inputs = _inputs((0, 1))
     assert explain(*inputs.values(), implementation="chunked").chosen == "chunked"

@@ -97,6 +97,20 @@ def test_values_and_weights_are_those_of_numpy(options):
     np.testing.assert_allclose(found[1], weights, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")], ids=str)
+def test_weights_over_a_cache_of_another_dtype_are_those_of_the_call(dtypes):
+    """The cached keys, rounded to their dtype, in the arithmetic of float32."""
+    own, cached = map(jnp.dtype, dtypes)
+    attention = _attention(param_dtype=own, **KINDS["grouped"])
+    x = jnp.asarray(X, own)
+    _, kv = attention.extend(StaticCache.empty(B, S, K, H, dtype=cached), x, X_AT)
+    weights = attention.weights(x, X_AT, kv)
+    assert weights.dtype == np.float32
+    same = attention.weights(x, X_AT, attention.project(x, X_AT))
+    np.testing.assert_allclose(weights[..., :T], same, atol=0.02)
+    assert attention(x, X_AT, kv).dtype == own
+
+
 def test_eager_is_jitted():
     attention, x = _attention(), jnp.asarray(X)
     eager = attention(x, X_AT, attention.project(x, X_AT))

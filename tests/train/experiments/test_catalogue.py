@@ -66,11 +66,27 @@ def test_a_file_imports_from_its_folder_which_hides_no_library(tmp_path):
         ("import nothing_of_this_name", "mine.py:1: ModuleNotFoundError: No module named"),
         ("x = 1\ny = (", "mine.py:2: SyntaxError: '(' was never closed"),
         ("x = '\\ud800'.encode()", "mine.py:1: UnicodeEncodeError"),
+        ("\n\nx = 1\ny = )", "mine.py:4: SyntaxError: unmatched ')'"),
+        ("\nraise SystemExit(0)", "mine.py:2: SystemExit: 0"),
+        ("import sys\n\nsys.exit()", "mine.py:3: SystemExit"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_sentence(text, words, tmp_path):
     with pytest.raises(ValueError, match=re.escape(words)):
         catalogue.from_file(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("name", ["mine.py", "./mine.py", "../folder/mine.py", "link.py"])
+def test_a_line_is_named_however_the_file_is_named(name, tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "link.py").symlink_to(written(folder, "\n\n\ny = )"))
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=r"\.py:4: SyntaxError"):
+        catalogue.from_file(Path(name))
+    written(folder, "\n\n\ny = 1 / 0")
+    with pytest.raises(ValueError, match=r"\.py:4: ZeroDivisionError"):
+        catalogue.from_file(Path(name))
 
 
 def test_a_file_that_is_missing_or_no_python(tmp_path):

@@ -51,9 +51,9 @@ def test_json_lines_have_named_columns(task, tmp_path):
     assert loaded["target"][:] == ["+", "-", "+"]
     named = tmp_path / "named.json"
     named.write_text(json.dumps([{"review": "a", "stars": 1}, {"review": "b", "stars": 2}]))
-    (tmp_path / "held").write_text("c\t1\n")
-    held = {"validation": tmp_path / "held", "test": tmp_path / "held.jsonl"}
-    held["test"].write_text('{"review": "d", "stars": "2"}\n')
+    held = {split: tmp_path / f"{split}.jsonl" for split in ("validation", "test")}
+    for split, file in held.items():
+        file.write_text(f'{{"review": "of {split}", "stars": 2}}\n')
     task = LabelledFiles(train=named, **held, text_column="review", label_column="stars")
     assert task.load()["train"]["target"][:] == ["1", "2"]
 
@@ -96,6 +96,90 @@ def test_c6_a_wrong_row_of_json_is_named(task, row, words, tmp_path):
     file.write_text(f'{{"text": "good", "label": "+"}}\n{row}\n')
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(task, train=file).load()
+
+
+@pytest.mark.parametrize(
+    "header", ["text\tlabel", "Text \tLABEL", "label\ttext", "sentence\tlabel", "\ufefftext\tlabel"]
+)
+def test_the_names_of_columns_in_a_file_of_tabs_are_refused(task, header):
+    with pytest.raises(ValueError, match=r"train:1: .* a file of tabs has no header: delete the line"):
+        pairs(task, f"{header}\ngood\t+\nbad\t-\n")
+    with pytest.raises(ValueError, match=r"train:1: .* no header"):
+        pairs(dataclasses.replace(task, labels="character"), f"{header}\nab\t+-\n")
+    assert pairs(task, "good\t+\ntext\tlabel\nbad\t-\n")[1] == ("text", "label")  # anywhere beyond the first line
+
+
+@pytest.mark.parametrize("ending", ["ndjson", "ndjson.gz", "JSONL"])
+def test_ndjson_is_lines_of_json(task, tmp_path, ending):
+    train = tmp_path / f"train.{ending}"
+    content = "".join(json.dumps({"text": row["text"], "label": row["label"]}) + "\n" for row in JSON).encode()
+    train.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
+    assert dataclasses.replace(task, train=train).load()["train"]["target"][:] == ["+", "-", "+"]
+
+
+@pytest.mark.parametrize("name", ["text_column", "label_column"])
+def test_columns_of_a_file_of_tabs_are_refused(task, name):
+    words = rf"train: --task\.{name.replace('_', '-')} \(stars\) names a column of JSON, and a file of tabs has none"
+    with pytest.raises(ValueError, match=words):
+        pairs(dataclasses.replace(task, **{name: "stars"}), "good\t+\nbad\t-\n")
+
+
+def test_a_label_that_is_a_number_and_a_text_is_refused(task, tmp_path):
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.json"
+    train.write_text('{"text": "a", "label": 1}\n{"text": "b", "label": "-"}\n{"text": "c", "label": " 1"}\n')
+    words = r'train\.jsonl:3: a label is the text "1", and one at .*train\.jsonl:1 is the number 1'
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(task, train=train).load()
+    train.write_text('{"text": "a", "label": "1"}\n{"text": "b", "label": "-"}\n')
+    test.write_text('[{"text": "c", "label": "-"},\n{"text": "d", "label": 1}]')
+    words = r'test\.json:1, row 1 \(from 0\): a label is the number 1, and one at .*train\.jsonl:1 is the text "1"'
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(task, train=train, validation=train, test=test).load()
+    task.validation.write_text("d\t1\n")  # a file of tabs has no types
+    assert dataclasses.replace(task, train=train).load()["validation"]["target"][:] == ["1"]
+
+
+def test_labels_of_characters_are_no_number(tags, tmp_path):
+    train = tmp_path / "train.jsonl"
+    train.write_text('{"text": "ab", "label": 12}\n')
+    with pytest.raises(ValueError, match=r"train\.jsonl:1: 12 in column 'label' is not a text$"):
+        dataclasses.replace(tags, train=train).load()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            '{"text": "a", "label": "+"}\n{"text": "a", "text": "b", "label": "+"}',
+            r":2: an object .* 'text' twice, in row 1",
+        ),
+        ('[{"text": "a", "label": "+"}, {"text": "b", "label": "-", "label": "+"}]', r":1: .* 'label' twice, in row 1"),
+        ('{"text": {"a": 1, "a": 1}, "label": "+"}', r":1: an object with the key 'a' twice in column 'text' is not a"),
+    ],
+)
+def test_an_object_with_one_key_twice_is_refused(task, tmp_path, content, words):
+    train = tmp_path / "train.json"
+    train.write_text(content)
+    with pytest.raises(ValueError, match=rf"train\.json{words}"):
+        dataclasses.replace(task, train=train).load()
+
+
+def test_a_row_of_a_list_is_named_by_its_number(task, tmp_path):
+    train = tmp_path / "train.json"
+    train.write_text('[{"text": "a", "label": "+"},\n {"text": "b", "label": null}]')
+    with pytest.raises(ValueError, match=r"train\.json:1, row 1 \(from 0\): None in column 'label'"):
+        dataclasses.replace(task, train=train).load()
+    train.write_text('[{"text": "a", "label": "+"},\n {"text": "b", "label": }]')
+    with pytest.raises(ValueError, match=r"train\.json:2: Expecting value \(column 25\)$"):  # no row that is wrong
+        dataclasses.replace(task, train=train).load()
+
+
+def test_at_most_five_labels_that_training_lacks_are_listed(task):
+    task.validation.write_text("".join(f"v{number}\t{number:02d}\n" for number in range(13)))
+    words = r"the labels \['\+', '00', '01', '02', '03'\] and 9 more and training"
+    task.test.write_text("t\t+\n")
+    with pytest.raises(ValueError, match=words):
+        pairs(task, "a\t-\nb\t0\n")
 
 
 def test_labels_of_characters_must_be_as_many(tags):

@@ -56,8 +56,18 @@ def test_c4_nul_names_file_and_line(written):
 def test_c5_bytes_that_are_not_utf8_name_file_and_line(written):
     with pytest.raises(ValueError, match=r"latin:3: byte 2 \(0xe4\) is not UTF-8"):
         list(read_lines(written("a\nb\nHäuser\n".encode("latin-1"), "latin")))
-    with pytest.raises(ValueError, match=r"utf16:1: byte 1 \(0xff\) is not UTF-8"):
-        list(read_lines(written("a\nb\n".encode("utf-16"), "utf16")))
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-be", "utf-32", "utf-32-be"])
+def test_utf16_with_a_byte_order_mark_is_named(written, codec):
+    name = codec.removesuffix("-be").upper()
+    with pytest.raises(ValueError, match=rf"wide:1: {name} by its byte order mark, .*iconv -f {name} -t UTF-8"):
+        list(read_lines(written(("\ufeff" * codec.endswith("-be") + "a\nb\n").encode(codec), "wide")))
+
+
+def test_gzip_data_without_the_ending_are_named(written):
+    with pytest.raises(ValueError, match=r"packed:1: gzip data, not text: end the name of the file in \.gz"):
+        list(read_lines(written(gzip.compress(b"a\nb\n"), "packed")))
 
 
 @pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])

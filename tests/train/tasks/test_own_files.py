@@ -3,6 +3,8 @@
 import dataclasses
 import gzip
 import itertools
+import os
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -86,6 +88,59 @@ def test_a_folder_is_its_files_in_order_without_hidden_ones(tmp_path):
         (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     found = Lines(train=tmp_path).found(lambda file: [(line, "") for line in read_lines(file)])
     assert found == {"train": [("1", ""), ("2", ""), ("3", "")]}
+
+
+def test_a_text_that_differs_in_blanks_at_its_ends_alone_never_stands_in_two_splits(tmp_path):
+    words = [f"u\u0308ber {number}" for number in range(60)]
+    train, test = tmp_path / "train", tmp_path / "test"
+    train.write_text("".join(f"{word}\n  {word}\n{word} \u00a0\t\n" for word in words))
+    test.write_text(f"\u00fcber 3 \n\t{words[4]}\n")
+    found = texts(Lines(train=train, test=test, validation_share=0.4).load())
+    assert found["test"] == ["\u00fcber 3 ", "\t\u00fcber 4"]  # as they stand
+    stripped = [text.strip() for split in found.values() for text in split]
+    assert len(stripped) == len(set(stripped)) == 60
+    held = texts(Lines(train=train).load())
+    alone = train.with_name("alone")
+    alone.write_text("".join(f" {word}\n" for word in words))
+    for split, kept in texts(Lines(train=alone).load()).items():
+        assert [text.strip() for text in kept] == [text.strip() for text in held[split]]
+
+
+@pytest.mark.parametrize("what", ["folder", "nothing", "itself", "pipe"])
+def test_a_link_in_a_folder_that_is_no_file_is_refused_and_not_left_out(what, tmp_path):
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for each in (folder, elsewhere):
+        (each / "deep").mkdir(parents=True)
+        (each / "deep" / "a").write_text("a\n")
+    (folder / "deep" / "b").symlink_to(elsewhere / "deep" / "a")  # a link to a file is one
+    (folder / ".hidden").symlink_to(elsewhere)
+    read = Lines(train=folder).found
+    assert [text for text, _ in read(lambda file: [(line, "") for line in read_lines(file)])["train"]] == ["a", "a"]
+    odd, words = folder / "deep" / "odd", "a link to no file"
+    if what == "pipe":
+        os.mkfifo(odd)
+        words = "neither a file nor a folder"
+    else:
+        odd.symlink_to({"folder": elsewhere, "nothing": tmp_path / "no", "itself": odd}[what])
+    with pytest.raises(ValueError, match=rf"--task\.train: {odd} is {words}: remove it"):
+        Lines(train=folder).load()
+    (tmp_path / "link").symlink_to(elsewhere)  # a folder that is given by a link is one
+    assert Lines(train=tmp_path / "link").found(read_lines)["train"] == ["a"]
+
+
+def test_too_few_texts_to_hold_out_name_the_shares_and_the_seed(tmp_path):
+    file = tmp_path / "few"
+    file.write_text("a\n")
+    with pytest.raises(ValueError, match="nothing to use for") as told:
+        Lines(train=file, test_share=0.01, validation_share=0.02, seed=5).load()
+    shares = r"--task\.test-share \(0\.01\) and --task\.validation-share \(0\.02\) .* --task\.seed \(5\)"
+    assert re.search(shares + r".* other texts with --task\.test and --task\.validation$", str(told.value))
+    other = tmp_path / "other"
+    other.write_text("b\n")
+    with pytest.raises(ValueError, match="nothing to use for validation") as told:
+        Lines(train=file, test=other, validation_share=0.02, seed=5).load()
+    assert "--task.validation-share (0.02)" in str(told.value)
+    assert "test-share" not in str(told.value)
 
 
 def test_c7_a_split_without_examples_names_the_counts_of_all(tmp_path):

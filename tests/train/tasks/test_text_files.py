@@ -43,10 +43,46 @@ def test_c8_longer_ones_are_cut_and_their_pieces_stay_together(task):
     cut = dataclasses.replace(task, characters=5, unit="paragraph")
     assert targets(cut, "ab\ncd\nefghijk") == ["ab\n", "cd\n", "efghi", "jk"]
     held = dataclasses.replace(task, characters=3, validation=None, test=None, validation_share=0.3, test_share=0.3)
-    rows = [f"{number:03d}abcdef" for number in range(60)]
+    rows = [f"{number:03d}{number + 100}{number + 200}" for number in range(60)]
     targets(held, "\n".join(rows))
     found = {split: "".join(loaded["target"]) for split, loaded in held.load().items()}
     assert all(sum(row in text for text in found.values()) == 1 for row in rows)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_piece_that_two_splits_have_leaves_training(task, given, caplog):
+    """A licence begins many files."""
+    licence = "Permission is hereby granted to whoever reads this,\n"
+    texts = [f"{licence}text {number} which is long enough to fill a piece\n\n" for number in range(60)]
+    task = dataclasses.replace(task, unit="paragraph", characters=53)
+    if given:
+        task.validation.write_text(texts.pop() + "  " + licence)
+        task.test.write_text(texts.pop())
+    else:
+        task = dataclasses.replace(task, validation=None, test=None)
+    targets(task, "".join(texts))
+    found = {split: [piece.strip() for piece in rows["target"]] for split, rows in task.load().items()}
+    assert licence.strip() in found["test"]
+    for split, others in (("train", ("validation", "test")), ("validation", ("test",))):
+        assert not set(found[split]) & {piece for other in others for piece in found[other]}
+    assert sum(len(set(pieces)) for pieces in found.values()) == 61
+    assert "pieces left out, which stand in another split" in caplog.text
+
+
+def test_a_text_that_differs_in_blanks_at_its_ends_leaves_training(task):
+    task.test.write_text("    return x\n")
+    assert targets(task, "return x\nreturn x \n    return y\n") == ["    return y"]
+
+
+def test_no_piece_is_left_for_training(task):
+    task = dataclasses.replace(task, characters=2)
+    task.test.write_text("aabb\n")
+    with pytest.raises(ValueError, match=r"nothing to use for train: all its 2 pieces .* --task\.characters \(2\)"):
+        targets(task, "bbaa\n")
+
+
+def test_blank_pieces_are_dropped_after_cutting(task):
+    assert targets(dataclasses.replace(task, characters=3), "abc      def \t \n") == ["abc", "def"]
 
 
 def test_c1_blank_lines_are_skipped_and_counted(task, caplog):
