@@ -4,7 +4,8 @@ A module is named as Python names it, with `.__init__` for the index of a packag
 """
 
 import ast
-from collections.abc import Iterator, Mapping
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,13 @@ LIBRARY_MAY_IMPORT = frozenset(
 LIBRARY_MAY_NOT_CALL = frozenset("open print input breakpoint exec eval __import__".split())
 FORBIDDEN_PACKAGES = frozenset("chex clu hydra ml_collections pickle tensorflow".split())
 NAMES_WITHOUT_MEANING = frozenset("common commons helper helpers misc util utils".split())
+CODE = ("seqattn", "train", "benchmarks")
+MOST_LINES, MEDIAN_LINES = 450, 130
 
 
-def sources() -> dict[str, str]:
-    """Module name to source text, for everything under seqattn/, train/ and benchmarks/."""
-    paths = [path for top in ("seqattn", "train", "benchmarks") for path in sorted((ROOT / top).rglob("*.py"))]
+def sources(folders: Iterable[str] = CODE) -> dict[str, str]:
+    """Module name to source text, for everything under these folders."""
+    paths = [path for top in folders for path in sorted((ROOT / top).rglob("*.py"))]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text("utf-8") for path in paths}
 
 
@@ -113,6 +116,21 @@ def meaningless(module: str, source: str) -> Iterator[str]:
         yield f"{module}: a file is named after what it holds"
 
 
+def too_long(module: str, source: str) -> Iterator[str]:
+    if (lines := _lines(source)) > MOST_LINES:
+        yield f"{module}: it has {lines} lines, and a file has at most {MOST_LINES}"
+
+
+def _lines(source: str) -> int:
+    return len(source.split("\n")) - source.endswith("\n")
+
+
+def long_at_the_median(modules: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with all files together: half of them fit on a few screens."""
+    if (median := statistics.median(map(_lines, modules.values()))) >= MEDIAN_LINES:
+        yield f"files have {median:g} lines at the median, which must be below {MEDIAN_LINES}"
+
+
 def resolve(name: str, modules: Mapping[str, str]) -> str | None:
     """The module that holds a dotted name, if it is one of these; a package stands for its index."""
     while name:
@@ -146,6 +164,17 @@ def cycle(modules: Mapping[str, str]) -> list[str]:
 def test_every_file_keeps(rule):
     broken = [message for module, source in sources().items() for message in rule(module, source)]
     assert not broken, "\n".join(broken)
+
+
+def test_no_file_is_too_long():
+    modules = sources((*CODE, "tests"))
+    assert "tests.test_layering" in modules
+    broken = [message for module, source in modules.items() for message in too_long(module, source)]
+    assert not broken, "\n".join(broken)
+
+
+def test_files_of_the_library_and_of_training_are_short_at_the_median():
+    assert not list(long_at_the_median(sources(("seqattn", "train"))))
 
 
 def test_no_import_cycle():
@@ -203,6 +232,7 @@ OFFENDERS = {
     "code in an index": (code_in_index, "seqattn.nn.__init__", "def f(): ..."),
     "a value in an index": (code_in_index, "train.__init__", "x = __all__ = []"),
     "a file for anything": (meaningless, "train.tasks.utils", ""),
+    "a long file": (too_long, "tests.train.test_config", "x = 1\n" * 451),
 }
 
 
@@ -223,6 +253,17 @@ def test_an_offender_is_caught(rule, module, source):
 )
 def test_imports_from_above_and_beside_are_fine(module, source):
     assert not list(out_of_order(module, source))
+
+
+def test_a_file_of_450_lines_is_not_too_long():
+    assert not list(too_long("train.config", "x = 1\n" * 450))
+    assert not list(too_long("train.config", "x = 1\n" * 449 + "x = 1"))
+
+
+def test_long_files_are_caught_at_the_median():
+    short, long = "x = 1\n" * 129, "x = 1\n" * 130
+    assert not list(long_at_the_median({"train.a": short, "train.b": short, "train.c": long}))
+    assert list(long_at_the_median({"train.a": short, "train.b": long, "train.c": long}))
 
 
 def test_a_cycle_is_caught():

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 
 from seqattn.models import EncoderConfig, LanguageModelConfig, MaskedTokens, Rotary, TokenLabels, TransformerConfig
@@ -36,6 +37,14 @@ TINY = Experiment(
     bleu=True,
     seed=3,
 )
+
+
+@pytest.fixture(scope="module")
+def unchecked() -> Iterator[None]:
+    """Where a length may be a symbol: an annotation says int, which is checked in tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,33 +14,14 @@ import huggingface_hub
 import huggingface_hub.errors
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 import tyro
 from flax import nnx
 
-from seqattn import Coordinates
 from seqattn.interop import to_arrays
-from seqattn.models import (
-    Captioner,
-    CaptionerConfig,
-    Encoder,
-    EncoderConfig,
-    LanguageModel,
-    LanguageModelConfig,
-    Learned,
-    Patches,
-    RecurrentLanguageModel,
-    RecurrentLanguageModelConfig,
-    Rotary,
-    Seq2Seq,
-    Seq2SeqConfig,
-    TextLabels,
-    Transformer,
-    TransformerConfig,
-)
-from seqattn.nn import BlockConfig
+from seqattn.models import Transformer
+from tests.forward_programs import PROGRAMS, deserialize, logits, shapes
 from tests.parameters import drawn
 from train import export, objectives
 from train.checkpoints import run
@@ -53,10 +34,7 @@ from train.inference.completer import Completer
 from train.inference.translator import Translator
 from train.objectives import Objective
 
-BLOCK = BlockConfig(model_dim=12, hidden_dim=7, num_heads=2)
 BLOCKS = re.compile(r"```python\n(.*?)```", re.DOTALL)
-
-
 TOKENS = Tokenizer.train(Characters(), ["abcdefg"])
 SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
 HOW = {"average": 3, "beam_size": 5}
@@ -86,14 +64,6 @@ def trained(tiny, tmp_path_factory) -> Iterator[Run]:
 def unread(monkeypatch):
     """Where no run may be read."""
     monkeypatch.setattr(run, "load", lambda folder, **options: pytest.fail("a model was loaded"))
-
-
-@pytest.fixture(scope="module")
-def unchecked() -> Iterator[None]:
-    """Where a length may be a symbol: an annotation says int, which is checked in tests alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -276,82 +246,6 @@ def test_the_card_of_another_model_shows_how_it_is_used(name, trained, tmp_path,
 
 # The forward program.
 
-LENGTHS = {"source_length": [5, 2], "target_length": [3, 4]}
-PROGRAMS = {
-    "transformer": (Transformer, TransformerConfig(11, 1, 1, BLOCK, Learned(7)), "SequenceToSequence"),
-    "language model": (LanguageModel, LanguageModelConfig(11, 1, BLOCK), "Continuation"),
-    "recurrent": (RecurrentLanguageModel, RecurrentLanguageModelConfig(11, 5, 6), "SequenceToSequence"),
-    "seq2seq": (Seq2Seq, Seq2SeqConfig(11, 5, 6), "SequenceToSequence"),
-    "classifier": (Encoder, EncoderConfig(11, 1, BLOCK, Rotary(), head=TextLabels(3)), "Classification"),
-    "captioner": (Captioner, CaptionerConfig(11, Patches((2, 3)), TransformerConfig(0, 0, 1, BLOCK)), "Reading"),
-}
-
-
-def logits(model, given):
-    """The same by the model itself."""
-    at = {
-        side: Coordinates.from_lengths(given[f"{side}_length"], given[side].shape[1])
-        for side in given
-        if f"{side}_length" in given
-    }
-    if "target" not in given:
-        return model(given["source"], at["source"])
-    if "image" in given:
-        source, source_at = given["image"], Coordinates.from_lengths([6, 6], 6)
-    elif "source" in given:
-        source, source_at = given["source"], at["source"]
-    else:
-        source = jnp.zeros((2, 0), jnp.int32)
-        source_at = Coordinates(source, source)
-    return model.decode(given["target"], at["target"], model.encode(source, source_at))
-
-
-def save(folder, program):
-    folder.mkdir()
-    (folder / FORWARD).write_bytes(bytes(program.serialize()))
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (folder / name).touch()
-    sign(folder)
-    return folder / FORWARD
-
-
-def sign(folder):
-    lines = (f"{exported._digest(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.name != SUMS)
-    (folder / SUMS).write_text("".join(lines))
-
-
-def deserialize(path):
-    """As the model card says."""
-    return jax.export.deserialize(bytearray(path.read_bytes()))
-
-
-def shapes(program):
-    return jax.tree.unflatten(program.in_tree, program.in_avals)[0][1]
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_a_program_that_was_reloaded_gives_the_models_logits(name, unchecked, tmp_path):
-    kind, config, objective = PROGRAMS[name]
-    model = drawn(lambda: kind(config, rngs=nnx.Rngs(0)))
-    program = stablehlo.forward(model, objective, shape=(2, 6), image=(4, 9), platforms=("cpu",))
-    again = deserialize(save(tmp_path / "folder", program))
-    random, given = np.random.default_rng(3), {}
-    for argument, shape in shapes(program).items():
-        size = [x if isinstance(x, int) else (2, 6)[axis] for axis, x in enumerate(shape.shape)]
-        drawn_ids = random.integers(3, 11, size) if shape.dtype == jnp.int32 else random.normal(size=size)
-        given[argument] = jnp.asarray(LENGTHS.get(argument, drawn_ids), shape.dtype)
-    np.testing.assert_allclose(again.call(to_arrays(model), given), jax.jit(logits)(model, given), atol=1e-5)
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_a_program_is_for_any_number_of_rows_and_tokens(name, unchecked):
-    kind, config, objective = PROGRAMS[name]
-    model = drawn(lambda: kind(config, rngs=nnx.Rngs(0)))
-    program = stablehlo.forward(model, objective, image=(4, 9), platforms=("cpu",))
-    for argument, shape in shapes(program).items():
-        sizes = shape.shape[:1] if argument == "image" else shape.shape
-        assert not any(isinstance(size, int) for size in sizes), (argument, shape)
-
 
 def test_a_program_of_any_sizes_is_for_every_platform(written, trained):
     program = deserialize(written / FORWARD)
@@ -371,23 +265,6 @@ def test_parameters_are_arguments_of_a_program(written):
     table = exported.load(written).model.embedding.table
     assert "x".join(map(str, table.shape)) + "xf32" in module
     assert not re.search(r"stablehlo\.constant dense<\"0x[0-9A-F]{200}", module), "no parameter is written into it"
-
-
-def test_d22_a_truncated_program_is_refused(tmp_path):
-    content = bytes(1000)
-    path = save(tmp_path / "folder", SimpleNamespace(serialize=lambda: content))
-    for length in (0, 3, 999):
-        path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=r"forward\.stablehlo is damaged or was changed"):
-            exported.check_digests(path.parent)
-
-
-def test_d22_a_program_for_another_platform_is_refused(tmp_path):
-    model = drawn(lambda: Encoder(PROGRAMS["classifier"][1], rngs=nnx.Rngs(0)))
-    path = save(tmp_path / "folder", stablehlo.forward(model, "Classification", platforms=("cuda", "tpu")))
-    given = {"source": jnp.ones((2, 3), jnp.int32), "source_length": jnp.array([3, 3])}
-    with pytest.raises(ValueError, match=r"exported for platforms .*cuda.*tpu.* used on .*cpu"):
-        deserialize(path).call(to_arrays(model), given)
 
 
 def test_d22_without_flatbuffers_nothing_is_begun(tmp_path, monkeypatch, unread):
