@@ -140,10 +140,10 @@ def test_without_texts_the_command_reads_standard_input_and_a_byte_order_mark_is
 
 @pytest.mark.parametrize("command", [complete, translate, export, plot, evaluate], ids=lambda module: module.__name__)
 def test_the_experiment_of_another_task_of_the_same_name_is_refused_by_every_command(
-    command, language, trained, tmp_path, monkeypatch
+    command, language, finished, tmp_path, monkeypatch
 ):
     """Types are known by their names, and tasks by what they load: here others than those of the training."""
-    other = dataclasses.replace(trained if command is translate else language, data="0" * 64)
+    other = dataclasses.replace(run.load(finished) if command is translate else language, data="0" * 64)
     monkeypatch.setattr(run, "load", lambda folder, *, average=None: other)
     (file := tmp_path / "mine.py").write_text(MINE)
     given = {
