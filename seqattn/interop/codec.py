@@ -146,10 +146,11 @@ def _read_typed(value: Mapping[str, Any], annotation: Any, path: str, check: Che
 def _read_value(value: Mapping[str, Any], kind: Any, path: str) -> Any:
     """A path, or the member of an enum."""
     given = value.get("value")
-    members = {member.value: member for member in kind} if issubclass(kind, enum.Enum) else None
-    if value.keys() == {"type", "value"} and isinstance(given, str) and (members is None or given in members):
+    members = [member.value for member in kind] if issubclass(kind, enum.Enum) else None
+    is_one = isinstance(given, str) if members is None else any(type(given) is type(x) and given == x for x in members)
+    if value.keys() == {"type", "value"} and is_one:
         return kind(given)
-    of = f", one of {', '.join(members)}" if members else ", a text"
+    of = f", one of {', '.join(map(str, members))}" if members else ", a text"
     raise ValueError(f"{path} must have the fields type and value{of}")
 
 

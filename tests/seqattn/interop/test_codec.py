@@ -18,6 +18,11 @@ class Colour(enum.Enum):
     BLUE = "blue"
 
 
+class Level(enum.Enum):
+    EASY = 1
+    HARD = 2
+
+
 class Shape(abc.ABC):
     @abc.abstractmethod
     def area(self):
@@ -47,9 +52,10 @@ class Everything:
     mode: Literal["x", 3] | None = None
     path: Path | None = None
     ratio: float = 0.5
+    level: Level = Level.EASY
 
 
-FULL = Everything(Square(2.0), (Colour.BLUE, Colour.RED), (3, "b"), ("c",), [5], 3, Path("a/b"), 2.0)
+FULL = Everything(Square(2.0), (Colour.BLUE, Colour.RED), (3, "b"), ("c",), [5], 3, Path("a/b"), 2.0, Level.HARD)
 
 
 @pytest.mark.parametrize("value", [Everything(Other()), FULL])
@@ -67,6 +73,8 @@ def test_a_value_comes_back_equal_and_of_the_same_types(value):
         ({"pair": [1, 2]}, r"config.pair\[1\] must be a text, got 2"),
         ({"mode": "y"}, "config.mode must be 'x' or 3 or null, got 'y'"),
         ({"colours": [{"type": "Colour", "value": "green"}]}, r"config.colours\[0\] must .* one of red, blue"),
+        ({"level": {"type": "Level", "value": True}}, "config.level must .* one of 1, 2"),
+        ({"level": {"type": "Level", "value": "1"}}, "config.level must .* one of 1, 2"),
         ({"numbers": [True]}, r"config.numbers\[0\] must be an integer, got True"),
         ({"ratio": 2**60}, "config.ratio must be a number, got a huge integer"),
     ],
