@@ -2,7 +2,7 @@
 PYTHON ?= python3
 python := .venv/bin/python
 
-.PHONY: train bench bench-decoding bench-training test test-all lint types clean
+.PHONY: train bench bench-decoding bench-training test test-all lint types docs clean
 .DELETE_ON_ERROR:
 
 train: .venv/train  ## the default experiment; for another one: .venv/bin/python -m train EXPERIMENT
@@ -32,13 +32,16 @@ lint: .venv/test
 types: .venv/test
 	$(python) -m mypy
 
+docs: .venv/docs  ## the site, with every example executed, in docs/_build/html
+	@exec $(python) -m sphinx --builder html --fail-on-warning --keep-going --jobs auto --quiet docs docs/_build/html $(ARGS)
+
 clean:
-	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv dist build docs/_build docs/_generated .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find seqattn train benchmarks tests -name __pycache__ -exec rm -rf {} +
 
 # A stamp is newer than pyproject.toml where its extra is installed. Plain jax computes on the CPU; on an NVIDIA GPU,
 # `.venv/bin/pip install -e .[cuda]` once.
-.venv/train .venv/bench .venv/test: .venv/%: pyproject.toml | .venv/bin/python
+.venv/train .venv/bench .venv/test .venv/docs: .venv/%: pyproject.toml | .venv/bin/python
 	@echo "Installing seqattn[$*] into .venv; the first time takes minutes."
 	@$(python) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	@touch $@
