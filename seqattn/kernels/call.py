@@ -194,7 +194,7 @@ def infinite_where_empty(lse: Array) -> Array:
 
 
 def scale_of(scale: float | Array | None, head_dim: int) -> float | Array:
-    """Returns the given scale, or `1 / sqrt(head_dim)` (Vaswani 2017, equation 1) if it is None.
+    """Returns the given scale. Defaults to `1 / sqrt(head_dim)` (Vaswani 2017, equation 1).
 
     Raises:
         TypeError: the scale is not a number.
@@ -210,7 +210,7 @@ def scale_of(scale: float | Array | None, head_dim: int) -> float | Array:
 
 
 def check_arrays(query: Array, key: Array, value: Array) -> None:
-    """Raises TypeError or ValueError unless the shapes and dtypes of query, key and value fit, as `seqattn.attend` says."""
+    """Raises TypeError or ValueError unless query, key and value fit each other as `seqattn.attend` requires."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim < 3:
             raise ValueError(f"{name} must be [*batch, length, heads, dim], got {x.shape}")
@@ -240,7 +240,12 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
 
 
 def check_sinks(sinks: Array | None, query: Shaped) -> Array | None:
-    """Returns the sinks as an array, or None. Raises TypeError or ValueError unless there is one floating number per head."""
+    """Returns the sinks as an array, or None.
+
+    Raises:
+        TypeError: the sinks are not floating.
+        ValueError: their shape is not `[N]`.
+    """
     if sinks is None:
         return None
     sinks = sinks if isinstance(sinks, jax.ShapeDtypeStruct) else jnp.asarray(sinks)
@@ -326,7 +331,10 @@ def _flatten_pairs(x: Array, batch: tuple[Size, ...]) -> Array:
 
 
 def _coordinates(name: str, at: Coordinates | None, batch: tuple[Size, ...], length: Size) -> Coordinates:
-    """Returns coordinates with one batch dim, `[B or 1, length]`, of at least 32 bits: in int8 a window of 300 would be 44."""
+    """Returns coordinates with one batch dim, `[B or 1, length]`, and at least 32 bits.
+
+    In int8 a window of 300 would be 44.
+    """
     if at is None:
         at = Coordinates.range(length)
     if at.batch is not None or at.head is not None:

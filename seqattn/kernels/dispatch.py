@@ -136,7 +136,7 @@ def names(implementation: str | Sequence[str] | None, platform: str, call: Call)
     if implementation is None:
         ordered = order(platform, call.query, cached.as_if_in_rows(call).key)
         if call.columns is not None:
-            # A symbolic number of queries may exceed the limit, and then the tiled order is the safe choice for memory.
+            # A symbolic number of queries may exceed the limit, so it counts as many.
             many = may_exceed(call.query.shape[-3], FEW_OF_CACHE)
             ordered = (*ordered, "cached") if many else ("cached", *ordered)
         return tuple(name for name in ordered if name in IMPLEMENTATIONS)
