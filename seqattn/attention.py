@@ -104,8 +104,7 @@ def attend(
         q_at: coordinates of the queries, `[T]` or `[*batch, T]`. Defaults to one unpadded text from position 0.
         kv_at: coordinates of the keys, `[S]` or `[*batch, S]`. Defaults to one unpadded text from position 0. Give both
             `q_at` and `kv_at` or neither. A `Mask` or a `ScoreMod` requires them if T differs from S, because the
-                alignment
-            of the two sequences would be a guess.
+            alignment of the two sequences would be a guess.
         scale: multiplies the products; a number or a scalar array. Defaults to `1 / sqrt(H)`.
         dropout: drops attention weights after the softmax.
         implementation: a name such as "chunked", a sequence of names in order of preference, or None for the first
@@ -206,8 +205,8 @@ def attention_weights(
         scale: as in `attend`.
 
     Returns:
-        `[*batch, N, T, S]`, float32 or wider. Each row sums to 1, or to less if there is a sink; a fully masked row is
-            0.
+        `[*batch, N, T, S]`, float32 or wider. Each row sums to 1, or to less if there is a sink. The weights of a fully
+        masked row are 0.
 
     Raises:
         TypeError: as `attend`.

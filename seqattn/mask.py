@@ -87,7 +87,7 @@ class Mask:
         Args:
             query: coordinates of the queries, `[*batch, T]`.
             key: coordinates of the keys, `[*batch, S]`. The batch dimensions broadcast.
-            num_heads: N. Required by a mask that reads `query.head`.
+            num_heads: the number of query heads, N. A mask that reads `query.head` requires it.
 
         Returns:
             Booleans `[*batch, T, S]`, or `[*batch, N, T, S]` if `num_heads` is given.
@@ -111,8 +111,8 @@ class Mask:
         Args:
             query: coordinates of the queries, `[B or 1, T]`.
             key: coordinates of the keys, `[B or 1, S]`.
-            batch: B.
-            num_heads: N.
+            batch: the number of batch rows, B.
+            num_heads: the number of query heads, N.
         """
         query, key, read = query.rows(), key.rows(), reads(self, query, key)
         rows = key.shape[0] if query.shape[0] == 1 else query.shape[0]

@@ -246,8 +246,7 @@ def explain(
         **arguments: all other arguments of `attend`.
 
     Returns:
-        An `Explanation`. Its attribute `chosen` is a name or None, `refusals` holds the reasons, and `print` shows a
-            table.
+        An `Explanation`: `chosen` is a name or None, `refusals` holds the reasons, and `print` shows a table.
 
     Raises:
         TypeError: as `attend`, or an argument is none of `attend`.
