@@ -88,5 +88,5 @@ def _refuse_second(plan: Plan, *residuals: Any) -> Any:
 
 
 _attend.defvjp(_forward, _backward)
-# Without a rule for the gradients JAX would differentiate the loop, whose memory grows with the number of tiles.
+# Second derivatives would differentiate the loop over tiles and store the scores of each one, so they are refused.
 _gradients.defvjp(_refuse_second, _refuse_second)

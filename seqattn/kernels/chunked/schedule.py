@@ -139,7 +139,7 @@ def _cut(batch: int, num_kv_heads: int, group: int, length: int, size: int, colu
     queries = length if tiles == 1 else math.ceil(length / tiles / _VECTOR) * _VECTOR
     block, keys = (_BLOCK, _KEYS) if size > _KEYS else (size, size)
     scores = queries * group * keys
-    # A call that fits into one step runs without a loop, whose carry XLA would copy.
+    # A short call takes all its lanes in one step and pays the fixed cost of a step only once.
     one_step = queries == length and keys == size and batch * num_kv_heads * scores <= _AT_ONCE
     limit = batch * num_kv_heads if one_step else max(1, _LANES * _QUERIES[0] * _KEYS // scores)
     return Grid(batch, num_kv_heads, group, length, size, _most_lanes(batch, num_kv_heads, limit), queries, block, keys)
