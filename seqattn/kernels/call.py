@@ -145,7 +145,7 @@ class Call:
     @property
     def is_empty(self) -> bool:
         """Whether there are no queries or no keys."""
-        # Kernels reduce over keys and cut tiles, neither of which is defined for size 0.
+        # Kernels take maxima over keys and cut tiles. Neither works with size 0.
         return 0 in (*self.query.shape, self.key.shape[1])
 
     @property

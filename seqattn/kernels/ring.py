@@ -157,7 +157,7 @@ def _results(ring: Ring, leaves: Leaves) -> tuple[Array, Array, Array]:
 
     first = _step(call, _block(call), ring.source(0))
     block, state = _block(call), varying(tile_loop.start(*first), leaves)
-    # The last block is absorbed outside the loop: nobody needs it any more, which saves one transfer.
+    # The last block is absorbed outside the loop. No other device needs it, so one transfer is saved.
     last = ring.devices - 1
     if last:
         block, state = lax.fori_loop(0, last, absorb_and_send, (block, state))

@@ -34,7 +34,7 @@ def capture(call: AnyCall, like: Any) -> AnyCall:
         call: the call.
         like: a tree. Inside `jax.shard_map` the scalars will vary over the mesh axes of all its leaves.
     """
-    # Zeros of the right types stand for one pair; only their types enter the trace.
+    # Zeros of the right types represent one pair: only their types enter the trace.
     index, score = np.int32(0), np.zeros((), call.high)
     at = [jax.tree.map(lambda x: np.zeros((), x.dtype), each) for each in (call.q_at, call.kv_at)]
     pair = (dataclasses.replace(at[0], batch=index, head=index), at[1])
@@ -46,7 +46,7 @@ def capture(call: AnyCall, like: Any) -> AnyCall:
         functions["score_mod"] = _Function.of(call.score_mod, (score, *pair, index, *row))
     # Both functions together, as they must vary over the same mesh axes.
     programs, traced = _programs(functions, mesh_axes(like)), dict[str, Any]()
-    # Outside of any trace nobody can ask for derivatives, and programs without rules are equal across calls.
+    # Outside of any trace there are no derivatives, and programs without rules are equal across calls.
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((call, programs))):
         programs = {name: program.without_rules() for name, program in programs.items()}
     if "mask" in programs:
@@ -256,7 +256,7 @@ def _programs(functions: dict[str, _Function], axes: frozenset[str]) -> dict[str
     traced = {name: function.trace(axes) for name, function in functions.items()}
     # Arrays that a function closes over may vary over further axes, which only the trace reveals.
     hidden = {name for name, function in functions.items() if function.hides(traced[name])}
-    # Types must agree in all of the kernel, so one function's axes are everybody's.
+    # Types must agree throughout the kernel, so it varies over the union of all axes.
     all_axes = axes | mesh_axes([x for name in hidden for x in traced[name].consts])
     # Outside `jax.shard_map` there is nothing to cast, and instructions can be compared between calls.
     if not all_axes:

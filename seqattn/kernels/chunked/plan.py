@@ -64,7 +64,7 @@ def prepare(call: Call) -> tuple[Plan, Leaves]:
     size, num_kv_heads = call.key.shape[1:3]
     shape = (batch, num_kv_heads, num_heads // num_kv_heads, length, size)
     grid, tiles = schedule.plan(shape, call.mask, call.bias is not None, call.q_at, call.kv_at)
-    # A JAX key type is no array of numbers; two words are, and they are all that `dropout.kept` reads.
+    # The program receives the dropout key as two words, which are all that `dropout.kept` reads.
     words = None if call.dropout is None else call.dropout.words()
     given = {field.name: getattr(call, field.name) for field in dataclasses.fields(Call)}
     # The scale becomes an array, so that another value does not compile again, and so that it can have a gradient.

@@ -120,5 +120,5 @@ def visit(call: TiledCall, step: Callable[..., Carry], carry: Carry) -> Carry:
 def _loop(steps: Steps, step: Callable[[Carry, Array], Carry], carry: Carry) -> Carry:
     """Runs `step` on each scheduled tile."""
     count = steps.at.shape[0] if steps.count is None else steps.count
-    # A traced count makes a while loop: the tiles behind it are listed but never computed.
+    # A traced count makes a while loop. Tiles after the count are listed but never computed.
     return lax.fori_loop(0, count, lambda n, carry: step(carry, jnp.asarray(steps.at)[n]), carry)
