@@ -27,6 +27,8 @@ class Causal(Mask):
         return query.position >= key.position
 
     def reach(self, query: Tile, key: Tile) -> Reach:
+        # The last query and the first key are the most permissive pair; the first query and the last key are the
+        # strictest.
         return Reach(some=query.position_max >= key.position_min, every=query.position_min >= key.position_max)
 
 
@@ -62,6 +64,7 @@ class SlidingWindow(Mask):
         return (back < self.size) & (back >= -self.ahead)
 
     def reach(self, query: Tile, key: Tile) -> Reach:
+        # The distances between the two tiles range from `least` to `most`.
         least, most = query.position_min - key.position_max, query.position_max - key.position_min
         return Reach(
             some=(most >= -self.ahead) & (least < self.size), every=(least >= -self.ahead) & (most < self.size)
