@@ -1,4 +1,9 @@
-"""Attention for JAX: coordinates say where tokens are, masks who may look, kernels how it is computed."""
+"""Attention for JAX: token positions are data, masks are predicates, and every kernel honors one contract.
+
+Start with `attend`. `Coordinates` hold the positions of tokens, a `Mask` decides which keys a query sees, a `ScoreMod`
+modifies scores, and `explain` tells which kernel runs. `seqattn.nn` holds Flax modules, `seqattn.models` whole models
+and `seqattn.decoding` sampling and beam search.
+"""
 
 from seqattn import decoding, models, nn, scores
 from seqattn.attention import attend, attend_scores, attention_weights

@@ -1,4 +1,4 @@
-"""Attention over arrays: checks the call, has the chosen implementation run it, and brings the result into shape."""
+"""Attention functions over arrays: check the call, run the chosen implementation, and restore the shape."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -79,54 +79,61 @@ def attend(
     implementation: str | Sequence[str] | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """Scaled dot-product attention (Vaswani 2017, equation 1) with any mask over coordinates.
+    """Computes scaled dot-product attention with a mask over coordinates (Vaswani 2017, equation 1).
 
-    A query that may attend to nothing gives zeros with zero gradient. NaN or Inf in a masked key or value leaves no
-    trace, forward or backward; in a visible one it makes the row NaN. Softmax and log-sum-exp are float32 at least.
+    `softmax(scale * query . key + bias) value`. The order is scale, bias, score modification, mask, softmax, dropout.
+
+    Every implementation keeps the same contract. A fully masked query gives zeros with zero gradients. NaN or Inf in a
+    masked key or value affects no output and no gradient; in a visible one it makes the row NaN. Softmax and
+    log-sum-exp are computed in float32 or wider.
 
     Args:
-        query: `[*batch, T, N, H]`, floating; any number of leading dims. T, S and batch may be 0.
-        key: `[*batch, S, K, H]`, same dtype; N must be a multiple of K (grouped queries, Ainslie 2023). A batch dim of
-            keys and values may be 1 beside any of the queries: all rows read one memory, of which no copy is made.
-        value: `[*batch, S, K, V]`, same dtype; V may differ from H.
-        mask: a `Mask` over coordinates, which may also read `query.batch` and `query.head`, or a boolean array, True
-            where a query may attend: `[T, S]`, or `[*batch, N, T, S]` with any dim 1.
-        bias: added to the logits after scaling: `[T, S]`, or `[*batch, N, T, S]` with any dim 1. An entry of -inf
-            masks the pair.
+        query: `[*batch, T, N, H]`, floating, with any number of leading batch dimensions. T, S and batch may be 0.
+        key: `[*batch, S, K, H]`, of the same dtype. N must be a multiple of K (grouped-query attention, Ainslie 2023).
+            A batch dimension of keys and values may be 1: all rows then read the same keys, without a copy.
+        value: `[*batch, S, K, V]`, of the same dtype. V may differ from H.
+        mask: a `Mask` over coordinates, or a boolean array that is True where a query may attend: `[T, S]`, or
+            `[*batch, N, T, S]` with any dim 1. Defaults to no mask.
+        bias: added to the logits after scaling: `[T, S]`, or `[*batch, N, T, S]` with any dim 1, floating. An entry of
+            -inf masks the pair.
         score_mod: modifies each score after scale and bias and before the mask: a `ScoreMod`, or a function
-            `fn(score, query, key, head) -> score` of scalars. Gradients reach every array that it captures. A result
-            of -inf masks the pair.
-        sinks: a learned logit for each head, `[N]` floating, of a key that every query sees and whose value is 0
-            (attention sinks: Xiao 2023, gpt-oss 2025). The log-sum-exp counts it.
-        q_at: coordinates of the queries `[T]` or `[*batch, T]`; one unpadded text from position 0 where not given.
-        kv_at: coordinates of the keys `[S]` or `[*batch, S]`, likewise. Both or neither are given, and where T
-            differs from S a `Mask` or a `ScoreMod` needs them: how the two sequences align would be a guess.
-        scale: multiplies the products; `1 / sqrt(H)` where not given.
+            `fn(score, query, key, head) -> score` of scalars. Gradients reach every array that it captures. A result of
+            -inf masks the pair.
+        sinks: attention sinks (Xiao 2023; gpt-oss 2025): `[N]` floating, for each head the learned logit of a key that
+            every query sees and whose value is 0. The log-sum-exp includes it.
+        q_at: coordinates of the queries, `[T]` or `[*batch, T]`. Defaults to one unpadded text from position 0.
+        kv_at: coordinates of the keys, `[S]` or `[*batch, S]`. Defaults to one unpadded text from position 0. Give both
+            `q_at` and `kv_at` or neither. A `Mask` or a `ScoreMod` requires them if T differs from S, because the
+            alignment of the two sequences would be a guess.
+        scale: multiplies the products; a number or a scalar array. Defaults to `1 / sqrt(H)`.
         dropout: drops attention weights after the softmax.
-        implementation: a name of `IMPLEMENTATIONS`, several in order of preference, or None for the first able one
-            of the order for this device: `explain` tells which, and why.
-        return_lse: also return the log-sum-exp of the logits, differentiable; -inf for an empty row (the sink where
-            there is one).
+        implementation: a name such as "chunked", a sequence of names in order of preference, or None for the first
+            implementation in the device's order that accepts the call. See `explain`.
+        return_lse: If True, also returns the log-sum-exp of the logits, which is differentiable. It is -inf for a fully
+            masked query, or the sink if there is one.
 
     Returns:
-        The output `[*batch, T, N, V]` in the query's dtype; with `return_lse` also `[*batch, T, N]` float32 at least.
+        The output `[*batch, T, N, V]` in the query's dtype. With `return_lse` a pair of the output and the log-sum-exp
+        `[*batch, T, N]`, float32 or wider.
 
     Raises:
         TypeError: dtypes differ or are not floating, or the mask is not boolean.
-        ValueError: shapes do not fit, or coordinates are missing or would be ignored.
-        NotImplementedError: no implementation that may be chosen can serve this call; each one's reason.
+        ValueError: shapes do not fit, an implementation is unknown, or coordinates are missing or would be ignored.
+        NotImplementedError: no candidate implementation can serve the call. The message holds each one's reason.
+
+    See also: `explain`, `attention_weights`, `attend_scores`, `ring_attend`.
 
     >>> import numpy as np
     >>> from seqattn.masks import Causal
 
-    The lecture's example, two encoder states of weight 0.7 and 0.3, as attention over logits log 0.7 and log 0.3:
+    Two encoder states with weights 0.7 and 0.3, as attention over the logits log 0.7 and log 0.3:
 
     >>> states = jnp.array([[0.8, 0.2], [0.1, 0.9]])[:, None]
     >>> weighted = attend(jnp.zeros((1, 1, 2)), states, states, bias=jnp.log(jnp.array([[0.7, 0.3]])))
     >>> print(np.asarray(0.7 * states[0, 0]).round(2), np.asarray(weighted[0, 0]).round(2))
     [0.56 0.14] [0.59 0.41]
 
-    Queries that continue a text of three cached keys:
+    Two queries that continue a text of three cached keys:
 
     >>> query, cache = jnp.ones((2, 1, 4)), jnp.ones((5, 1, 4))
     >>> attend(query, cache, cache, mask=Causal(), q_at=Coordinates.range(2, start=3), kv_at=Coordinates.range(5)).shape
@@ -138,6 +145,7 @@ def attend(
     options |= {"scale": scale, "dropout": dropout}
     folded, key, value, options = fold(query, key, value, options)
     call = Call.of(folded, key, value, **options)
+    # The sink is not a key of any kernel: its effect follows from the log-sum-exp alone, for all implementations.
     output, lse = serve(implementation, call)
     if sinks is not None:
         output, lse = _with_sinks(output, lse, sinks.reshape(1, 1, -1))
@@ -158,10 +166,10 @@ def attend_columns(
     dropout: Dropout | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "B T N V"]:
-    """`attend` for keys and values as a cache keeps them (see `Columns`), with one batch dim.
+    """Like `attend`, for keys and values in the layout of a cache (see `Columns`), with one batch dimension.
 
-    `None` takes the kernel that reads them as they lie, `cached`, for a step of few queries, and the order of `attend`
-    for more; any other kernel gets them in rows.
+    With `implementation=None` a step of few queries runs on `cached`, which reads this layout; more queries run in the
+    order of `attend`. All other kernels receive keys and values in rows.
 
     >>> columns = Columns(jnp.ones((1, 1, 2, 3)), jnp.arange(3.0).reshape(1, 1, 3, 1), jnp.ones((1, 3), bool))
     >>> print(attend_columns(jnp.ones((1, 1, 1, 2)), columns)[0, 0, 0])
@@ -183,15 +191,31 @@ def attention_weights(
     kv_at: Coordinates | None = None,
     scale: float | Array | None = None,
 ) -> Array:
-    """The weights that `attend` gives to each key: `[*batch, N, T, S]`, float32 at least. For looking at.
+    """Returns the weights that `attend` gives to each key, for inspection.
 
-    Arguments, errors and empty rows are those of `attend`. Each row sums to 1 (to less where there is a
-    sink), an empty row to 0.
+    Args:
+        query: `[*batch, T, N, H]`, floating.
+        key: `[*batch, S, K, H]`, of the same dtype.
+        mask: as in `attend`.
+        bias: as in `attend`.
+        score_mod: as in `attend`.
+        sinks: as in `attend`.
+        q_at: as in `attend`.
+        kv_at: as in `attend`.
+        scale: as in `attend`.
+
+    Returns:
+        `[*batch, N, T, S]`, float32 or wider. Each row sums to 1, or to less if there is a sink. The weights of a fully
+        masked row are 0.
+
+    Raises:
+        TypeError: as `attend`.
+        ValueError: as `attend`.
 
     >>> import numpy as np
     >>> from seqattn.masks import Causal
 
-    The lecture's causal mask over "[START] The chef who", with equal scores:
+    A causal mask over "[START] The chef who", with equal scores:
 
     >>> states = jnp.zeros((4, 1, 2))
     >>> print(np.asarray(attention_weights(states, states, mask=Causal())[0]).round(2))
@@ -221,15 +245,25 @@ def attend_scores(
     kv_at: Coordinates | None = None,
     dropout: Dropout | None = None,
 ) -> tuple[Array, Array]:
-    """Attention over scores of any origin (additive, bilinear, ...), with the mask and contract of `attend`.
+    """Computes attention from given scores (additive, bilinear, ...), with the mask and the contract of `attend`.
+
+    Use it with the functions of `seqattn.scores`.
 
     Args:
         scores: logits `[*batch, N, T, S]`, floating.
-        value: `[*batch, S, K, V]`, same dtype; N must be a multiple of K.
-        mask, q_at, kv_at, dropout: as in `attend`.
+        value: `[*batch, S, K, V]`, of the same dtype. N must be a multiple of K.
+        mask: as in `attend`.
+        q_at: as in `attend`.
+        kv_at: as in `attend`.
+        dropout: as in `attend`.
 
     Returns:
-        The output `[*batch, T, N, V]` in the values' dtype, and the weights `[*batch, N, T, S]`, float32 at least.
+        The output `[*batch, T, N, V]` in the dtype of the values, and the weights before dropout `[*batch, N, T, S]`,
+        float32 or wider.
+
+    Raises:
+        TypeError: dtypes differ or are not floating, or the mask is not boolean.
+        ValueError: shapes do not fit, or coordinates are missing or would be ignored.
 
     >>> import numpy as np
     >>> scores, states = jnp.log(jnp.array([[[0.7, 0.3]]])), jnp.array([[0.8, 0.2], [0.1, 0.9]])[:, None]
@@ -256,11 +290,11 @@ def attend_scores(
 
 
 def _with_sinks(output: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
-    """Output `[B, T, N, V]` and log-sum-exp `[B, T, N]` with one more key for each head, whose value is 0."""
+    """Adds one more key for each head, with a value of 0, to output `[B, T, N, V]` and log-sum-exp `[B, T, N]`."""
     scaled = output.astype(lse.dtype) * _share(lse, sinks)[..., None]
     return scaled.astype(output.dtype), jnp.logaddexp(lse, jnp.broadcast_to(sinks.astype(lse.dtype), lse.shape))
 
 
 def _share(lse: Array, sinks: Array) -> Array:
-    """What part of the softmax the keys keep beside the sink; none of an empty row, which has none."""
+    """Returns the share of the softmax that the keys keep next to the sink; 0 for a fully masked row."""
     return jax.nn.sigmoid(lse - sinks.astype(lse.dtype))

@@ -1,6 +1,7 @@
-"""Checks of numbers: each raises ValueError with a message that names the rule and the values.
+"""Checks of numbers. Each raises ValueError with a message that names the rule and the values.
 
-What a check takes as `name` is how its message calls the value, and `hint` is added to the rule: ", or None for all".
+In every check `name` is the name of the value in the message, and `hint` is appended to the rule, for example
+", or None for all".
 """
 
 import math
@@ -21,7 +22,7 @@ def check_integer(
     maximum_name: str | None = None,
     hint: str = "",
 ) -> None:
-    """Raises ValueError unless `value` is an integer of at least `minimum`, and at most `maximum` where that is given.
+    """Raises ValueError unless `value` is an integer of at least `minimum`, and at most `maximum` if given.
 
     >>> check_integer("num_heads", 0, minimum=1)
     Traceback (most recent call last):
@@ -81,17 +82,17 @@ def check_number(
     finite: bool = True,
     hint: str = "",
 ) -> None:
-    """Raises ValueError unless `value` is in a range, whose ends count or do not.
+    """Raises ValueError unless `value` is a number in a range with open or closed ends.
 
     Args:
-        name: what the message calls it.
-        value: a number that is known.
-        minimum: it may be equal to this.
-        maximum: it may be equal to this.
-        above: it may not be equal to this.
-        below: it may not be equal to this.
-        finite: refuse infinity, too; NaN is in no range.
-        hint: added to the rule.
+        name: the name of the value in the message.
+        value: a number or an array of one number, not traced.
+        minimum: the smallest allowed value.
+        maximum: the largest allowed value.
+        above: an exclusive lower bound.
+        below: an exclusive upper bound.
+        finite: If True, infinity is refused. NaN is always refused.
+        hint: appended to the rule.
 
     >>> check_number("label_smoothing", 1.0, minimum=0, below=1)
     Traceback (most recent call last):
@@ -117,7 +118,7 @@ def check_rate(rate: Any, name: str = "the dropout rate") -> None:
 
 
 def check_seed(seed: Any) -> None:
-    """Raises ValueError unless `seed` is an integer of 32 bits: JAX drops what is above them.
+    """Raises ValueError unless `seed` is an integer of 32 bits: JAX drops higher bits.
 
     >>> check_seed(-1)
     Traceback (most recent call last):
@@ -134,7 +135,7 @@ def check_range(
     maximum: _Number = math.inf,
     above: _Number = -math.inf,
 ) -> None:
-    """`check_number` for a leaf of a pytree: every number of an array is asked, and what is traced is not.
+    """Like `check_number`, for a leaf of a pytree: checks every number of an array, and skips traced values.
 
     >>> check_range("penalty", np.array([1.0, 0.0]), above=0)
     Traceback (most recent call last):
@@ -142,7 +143,7 @@ def check_range(
     """
     if not is_known(value):
         return
-    # In NumPy, since inside `jit` even the minimum of an array from outside would be traced.
+    # In NumPy, because inside `jit` jax.numpy would trace even the minimum of a concrete array.
     values = np.asarray(value, np.float64)
     outside = values[~(np.isfinite(values) & (values >= minimum) & (values <= maximum) & (values > above))]
     if outside.size:
@@ -150,13 +151,14 @@ def check_range(
 
 
 def is_known(value: Any) -> bool:
-    """Whether a leaf is a number or an array whose values are known: not traced, nor what else a pytree may hold."""
+    """Returns whether a leaf is a number or an array with known values: not traced, and no other kind of leaf."""
     if isinstance(value, (int, float, np.number)):
         return not isinstance(value, bool)
     return isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, jax.core.Tracer)
 
 
 def _rule(minimum: _Number, maximum: _Number, above: _Number, below: _Number = math.inf, *, finite: bool = True) -> str:
+    """Returns the text of a range."""
     low, high = max(minimum, above), min(maximum, below)
     left, right = "(" if above >= minimum else "[", ")" if below <= maximum else "]"
     if -math.inf < low and high < math.inf:

@@ -1,4 +1,4 @@
-"""`jax.nn.dot_product_attention`, its parameters and its meaning, over `attend`."""
+"""A drop-in replacement for `jax.nn.dot_product_attention`, computed by `attend`."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -64,28 +64,35 @@ def dot_product_attention(
     implementation: str | Sequence[str] | None = None,
     return_residual: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """The parameters and the meaning of `jax.nn.dot_product_attention`, over `attend`.
+    """A drop-in replacement for `jax.nn.dot_product_attention`, computed by `attend`.
 
-    Where jax.nn gives a wrong number in silence this raises (an integer query, a 3-D mask beside 4-D inputs, a negative
-    window) or gives what `attend` promises (zeros for an empty row, no trace of a masked NaN, a differentiable
-    float32 log-sum-exp).
+    Some calls return wrong numbers silently in `jax.nn`. This function raises instead (an integer query, a 3-D mask
+    with 4-D inputs, a negative window) or follows the contract of `attend` (zeros for a fully masked row, no effect of
+    a masked NaN, a differentiable float32 log-sum-exp).
 
     Args:
-        query: `[B, T, N, H]` or `[T, N, H]`; key and value `[B, S, K, H]` or `[S, K, H]`.
-        bias: broadcasting to `[B, N, T, S]`, or to `[N, T, S]` for inputs of 3 dims. Where it has fewer dims than that,
-            those in front of `[T, S]` must be 1: `[3, T, S]` beside 4 dims might be for 3 rows or for 3 heads.
+        query: `[B, T, N, H]` or `[T, N, H]`, floating.
+        key: `[B, S, K, H]` or `[S, K, H]`. N must be a multiple of K.
+        value: `[B, S, K, H]` or `[S, K, H]`.
+        bias: broadcasts to `[B, N, T, S]`, or to `[N, T, S]` for inputs of 3 dims. If it has fewer dims, those before
+            `[T, S]` must be 1, because `[3, T, S]` with 4-D inputs could mean 3 rows or 3 heads.
         mask: boolean, True where a query may attend; shapes as for `bias`.
-        scale: `1 / sqrt(H)` where not given.
-        is_causal: query i sees keys 0 to i, aligned at the first token also where T differs from S.
-        query_seq_lengths: integers `[B]`; queries from this one on are padding and give zeros.
-        key_value_seq_lengths: integers `[B]`; keys from this one on are padding.
-        local_window_size: `(left, right)` keys on each side of the query, or one number for both.
+        scale: multiplies the products. Defaults to `1 / sqrt(H)`.
+        is_causal: If True, query i sees keys 0 to i, aligned at the first token even if T differs from S.
+        query_seq_lengths: integers `[B]`. Queries from this index on are padding and give zeros.
+        key_value_seq_lengths: integers `[B]`. Keys from this index on are padding.
+        local_window_size: `(left, right)`, the number of visible keys on each side of the query, or one number for
+            both.
         implementation: as in `attend`.
-        return_residual: also return the log-sum-exp `[B, T, N]`.
+        return_residual: If True, also returns the log-sum-exp `[B, T, N]`.
+
+    Returns:
+        The output, of the shape of the query; with `return_residual` a pair of output and log-sum-exp.
 
     Raises:
         TypeError: dtypes differ or are not floating, the mask is not boolean, or lengths are not integers.
         ValueError: shapes do not fit, or a window is negative.
+        NotImplementedError: no candidate implementation can serve the call.
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     check_arrays(query, key, value)
@@ -101,7 +108,7 @@ def dot_product_attention(
     if mask is not None and parts:
         check_pairs("mask", mask, batch, (query.shape[-2], length, size))
         if mask.ndim > 2 and mask.shape[-3:-1] == (1, 1):
-            # What hides the same keys from every query of a row is padding, and kernels need no dense mask.
+            # A mask that hides the same keys from every query of a row is padding: kernels need no dense mask for it.
             kv_at, mask = _padded(kv_at, mask[..., 0, 0, :], batch), None
             parts.append(NotPadding())
     combined = _all(parts)
@@ -118,6 +125,7 @@ def dot_product_attention(
 
 
 def _all(masks: list[Mask]) -> Mask | None:
+    """Returns the conjunction of the masks, or None if there is none."""
     combined: Mask | None = None
     for mask in masks:
         combined = mask if combined is None else combined & mask
@@ -125,17 +133,17 @@ def _all(masks: list[Mask]) -> Mask | None:
 
 
 def _of_rank(rank: int, x: Array) -> Array:
-    """`x` with as many dims of size 1 in front as it lacks."""
+    """Returns `x` with leading dims of size 1, so that it has `rank` dims."""
     return x.reshape((1,) * (rank - x.ndim) + x.shape)
 
 
 def _of_call(rank: int, pairs: Array) -> Array:
-    """A mask or bias of fewer dims than the call has, with dims of 1 in front, where only one reading is possible."""
+    """Returns a mask or bias with leading dims of size 1 added, if only one reading of its shape is possible."""
     return _of_rank(rank, pairs) if pairs.ndim < rank and all(n == 1 for n in pairs.shape[:-2]) else pairs
 
 
 def _padded(at: Coordinates, present: Array, batch: tuple[Size, ...]) -> Coordinates:
-    """The coordinates with padding also where `present`, `[*batch or 1, length]`, is False."""
+    """Returns the coordinates with padding where `present`, `[*batch or 1, length]`, is False."""
     shape = (*batch, at.shape[-1])
     position, segment, present = (
         jnp.broadcast_to(_of_rank(len(shape), jnp.asarray(x)), shape) for x in (at.position, at.segment, present)
@@ -144,6 +152,7 @@ def _padded(at: Coordinates, present: Array, batch: tuple[Size, ...]) -> Coordin
 
 
 def _window(size: int | tuple[int, int]) -> SlidingWindow:
+    """Returns the sliding window of jax.nn, which does not count the query's own position."""
     left, right = (size, size) if isinstance(size, int) else size
     check_integer("local_window_size to the left", left, 0)
     check_integer("local_window_size to the right", right, 0)
@@ -151,6 +160,7 @@ def _window(size: int | tuple[int, int]) -> SlidingWindow:
 
 
 def _rows(name: str, lengths: Array | None, batch: tuple[Size, ...], length: Size) -> Coordinates:
+    """Returns the coordinates of rows with these lengths, or of one unpadded text if there are none."""
     if lengths is None:
         return Coordinates.range(length)
     lengths = jnp.asarray(lengths)

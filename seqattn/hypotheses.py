@@ -1,4 +1,4 @@
-"""What a step function remembers, for several hypotheses of each row: any pytree, batch first."""
+"""The state of a step function for several hypotheses in each batch row: any pytree, batch first."""
 
 import abc
 import dataclasses
@@ -12,24 +12,25 @@ from seqattn.pytrees import pytree
 
 
 class Branching(abc.ABC):
-    """A part of a state that knows better than to copy every array: base a dataclass that is a pytree on it.
+    """A part of a state that branches and selects hypotheses itself, instead of copying every array.
 
-    Memory that all hypotheses of a row read is an example, or a cache that moves entries of a table and no key.
+    Subclass it with a dataclass that is a pytree. Examples are a memory that all hypotheses of a row read, and a cache
+    that moves entries of a page table instead of keys.
     """
 
     @abc.abstractmethod
     def branch(self, beam_size: int) -> "Branching":
-        """From B rows to B rows of `beam_size` hypotheses, all equal."""
+        """Returns the state of `beam_size` equal hypotheses for each of the B rows."""
 
     @abc.abstractmethod
     def select(self, parent: Int[Array, "B beams"]) -> "Branching":
-        """Hypothesis j of row b goes on from hypothesis `parent[b, j]` of row b."""
+        """Returns the state in which hypothesis j of row b continues hypothesis `parent[b, j]` of row b."""
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Shared(Branching):
-    """The same for all hypotheses of a row, and never copied: the memory of an encoder.
+    """A value shared by all hypotheses of a row and never copied, such as the memory of an encoder.
 
     Attributes:
         value: any pytree, with the B rows first.
@@ -45,9 +46,10 @@ class Shared(Branching):
 
 
 def branch(state: Any, beam_size: int) -> Any:
-    """Room for `beam_size` hypotheses of each row: arrays `[B, ...]` become `[B * beam_size, ...]`, row by row.
+    """Repeats a state for `beam_size` hypotheses of each row.
 
-    Arrays without an axis belong to all rows and stay.
+    Arrays `[B, ...]` become `[B * beam_size, ...]`, row by row. Arrays without axes belong to all rows and stay as they
+    are.
 
     >>> print(branch({"count": jnp.array([1, 2]), "step": 0}, 3))
     {'count': Array([1, 1, 1, 2, 2, 2], dtype=int32), 'step': 0}
@@ -62,10 +64,10 @@ def branch(state: Any, beam_size: int) -> Any:
 
 
 def select(state: Any, parent: Int[Array, "B beams"]) -> Any:
-    """The state in which hypothesis j of row b goes on from hypothesis `parent[b, j]` of row b.
+    """Returns the state in which hypothesis j of row b continues hypothesis `parent[b, j]` of row b.
 
     Raises:
-        ValueError: an array that has not the B * beams hypotheses first.
+        ValueError: the first axis of an array is not the B * beams hypotheses.
 
     >>> print(select({"count": jnp.array([1, 2, 3, 4]), "step": 0}, jnp.array([[1, 1], [0, 1]])))
     {'count': Array([2, 2, 3, 4], dtype=int32), 'step': 0}
@@ -85,10 +87,10 @@ def select(state: Any, parent: Int[Array, "B beams"]) -> Any:
 
 
 def check_rows(state: Any, rows: int) -> None:
-    """Refuses a state of which an array has not the rows first.
+    """Checks that the first axis of every array of a state is the rows.
 
     Raises:
-        ValueError: such an array.
+        ValueError: the first axis of an array has another size.
     """
     for leaf in jax.tree.leaves(state, is_leaf=_is_branching):
         if not isinstance(leaf, Branching) and jnp.ndim(leaf) > 0:

@@ -1,4 +1,4 @@
-"""Losses as (sum, count): what adds up over devices and gradient accumulation without averaging averages."""
+"""Losses as a pair (sum, count), which adds up exactly over devices and micro-batches."""
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +16,25 @@ def cross_entropy(
     weights: Shaped[Array, "*batch"] | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted sum of the cross entropies in nats, and the sum of the weights; both float32 at least.
+    """Returns the weighted sum of the cross entropies in nats, and the sum of the weights.
 
-    The mean is `total / jnp.maximum(count, 1)`. A weight of 0 removes a label with everything it touches: its logits
-    may be NaN, and its gradient is zero. A negative label (the -100 of other libraries) has weight 0.
+    The mean is `total / jnp.maximum(count, 1)`. A label with weight 0 has no effect: its logits may be NaN, and its
+    gradient is zero. A negative label, such as the -100 of other libraries, has weight 0.
 
     Args:
-        logits: scores before softmax `[*batch, V]`.
+        logits: scores before the softmax, `[*batch, V]`, floating.
         labels: class indices `[*batch]`, below V.
-        weights: a weight for each label `[*batch]`, boolean or floating; 1 where not given.
-        label_smoothing: epsilon of Szegedy 2016, equation 3: the target is `1 - epsilon` on the label plus
-            `epsilon / V` on every class.
+        weights: a weight for each label `[*batch]`, boolean or floating. Defaults to 1.
+        label_smoothing: epsilon of Szegedy 2016, equation 3. The target is `1 - epsilon` on the label plus `epsilon /
+            V` on every class. Must be in `[0, 1)`.
+
+    Returns:
+        Two scalars, float32 or wider: the weighted sum and the sum of the weights.
 
     Raises:
         TypeError: labels are not integers, or logits are not floating.
-        ValueError: shapes differ, a label is at least V (inside `jit`: NaN), or label_smoothing is not in [0, 1).
+        ValueError: shapes differ, `label_smoothing` is not in `[0, 1)`, or a label is at least V. Inside `jit` such a
+            label makes the sum NaN.
 
     >>> total, count = cross_entropy(jnp.zeros((3, 4)), jnp.array([0, 3, -100]))
     >>> print((total / count).round(4), jnp.log(4).round(4), count)
@@ -55,6 +59,7 @@ def cross_entropy(
 
 
 def _check(logits: Array, labels: Array, weights: Array | None, label_smoothing: float) -> None:
+    """Raises TypeError or ValueError unless the arguments fit each other."""
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(f"logits must be floating, got {logits.dtype}")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -67,6 +72,7 @@ def _check(logits: Array, labels: Array, weights: Array | None, label_smoothing:
 
 
 def _check_range(labels: Array, vocab_size: int) -> None:
+    """Raises ValueError if a label is not below the number of classes. Traced labels are not checked."""
     if isinstance(labels, jax.core.Tracer):
         return
     largest = np.asarray(labels).max(initial=0)  # in NumPy: in the int8 of small labels 300 classes would be 44

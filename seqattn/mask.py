@@ -1,4 +1,4 @@
-"""What a mask is: a predicate over the coordinates of one query and one key. True means "may attend"."""
+"""Masks: predicates over the coordinates of one query and one key. True means "may attend"."""
 
 import dataclasses
 import math
@@ -15,16 +15,16 @@ from seqattn.pytrees import pytree
 from seqattn.sizes import Size
 
 Truth = Any
-"""A boolean scalar: `np.bool_` where coordinates are known at trace time, a traced boolean elsewhere."""
+"""A boolean scalar: `np.bool_` if coordinates are known at trace time, else a traced boolean."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reach:
-    """What a mask says of all pairs between a tile of queries and a tile of keys.
+    """The answer of a mask for all pairs between a tile of queries and a tile of keys.
 
     Attributes:
-        some: False proves that no pair may attend: a kernel skips the tile.
-        every: True proves that every pair may attend: a kernel leaves the tile unmasked.
+        some: False proves that every pair is masked: a kernel skips the tile.
+        every: True proves that every pair is visible: a kernel leaves the tile unmasked.
     """
 
     some: Truth
@@ -32,10 +32,14 @@ class Reach:
 
 
 class Mask:
-    """A predicate over one query and one key, lifted over whole sequences with `jax.vmap`.
+    """A predicate over one query and one key: True if the query may attend to the key.
 
-    Compose masks with `&`, `|` and `~`. A mask is a pytree: sizes are static, arrays are its leaves. It may also read
-    `query.batch` and `query.head`, the indices of the batch row and of the query head.
+    Kernels lift a mask over whole sequences with `jax.vmap`. Compose masks with `&`, `|` and `~`. A mask is a pytree:
+    sizes are static, arrays are its leaves. It may also read `query.batch` and `query.head`, the indices of the batch
+    row and of the query head.
+
+    To write a mask of your own, pass a function to `MaskMod`, or subclass `Mask`: register a frozen dataclass with
+    `pytree` and override `__call__`. Override `reach` as well if kernels are to skip tiles.
 
     >>> from seqattn.masks import Causal, Prefix, SlidingWindow
     >>> at = Coordinates.range(4)
@@ -52,21 +56,43 @@ class Mask:
     """
 
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
-        """Whether the query at scalar coordinates `query` may attend to the key at `key`."""
+        """Returns whether the query may attend to the key.
+
+        Args:
+            query: the coordinates of one query; all fields are scalars.
+            key: the coordinates of one key; all fields are scalars.
+
+        Returns:
+            A boolean scalar.
+        """
         raise NotImplementedError
 
     def reach(self, query: Tile, key: Tile) -> Reach:
-        """Whether some and whether every pair of two tiles may attend; sound, not always tight."""
+        """Returns whether some pair and whether every pair of two tiles is visible.
+
+        The answer must be sound, but need not be tight: `some` may be True and `every` False for any tile, which is the
+        default. The fields of the tiles broadcast, so use array operations (`&`, `|`, `~`) and no Python conditions.
+
+        Args:
+            query: the ranges of the queries' coordinates.
+            key: the ranges of the keys' coordinates.
+        """
         return Reach(some=np.True_, every=np.False_)
 
     def dense(
         self, query: Coordinates, key: Coordinates, num_heads: int | None = None
     ) -> Bool[Array, "*batch T S"] | Bool[Array, "*batch N T S"]:
-        """The whole matrix `[*batch, T, S]` for queries `[*batch, T]` and keys `[*batch, S]`; batches broadcast.
+        """Returns the matrix of all pairs, for inspection and tests.
 
-        With `num_heads` N, which a mask that reads `query.head` needs: one for each head, `[*batch, N, T, S]`.
+        Args:
+            query: coordinates of the queries, `[*batch, T]`.
+            key: coordinates of the keys, `[*batch, S]`. The batch dimensions broadcast.
+            num_heads: the number of query heads, N. A mask that reads `query.head` requires it.
+
+        Returns:
+            Booleans `[*batch, T, S]`, or `[*batch, N, T, S]` if `num_heads` is given.
         """
-        # Where jax_numpy_rank_promotion is "raise", the ranks of the two batches must be equal.
+        # Under `jax_numpy_rank_promotion="raise"` the ranks of the two batches must be equal.
         rank = max(leaf.ndim for leaf in jax.tree.leaves((query, key)))
         at = jax.tree.map(lambda x: jnp.reshape(x, (1,) * (rank - x.ndim) + x.shape), (query, key))
         batch = jnp.broadcast_shapes(*(leaf.shape[:-1] for leaf in jax.tree.leaves(at)))
@@ -78,9 +104,15 @@ class Mask:
     def over(
         self, query: Coordinates, key: Coordinates, *, batch: Size, num_heads: int
     ) -> Bool[Array, "rows heads T S"]:
-        """The matrix of a call, `[B or 1, N or 1, T, S]`, for queries `[B or 1, T]` and keys `[B or 1, S]`.
+        """Returns the matrix of a call, `[B or 1, N or 1, T, S]`.
 
-        There are N heads only where the mask reads `query.head`, and one row only where nothing differs by row.
+        It has N heads only if the mask reads `query.head`, and one row only if nothing differs by row.
+
+        Args:
+            query: coordinates of the queries, `[B or 1, T]`.
+            key: coordinates of the keys, `[B or 1, S]`.
+            batch: the number of batch rows, B.
+            num_heads: the number of query heads, N.
         """
         query, key, read = query.rows(), key.rows(), reads(self, query, key)
         rows = key.shape[0] if query.shape[0] == 1 else query.shape[0]
@@ -88,7 +120,7 @@ class Mask:
         return pairs if read.head else pairs[:, None]
 
     def _lifted(self, query: Coordinates, key: Coordinates, rows: Size, num_heads: int | None) -> Bool[Array, "..."]:
-        """The mask of all pairs, `[rows, T, S]` or `[rows, N, T, S]`; coordinates have one row or all."""
+        """Returns the mask of all pairs, `[rows, T, S]` or `[rows, N, T, S]`. Coordinates have one row or `rows`."""
 
         def pair(query: Coordinates, key: Coordinates, batch: Array, head: Array | None) -> Truth:
             return self(dataclasses.replace(query, batch=batch, head=head), key)
@@ -101,28 +133,31 @@ class Mask:
         return jax.vmap(lifted, (*axes, 0, None))(query, key, jnp.arange(rows, dtype=jnp.int32), heads)
 
     def check(self, batch: Size, num_heads: int) -> None:
-        """Raises ValueError where the arrays of the mask do not fit a call of B rows and N heads."""
+        """Raises ValueError if the arrays of the mask do not fit a call of B rows and N heads."""
 
     def __and__(self, other: "Mask") -> "Mask":
+        """Returns a mask that allows a pair if both masks do."""
         return And(self, _checked(other))
 
     def __or__(self, other: "Mask") -> "Mask":
+        """Returns a mask that allows a pair if either mask does."""
         return Or(self, _checked(other))
 
     def __invert__(self) -> "Mask":
+        """Returns a mask that allows a pair if this one does not."""
         return Not(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reads:
-    """Whether a mask depends on the batch row, and on the head, beside where query and key are."""
+    """Whether a mask depends on the batch row and on the head, apart from the coordinates."""
 
     batch: bool
     head: bool
 
 
 def reads(mask: Mask, query: Coordinates, key: Coordinates) -> Reads:
-    """What `mask` reads of `query.batch` and `query.head`, for coordinates of the form of these; it is traced."""
+    """Returns whether `mask` reads `query.batch` and `query.head`, from a trace on coordinates of these dtypes."""
 
     def predicate(query: Coordinates, key: Coordinates, batch: Array, head: Array) -> Truth:
         return mask(dataclasses.replace(query, batch=batch, head=head), key)
@@ -135,6 +170,7 @@ def reads(mask: Mask, query: Coordinates, key: Coordinates) -> Reads:
 
 
 def _checked(other: object) -> Mask:
+    """Raises TypeError unless `other` is a mask."""
     if not isinstance(other, Mask):
         raise TypeError(
             f"a Mask combines with another Mask, not with {type(other).__name__}; an array becomes one by "
@@ -146,7 +182,7 @@ def _checked(other: object) -> Mask:
 @pytree
 @dataclasses.dataclass(frozen=True)
 class And(Mask):
-    """Both masks allow the pair: `first & second`."""
+    """Allows a pair if both masks do: `first & second`."""
 
     first: Mask
     second: Mask
@@ -166,7 +202,7 @@ class And(Mask):
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Or(Mask):
-    """Either mask allows the pair: `first | second`."""
+    """Allows a pair if either mask does: `first | second`."""
 
     first: Mask
     second: Mask
@@ -186,7 +222,7 @@ class Or(Mask):
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Not(Mask):
-    """The mask forbids the pair: `~mask`."""
+    """Allows a pair if the mask does not: `~mask`."""
 
     mask: Mask
 
@@ -204,11 +240,22 @@ class Not(Mask):
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, init=False)
 class MaskMod(Mask):
-    """Any predicate: `fn(query, key, *arrays)` on scalar coordinates, returning a scalar boolean.
+    """A mask from any function `fn(query, key, *arrays)` of scalar coordinates that returns a scalar boolean.
 
-    The function is static: a new lambda at each call of a jitted function compiles anew. Give what changes as arrays.
-    `query.batch` and `query.head` are the indices of the batch row and of the head, for arrays that have one value for
-    each.
+    The arrays are leaves of the pytree. The function is static: a new lambda in each call of a jitted function compiles
+    again, so pass changing values as arrays. For arrays with one value per batch row or head, index with `query.batch`
+    and `query.head`.
+
+    Kernels evaluate the function for every pair. A subclass of `Mask` with `reach` lets them skip tiles.
+
+    Args:
+        fn: the function.
+        *arrays: further arguments of the function.
+
+    Raises:
+        TypeError: in a call, if the function does not return a scalar boolean.
+
+    Blocks of two tokens:
 
     >>> block = MaskMod(lambda query, key, size: query.position // size == key.position // size, jnp.array(2))
     >>> at = Coordinates.range(4)
@@ -242,12 +289,12 @@ class MaskMod(Mask):
         object.__setattr__(self, "arrays", arrays)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], Callable[..., Any]]:
-        """The arrays are leaves, the function is static."""
+        """Returns the arrays as leaves and the function as static data."""
         return self.arrays, self.fn
 
     @classmethod
     def tree_unflatten(cls, fn: Callable[..., Any], arrays: tuple[Any, ...]) -> "MaskMod":
-        """The inverse of `tree_flatten`."""
+        """Inverts `tree_flatten`."""
         return cls(fn, *arrays)
 
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:

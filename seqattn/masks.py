@@ -1,4 +1,4 @@
-"""Masks: the past, a window, one text, tokens alone, a prefix, blocks, neighbours in an image. See `mask`."""
+"""Masks: causal, sliding window, same segment, padding, prefix, dilated, blocks and image neighborhoods. See `mask`."""
 
 import dataclasses
 import functools
@@ -21,19 +21,28 @@ from seqattn.sizes import Size
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Causal(Mask):
-    """No look into the future: the key's position is at most the query's (Vaswani 2017, section 3.2.3)."""
+    """Allows keys whose position is at most the query's (Vaswani 2017, section 3.2.3)."""
 
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return query.position >= key.position
 
     def reach(self, query: Tile, key: Tile) -> Reach:
+        # The last query and the first key are the most permissive pair; the first query and the last key are the
+        # strictest.
         return Reach(some=query.position_max >= key.position_min, every=query.position_min >= key.position_max)
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class SlidingWindow(Mask):
-    """The `size` latest keys, the query's own position included (Beltagy 2020), and `ahead` keys after it.
+    """Allows the `size` latest keys, including the query's own position (Beltagy 2020), and `ahead` keys after it.
+
+    Attributes:
+        size: an integer of at least 1, static.
+        ahead: an integer of at least 0, static. Defaults to 0.
+
+    Raises:
+        ValueError: `size` or `ahead` is out of range.
 
     >>> at = Coordinates.range(4)
     >>> print(SlidingWindow(2).dense(at, at).astype(int))
@@ -55,6 +64,7 @@ class SlidingWindow(Mask):
         return (back < self.size) & (back >= -self.ahead)
 
     def reach(self, query: Tile, key: Tile) -> Reach:
+        # The distances between the two tiles range from `least` to `most`.
         least, most = query.position_min - key.position_max, query.position_max - key.position_min
         return Reach(
             some=(most >= -self.ahead) & (least < self.size), every=(least >= -self.ahead) & (most < self.size)
@@ -64,7 +74,7 @@ class SlidingWindow(Mask):
 @pytree
 @dataclasses.dataclass(frozen=True)
 class SameSegment(Mask):
-    """Query and key are tokens of the same text. Padding (segment 0) belongs to no text.
+    """Allows pairs of tokens from the same text, as in packed sequences. Padding (segment 0) belongs to no text.
 
     >>> packed = Coordinates.from_segments(jnp.array([1, 1, 2, 0]))
     >>> print(SameSegment().dense(packed, packed).astype(int))
@@ -78,6 +88,7 @@ class SameSegment(Mask):
         return (query.segment == key.segment) & (query.segment != 0)
 
     def reach(self, query: Tile, key: Tile) -> Reach:
+        # Ranges that overlap need not share a segment, but ranges that do not overlap share none: `some` is sound.
         overlap = (query.segment_min <= key.segment_max) & (key.segment_min <= query.segment_max)
         one_text = (query.segment_min == query.segment_max) & (key.segment_min == key.segment_max)
         same = one_text & (query.segment_min == key.segment_min) & (query.segment_min != 0)
@@ -87,7 +98,7 @@ class SameSegment(Mask):
 @pytree
 @dataclasses.dataclass(frozen=True)
 class NotPadding(Mask):
-    """Neither the query nor the key is padding (segment 0)."""
+    """Allows a pair if neither the query nor the key is padding (segment 0)."""
 
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return (query.segment != 0) & (key.segment != 0)
@@ -97,19 +108,27 @@ class NotPadding(Mask):
 
 
 def _holds_token(tile: Tile) -> Truth:
+    """Returns False only if the tile holds nothing but padding."""
     return (tile.segment_min != 0) | (tile.segment_max != 0)
 
 
 def _all_tokens(tile: Tile) -> Truth:
+    """Returns True only if the tile holds no padding: a range from below to above 0 may contain it."""
     return (tile.segment_min > 0) | (tile.segment_max < 0)
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Prefix(Mask):
-    """The first `length` keys of a text, for every query: `Causal() | Prefix(n)` is a prefix language model.
+    """Allows the first `length` keys of a text for every query.
 
-    `length` is a leaf: an integer, a scalar array, or an array `[B]` with a length for each batch row.
+    `Causal() | Prefix(n)` is the mask of a prefix language model (Raffel 2020, figure 3).
+
+    Attributes:
+        length: a leaf: an integer of at least 0, a scalar array, or an integer array `[B]` with a length for each row.
+
+    Raises:
+        ValueError: a length is not an integer or is negative; in a call, the array is not `[B]`.
     """
 
     length: int | np.integer | Array | np.ndarray
@@ -126,15 +145,16 @@ class Prefix(Mask):
         if jnp.ndim(self.length) == 0:
             return key.position < self.length
         if query.batch is None:
-            raise ValueError(f"a prefix with lengths {jnp.shape(self.length)} needs to know the batch row of the query")
+            raise ValueError(f"a prefix with lengths {jnp.shape(self.length)} needs the batch row of the query")
         return key.position < jnp.asarray(self.length)[query.batch]
 
     def check(self, batch: Size, num_heads: int) -> None:
+        """Raises ValueError unless `length` is a scalar or has one entry for each row."""
         if (shape := jnp.shape(self.length)) not in ((), (batch,)):
             raise ValueError(f"the lengths {shape} of a prefix must be one for each of the {batch} rows, or a scalar")
 
     def reach(self, query: Tile, key: Tile) -> Reach:
-        # Beside the rows of the tiles, `[B or 1, tiles of queries, tiles of keys]`.
+        # Broadcasts against the tiles `[B or 1, query tiles, key tiles]`.
         length: Any = self.length
         length = length if jnp.ndim(length) == 0 else length[:, None, None]
         return Reach(some=key.position_min < length, every=key.position_max < length)
@@ -143,7 +163,13 @@ class Prefix(Mask):
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Dilated(Mask):
-    """Every `step`-th key, counted from the query's own position (Child 2019, the strided pattern).
+    """Allows every `step`-th key, counted from the query's own position (Child 2019, the strided pattern).
+
+    Attributes:
+        step: an integer of at least 1, static.
+
+    Raises:
+        ValueError: `step` is out of range.
 
     >>> at = Coordinates.range(4)
     >>> print((Causal() & Dilated(2)).dense(at, at).astype(int))
@@ -164,13 +190,20 @@ class Dilated(Mask):
     def reach(self, query: Tile, key: Tile) -> Reach:
         least, most = query.position_min - key.position_max, query.position_max - key.position_min
         one_distance = (least == most) & (least % self.step == 0)
+        # Some pair is visible if a multiple of `step` is between the smallest and the largest distance.
         return Reach(some=most // self.step * self.step >= least, every=one_distance | np.bool_(self.step == 1))
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class SameBlock(Mask):
-    """Query and key are in the same run of `size` positions, counted from 0 (Liu 2018, section 4.2.4: local attention).
+    """Allows pairs in the same run of `size` positions, counted from 0 (Liu 2018, section 4.2.4: local attention).
+
+    Attributes:
+        size: an integer of at least 1, static.
+
+    Raises:
+        ValueError: `size` is out of range.
 
     >>> at = Coordinates.range(5)
     >>> print((Causal() & SameBlock(2)).dense(at, at).astype(int))
@@ -199,10 +232,15 @@ class SameBlock(Mask):
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Neighborhood(Mask):
-    """Keys within `radius` of the query along every axis of `Coordinates.axes` (Ramachandran 2019, section 3.1).
+    """Allows keys within `radius` of the query along every axis of `Coordinates.axes` (Ramachandran 2019, section 3.1).
 
-    For tokens that lie in more than one dimension, such as the patches of an image. `radius` is one number for all
-    axes, or a tuple with one for each. At an edge there are fewer neighbors.
+    Use it for tokens in more than one dimension, such as image patches. At an edge a query has fewer neighbors.
+
+    Attributes:
+        radius: an integer of at least 0 for all axes, or a tuple with one for each axis; static.
+
+    Raises:
+        ValueError: a radius is out of range, or, in a call, the coordinates have another number of axes.
 
     >>> image = Coordinates.grid(3, 3)
     >>> print(Neighborhood(1).dense(image, image)[4].reshape(3, 3).astype(int))
@@ -235,17 +273,17 @@ class Neighborhood(Mask):
         return Reach(some=functools.reduce(operator.and_, some), every=functools.reduce(operator.and_, every))
 
     def _along(self, query: tuple[Any, ...], key: tuple[Any, ...]) -> Iterator[tuple[Any, Any, int]]:
-        """What query and key have along each axis, and the radius there."""
+        """Yields the coordinates of query and key along each axis, and the radius there."""
         radii = self.radius if isinstance(self.radius, tuple) else (self.radius,) * max(1, len(query))
         if not len(query) == len(key) == len(radii) > 0:
             raise ValueError(
-                f"a neighborhood of radius {self.radius} needs coordinates with as many axes, as Coordinates.grid has "
-                f"them; got {len(query)} of the queries and {len(key)} of the keys"
+                f"a neighborhood of radius {self.radius} needs coordinates with as many axes, such as those of "
+                f"Coordinates.grid, got {len(query)} of the queries and {len(key)} of the keys"
             )
         return zip(query, key, radii, strict=True)
 
 
 def _is_known(x: object) -> bool:
-    """Whether the values of an array can be looked at here."""
+    """Returns whether the values of an array can be read here."""
     known = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
     return isinstance(x, np.ndarray) or known

@@ -1,7 +1,8 @@
-"""Which platform a computation is for: where its arrays lie, or, inside `jax.jit`, the one it is compiled for.
+"""The platform that a computation runs on: that of its arrays or, inside `jax.jit`, the one it is compiled for.
 
-A traced function does not know the latter: `jax.jit` compiles it for the arrays that it gets, and `jax.export` and
-ahead-of-time compilation for platforms that this machine need not have. So a choice between programs is left to JAX.
+A traced function does not know its platform. `jax.jit` compiles it for the arrays that it receives; `jax.export` and
+ahead-of-time compilation may compile it for platforms that this machine lacks. So JAX makes the choice between
+programs.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,14 +18,14 @@ from jaxtyping import Array
 Result = TypeVar("Result")
 
 PLATFORMS = ("cpu", "gpu", "tpu")
-"""Names as `jax.default_backend` gives them."""
+"""Platform names, as returned by `jax.default_backend`."""
 
 _LOWERED = {"gpu": ("cuda", "rocm")}
-"""What `jax.lax.platform_dependent` calls a platform, where it has other names."""
+"""The names of `jax.lax.platform_dependent` for a platform, if they differ."""
 
 
 def platform_of(arrays: Iterable[Any]) -> str | None:
-    """Where a call with these arrays runs; None where one is traced, and the program may be for any platform.
+    """Returns the platform of a call with these arrays, or None if one is traced: the program may then run on any.
 
     Without an array it is JAX's default.
     """
@@ -35,17 +36,17 @@ def platform_of(arrays: Iterable[Any]) -> str | None:
 
 
 def all_platforms() -> tuple[str, ...]:
-    """The platforms that a program may be for: all that we know, and JAX's default first."""
+    """Returns the platforms that a program may run on: all known ones, JAX's default first."""
     return tuple(dict.fromkeys((jax.default_backend(), *PLATFORMS)))
 
 
 def by_platform(branches: Mapping[str, Callable[..., Result]], *operands: Array) -> Result:
-    """What the function for the platform that is compiled for returns; the others leave no trace in its program.
+    """Returns the result of the function for the compiled platform, whose program holds only that function.
 
     Args:
-        branches: a function for each platform. Equal ones are traced once; without one for a platform, compiling for
-            it is JAX's error.
-        *operands: their arguments. Results have the same shapes and dtypes.
+        branches: a function for each platform. Equal functions are traced once. Compiling for a platform without a
+            function is JAX's error.
+        *operands: the arguments of the functions, which return results of the same shapes and dtypes.
 
     >>> import jax.numpy as jnp
     >>> branches = {"cpu": jnp.sin, "gpu": jnp.cos, "tpu": jnp.cos}
@@ -60,11 +61,13 @@ def by_platform(branches: Mapping[str, Callable[..., Result]], *operands: Array)
 
 
 def on_tpu(fn: Callable[..., Result], *operands: Any) -> Result:
-    """`fn(*operands)` in a program for a TPU; in one for several platforms the results are NaN on the others.
+    """Returns `fn(*operands)` in a program for a TPU.
 
-    For kernels that JAX compiles for TPUs alone, in a branch of `by_platform`: a program that `jax.export` makes for
-    several platforms holds every branch for each of them, the kernel too, which then is refused. It has no derivatives;
-    `jax.custom_vjp` around it does.
+    In a program for several platforms, results are NaN on the others.
+
+    For kernels that JAX compiles for TPUs only, in a branch of `by_platform`. A program that `jax.export` compiles for
+    several platforms contains every branch for each of them; JAX would refuse the kernel there. The primitive has no
+    derivatives; wrap it in a `jax.custom_vjp`.
     """
     leaves, tree = jax.tree.flatten(operands)
 
@@ -82,21 +85,25 @@ _on_tpu.multiple_results = True
 
 @_on_tpu.def_impl
 def _run(*operands: Any, closed: Any) -> Any:
+    """Evaluates the traced function."""
     return core.jaxpr_as_fun(closed)(*operands)
 
 
 @_on_tpu.def_abstract_eval
 def _types(*operands: Any, closed: core.ClosedJaxpr) -> list[Any]:
+    """Returns the types of the results."""
     return closed.out_avals
 
 
 def _nowhere(*operands: Any, closed: Any) -> Any:
+    """Returns NaN or 0 in place of the results, on platforms other than the TPU."""
     return [
         jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0, x.dtype) for x in closed.out_avals
     ]
 
 
 def _batched(operands: Any, dims: Any, *, closed: core.ClosedJaxpr) -> tuple[list[Array], list[int]]:
+    """Applies `jax.vmap` to the traced function."""
     results = on_tpu(jax.vmap(core.jaxpr_as_fun(closed), in_axes=tuple(dims)), *operands)
     return results, [0] * len(results)
 

@@ -1,4 +1,4 @@
-"""Position as a vector (sinusoidal) or as a rotation (RoPE): functions of one position, vmapped over the rest."""
+"""Position encodings: sinusoidal vectors and rotations (RoPE)."""
 
 import math
 
@@ -11,7 +11,14 @@ from seqattn.precision import accumulator
 
 
 def angular_frequencies(dim: int, *, base: float = 10_000.0) -> Float[Array, "half"]:
-    """Angular frequencies `base ** (-2 i / dim)` for i in `[0, dim / 2)`, in radians a position, float32.
+    """Returns the angular frequencies `base ** (-2 i / dim)` for i in `[0, dim / 2)`, in radians per position.
+
+    Args:
+        dim: the number of features, even and at least 2.
+        base: about the ratio of the longest to the shortest wavelength. Must be positive.
+
+    Returns:
+        `[dim / 2]` float32.
 
     Raises:
         ValueError: `dim` is odd or below 2, or `base` is not positive.
@@ -26,14 +33,22 @@ def angular_frequencies(dim: int, *, base: float = 10_000.0) -> Float[Array, "ha
 
 
 def sinusoidal(position: Int[Array, "*shape"], dim: int, *, base: float = 10_000.0) -> Float[Array, "*shape dim"]:
-    """Sine and cosine of the position at `dim / 2` wavelengths, interleaved (Vaswani 2017, section 3.5); float32.
+    """Returns the sine and cosine of positions at `dim / 2` wavelengths, interleaved (Vaswani 2017, section 3.5).
 
     `PE(pos, 2i) = sin(pos / base ** (2i / dim))` and `PE(pos, 2i + 1) = cos(pos / base ** (2i / dim))`.
 
-    Raises:
-        ValueError: `dim` is odd.
+    Args:
+        position: integers of any shape.
+        dim: the number of features, even and at least 2.
+        base: see `angular_frequencies`.
 
-    The lecture's example, d_model 6 at positions 0, 1 and 2:
+    Returns:
+        `[*shape, dim]` float32.
+
+    Raises:
+        ValueError: `dim` is odd or below 2, or `base` is not positive.
+
+    For d_model 6 at positions 0, 1 and 2:
 
     >>> import numpy as np
     >>> print(np.asarray(sinusoidal(jnp.arange(3), 6)).round(4))
@@ -57,22 +72,25 @@ def rotate(
     base: float = 10_000.0,
     frequencies: Float[Array, "half"] | None = None,
 ) -> Shaped[Array, "*batch T N H"]:
-    """Rotary position embedding (Su 2021, RoFormer): feature pairs turned by an angle that grows with the position.
+    """Applies rotary position embeddings (RoFormer: Su 2021).
 
-    The product of a rotated query and a rotated key depends on the difference of their positions only. Feature i is
-    paired with feature i + H / 2, as in GPT-NeoX, Llama and Gemma. The angles are float32 for every dtype of `x`:
-    in bfloat16, positions 256 and 257 would be the same.
+    Rotates pairs of features by angles proportional to the position. The product of a rotated query and a rotated key
+    depends only on the difference of their positions. Feature i is paired with feature i + H / 2, as in GPT-NeoX, Llama
+    and Gemma. Angles are computed in float32 for every dtype of `x`: in bfloat16, positions 256 and 257 would be equal.
 
     Args:
-        x: queries or keys `[*batch, T, N, H]`, H even.
-        position: integers `[*batch, T]` (or `[T]`).
+        x: queries or keys `[*batch, T, N, H]`, floating, H even.
+        position: integers `[*batch, T]` or `[T]`.
         base: the longest wavelength is about `2 pi base` positions.
-        frequencies: radians a position for each pair `[H / 2]`, in place of `base`: scaled frequencies
-            (position interpolation, NTK) are given here.
+        frequencies: `[H / 2]`, in radians per position, used instead of `base`, for example scaled frequencies
+            (position interpolation, NTK).
+
+    Returns:
+        The rotated vectors `[*batch, T, N, H]`, in the dtype of `x`.
 
     Raises:
         TypeError: `x` is not floating.
-        ValueError: H is odd, `frequencies` is not `[H / 2]`, or `position` does not fit.
+        ValueError: H is odd, `frequencies` is not `[H / 2]`, or the shape of `position` does not fit.
     """
     dim = x.shape[-1]
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -91,6 +109,6 @@ def rotate(
         return jnp.concatenate([left * cosine - right * sine, right * cosine + left * sine]).astype(x.dtype)
 
     over_heads = jax.vmap(one, in_axes=(0, None))
-    # Where jax_numpy_rank_promotion is "raise", `[T]` does not broadcast to `[*batch, T]` by itself.
+    # Under `jax_numpy_rank_promotion="raise"`, `[T]` does not broadcast to `[*batch, T]` by itself.
     position = position.reshape((1,) * (x.ndim - 2 - position.ndim) + position.shape)
     return jnp.vectorize(over_heads, signature="(n,h),()->(n,h)")(x, position)

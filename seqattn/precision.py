@@ -1,4 +1,4 @@
-"""In which precision sums, exponentials and angles are computed."""
+"""The precision in which sums, exponentials and angles are computed."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from jax.typing import DTypeLike
 
 
 def accumulator(dtype: DTypeLike) -> np.dtype:
-    """float64 for float64, float32 for every smaller floating dtype.
+    """Returns float64 for float64, and float32 for every smaller floating dtype.
 
-    Unlike `jnp.promote_types` this also answers under strict dtype promotion.
+    Unlike `jnp.promote_types` it also works under strict dtype promotion.
 
     >>> accumulator(jnp.bfloat16)
     dtype('float32')
@@ -20,9 +20,9 @@ def accumulator(dtype: DTypeLike) -> np.dtype:
 
 
 def lowest(dtype: DTypeLike) -> float:
-    """The lowest finite number of a floating dtype: in kernels, the logit of what is hidden.
+    """Returns the lowest finite number of a floating dtype, which kernels use as the logit of masked pairs.
 
-    -inf would do as well, but not under `jax.debug_infs`, which stops at every one that is computed.
+    -inf would serve as well, except under `jax.debug_infs`, which stops at every computed infinity.
 
     >>> lowest(jnp.bfloat16) == -3.3895313892515355e38
     True
@@ -31,7 +31,7 @@ def lowest(dtype: DTypeLike) -> float:
 
 
 def widened(tree: Any) -> Any:
-    """The same tree, its floating arrays in float32 at least; all others, and float32 and float64 ones, as they are.
+    """Returns the tree with its 16-bit floating arrays converted to float32. All other leaves stay as they are.
 
     >>> widened({"kernel": jnp.ones(2, jnp.bfloat16), "count": jnp.arange(2)})
     {'count': Array([0, 1], dtype=int32), 'kernel': Array([1., 1.], dtype=float32)}

@@ -1,4 +1,4 @@
-"""Frozen dataclasses as pytrees: which fields are leaves, and which are static, compiled in."""
+"""Frozen dataclasses as pytrees: which fields are leaves and which are static."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -10,12 +10,20 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def pytree(cls: _Class) -> _Class:
-    """Registers a frozen dataclass as a pytree, as a decorator: each field is a child, but for those of `static()`.
+    """A decorator that registers a frozen dataclass as a pytree.
 
-    What `jax.tree_util.register_dataclass` is for, but safe under `jax.jit`: to JAX 0.10 to 0.12 the structures of two
-    dataclasses registered by that are equal where their static fields are, whatever their types, so that a compiled
-    function now and then takes one for the other, a `Causal()` for a `SameSegment()`, and silently computes with the
-    wrong one. Register your own masks, score modifications and logits processors with this, too.
+    Fields are children, except those declared with `static()`.
+
+    A safe replacement for `jax.tree_util.register_dataclass`. In JAX 0.10 to 0.12 the structures of two dataclasses
+    registered by that function are equal if their static fields are, whatever their types. JAX can then confuse the
+    types and reuse the wrong compiled function, for example that of a `Causal()` for a `SameSegment()`, and silently
+    compute with the wrong mask. Register your own masks, score modifications and logits processors with `pytree`.
+
+    Args:
+        cls: a frozen dataclass.
+
+    Returns:
+        The same class.
 
     >>> @pytree
     ... @dataclasses.dataclass(frozen=True)
@@ -45,5 +53,11 @@ def pytree(cls: _Class) -> _Class:
 
 
 def static(**options: Any) -> Any:
-    """A field that is no leaf of its dataclass but part of its structure; `options` are as of `dataclasses.field`."""
+    """Declares a dataclass field as static: a part of the pytree's structure instead of a leaf.
+
+    A new value of a static field compiles a jitted function again.
+
+    Args:
+        **options: as for `dataclasses.field`, for example `default`.
+    """
     return dataclasses.field(metadata={"static": True}, **options)

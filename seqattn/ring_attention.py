@@ -1,4 +1,4 @@
-"""Attention over a sequence that is split over devices, what it costs, and an order that spreads the work evenly."""
+"""Ring attention over a sequence that is split over devices, its cost, and a token order that balances the work."""
 
 import dataclasses
 from collections.abc import Hashable
@@ -65,41 +65,45 @@ def ring_attend(
     scale: float | Array | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """`attend` inside `jax.shard_map` over a mesh axis that splits the sequence (ring attention: Liu 2023).
+    """Computes `attend` inside `jax.shard_map` over a mesh axis that splits the sequence (ring attention: Liu 2023).
 
-    Each device gives its own queries, keys, values and their coordinates, and gets the output of its queries over the
-    keys of all: what `attend` gives on one device. Blocks of keys travel from device to device, n - 1 transfers
-    forward; the backward pass sends them round again, with their gradients. Memory is that of one block of T / n
-    queries and S / n keys. Only the coordinates tell where a token is: any order of the sequence will do, and a causal
-    mask has its work spread evenly by `zigzag`. `ring_cost` counts what is sent and computed.
+    Each device passes its part of the queries, keys, values and coordinates, and receives the output of its queries
+    over the keys of all devices: the same result as `attend` on one device. Blocks of keys travel from device to
+    device, with n - 1 transfers in the forward pass. The backward pass sends them round again, with their gradients.
+    Memory is that of one block of T / n queries and S / n keys.
 
-    Batch and heads may be split over other mesh axes. Then `head` of a score modification counts from 0 on each device,
-    and its arrays must be split in the same way: `Alibi(slopes)`, as `Alibi()` is refused there.
+    Only coordinates tell where a token is, so the sequence may be in any order. With a causal mask, the order of
+    `zigzag` balances the work. `ring_cost` counts transfers and operations.
 
-    There is no dropout, which drops by the place of a weight in the whole batch, unknown to one device. Nor are there
-    sinks: `output * jax.nn.sigmoid(lse - sinks)[..., None]` has them, with `return_lse`.
+    Batch and heads may be split over other mesh axes. The `head` of a score modification then counts from 0 on each
+    device, and the modification's arrays must be split in the same way. `Alibi()` raises there; use `Alibi(slopes)`.
+
+    There is no dropout, because it depends on a weight's index in the whole batch, which one device does not know.
+    There is no argument for sinks: with `return_lse`, multiply the output by `jax.nn.sigmoid(lse - sinks)[..., None]`.
 
     Args:
         query: `[*batch, T / n, N, H]`, this device's part.
-        key: `[*batch, S / n, K, H]`.
-        value: `[*batch, S / n, K, V]`.
-        axis_name: the mesh axis, or a tuple of axes, that splits the sequence into n parts of one length.
+        key: `[*batch, S / n, K, H]`, this device's part.
+        value: `[*batch, S / n, K, V]`, this device's part.
+        axis_name: the mesh axis, or a tuple of axes, that splits the sequence into n parts of equal length.
         mask: a `Mask` over coordinates, or a boolean array with a row for each query of this device and a column for
             each key of all devices, in their order: `[T / n, S]`, or `[*batch, N, T / n, S]` with any dim 1.
         bias: added to the logits after scaling; shapes as for a boolean mask.
         score_mod: as in `attend`.
-        q_at: coordinates of this device's queries, `[T / n]` or `[*batch, T / n]`; a `Mask` or a `ScoreMod` needs them.
-        kv_at: coordinates of its keys, `[S / n]` or `[*batch, S / n]`, likewise.
-        scale: multiplies the products; `1 / sqrt(H)` where not given.
-        return_lse: also return the log-sum-exp of the logits, differentiable.
+        q_at: coordinates of this device's queries, `[T / n]` or `[*batch, T / n]`. Required by a `Mask` or a
+            `ScoreMod`.
+        kv_at: coordinates of this device's keys, `[S / n]` or `[*batch, S / n]`. Required by a `Mask` or a `ScoreMod`.
+        scale: multiplies the products. Defaults to `1 / sqrt(H)`.
+        return_lse: If True, also returns the log-sum-exp of the logits, which is differentiable.
 
     Returns:
-        The output `[*batch, T / n, N, V]`; with `return_lse` also `[*batch, T / n, N]`, float32 at least.
+        The output `[*batch, T / n, N, V]`. With `return_lse` a pair of the output and the log-sum-exp
+        `[*batch, T / n, N]`, float32 or wider.
 
     Raises:
-        TypeError, ValueError: as `attend`; `axis_name` is no axis of a surrounding `jax.shard_map`; coordinates are
-            missing.
-        NotImplementedError: for second derivatives; forward mode is JAX's own TypeError.
+        TypeError: as `attend`, and by JAX in forward mode.
+        ValueError: as `attend`; `axis_name` is no axis of a surrounding `jax.shard_map`; or coordinates are missing.
+        NotImplementedError: for second derivatives.
 
     >>> from functools import partial
     >>> from jax.sharding import AxisType, PartitionSpec as P
@@ -126,9 +130,11 @@ def ring_attend(
     over_coordinates = isinstance(mask, Mask) or (mod is not None and mod.uses_coordinates)
     if over_coordinates and (q_at is None or kv_at is None):
         raise ValueError(
-            "a Mask or a ScoreMod in a ring needs q_at and kv_at: which part of the sequence a device holds would be a "
-            "guess"
+            "a Mask or a ScoreMod in a ring needs q_at and kv_at: the part of the sequence that a device holds would "
+            "be a guess"
         )
+    # Coordinates travel with the keys, so they fit this device's block. Dense masks and biases stay here and have
+    # columns for the keys of all devices.
     whole = (*key.shape[:-3], key.shape[-3] * devices, *key.shape[-2:])
     is_mask = mask is None or isinstance(mask, (Mask, type))
     located = locate(query.shape, key.shape, mask if is_mask else None, None, q_at, kv_at, mod)
@@ -147,34 +153,48 @@ def ring_attend(
 
 
 def _devices(axis_name: Hashable) -> int:
+    """Returns the number of devices along the axis. Raises ValueError outside of a `jax.shard_map` with this axis."""
     try:
         return jax.lax.axis_size(axis_name)
     except NameError as error:
         raise ValueError(
-            f"axis_name ({axis_name!r}) must be an axis of the mesh of a jax.shard_map around ring_attend, over which "
-            "the sequence is split"
+            f"axis_name ({axis_name!r}) must be an axis of the mesh of a jax.shard_map around ring_attend: the axis "
+            "that splits the sequence"
         ) from error
 
 
 def _refuse_slopes_by_device(mod: ScoreMod | None, axis_name: Hashable) -> None:
+    """Raises ValueError for `Alibi()` without slopes if other mesh axes may split the heads."""
     mesh = jax.sharding.get_abstract_mesh()
     ours = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     others = [name for name in mesh.manual_axes if name not in ours and mesh.shape[name] > 1]
     parts = jax.tree.leaves(mod, is_leaf=lambda part: isinstance(part, Alibi))
     if others and any(isinstance(part, Alibi) and part.slopes is None for part in parts):
         raise ValueError(
-            f"Alibi() counts the heads of one device, and the mesh axes {others} beside {ours} may split them: give "
-            "slopes that are split as the heads are, Alibi(slopes), with Alibi.geometric(N) for those of the paper"
+            f"Alibi() counts the heads of one device, and the mesh axes {others} besides {ours} may split them: use "
+            "Alibi(slopes) with slopes that are split as the heads are; Alibi.geometric(N) returns those of the paper"
         )
 
 
 def zigzag(length: int, devices: int) -> tuple[Int[np.ndarray, " length"], Int[np.ndarray, " length"]]:
-    """An order of tokens in which each device has as much to do under a causal mask, and its inverse.
+    """Returns a token order that balances the work of a causal mask over devices, and its inverse.
 
     The sequence is cut into 2n chunks, and device i holds the chunks i and 2n - 1 - i (Llama 3: Grattafiori 2024,
-    section 3.3.2; striped attention, Brandon 2023, deals out single tokens instead, which leaves no tile of scores
-    full). Permute tokens and coordinates by the first array, results by the second. Chunks shorter than a tile of
-    queries share one, and then the balance is coarse: see `ring_cost`.
+    section 3.3.2). Striped attention (Brandon 2023) deals out single tokens instead, which leaves no tile of scores
+    fully visible.
+
+    Index tokens and coordinates with the first array before `ring_attend`, and its results with the second. If chunks
+    are shorter than a tile of queries, several share a tile and the balance is coarse: see `ring_cost`.
+
+    Args:
+        length: the number of tokens, a multiple of `2 * devices`.
+        devices: n, at least 1.
+
+    Returns:
+        Two integer arrays `[length]`: the order and its inverse.
+
+    Raises:
+        ValueError: `length` is not a multiple of `2 * devices`.
 
     >>> order, inverse = zigzag(16, devices=4)
     >>> print(order.reshape(4, 4))
@@ -194,14 +214,14 @@ def zigzag(length: int, devices: int) -> tuple[Int[np.ndarray, " length"], Int[n
 
 @dataclasses.dataclass(frozen=True)
 class RingCost:
-    """What `ring_attend` sends and computes; printed as a table.
+    """The transfers and operations of `ring_attend`; prints as a table.
 
     Attributes:
-        bytes_forward: sent by each device in the forward pass.
-        bytes_backward: sent by each device in the backward pass.
+        bytes_forward: bytes that each device sends in the forward pass.
+        bytes_backward: bytes that each device sends in the backward pass.
         flops_forward: `[steps, devices]`, floating-point operations of the matrix products in the tiles that a device
-            visits. Masked pairs in a tile with visible ones are computed, too.
-        flops_backward: `[steps, devices]`, likewise.
+            visits. Masked pairs in a partly visible tile count.
+        flops_backward: `[steps, devices]`, the same for the backward pass.
     """
 
     bytes_forward: int
@@ -211,14 +231,15 @@ class RingCost:
 
     @property
     def balance(self) -> float:
-        """The share of the devices' time that is work where each step waits for the device with most of it: 1 is even.
+        """The fraction of the devices' time spent on work, if each step waits for the slowest device.
 
-        1 where there is no work.
+        1 is perfectly even, and the value without any work.
         """
         waited = self.flops_forward.max(axis=1).sum() * self.flops_forward.shape[1]
         return float(self.flops_forward.sum() / waited) if waited else 1.0
 
     def __str__(self) -> str:
+        """Returns the table: bytes sent, operations of each device, and the balance."""
         lines = [f"each device sends {self.bytes_forward:,} bytes forward, {self.bytes_backward:,} backward"]
         for device, flops in enumerate(
             zip(self.flops_forward.sum(axis=0), self.flops_backward.sum(axis=0), strict=True)
@@ -237,20 +258,28 @@ def ring_cost(
     q_at: Coordinates | None = None,
     kv_at: Coordinates | None = None,
 ) -> RingCost:
-    """What `ring_attend` sends and computes on each device, counted from its schedule of tiles. Nothing is attended to.
+    """Counts the transfers and operations of `ring_attend` on each device, from its schedule of tiles.
 
-    Says nothing of time: transfers run beside the products, as far as the compiler lets them.
+    Computes no attention. It does not predict time: transfers overlap with the products as far as the compiler allows.
 
     Args:
-        query: `[*batch, T, N, H]` or its shape and dtype: the whole sequence; of batch and heads what one device holds.
-        key: `[*batch, S, K, H]`, likewise.
-        value: `[*batch, S, K, V]`, likewise.
-        devices: n, the parts into which the sequence is split. T and S must be multiples of it.
+        query: `[*batch, T, N, H]`, an array or a `jax.ShapeDtypeStruct`: the whole sequence, but only the batch rows
+            and heads of one device.
+        key: `[*batch, S, K, H]`, an array or a `jax.ShapeDtypeStruct`.
+        value: `[*batch, S, K, V]`, an array or a `jax.ShapeDtypeStruct`.
+        devices: n, the number of parts of the sequence. T and S must be multiples of it.
         mask: as in `attend`.
         q_at: coordinates of all queries, `[T]` or `[*batch, T]`, in the order in which they are split.
-        kv_at: coordinates of all keys, likewise.
+        kv_at: coordinates of all keys, `[S]` or `[*batch, S]`, in the order in which they are split.
 
-    In the order of the text the last device has most to do under a causal mask; the zigzag order is even:
+    Returns:
+        A `RingCost`.
+
+    Raises:
+        TypeError: as `attend`.
+        ValueError: as `attend`; or T or S is not a multiple of `devices`.
+
+    With a causal mask and tokens in their order, the last device has the most work; the zigzag order is even:
 
     >>> from seqattn.masks import Causal
     >>> tokens, at = jax.ShapeDtypeStruct((8192, 8, 64), jnp.bfloat16), Coordinates.range(8192)
@@ -281,12 +310,16 @@ def ring_cost(
     shape = (rows, num_kv_heads, num_heads // num_kv_heads, length // devices, size // devices)
     q_parts, kv_parts = (_parts(located[name], devices) for name in ("q_at", "kv_at"))
     scores = np.zeros((devices, devices)) if 0 in shape else np.asarray(_scores(shape, mask, q_parts, kv_parts))
+    # In step m device i computes on the block of device i - m. Reordering the counts by step shows how long each step
+    # takes: as long as its slowest device.
     source = (np.arange(devices)[None, :] - np.arange(devices)[:, None]) % devices
     by_step = np.take_along_axis(scores.T, source, axis=0)
     keys = rows * (size // devices) * num_kv_heads * (head_dim + value_dim)
     high = jnp.zeros((), accumulator(query.dtype)).dtype.itemsize
+    # Coordinates travel only if a mask reads them.
     at = 0 if mask is None else sum(x.nbytes for x in jax.tree.leaves(located["kv_at"])) // devices
     forward = (devices - 1) * (keys * query.dtype.itemsize + at)
+    # The backward pass computes five products for two of the forward pass: scores again, dP, dV, dK and dQ.
     return RingCost(
         bytes_forward=forward,
         bytes_backward=forward + (devices * keys * high if devices > 1 else 0),
@@ -296,14 +329,14 @@ def ring_cost(
 
 
 def _parts(at: Coordinates, devices: int) -> Coordinates:
-    """Coordinates `[rows, length]` as `[devices, rows, length / devices]`."""
+    """Returns coordinates `[rows, length]` as `[devices, rows, length / devices]`."""
     return jax.tree.map(lambda x: jnp.moveaxis(jnp.asarray(x).reshape(x.shape[0], devices, -1), 1, 0), at)
 
 
 def _scores(
     shape: tuple[int, int, int, int, int], mask: Mask | None, q_at: Coordinates, kv_at: Coordinates
 ) -> Float[Array, "n n"]:
-    """How many scores the device of each part of the queries computes for each part of the keys."""
+    """Returns the number of scores that each device computes for each part of the keys."""
 
     def count(q_at: Coordinates, kv_at: Coordinates) -> Float[Array, ""]:
         grid, schedule = plan(shape, mask, False, q_at, kv_at)
@@ -312,5 +345,5 @@ def _scores(
         )
         return jnp.asarray(partial + full, jnp.float32) * float(grid.lanes * grid.group * grid.queries * grid.keys)
 
-    # A new function each time: a mask of the user's may tell something else at its next call.
+    # A new function each time, because a user's mask may give another answer in its next call.
     return jax.jit(jax.vmap(jax.vmap(count, in_axes=(None, 0)), in_axes=(0, None)))(q_at, kv_at)

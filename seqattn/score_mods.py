@@ -1,4 +1,4 @@
-"""The kinds of score modifications: slopes, buckets and learned keys for each distance, and a cap."""
+"""Score modifications: ALiBi slopes, T5 buckets, learned keys for each distance, and a soft cap."""
 
 import dataclasses
 import functools
@@ -16,18 +16,24 @@ from seqattn.score_mod import ScoreMod
 
 
 def _distance(query: Coordinates, key: Coordinates) -> Array:
-    """How far the key is ahead of the query; negative for what is behind it."""
+    """Returns the distance from the query to the key, negative for keys before the query."""
     return jnp.asarray(key.position) - jnp.asarray(query.position)
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Alibi(ScoreMod):
-    """A penalty that grows with the distance, by a slope for each head (Press 2022, section 3).
+    """Subtracts a penalty proportional to the distance, with a slope for each head (ALiBi: Press 2022, section 3).
 
-    `score - slope[head] * |query.position - key.position|`: the paper's for keys behind the query, the same on both
-    sides. Without slopes it takes those of the paper for the heads of the call; given ones `[N]` are a leaf. Inside a
-    `jax.shard_map` that splits the heads a call has only some of them: give it their part of `Alibi.geometric(N)`.
+    `score - slope[head] * |query.position - key.position|`. The paper defines it for keys before the query; here it is
+    the same on both sides. Inside a `jax.shard_map` that splits the heads, a call has only some of them: pass the
+    device's part of `Alibi.geometric(N)`.
+
+    Attributes:
+        slopes: `[N]`, a leaf. Defaults to the slopes of the paper for the heads of the call.
+
+    Raises:
+        ValueError: in a call, if the slopes are not `[N]`.
 
     >>> print(Alibi.geometric(8)[:3])
     [0.5   0.25  0.125]
@@ -37,10 +43,13 @@ class Alibi(ScoreMod):
 
     @staticmethod
     def geometric(num_heads: int) -> np.ndarray:
-        """The slopes of the paper, `[num_heads]` float32: from 2^(-8/n) down to 2^-8 in equal ratios for n = 2^k.
+        """Returns the slopes of the paper, `[num_heads]` float32.
 
-        For other numbers those of the next smaller power of two, and then every other one of the next larger (as in
-        the authors' code).
+        For n = 2^k heads they form a geometric sequence from 2^(-8/n) to 2^-8. For other numbers, they are the slopes
+        of the next smaller power of two, followed by every other slope of the next larger one, as in the authors' code.
+
+        Raises:
+            ValueError: `num_heads` is not an integer of at least 1.
         """
         check_integer("num_heads", num_heads, 1)
         whole = 1 << (num_heads.bit_length() - 1)
@@ -59,7 +68,7 @@ class Alibi(ScoreMod):
         return score - jnp.asarray(self.slopes)[head].astype(score.dtype) * distance
 
     def prepare(self, query: Float[Array, "B T N H"], q_at: Coordinates, kv_at: Coordinates) -> ScoreMod:
-        """With one slope for each head."""
+        """Returns the modification with one slope for each head."""
         num_heads = query.shape[2]
         if self.slopes is None:
             return Alibi(jnp.asarray(Alibi.geometric(num_heads)))
@@ -71,18 +80,22 @@ class Alibi(ScoreMod):
 @pytree
 @dataclasses.dataclass(frozen=True)
 class RelativeBuckets(ScoreMod):
-    """A learned bias for each head and each bucket of distances (T5: Raffel 2020, section 2.1).
+    """Adds a learned bias for each head and each bucket of distances (T5: Raffel 2020, section 2.1).
 
-    `score + table[bucket(key.position - query.position), head]`. Half of the buckets are of one distance each, the
-    others grow in equal ratios up to `max_distance`, beyond which all distances share the last. Bidirectional, the
-    upper half of the table is for keys ahead; otherwise all keys ahead share bucket 0.
+    `score + table[bucket(key.position - query.position), head]`. Half of the buckets hold one distance each. The widths
+    of the others grow geometrically up to `max_distance`; all larger distances share the last bucket. If bidirectional,
+    the upper half of the table is for keys after the query. If not, all keys after the query share bucket 0.
 
-    T5 adds its bias to scores that are not scaled: `attend(..., scale=1.0)` for its weights.
+    T5 does not scale its scores: use `attend(..., scale=1.0)` with T5 weights.
 
     Attributes:
-        table: `[num_buckets, N]`, a leaf. (T5's code has 32 buckets and a largest distance of 128.)
-        bidirectional: True in an encoder, False in a decoder.
-        max_distance: from here on all distances are the same; above the number of buckets of one distance each.
+        table: `[num_buckets, N]`, a leaf. T5 has 32 buckets.
+        bidirectional: True in an encoder, False in a decoder; static. Defaults to True.
+        max_distance: all distances from here on share a bucket; static. Must exceed the number of buckets with one
+            distance each. Defaults to 128, as in T5.
+
+    Raises:
+        ValueError: `max_distance` is out of range; in a call, if the table does not fit.
 
     >>> at = Coordinates.range(6)
     >>> print(RelativeBuckets(jnp.zeros((8, 1)), max_distance=5).buckets(at.position - 3, 8))
@@ -99,7 +112,15 @@ class RelativeBuckets(ScoreMod):
     def buckets(
         self, distance: Int[Array, "*shape"] | Int[np.ndarray, "*shape"], num_buckets: int
     ) -> Int[Array, "*shape"]:
-        """The bucket of each distance `key.position - query.position`, out of `num_buckets`."""
+        """Returns the bucket of each distance `key.position - query.position`.
+
+        Args:
+            distance: integers of any shape.
+            num_buckets: the number of buckets in the table.
+
+        Returns:
+            Integers of the same shape, from 0 to `num_buckets - 1`.
+        """
         one_side = num_buckets // 2 if self.bidirectional else num_buckets
         behind = _buckets_behind(one_side, self.max_distance)
         ahead = behind + one_side if self.bidirectional else np.zeros_like(behind)
@@ -114,7 +135,7 @@ class RelativeBuckets(ScoreMod):
         return score + table[self.buckets(_distance(query, key), table.shape[0]), head].astype(score.dtype)
 
     def prepare(self, query: Float[Array, "B T N H"], q_at: Coordinates, kv_at: Coordinates) -> ScoreMod:
-        """The table has a column for each head, and enough buckets."""
+        """Raises ValueError unless the table has a column for each head, and enough buckets."""
         shape, sides = jnp.shape(self.table), 2 if self.bidirectional else 1
         if len(shape) != 2 or shape[1] != query.shape[2]:
             raise ValueError(
@@ -125,14 +146,17 @@ class RelativeBuckets(ScoreMod):
             raise ValueError(f"num_buckets ({shape[0]}) must be {rule}")
         if self.max_distance <= (exact := shape[0] // sides // 2):
             raise ValueError(
-                f"max_distance ({self.max_distance}) must exceed the {exact} distances that have a bucket of their own"
+                f"max_distance ({self.max_distance}) must exceed the {exact} distances with a bucket of their own"
             )
         return self
 
 
 @functools.cache
 def _buckets_behind(num_buckets: int, max_distance: int) -> np.ndarray:
-    """The bucket of each distance 0 to max_distance on one side, in integers: no logarithm rounds a border away."""
+    """Returns the bucket of each distance from 0 to `max_distance` on one side.
+
+    Computed in integers, because rounding of a logarithm would move the borders.
+    """
     exact = num_buckets // 2
     growing = num_buckets - exact
     # Bucket exact + i starts where exact * (max_distance / exact) ** (i / growing) <= distance.
@@ -150,14 +174,18 @@ def _buckets_behind(num_buckets: int, max_distance: int) -> np.ndarray:
 @pytree
 @dataclasses.dataclass(frozen=True)
 class RelativePositions(ScoreMod):
-    """A learned key for each distance, beside the key of each token (Shaw 2018, equation 4).
+    """Adds the product of the query with a learned key for each distance (Shaw 2018, equation 4).
 
-    `score + scale * query . table[clip(key.position - query.position, -k, k) + k]`. The paper's array
-    `[T, S, H]` is never built: each query meets the 2k + 1 rows of the table once, and each pair picks its product
-    (Huang 2018 reaches the same by skewing).
+    `score + scale * query . table[clip(key.position - query.position, -k, k) + k]`. The array `[T, S, H]` of the paper
+    is never built: each query is multiplied by the 2k + 1 rows of the table once, and each pair picks its product.
+    (Huang 2018 achieves the same by skewing.)
 
     Attributes:
-        table: `[2k + 1, H]` for all heads, or `[2k + 1, N, H]`; a leaf. Row k is distance 0, row 0 the farthest behind.
+        table: `[2k + 1, H]` for all heads, or `[2k + 1, N, H]`; a leaf. Row k is for distance 0, row 0 for keys at
+            distance k or more before the query.
+
+    Raises:
+        ValueError: in a call, if the table does not fit.
 
     >>> query, table = jnp.ones((1, 1, 1, 2)), jnp.arange(6.0).reshape(3, 2)
     >>> print(RelativePositions(table).rows(query, 1.0)[0, 0])
@@ -176,13 +204,13 @@ class RelativePositions(ScoreMod):
 
     @property
     def row_size(self) -> int:
-        """2k + 1, one product for each distance."""
+        """2k + 1: one product for each distance."""
         return jnp.shape(self.table)[0]
 
     def rows(self, query: Float[Array, "B T N H"], scale: float | Array) -> Float[Array, "B T N R"] | None:
-        """`scale * query . table` for each query and each distance."""
+        """Returns `scale * query . table` for each query and each distance."""
         table, high = jnp.asarray(self.table), accumulator(query.dtype)
-        # The query of an empty row may hold anything, and even times a zero cotangent it would reach the table.
+        # The query of a fully masked row may hold NaN, and even NaN times a zero cotangent would reach the table.
         finite = jnp.isfinite(query).all(axis=-1, keepdims=True)
         products = jnp.einsum(
             "btnh,rh->btnr" if table.ndim == 2 else "btnh,rnh->btnr",
@@ -193,7 +221,7 @@ class RelativePositions(ScoreMod):
         return jnp.where(finite, products * jnp.asarray(scale, high), jnp.nan)
 
     def prepare(self, query: Float[Array, "B T N H"], q_at: Coordinates, kv_at: Coordinates) -> ScoreMod:
-        """The table fits the heads of the call."""
+        """Raises ValueError unless the table fits the heads of the call."""
         shape, (num_heads, head_dim) = jnp.shape(self.table), query.shape[2:]
         if shape[1:] not in ((head_dim,), (num_heads, head_dim)) or shape[0] % 2 != 1:
             raise ValueError(
@@ -206,14 +234,22 @@ class RelativePositions(ScoreMod):
 @pytree
 @dataclasses.dataclass(frozen=True)
 class SoftCap(ScoreMod):
-    """`cap * tanh(score / cap)`: no score leaves (-cap, cap) (Gemma 2: Gemma Team 2024, section 2)."""
+    """Limits scores to (-cap, cap): `cap * tanh(score / cap)` (Gemma 2: Gemma Team 2024, section 2).
+
+    Attributes:
+        cap: a positive number, static.
+
+    Raises:
+        TypeError: the cap is not a number. Use a `ScoreFunction` for an array.
+        ValueError: the cap is not positive and finite.
+    """
 
     cap: float = static()
 
     def __post_init__(self) -> None:
         if not isinstance(self.cap, int | float | np.number) or isinstance(self.cap, bool):
             raise TypeError(
-                f"the cap ({self.cap!r}) must be a number, as it is compiled in; a ScoreFunction takes arrays"
+                f"the cap ({self.cap!r}) must be a number, because it is static; a ScoreFunction takes arrays"
             )
         check_number("the cap", self.cap, above=0)
 
@@ -224,5 +260,5 @@ class SoftCap(ScoreMod):
 
     @property
     def uses_coordinates(self) -> bool:
-        """It sees the score alone."""
+        """False: the result depends on the score alone."""
         return False

@@ -1,4 +1,4 @@
-"""Sizes of dims: integers, and what stands for them in a program that is exported for any size."""
+"""Sizes of dims: integers, or symbolic dimensions in a program that is exported for any size."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ import jax
 from jax import export
 
 Size = Any
-"""The size of a dim: an integer, or what stands for one in a program that `jax.export` compiles for any size."""
+"""The size of a dim: an integer, or a symbolic dimension in a program that `jax.export` compiles for any size."""
 
 
 def known_size(size: Any) -> Size:
-    """A size that is known at trace time as an `int`, be it an array; a symbolic dimension of `jax.export` as it is."""
+    """Returns a size as an `int` if it is known at trace time, even as an array, and a symbolic dimension as it is."""
     return size if export.is_symbolic_dim(size) else int(size)
 
 
 def may_exceed(size: Size, limit: Size) -> bool:
-    """Whether `size > limit`, and True where they are symbolic dimensions of `jax.export` that leave it open.
+    """Returns whether `size > limit`, and True if the sizes are symbolic and the comparison cannot be decided.
 
     >>> from jax import export
     >>> (length,) = export.symbolic_shape("length")

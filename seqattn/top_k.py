@@ -1,4 +1,4 @@
-"""The few largest of many values, in a fixed order, as `jax.lax.top_k` has them but faster, and NaN least."""
+"""The largest values of each row, like `jax.lax.top_k` but faster, in a fixed order, with NaN as the smallest."""
 
 import dataclasses
 import math
@@ -11,15 +11,22 @@ from seqattn.checks import check_integer
 from seqattn.pytrees import pytree
 
 BLOCK = 64
-"""Values of a block. Of 32, 64, 128 and 256 the fastest, or as fast as that, over `[256, 8000]` and `[320, 32000]`."""
+"""Values in a block. Among 32, 64, 128 and 256 the fastest, or equal to it, on `[256, 8000]` and `[320, 32000]`."""
 
 
 def top_k(values: Float[Array, "*B V"], count: int) -> tuple[Float[Array, "*B count"], Int[Array, "*B count"]]:
-    """The `count` largest values of each row and their places, largest first; of equal ones the first.
+    """Returns the `count` largest values of each row and their indices, largest first; ties keep the order of indices.
 
-    NaN counts as -inf, and zeros of either sign are equal. Of many values only some blocks are ever sorted: a block is
-    as good as its maximum, and the `count` best blocks hold the `count` best values. That takes a third of the time of
-    `lax.top_k` over all of 8000.
+    NaN counts as -inf, and zeros of either sign are equal. For many values only some blocks are sorted: the blocks with
+    the `count` largest maxima contain the `count` largest values. This takes a third of the time of `lax.top_k` over
+    8000 values.
+
+    Args:
+        values: `[*B, V]`, floating.
+        count: the number of values, from 1 to V.
+
+    Returns:
+        The values and their indices, both `[*B, count]`.
 
     Raises:
         ValueError: `count` is not from 1 to V.
@@ -30,7 +37,7 @@ def top_k(values: Float[Array, "*B V"], count: int) -> tuple[Float[Array, "*B co
     """
     size = values.shape[-1]
     check_integer("count", count, 1, size, maximum_name="the number of values")
-    # Fewer blocks would save too little of the sort for what it takes to find them.
+    # With fewer blocks, finding the best ones costs more than the smaller sort saves.
     if size < 2 * count * BLOCK:
         return _top(values, count)
     rows = values.reshape(math.prod(values.shape[:-1]), size)
@@ -41,11 +48,13 @@ def top_k(values: Float[Array, "*B V"], count: int) -> tuple[Float[Array, "*B co
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Normaliser:
-    """What makes logits `[*B, V]` log probabilities, in two parts: their sum would round the small one away.
+    """The two numbers that turn logits `[*B, V]` into log probabilities.
+
+    They are kept apart, because their sum would lose the small one to rounding.
 
     Attributes:
         peak: the largest logit `[*B]`.
-        log_total: the log of the sum of `exp(logit - peak)`.
+        log_total: the log of the sum of `exp(logit - peak)`, `[*B]`.
     """
 
     peak: Float[Array, "*B"]
@@ -53,7 +62,7 @@ class Normaliser:
 
     @staticmethod
     def of(logits: Float[Array, "*B V"]) -> "Normaliser":
-        """Of each row. Its maxima are those of the blocks of `top_k`, which XLA computes once for both."""
+        """Returns the normaliser of each row. XLA computes the block maxima once for this function and `top_k`."""
         rows = logits.reshape(math.prod(logits.shape[:-1]), logits.shape[-1])
         peak = _blocks(rows).max(axis=-1).max(axis=-1)
         log_total = jnp.log(jnp.exp(rows - peak[:, None]).sum(axis=-1))
@@ -63,17 +72,17 @@ class Normaliser:
     def is_finite(self) -> Bool[Array, "*B"]:
         """Whether a row has probabilities: no logit is NaN or inf, and not all are -inf.
 
-        Both parts are asked, since XLA's exponential on the CPU does not keep every NaN.
+        Both parts are tested, because XLA's exponential on the CPU does not propagate every NaN.
         """
         return jnp.isfinite(self.peak) & jnp.isfinite(self.log_total)
 
     def log_probabilities(self, logits: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
-        """Of some of the logits, or of all."""
+        """Returns the log probabilities of all logits, or of some of them."""
         return (logits.astype(jnp.float32) - self.peak[..., None]) - self.log_total[..., None]
 
 
 def _blocks(values: Float[Array, "R V"]) -> Float[Array, "R blocks block"]:
-    """Each row in blocks, the last one filled with -inf."""
+    """Splits each row into blocks and fills the last one with -inf."""
     num_rows, size = values.shape
     lowest = jnp.full((), -jnp.inf, values.dtype)
     padded = jnp.pad(values, ((0, 0), (0, -size % BLOCK)), constant_values=lowest)
@@ -81,7 +90,10 @@ def _blocks(values: Float[Array, "R V"]) -> Float[Array, "R blocks block"]:
 
 
 def _top(values: Float[Array, "*B V"], count: int) -> tuple[Float[Array, "*B count"], Int[Array, "*B count"]]:
-    """As `lax.top_k`, which takes -0 for less than 0 and some NaN for more than inf, but some for less than -inf."""
+    """Like `lax.top_k`, with a fixed order of -0 and NaN.
+
+    `lax.top_k` orders -0 below 0, some NaN above inf and others below -inf.
+    """
     values = jnp.where(jnp.isnan(values), jnp.full((), -jnp.inf, values.dtype), values)
     values = jnp.where(values == 0, jnp.zeros((), values.dtype), values)
     best, places = jax.lax.top_k(values, count)
@@ -89,18 +101,19 @@ def _top(values: Float[Array, "*B V"], count: int) -> tuple[Float[Array, "*B cou
 
 
 def _top_of_blocks(values: Float[Array, "R V"], count: int) -> tuple[Float[Array, "R count"], Int[Array, "R count"]]:
+    """Returns the largest values of each row from the blocks with the largest maxima."""
     num_rows, size = values.shape
     lowest = jnp.full((), -jnp.inf, values.dtype)
     padded = _blocks(values)
     maxima = padded.max(axis=-1)
-    # To look for NaN everywhere would double the time of this pass; where there is some, a maximum shows it.
+    # Replacing NaN everywhere would double the time of this pass. If there is a NaN, a maximum shows it.
     maxima = jax.lax.cond(
         jnp.any(jnp.isnan(maxima)),
         lambda: jnp.where(jnp.isnan(padded), lowest, padded).max(axis=-1),
         lambda: maxima,
     )
     _, blocks = _top(maxima, count)
-    # In the order of their places: with the blocks side by side, the first of equal values is still the first.
+    # In the order of their indices, so that the first of equal values is still the first among the chosen blocks.
     blocks = jnp.sort(blocks, axis=-1)[..., None]
     places = (blocks * BLOCK + jnp.arange(BLOCK, dtype=blocks.dtype)[None, None]).reshape(num_rows, count * BLOCK)
     inside = jnp.take_along_axis(values, jnp.minimum(places, size - 1), axis=-1, mode="promise_in_bounds")

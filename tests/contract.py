@@ -33,7 +33,7 @@ PLATFORM = {"cudnn": "gpu", "splash": "tpu"}
 REFUSED = {
     "xla": "no score modification|no dropout|softmax of float64",
     "ring": "no dropout",
-    "cached": "drops no weights",
+    "cached": "has no dropout",
 }
 """What an implementation may refuse, by its reasons; any other refusal fails the test."""
 

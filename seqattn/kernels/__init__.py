@@ -1,1 +1,1 @@
-"""How attention is computed: each file one `attend` with the same signature and the same contract."""
+"""The kernels: each module computes the same attention under the same contract. See `reference` for the contract."""

@@ -1,4 +1,4 @@
-"""One call of attention, checked and brought to the form that kernels take: exactly one batch dim."""
+"""A checked call of attention, in the form that kernels take: exactly one batch dim."""
 
 import dataclasses
 import math
@@ -19,17 +19,17 @@ from seqattn.score_mod import ScoreMod, ScoreModLike, for_kernel
 from seqattn.sizes import Size
 
 Visible = Mask | Array | None
-"""What `mask=` takes."""
+"""The type of the argument `mask`."""
 
 Shaped = Array | jax.ShapeDtypeStruct
-"""An array, or its shape and dtype where nothing is computed."""
+"""An array, or its shape and dtype if nothing is computed."""
 
 
 class Located(TypedDict):
-    """Which pairs may attend, and what is added to their logits.
+    """Mask, bias and coordinates of a call, with one batch dim.
 
-    `mask` is a Mask, None, or a boolean array `[B or 1, N or 1, T or 1, S or 1]`; `bias` None or an array of that form;
-    the coordinates are `[B or 1, T]` and `[B or 1, S]`.
+    `mask` is a `Mask`, None, or a boolean array `[B or 1, N or 1, T or 1, S or 1]`. `bias` is None or an array of that
+    form. The coordinates are `[B or 1, T]` and `[B or 1, S]`.
     """
 
     mask: Mask | Array | None
@@ -41,12 +41,13 @@ class Located(TypedDict):
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Keys and values as a cache keeps them: a step neither copies nor checks what it reads.
+    """Keys and values in the layout of a cache, so that a decoding step neither copies nor checks what it reads.
 
     Attributes:
         key: `[B, K, H, S]`, a column for each token, finite.
         value: `[B, K, S, V]`, finite.
-        finite: `[B, S]` or `[B, K, S]`, False where key or value were not finite, which then are 0 here.
+        finite: `[B, S]` or `[B, K, S]`, False where key or value were not finite. Such entries are 0 in `key` and
+            `value`.
     """
 
     key: Any
@@ -57,23 +58,23 @@ class Columns:
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Everything that a kernel may be asked, checked, with exactly one batch dim. Made once, by `Call.of`.
+    """The arguments of a kernel: checked, with exactly one batch dim. Created by `Call.of`.
 
     Attributes:
         query: `[B, T, N, H]`.
         key: `[B, S, K, H]`.
         value: `[B, S, K, V]`.
-        mask: a Mask, None, or a boolean array `[B or 1, N or 1, T or 1, S or 1]`.
-        bias: None, or an array of that form.
-        score_mod: prepared, or None.
-        rows: its rows `[B, T, N, R]`, or None.
+        mask: a `Mask`, None, or a boolean array `[B or 1, N or 1, T or 1, S or 1]`.
+        bias: None, or an array of the same form.
+        score_mod: the prepared score modification, or None.
+        rows: the rows of the score modification `[B, T, N, R]`, or None.
         q_at: coordinates `[B or 1, T]`.
         kv_at: coordinates `[B or 1, S]`.
         scale: a number or a scalar array.
-        dropout: of the weights, or None.
-        columns: keys and values as a cache keeps them; then key and value are None, and the dispatcher brings them into
-            rows for a kernel that reads no columns.
-        platform: "cpu", "gpu" or "tpu", for which the call is computed; None where the program may be for any.
+        dropout: applied to the weights; or None.
+        columns: keys and values in the layout of a cache; then `key` and `value` are None, and the dispatcher converts
+            them to rows for a kernel that reads no columns.
+        platform: "cpu", "gpu" or "tpu", for which the call is computed; None if the program may run on any.
     """
 
     query: Any
@@ -104,14 +105,17 @@ class Call:
         scale: float | Array | None,
         dropout: Dropout | None,
     ) -> "Call":
-        """The call of `seqattn.attend` with these arguments; raises what that raises."""
+        """Returns the call of `seqattn.attend` with these arguments, and raises the same errors."""
         check_arrays(query, key, value)
         check_dropout(dropout)
         mod = None if score_mod is None else ScoreMod.of(score_mod)
         located = locate(query.shape, key.shape, mask, bias, q_at, kv_at, mod)
+        # Kernels see one batch dim. A reshape of leading dims moves no data.
         query, key, value = (flatten(x, query.shape[:-3]) for x in (query, key, value))
         scale, rows = scale_of(scale, query.shape[-1]), None
         if mod is not None:
+            # The rows are computed here, outside the kernel: once for each query and head, and JAX differentiates them
+            # itself.
             mod, rows = for_kernel(mod, query, scale, located["q_at"], located["kv_at"])
         return Call(query, key, value, **located, score_mod=mod, rows=rows, scale=scale, dropout=dropout)
 
@@ -126,7 +130,7 @@ class Call:
         kv_at: Coordinates | None,
         dropout: Dropout | None,
     ) -> "Call":
-        """The call of queries `[B, T, N, H]` to keys and values as a cache keeps them."""
+        """Returns the call of queries `[B, T, N, H]` to keys and values in the layout of a cache."""
         check_dropout(dropout)
         check_heads(query.shape[2], columns.key.shape[1])
         mod = None if score_mod is None else ScoreMod.of(score_mod)
@@ -140,16 +144,17 @@ class Call:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no query, or no query that has a key."""
+        """Whether there are no queries or no keys."""
+        # Kernels take maxima over keys and cut tiles. Neither works with size 0.
         return 0 in (*self.query.shape, self.key.shape[1])
 
     @property
     def high(self) -> np.dtype:
-        """In which dtype sums and exponentials are computed."""
+        """The dtype of sums and exponentials."""
         return accumulator(self.query.dtype)
 
     def nothing(self) -> "Result":
-        """What a call gives that `is_empty`: zeros, and rows that see nothing."""
+        """Returns the result of an empty call: zeros, and the log-sum-exp of fully masked rows."""
         shape = self.query.shape[:3]
         output = jnp.zeros((*shape, self.value.shape[-1]), self.query.dtype)
         return output, jnp.full(shape, lowest(self.high), self.high)
@@ -159,36 +164,42 @@ Result = tuple[Array, Array]
 """The output `[B, T, N, V]` in the query's dtype, and the log-sum-exp `[B, T, N]`, float32 at least."""
 
 Kernel = Callable[[Call], Result]
-"""How a call is computed; NotImplementedError tells why it cannot serve one."""
+"""A function that computes a call. It raises NotImplementedError, with the reason, for a call that it cannot serve."""
 
 
 def is_known(*shapes: tuple[Size, ...]) -> bool:
-    """Whether all dims are numbers: those of a program that `jax.export` compiles for any size are not.
+    """Returns whether all dims are numbers, and not symbolic dimensions of `jax.export`.
 
-    A comparison with such a dim is False where it cannot be decided, or an error: ask this first.
+    A comparison with a symbolic dim is False or an error if it cannot be decided, so check this first.
     """
     return all(isinstance(n, int | np.integer) for shape in shapes for n in shape)
 
 
 def refuse_unknown(what: str, *shapes: tuple[Size, ...]) -> None:
-    """Raises NotImplementedError where a dim is no number."""
+    """Raises NotImplementedError if a dim is symbolic."""
     if not is_known(*shapes):
-        raise NotImplementedError(f"{what} needs all sizes as numbers, and these are {', '.join(map(str, shapes))}")
+        raise NotImplementedError(f"{what} needs all sizes as numbers, got {', '.join(map(str, shapes))}")
 
 
 def flatten(x: Array, batch: tuple[Size, ...]) -> Array:
-    """`[*batch, ...]` as `[B, ...]`."""
+    """Reshapes `[*batch, ...]` to `[B, ...]`."""
     return x.reshape(math.prod(batch), *x.shape[len(batch) :])
 
 
 def infinite_where_empty(lse: Array) -> Array:
-    """The log-sum-exp of a kernel with -inf in the place of the lowest number, which stands for an empty row."""
-    # As a sum, in which no -inf is computed where no row is empty: `jax.debug_infs` would stop at it.
+    """Replaces the lowest number, with which kernels mark fully masked rows, by -inf in a log-sum-exp."""
+    # log(1) = 0 or log(0) = -inf is added. A `jnp.where` would hold an -inf even if no row is fully masked, and
+    # `jax.debug_infs` would stop at it.
     return lse + jnp.log((lse != lowest(lse.dtype)).astype(lse.dtype))
 
 
 def scale_of(scale: float | Array | None, head_dim: int) -> float | Array:
-    """The given scale, or `1 / sqrt(head_dim)`; raises TypeError or ValueError unless it is one number."""
+    """Returns the given scale. Defaults to `1 / sqrt(head_dim)` (Vaswani 2017, equation 1).
+
+    Raises:
+        TypeError: the scale is not a number.
+        ValueError: the scale is not a scalar.
+    """
     if scale is None:
         return 1 / math.sqrt(head_dim)
     if not isinstance(scale, int | float | np.number | np.ndarray | Array) or isinstance(scale, bool):
@@ -199,7 +210,7 @@ def scale_of(scale: float | Array | None, head_dim: int) -> float | Array:
 
 
 def check_arrays(query: Array, key: Array, value: Array) -> None:
-    """Raises unless query, key and value fit each other as `seqattn.attend` says."""
+    """Raises TypeError or ValueError unless query, key and value fit each other as `seqattn.attend` requires."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim < 3:
             raise ValueError(f"{name} must be [*batch, length, heads, dim], got {x.shape}")
@@ -229,7 +240,12 @@ def check_heads(num_heads: int, num_kv_heads: int) -> None:
 
 
 def check_sinks(sinks: Array | None, query: Shaped) -> Array | None:
-    """Raises unless there are none or one floating number for each head; returns them as an array."""
+    """Returns the sinks as an array, or None.
+
+    Raises:
+        TypeError: the sinks are not floating.
+        ValueError: their shape is not `[N]`.
+    """
     if sinks is None:
         return None
     sinks = sinks if isinstance(sinks, jax.ShapeDtypeStruct) else jnp.asarray(sinks)
@@ -249,20 +265,22 @@ def locate(
     kv_at: Coordinates | None,
     score_mod: ScoreMod | None = None,
 ) -> Located:
-    """Mask, bias and coordinates checked against the shapes of query and key, with one batch dim."""
+    """Checks mask, bias and coordinates against the shapes of query and key, and returns them with one batch dim."""
     batch, pairs = query[:-3], (query[-2], query[-3], key[-3])
+    # Coordinates that nothing reads are a mistake of the caller, such as a forgotten mask.
     matter = isinstance(mask, Mask) or (score_mod is not None and score_mod.uses_coordinates)
     if not matter and (q_at is not None or kv_at is not None):
         raise ValueError(
-            "q_at and kv_at only matter to a Mask, such as SameSegment(), or to a ScoreMod, such as Alibi(); without "
-            "one they do nothing"
+            "q_at and kv_at only matter to a Mask, such as SameSegment(), or to a ScoreMod, such as Alibi(); this call "
+            "has neither"
         )
     if isinstance(mask, type):
-        raise TypeError(f"mask must be a mask, not its class: write {mask.__name__}(...)")
+        raise TypeError(f"mask must be an instance, not its class: write {mask.__name__}(...)")
     if isinstance(mask, Mask):
         mask.check(math.prod(batch), pairs[0])
     if (q_at is None) != (kv_at is None):
-        raise ValueError("give q_at and kv_at both or neither: how one aligns with the other would be a guess")
+        raise ValueError("give q_at and kv_at both or neither: their alignment would be a guess")
+    # Libraries disagree on the alignment (top left or bottom right), so there is no default.
     if matter and q_at is None and pairs[1] != pairs[2]:
         raise ValueError(
             f"{pairs[1]} queries and {pairs[2]} keys: say how they align with q_at and kv_at, for example "
@@ -277,21 +295,23 @@ def locate(
 
 
 def _visible_pairs(mask: Array, batch: tuple[Size, ...], pairs: tuple[Size, Size, Size]) -> Array:
+    """Checks a boolean mask and returns it with one batch dim."""
     mask = jnp.asarray(mask)
     check_pairs("mask", mask, batch, pairs)
     return _flatten_pairs(mask, batch)
 
 
 def _bias_pairs(bias: Array, batch: tuple[Size, ...], pairs: tuple[Size, Size, Size]) -> Array:
+    """Checks a bias and returns it with one batch dim."""
     bias = jnp.asarray(bias)
     if not jnp.issubdtype(bias.dtype, jnp.floating):
-        raise TypeError(f"bias must be floating (what is added to the logits), got {bias.dtype}")
+        raise TypeError(f"bias must be floating (it is added to the logits), got {bias.dtype}")
     check_pairs("bias", bias, batch, pairs)
     return _flatten_pairs(bias, batch)
 
 
 def check_pairs(name: str, x: Array, batch: tuple[Size, ...], pairs: tuple[Size, Size, Size]) -> None:
-    """Raises unless a mask or bias is `[T, S]` or broadcasts to `[*batch, *pairs]` with as many dims."""
+    """Raises TypeError or ValueError unless a mask or bias is `[T, S]`, or `[*batch, *pairs]` with any dim 1."""
     if name == "mask" and x.dtype != jnp.bool_:
         raise TypeError(f"mask must be boolean, True where a query may attend, got {x.dtype}; numbers are a bias")
     full = (*batch, *pairs)
@@ -301,16 +321,20 @@ def check_pairs(name: str, x: Array, batch: tuple[Size, ...], pairs: tuple[Size,
 
 
 def _flatten_pairs(x: Array, batch: tuple[Size, ...]) -> Array:
-    """`[T, S]` or `[*batch, N, T, S]` as `[B or 1, N or 1, T or 1, S or 1]`."""
+    """Reshapes `[T, S]` or `[*batch, N, T, S]` to `[B or 1, N or 1, T or 1, S or 1]`."""
     if x.ndim == 2:
         return x[None, None]
     if all(n == 1 for n in x.shape[:-3]):
         return x.reshape(1, *x.shape[-3:])
+    # Batch dims that are partly 1 cannot be merged by a reshape, so only they are materialised.
     return flatten(jnp.broadcast_to(x, (*batch, *x.shape[-3:])), batch)
 
 
 def _coordinates(name: str, at: Coordinates | None, batch: tuple[Size, ...], length: Size) -> Coordinates:
-    """Coordinates with one batch dim, `[B or 1, length]`, of at least 32 bits: in int8 a window of 300 would be 44."""
+    """Returns coordinates with one batch dim, `[B or 1, length]`, and at least 32 bits.
+
+    In int8 a window of 300 would be 44.
+    """
     if at is None:
         at = Coordinates.range(length)
     if at.batch is not None or at.head is not None:

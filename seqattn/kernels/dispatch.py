@@ -1,8 +1,8 @@
-"""Which implementation serves a call of attention: what there is, in which order it is tried, and why not another.
+"""Dispatch: which implementation serves a call of attention, in which order they are tried, and why others refuse.
 
-The order depends on the platform. Inside `jax.jit` that is the one which the program is compiled for, and no function
-knows it while it is traced: where platforms would take different kernels, the program holds a choice between them, of
-which compiling leaves one.
+The order depends on the platform. Inside `jax.jit` that is the platform that the program is compiled for, which is not
+known at trace time. If platforms would take different kernels, the traced program holds a choice between them;
+compilation keeps one branch.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from seqattn.sizes import may_exceed
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """A kernel, and what is to be known of it before it is called.
+    """A kernel with its properties for the dispatcher.
 
     Attributes:
-        attend: the kernel; it raises NotImplementedError, with the reason, for a call that it cannot serve.
-        refuse: raises the same without computing; where not given, `attend` is traced to know.
-        note: given the call, a sentence on its cost for `explain`, or None where there is nothing to say.
-        reads_columns: whether it takes keys and values as a cache keeps them.
+        attend: the kernel. Raises NotImplementedError, with the reason, for a call that it cannot serve.
+        refuse: raises the same without computing. If None, `attend` is traced instead.
+        note: takes the call and returns a sentence on its cost for `explain`, or None.
+        reads_columns: True if the kernel reads keys and values in the layout of a cache.
     """
 
     attend: Kernel
@@ -37,12 +37,13 @@ class Implementation:
     reads_columns: bool = False
 
     def __call__(self, call: Call) -> Result:
-        """What the kernel returns for a call, whose keys are brought into rows where it reads no columns."""
+        """Runs the kernel. Converts the keys to rows first if the kernel reads no columns."""
         return self.attend(call if self.reads_columns else cached.in_rows(call))
 
     def check(self, call: Call) -> None:
-        """Raises NotImplementedError, with the reason, for a call that it cannot serve."""
+        """Raises NotImplementedError, with the reason, if the kernel cannot serve the call."""
         if self.refuse is None:
+            # A plug-in without `refuse` refuses while it is traced; tracing computes nothing.
             jax.eval_shape(lambda: self(call))
         else:
             self.refuse(call if self.reads_columns else cached.as_if_in_rows(call))
@@ -56,36 +57,39 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "cudnn": Implementation(cudnn.attend, cudnn.refuse, guard.lse_note),
     "splash": Implementation(splash.attend, splash.refuse, guard.lse_note),
 }
-"""What `implementation=` may name."""
+"""The names that `implementation` accepts."""
 
-# On the CPU, by `python -m benchmarks.attention --shapes cpu-t64,decode`: calls of so few pairs cost more to start than
-# to compute, and so few queries less than bringing all keys into tiles. All their scores are no more than one tile's.
+# Measured on the CPU with `python -m benchmarks.attention --shapes cpu-t64,decode`. For so few pairs the start of the
+# tile loop costs more than the computation; for so few queries, tiling the keys does. Their scores fit in one tile.
 TINY_PAIRS, FEW_QUERIES = 64 * 64, 16
 
 FEW_OF_CACHE = 64
-"""So many queries read a cache as it lies and compute all their scores at once; more read it in tiles."""
+"""Up to this many queries read a cache in its own layout, with all scores in memory; more queries use tiles."""
 
 
 def serve(implementation: str | Sequence[str] | None, call: Call) -> Result:
-    """What the first implementation returns that does not refuse, of those named or of the platform's order.
+    """Runs the first implementation that does not refuse, among the named ones or in the platform's order.
 
     Raises:
         ValueError: a name is unknown.
-        NotImplementedError: none of them can serve the call; each one's reason.
+        NotImplementedError: none of them can serve the call. The message holds each one's reason.
     """
     if (platform := platform_of(jax.tree.leaves(call))) is not None:
         return _first_able(names(implementation, platform, call), dataclasses.replace(call, platform=platform))
+    # Traced: the platform is unknown until the program is lowered, so each platform's choice is worked out now.
     able = {each: _able(implementation, dataclasses.replace(call, platform=each)) for each in all_platforms()}
     if not able[jax.default_backend()]:
-        # The reasons are those of the platform at hand, though another might be compiled for.
+        # Report the reasons for the local platform, though the program may be compiled for another.
         here = dataclasses.replace(call, platform=jax.default_backend())
         return _first_able(names(implementation, here.platform, call), here)
+    # Platforms with the same choice share one branch, which is traced once.
     platforms: dict[tuple[str, ...], list[str]] = {}
     for each, ordered in able.items():
         if ordered:
             platforms.setdefault(ordered, []).append(each)
     branches: dict[str, Callable[[], Result]] = {}
     for ordered, alike in platforms.items():
+        # A shared branch knows no platform: its kernels must then make no assumption about one.
         branch = _Branch(ordered, dataclasses.replace(call, platform=alike[0] if len(alike) == 1 else None))
         branches |= dict.fromkeys(alike, branch)
     return by_platform(branches)
@@ -93,7 +97,10 @@ def serve(implementation: str | Sequence[str] | None, call: Call) -> Result:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Branch:
-    """The call on some platforms, as a function without arguments."""
+    """The call on some platforms, as a function without arguments.
+
+    Compared by identity, so that `by_platform` merges only the platforms that share this object.
+    """
 
     names: Sequence[str]
     call: Call
@@ -103,7 +110,7 @@ class _Branch:
 
 
 def _able(implementation: str | Sequence[str] | None, call: Call) -> tuple[str, ...]:
-    """The implementations to try on the call's platform, from the first one on that does not refuse."""
+    """Returns the implementations to try on the call's platform, starting at the first that does not refuse."""
     ordered = names(implementation, call.platform, call)
     for i, name in enumerate(ordered):
         if _reason(name, call) is None:
@@ -112,7 +119,7 @@ def _able(implementation: str | Sequence[str] | None, call: Call) -> tuple[str, 
 
 
 def _reason(name: str, call: Call) -> str | None:
-    """Why an implementation refuses a call, of what is known before it runs."""
+    """Returns why an implementation refuses a call, or None if it does not; nothing is computed."""
     try:
         IMPLEMENTATIONS[name].check(call)
     except NotImplementedError as reason:
@@ -121,10 +128,15 @@ def _reason(name: str, call: Call) -> str | None:
 
 
 def names(implementation: str | Sequence[str] | None, platform: str, call: Call) -> tuple[str, ...]:
-    """The implementations to try on a platform, in order."""
+    """Returns the names of the implementations to try on a platform, in order.
+
+    Raises:
+        ValueError: `implementation` is empty or holds an unknown name.
+    """
     if implementation is None:
         ordered = order(platform, call.query, cached.as_if_in_rows(call).key)
         if call.columns is not None:
+            # A symbolic number of queries may exceed the limit, so it counts as many.
             many = may_exceed(call.query.shape[-3], FEW_OF_CACHE)
             ordered = (*ordered, "cached") if many else ("cached", *ordered)
         return tuple(name for name in ordered if name in IMPLEMENTATIONS)
@@ -138,18 +150,21 @@ def names(implementation: str | Sequence[str] | None, platform: str, call: Call)
 
 
 def order(platform: str, query: Shaped, key: Shaped) -> tuple[str, ...]:
-    """Names in the order in which `None` tries them; a name that is not there is passed over."""
+    """Returns the names in the order in which `None` tries them. Names without an implementation are skipped."""
+    # Tiles need numbers: with symbolic sizes only the kernels that keep all scores remain.
     if not is_known(query.shape, key.shape):
         return ("xla", "reference")
+    # A vendor's kernel is the fastest on its device if it accepts the call.
     own = {"gpu": ("cudnn",), "tpu": ("splash",)}.get(platform, ())
     tiny = query.shape[-3] < FEW_QUERIES or query.shape[-3] * key.shape[-3] <= TINY_PAIRS
     return own + (("xla", "reference", "chunked") if tiny else ("chunked", "xla", "reference"))
 
 
 def _first_able(ordered: Sequence[str], call: Call) -> Result:
-    """What the first of the named implementations returns that does not refuse."""
+    """Returns the result of the first named implementation that does not refuse."""
     reasons: dict[str, NotImplementedError] = {}
     for name in ordered:
+        # A kernel may still refuse at this point, if its reason only shows while it is traced.
         try:
             return _without_explicit_axes(IMPLEMENTATIONS[name], call)
         except NotImplementedError as reason:
@@ -159,17 +174,19 @@ def _first_able(ordered: Sequence[str], call: Call) -> Result:
 
 
 def _without_explicit_axes(kernel: Kernel, call: Call) -> Result:
-    """What the kernel returns, split over a mesh as the query is.
+    """Runs the kernel under automatic sharding and returns results sharded as the query is.
 
-    Over the axes of a mesh that are Explicit each operation would have to be told how its result is split, so inside
-    the compiler decides, as it does over Auto axes.
+    Over Explicit mesh axes each operation would need its result's sharding. Inside this function the compiler decides,
+    as it does over Auto axes.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.explicit_axes:
         return kernel(call)
+    # The output and the log-sum-exp have one entry for each query and head, so they take over the query's sharding.
     batch, length, heads, _ = (*jax.typeof(call.query).sharding.spec, *[None] * 4)[:4]
     split = jax.sharding.PartitionSpec(batch, length, heads, None), jax.sharding.PartitionSpec(batch, length, heads)
     leaves, tree = jax.tree.flatten(call)
+    # `auto_axes` converts arrays only. All other leaves (numbers, NumPy coordinates) stay known at trace time.
     arrays = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
 
     def run(*values: Array) -> Result:
@@ -182,12 +199,12 @@ def _without_explicit_axes(kernel: Kernel, call: Call) -> Result:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Which implementation a call of `attend` takes, and what the others say; printed as a table.
+    """The implementation that a call of `attend` uses, and why the others would not run; prints as a table.
 
     Attributes:
-        chosen: its name, or None where all that may be chosen refuse.
-        refusals: for each implementation its reason to refuse the call, or None where it would run.
-        notes: what is to be known of the cost of those that would run, where there is something.
+        chosen: the name of the chosen implementation, or None if all candidates refuse.
+        refusals: for each implementation, its reason to refuse the call, or None if it would run.
+        notes: remarks on the cost of the implementations that would run, by name.
     """
 
     chosen: str | None
@@ -195,6 +212,7 @@ class Explanation:
     notes: dict[str, str]
 
     def __str__(self) -> str:
+        """Returns one line for each implementation, with an arrow at the chosen one."""
         return "\n".join(map(self._line, self.refusals))
 
     def _line(self, name: str) -> str:
@@ -214,17 +232,25 @@ def explain(
     platform: str | None = None,
     **arguments: Any,
 ) -> Explanation:
-    """Which implementation `attend` takes for the same arguments, and why not another. Nothing is computed.
+    """Explains which implementation `attend` would use for these arguments, and why others would not run.
+
+    Computes nothing: shapes and dtypes suffice.
 
     Args:
-        query, key, value: as for `attend`, or their shapes and dtypes.
-        implementation: as for `attend`.
-        platform: "cpu", "gpu" or "tpu", for what is compiled for another machine; where not given, the one where the
-            query lies, or JAX's default.
-        **arguments: all others of `attend`.
+        query: `[*batch, T, N, H]`, an array or a `jax.ShapeDtypeStruct`.
+        key: `[*batch, S, K, H]`, an array or a `jax.ShapeDtypeStruct`.
+        value: `[*batch, S, K, V]`, an array or a `jax.ShapeDtypeStruct`.
+        implementation: as in `attend`.
+        platform: "cpu", "gpu" or "tpu", to explain a call that is compiled for another machine. Defaults to the
+            platform of the query, or JAX's default.
+        **arguments: all other arguments of `attend`.
+
+    Returns:
+        An `Explanation`: `chosen` is a name or None, `refusals` holds the reasons, and `print` shows a table.
 
     Raises:
-        TypeError, ValueError: those of `attend`, for a call that no implementation would be asked to serve.
+        TypeError: as `attend`, or an argument is none of `attend`.
+        ValueError: as `attend`.
 
     >>> import jax.numpy as jnp
     >>> from seqattn.masks import Causal
@@ -234,9 +260,9 @@ def explain(
     -> reference  would run
     """
     check_sinks(arguments.pop("sinks", None), query)
-    arguments.pop("return_lse", None)  # what becomes of the output is no matter of a kernel
+    arguments.pop("return_lse", None)  # kernels ignore it: they always return both
     if unknown := arguments.keys() - set(_OPTIONS):
-        raise TypeError(f"explain takes the arguments of attend, and {', '.join(sorted(unknown))} is none of them")
+        raise TypeError(f"explain takes the arguments of attend, which has no {', '.join(sorted(unknown))}")
     make = functools.partial(call_of, **arguments)
     return explain_call(implementation, make, (query, key, value), platform=platform)
 
@@ -245,7 +271,7 @@ _OPTIONS = tuple(x.name for x in inspect.signature(Call.of).parameters.values() 
 
 
 def call_of(query: Array, key: Array, value: Array, **options: Any) -> Call:
-    """The call that `attend` makes of these arguments."""
+    """Returns the call that `attend` makes of these arguments."""
     query, key, value, options = shared_keys.fold(query, key, value, dict.fromkeys(_OPTIONS) | options)
     return Call.of(query, key, value, **options)
 
@@ -257,7 +283,7 @@ def explain_call(
     *,
     platform: str | None = None,
 ) -> Explanation:
-    """`explain` for the call that `make` makes of arrays, or of their shapes and dtypes."""
+    """Explains the call that `make` returns for arrays, or for their shapes and dtypes."""
     platform = platform_of(jax.tree.leaves(arrays)) if platform is None else platform
     here = jax.default_backend() if platform is None else platform
     refusals: dict[str, str | None] = {}
@@ -272,5 +298,6 @@ def explain_call(
             note = None if each.note is None or refusals[name] is not None else each.note(cached.in_rows(call))
             notes.update({} if note is None else {name: note})
 
+    # Under `eval_shape` even real arrays are traced, so that no kernel's check computes anything.
     jax.eval_shape(look, *arrays)
     return Explanation(next((name for name in tried if refusals[name] is None), None), refusals, notes)

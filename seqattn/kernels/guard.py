@@ -1,9 +1,9 @@
-"""Our contract around a vendor's kernel, which keeps it not on its own.
+"""Keeps seqattn's contract around a vendor's kernel.
 
-There a NaN in a masked value leaks, and an empty row is the mean of all values. So keys and values that are not finite
-are computed with as 0, the rows that see one are marked afterwards, and empty rows are cleared. Its log-sum-exp has no
-gradient, and that of `jax.nn` the dtype of the keys: ours is computed beside the output, by another kernel; where
-nobody uses it, `jax.jit` removes it.
+In a vendor's kernel a NaN in a masked value leaks, and a fully masked row is the mean of all values. So non-finite keys
+and values are replaced by 0, the rows that see one are marked with NaN afterwards, and fully masked rows are cleared. A
+vendor's log-sum-exp has no gradient, and that of `jax.nn` has the dtype of the keys. Another kernel therefore computes
+the log-sum-exp; `jax.jit` removes it if it is not used.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from seqattn.precision import accumulator, lowest
 
 
 def refuse_modified(call: Call) -> None:
-    """Raises NotImplementedError for what no vendor has: score modifications, and dropout that can be repeated."""
+    """Raises NotImplementedError for score modifications and for dropout, which vendors cannot reproduce."""
     if call.score_mod is not None:
         kind = type(call.score_mod).__name__
         raise NotImplementedError(f"no score modification ({kind}); chunked and reference have it")
@@ -31,26 +31,26 @@ def refuse_modified(call: Call) -> None:
 
 
 def refuse_other_values(call: Call) -> None:
-    """Raises NotImplementedError where values have another size than keys."""
+    """Raises NotImplementedError if values and keys differ in their last dim."""
     if call.value.shape[-1] != call.query.shape[-1]:
         raise NotImplementedError(f"V ({call.value.shape[-1]}) must be the head dim H ({call.query.shape[-1]})")
 
 
 def refuse_platform(what: str, wanted: str, call: Call) -> None:
-    """Raises NotImplementedError for a call that is known to run elsewhere."""
+    """Raises NotImplementedError if the call is known to run on another platform."""
     if call.platform not in (wanted, None):
         raise NotImplementedError(f"{what} runs on a {wanted}, and this is a {call.platform}")
 
 
 def lse_note(call: Call) -> str:
-    """For `explain`: what the log-sum-exp and a bias cost."""
-    dense = "" if call.bias is None else "the bias is dense and nothing is skipped; "
-    return f"{dense}the log-sum-exp, where it is used, costs a pass of chunked"
+    """Returns the note for `explain` on the cost of the log-sum-exp and of a bias."""
+    dense = "" if call.bias is None else "the bias is dense, so no tile is skipped; "
+    return f"{dense}the log-sum-exp, if used, costs a pass of chunked"
 
 
 @contextlib.contextmanager
 def relaxed(dtype: np.dtype) -> Iterator[None]:
-    """The promotions that code inside JAX relies on, and the products of float32 in the full precision we promise."""
+    """Allows the dtype promotions that code inside JAX relies on, and computes float32 products in full precision."""
     precision = "highest" if dtype == jnp.float32 else None
     with (
         jax.numpy_dtype_promotion("standard"),
@@ -61,7 +61,7 @@ def relaxed(dtype: np.dtype) -> Iterator[None]:
 
 
 def jax_nn(query: Array, key: Array, value: Array, **options: Any) -> Array:
-    """`jax.nn.dot_product_attention`."""
+    """Calls `jax.nn.dot_product_attention`."""
     with relaxed(query.dtype):
         return jax.nn.dot_product_attention(query, key, value, **options)
 
@@ -74,31 +74,50 @@ def guarded(
     pairs: Native | Bool[Array, "..."],
     zeroed: Callable[[Array, Array, Array], tuple[Array, Array]] | None = None,
 ) -> tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
-    """`compute` on what is finite; the rows that see what is not are NaN, and those that see nothing are empty."""
+    """Runs `compute` on finite inputs, sets rows that see non-finite keys to NaN and clears fully masked rows.
+
+    Args:
+        compute: the vendor's kernel, from query, key and value to output and log-sum-exp.
+        query: `[B, T, N, H]`.
+        key: `[B, S, K, H]`.
+        value: `[B, S, K, V]`.
+        pairs: the visible pairs, as a `Native` or a boolean array.
+        zeroed: replaces bad keys and values by zeros. Defaults to `_zeroed`.
+
+    Returns:
+        The output and the log-sum-exp.
+    """
     length, size, num_heads = query.shape[1], key.shape[1], query.shape[2]
     bad = _not_finite(key) | _not_finite(value)
     if isinstance(pairs, Native):
         whole, empty, sees = pairs.is_whole(length, size), None, bad.any(axis=1, keepdims=True)
+        # The visible keys of a query are one run, so a prefix sum over the bad keys answers for each query in O(1),
+        # without a `[T, S]` array.
         if not whole:
             first, last = pairs.ends(length, size)
             empty = (first == last)[..., None] if (first == last).any() else None
             sees = _sees_between(bad, first, last)
         sees = jnp.repeat(sees, num_heads // key.shape[2], axis=2)
     else:
+        # A dense array of pairs: the row sees a bad key if any visible pair holds one.
         whole, column = False, jnp.repeat(bad, num_heads // key.shape[2], axis=2).transpose(0, 2, 1)[:, :, None]
         empty = ~pairs.any(axis=-1).swapaxes(1, 2)
         sees = (pairs & column).any(axis=-1).swapaxes(1, 2)
     high = accumulator(query.dtype)
     if whole:
-        # Every row of a head is NaN, or none: nothing is to be kept from it, and queries are marked at no cost.
+        # Every query sees every key: either all rows of a head are NaN or none is. NaN queries achieve that, and no key
+        # or value has to be cleared.
         return compute(query + jnp.where(sees, jnp.nan, 0.0)[..., None].astype(query.dtype), key, value)
     key, value = (zeroed or _zeroed)(bad, key, value)
-    # A query of -inf would see what is hidden: all its visible scores are lower than what vendors hide with.
+    # A query with infinite entries could score lower than the finite number with which vendors mask, and so attend to
+    # masked keys. It is replaced by 0 and its row marked.
     lost = _not_finite(query)
     mark = jnp.where(sees | lost, jnp.nan, 0.0).astype(high)
     cleared = lost if empty is None else lost | empty
+    # Fully masked rows are computed on zeros, so that their gradients are finite before they are cleared.
     query = jnp.where(cleared[..., None], jnp.zeros_like(query), query)
     output, lse = compute(query, key, value)
+    # The contract makes the whole row NaN: its output and its log-sum-exp.
     output, lse = output + mark[..., None].astype(output.dtype), lse + mark
     if empty is None:
         return output, lse
@@ -106,30 +125,35 @@ def guarded(
 
 
 def _zeroed(bad: Bool[Array, "B S K"], key: Array, value: Array) -> tuple[Array, Array]:
-    """Keys and values with zeros where `bad`."""
+    """Returns keys and values with zeros where `bad`."""
     key, value = (jnp.where(bad[..., None], jnp.zeros_like(x), x) for x in (key, value))
     return key, value
 
 
-@jax.jit  # compiled once where a call is not; a `cond` would be compiled at each one
+@jax.jit  # outside `jit`, JAX would compile the `cond` at each call
 def zeroed_if_any(bad: Bool[Array, "B S K"], key: Array, value: Array) -> tuple[Array, Array]:
-    """As `_zeroed`. On the CPU the choice takes a quarter of its time; a GPU would have to wait for it."""
+    """Like `_zeroed`, but copies only if there is a bad key.
+
+    On the CPU the test takes a quarter of the time of the copy; a GPU would have to wait for its result.
+    """
     return jax.lax.cond(bad.any(), _zeroed, lambda bad, key, value: (key, value), bad, key, value)
 
 
 def _not_finite(x: Float[Array, "B S K D"]) -> Bool[Array, "B S K"]:
-    """Which vectors hold what is not finite: only then is their product with zeros NaN.
+    """Returns which vectors are not finite: only then is their product with zeros NaN.
 
-    On the CPU a product takes a quarter of the time of a sum. The barrier keeps it from being found to be 0.
+    On the CPU a product takes a quarter of the time of a sum.
     """
+    # The barrier keeps XLA from simplifying the product with zeros to 0.
     zeros = jax.lax.optimization_barrier(jnp.zeros(x.shape[-1:], x.dtype))
     return jnp.isnan(jnp.einsum("bskd,d->bsk", jax.lax.stop_gradient(x), zeros))
 
 
 def _sees_between(bad: Bool[Array, "B S K"], first: np.ndarray, last: np.ndarray) -> Bool[Array, "B T K"]:
-    """Whether one of the keys from `first` to before `last` is bad, for each query."""
+    """Returns whether any key from `first` up to `last` (exclusive) is bad, for each query."""
     count = jnp.cumsum(bad, axis=1, dtype=jnp.int32)
     count = jnp.concatenate([jnp.zeros_like(count[:, :1]), count], axis=1)
+    # All rows share one window: static indices compile to a slice instead of a gather.
     if first.shape[0] == last.shape[0] == 1:
         return count[:, last[0]] > count[:, first[0]]
     at = functools.partial(jnp.take_along_axis, count, axis=1)

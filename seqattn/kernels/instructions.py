@@ -1,6 +1,6 @@
-"""A traced function without its arrays, as a value: equal where it is the same instructions on the same types.
+"""A traced function without its arrays, as a value: equal if it has the same instructions on the same types.
 
-JAX's own jaxprs are equal only where they are one object, so that what is compiled for one would never be used again.
+JAX's own jaxprs compare by identity, so a program compiled for one would never be reused.
 """
 
 import dataclasses
@@ -18,14 +18,15 @@ from seqattn.kernels.mesh_axes import over
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Instructions:
-    """A jaxpr whose constants come as operands.
+    """A jaxpr that receives its constants as operands.
 
-    Two are equal where primitives, parameters, types, numbers and the flow of values are. What cannot be compared, such
-    as the derivative rule that a `jax.custom_jvp` brings, is equal to nothing.
+    Two are equal if their primitives, parameters, types, literals and data flow are equal. A parameter that cannot be
+    compared, such as the derivative rule of a `jax.custom_jvp`, is equal to nothing.
 
     Attributes:
         jaxpr: its constvars are the operands.
-        key: what it does, as a value. Made at once: a NumPy array in it may be written over later.
+        key: the instructions as a hashable value. Computed at once, because a NumPy array in the jaxpr may be
+            overwritten later.
     """
 
     jaxpr: core.Jaxpr
@@ -33,12 +34,13 @@ class Instructions:
 
     @staticmethod
     def of(jaxpr: core.Jaxpr) -> "Instructions":
-        """Those of a jaxpr."""
+        """Returns the instructions of a jaxpr."""
         return Instructions(jaxpr, _key_of_jaxpr(jaxpr))
 
     def run(self, operands: Sequence[Any], arguments: Sequence[Any]) -> Any:
-        """The result; arguments become what the jaxpr was traced for."""
+        """Evaluates the instructions; casts arguments to the types for which the jaxpr was traced."""
         types: list[Any] = [x.aval for x in self.jaxpr.invars]
+        # The jaxpr fixes dtypes and the mesh axes over which each input varies; tiles may bring weaker types.
         typed = [
             over(jnp.asarray(x, t.dtype), t.manual_axis_type.varying) for x, t in zip(arguments, types, strict=True)
         ]
@@ -46,7 +48,7 @@ class Instructions:
         return result
 
     def reads(self, argument: int) -> bool:
-        """Whether anything is computed from an argument."""
+        """Returns whether the result is computed from an argument."""
         return _reads(self.jaxpr, argument)
 
     def __eq__(self, other: object) -> bool:
@@ -58,29 +60,30 @@ class Instructions:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Once:
-    """A function of operands and arguments that is equal to nothing but itself: it is traced for one call.
+    """A function of operands and arguments that equals only itself: it is traced for one call.
 
     Attributes:
         run: the function.
-        jaxpr: what it was when it was traced, of the arguments.
+        jaxpr: the trace of the function, which tells what it reads.
     """
 
     run: Callable[[Sequence[Any], Sequence[Any]], Any]
     jaxpr: core.Jaxpr
 
     def reads(self, argument: int) -> bool:
-        """Whether anything is computed from an argument."""
+        """Returns whether the result is computed from an argument."""
         return _reads(self.jaxpr, argument)
 
 
 def _reads(jaxpr: core.Jaxpr, argument: int) -> bool:
+    """Returns whether an equation or an output of the jaxpr uses the argument."""
     used = [x for equation in jaxpr.eqns for x in equation.invars] + jaxpr.outvars
     return any(x is jaxpr.invars[argument] for x in used)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Same:
-    """Equal to another one of the same object, which it keeps alive."""
+    """Compares by the identity of an object, and keeps the object alive."""
 
     value: Any
 
@@ -88,11 +91,13 @@ class _Same:
         return isinstance(other, _Same) and self.value is other.value
 
     def __hash__(self) -> int:
+        # The object is kept alive, so no later object can get its id.
         return id(self.value)
 
 
 def _key_of_jaxpr(jaxpr: core.Jaxpr) -> Hashable:
-    """All that a jaxpr does, with its variables numbered in the order in which they appear."""
+    """Returns everything that a jaxpr does as a value, with variables numbered in order of appearance."""
+    # JAX names variables anew in each trace. Numbers make two traces of the same function comparable.
     numbers: dict[Any, int] = {}
 
     def number(variable: Any) -> Hashable:
@@ -101,22 +106,25 @@ def _key_of_jaxpr(jaxpr: core.Jaxpr) -> Hashable:
     def atom(x: Any) -> Hashable:
         return _key_of_literal(x) if isinstance(x, core.Literal) else numbers[x]
 
+    # Types are part of the key: the same primitives on other shapes are another program.
     inputs = tuple(number(x) for x in (*jaxpr.constvars, *jaxpr.invars))
     equations = []
     for equation in jaxpr.eqns:
         operands = tuple(atom(x) for x in equation.invars)
+        # Sorted, so that the order in which a primitive received its parameters does not matter.
         parameters = tuple((name, _key_of(x)) for name, x in sorted(equation.params.items()))
         equations.append((equation.primitive, operands, parameters, tuple(number(x) for x in equation.outvars)))
     return len(jaxpr.constvars), inputs, tuple(equations), tuple(atom(x) for x in jaxpr.outvars)
 
 
 def _key_of_literal(literal: core.Literal) -> Hashable:
+    """Returns a literal as a value. Bytes compare NaN as equal and keep 0.0 and -0.0 apart."""
     value = np.asarray(literal.val)
     return literal.aval, value.dtype, value.tobytes()
 
 
 def _key_of(parameter: Any) -> Hashable:
-    """What stands for a parameter of a primitive."""
+    """Returns a parameter of a primitive as a value."""
     if isinstance(parameter, core.ClosedJaxpr):
         return _key_of_jaxpr(parameter.jaxpr), tuple(_key_of_array(x) for x in parameter.consts)
     if isinstance(parameter, core.Jaxpr):
@@ -127,13 +135,14 @@ def _key_of(parameter: Any) -> Hashable:
         return tuple((name, _key_of(x)) for name, x in parameter.items())
     if isinstance(parameter, np.ndarray | jax.Array):
         return _key_of_array(parameter)
-    # Meshes can be called, too, as decorators.
+    # A function may change what it does, so it is equal to nothing. Types, enums and meshes are callable as well, but
+    # they are plain values.
     values = (type, enum.Enum, jax.sharding.Mesh, jax.sharding.AbstractMesh)
     return _hashable(parameter) if isinstance(parameter, values) or not callable(parameter) else _Same(object())
 
 
 def _key_of_array(x: Any) -> Hashable:
-    """An array of JAX is itself. Any other holds what it holds now, as NumPy's may be written over."""
+    """Returns a JAX array by identity, any other array by its present contents: NumPy arrays may be overwritten."""
     if isinstance(x, jax.Array):
         return _Same(x)
     values = np.asarray(x)
@@ -141,8 +150,10 @@ def _key_of_array(x: Any) -> Hashable:
 
 
 def _hashable(x: Any) -> Hashable:
+    """Returns a value with its type, or a key that equals nothing if the value is not hashable."""
     try:
         hash(x)
     except TypeError:
         return _Same(object())
+    # With the type, as 1, 1.0 and True are equal in Python but not in a program.
     return type(x), x

@@ -1,7 +1,7 @@
-"""A mask in the words that vendors' kernels know: a band along the diagonal, and lengths.
+"""Masks in the form that vendors' kernels support: a band along the diagonal, and lengths.
 
-`xla` takes any mask, as it keeps every score anyway. `cudnn` and `splash` take what is `Native` and refuse the rest: a
-dense mask would cost them what they are there for.
+`xla` takes any mask, because it stores every score anyway. `cudnn` and `splash` take a `Native` mask and refuse all
+others: a dense mask would cost the time and memory that these kernels save.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ from seqattn.sizes import Size
 
 @dataclasses.dataclass(frozen=True)
 class Native:
-    """A mask in the words that vendors know: query i sees key j where `-right <= i - j <= left` and both are tokens.
+    """A mask as a band and lengths: query i sees key j if `-right <= i - j <= left` and neither is padding.
 
     Attributes:
         left: how many keys before its own index a query sees; None for all.
         right: how many keys after its own index a query sees; None for all.
-        query_lengths: `[B or 1]`, queries from this index on are padding; None where there is none.
-        key_lengths: `[B or 1]`, likewise for keys.
+        query_lengths: `[B or 1]`. Queries from this index on are padding. None if there is no padding.
+        key_lengths: `[B or 1]`. Keys from this index on are padding. None if there is no padding.
     """
 
     left: int | None = None
@@ -39,7 +39,7 @@ class Native:
 
     @staticmethod
     def of(mask: Mask | None, q_at: Coordinates, kv_at: Coordinates) -> "Native":
-        """The same pairs as `mask` allows; NotImplementedError names the part that has no such form.
+        """Converts a mask. Raises NotImplementedError, which names the part of the mask without such a form.
 
         >>> at = Coordinates(np.arange(5)[None], np.ones((1, 5), int))
         >>> Native.of(Causal() & SlidingWindow(3), at, at)
@@ -49,9 +49,12 @@ class Native:
             return Native()
         length, size = q_at.shape[-1], kv_at.shape[-1]
         refuse_unknown("a window", (length, size))
+        # Start with a band that hides nothing and let each part of the conjunction narrow it.
         left, right, native = length, size, Native()
         for part in _parts(mask):
             if isinstance(part, Causal | SlidingWindow):
+                # Masks compare positions, vendors compare indices. For consecutive positions the two differ by a
+                # constant.
                 behind = _behind(part, q_at, kv_at)
                 if isinstance(part, SlidingWindow):
                     left, right = min(left, part.size - 1 - behind), min(right, part.ahead + behind)
@@ -61,22 +64,24 @@ class Native:
                 lengths = _lengths(part, q_at, kv_at)
                 native = dataclasses.replace(native, query_lengths=lengths[0], key_lengths=lengths[1])
             else:
-                raise NotImplementedError(f"{type(part).__name__} is no causal mask, left window or length")
+                raise NotImplementedError(f"{type(part).__name__} is no causal mask, window or padding mask")
+        # Vendors' windows include the diagonal.
         if left < 0 or right < 0:
             raise NotImplementedError("the window ends before the diagonal: queries and keys do not start together")
+        # A side that reaches every key becomes None, so that kernels take their faster path without a window.
         return dataclasses.replace(
             native, left=None if left >= length - 1 else left, right=None if right >= size - 1 else right
         )
 
     def is_whole(self, length: Size, size: Size) -> bool:
-        """Whether every query sees every key; without a window and lengths the numbers of both may be unknown."""
+        """Returns whether every query sees every key. Without a window and lengths the sizes may be symbolic."""
         if all(x is None for x in (self.left, self.right, self.query_lengths, self.key_lengths)):
             return True
         first, last = self.ends(length, size)
         return not first.any() and bool((last == size).all())
 
     def ends(self, length: int, size: int) -> tuple[Int[np.ndarray, "rows T"], Int[np.ndarray, "rows T"]]:
-        """The first key that each query sees, and the one after the last; equal where it sees none."""
+        """Returns, for each query, the first visible key and the one after the last; equal if it sees none."""
         query = np.arange(length)[None]
         key_lengths = np.asarray([size]) if self.key_lengths is None else self.key_lengths
         last = key_lengths[:, None] if self.right is None else np.minimum(query + self.right + 1, key_lengths[:, None])
@@ -86,11 +91,11 @@ class Native:
         return np.minimum(0 if self.left is None else np.maximum(query - self.left, 0), last), last
 
     def for_jax_nn(self, batch: Size, length: Size, size: Size) -> dict[str, Any]:
-        """The arguments of `jax.nn.dot_product_attention` that say the same of a call of this batch, T and S."""
+        """Returns the keyword arguments of `jax.nn.dot_product_attention` for this mask and a call of these sizes."""
         return self._window(length, size) | self.lengths_for_jax_nn(batch)
 
     def lengths_for_jax_nn(self, batch: Size) -> dict[str, Any]:
-        """Those of them that tell how many tokens each row has."""
+        """Returns the keyword arguments for the lengths of the rows."""
         lengths = {"query_seq_lengths": self.query_lengths, "key_value_seq_lengths": self.key_lengths}
         return {name: jnp.broadcast_to(x.astype(np.int32), (batch,)) for name, x in lengths.items() if x is not None}
 
@@ -104,15 +109,15 @@ class Native:
 
 
 def native_of(call: Call) -> Native:
-    """The mask of a call; NotImplementedError where it has no such form."""
+    """Returns the mask of a call. Raises NotImplementedError if it has no such form."""
     if call.mask is not None and not isinstance(call.mask, Mask):
-        raise NotImplementedError("a boolean array would become a dense bias: nothing would be skipped")
+        raise NotImplementedError("a boolean array would become a dense bias, and no tile would be skipped")
     return Native.of(call.mask, call.q_at, call.kv_at)
 
 
 def pairs_of(call: Call) -> Native | Bool[Array, "..."]:
-    """Who may attend: natively where that is possible, else a dense array `[B or 1, N or 1, T or 1, S or 1]`."""
-    if call.bias is None:  # one of -inf would mask
+    """Returns the visible pairs: as a `Native` if possible, else as an array `[B or 1, N or 1, T or 1, S or 1]`."""
+    if call.bias is None:  # an entry of -inf would mask single pairs
         with contextlib.suppress(NotImplementedError):
             return native_of(call)
     visible = reference.visibility(call.query.shape, call.mask, call.bias, call.q_at, call.kv_at)
@@ -121,19 +126,21 @@ def pairs_of(call: Call) -> Native | Bool[Array, "..."]:
 
 
 def _parts(mask: Mask) -> list[Mask]:
-    """The masks that must all allow a pair."""
+    """Returns the masks whose conjunction is `mask`."""
     return [*_parts(mask.first), *_parts(mask.second)] if isinstance(mask, And) else [mask]
 
 
 def _known(part: Mask, *fields: Array | np.ndarray) -> None:
+    """Raises NotImplementedError unless the coordinates are NumPy arrays, whose values are known at trace time."""
     if not all(isinstance(x, np.ndarray) for x in fields):
         raise NotImplementedError(f"the coordinates that {type(part).__name__} reads are not known at trace time")
 
 
 def _behind(part: Mask, q_at: Coordinates, kv_at: Coordinates) -> int:
-    """How far the first key is behind the first query, where both are runs of consecutive positions."""
+    """Returns the distance from the first key to the first query, if both have consecutive positions."""
     query, key = q_at.position, kv_at.position
     _known(part, query, key)
+    # A band in positions is a band in indices only if positions count up by one, from the same offset in all rows.
     runs = all(np.array_equal(x, x[:, :1] + np.arange(x.shape[1])) for x in (query, key))
     behind = np.unique(query[:, :1] - key[:, :1]) if query.size and key.size else np.zeros(1, int)
     if not runs or behind.size != 1:
@@ -142,15 +149,17 @@ def _behind(part: Mask, q_at: Coordinates, kv_at: Coordinates) -> int:
 
 
 def _lengths(part: Mask, q_at: Coordinates, kv_at: Coordinates) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """How many tokens each row starts with, queries and keys; None where no row is padded."""
+    """Returns how many tokens each row starts with, for queries and keys; None if no row is padded."""
     _known(part, q_at.segment, kv_at.segment)
     query, key = np.asarray(q_at.segment), np.asarray(kv_at.segment)
     if isinstance(part, SameSegment):
+        # With one document in a row, `SameSegment` hides padding and nothing more, so it is a padding mask.
         texts = (np.unique(np.concatenate([q, k])) for q, k in _rows(query, key))
         if any((text != 0).sum() > 1 for text in texts):
             raise NotImplementedError("SameSegment with more than one text in a row")
     lengths = []
     for present in (query != 0, key != 0):
+        # Lengths describe padding on the right only.
         count = present.sum(axis=1)
         if not np.array_equal(present, np.arange(present.shape[1])[None] < count[:, None]):
             raise NotImplementedError(f"{type(part).__name__} with padding before a token")
@@ -159,5 +168,6 @@ def _lengths(part: Mask, q_at: Coordinates, kv_at: Coordinates) -> tuple[np.ndar
 
 
 def _rows(query: np.ndarray, key: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the segments of each row, with single rows broadcast."""
     count = max(query.shape[0], key.shape[0]) if query.shape[0] and key.shape[0] else 0
     return zip(*(np.broadcast_to(x, (count, x.shape[1])) for x in (query, key)), strict=True)

@@ -1,12 +1,12 @@
-"""Attention over a sequence that is split over devices: blocks of keys and values travel round a ring (Liu 2023).
+"""Ring attention: the sequence is split over devices, and blocks of keys and values travel round a ring (Liu 2023).
 
-Each device keeps its queries. In step m it attends to the block of the device m places before it, and hands that block
-on meanwhile: n - 1 transfers for n devices. The online softmax of `chunked` goes on from block to block, so partial
-results are never rounded. The schedule of tiles is made at run time, from the coordinates that travel with a block: one
-that the mask does not reach costs its transfer.
+Each device keeps its queries. In step m it attends to the block of the device m places before it and, at the same time,
+passes that block on: n - 1 transfers for n devices. The online softmax of `chunked` continues from block to block, so
+partial results are never rounded. The schedule of tiles is computed at run time from the coordinates that travel with a
+block: a block outside the mask costs only its transfer.
 
-The backward pass is a second ring. A block travels with its gradients, to which each device adds the part of its
-queries; after n steps they are at home. Nothing but the block at hand is kept: memory is O((T + S) / n).
+The backward pass is a second ring. A block travels with its gradients, to which each device adds the contribution of
+its queries; after n steps they are back home. Only the current block is kept: memory is O((T + S) / n).
 """
 
 import dataclasses
@@ -30,21 +30,21 @@ from seqattn.mask import Mask
 from seqattn.precision import accumulator
 
 Arrays = dict[str, Any]
-"""Arrays of a call, by their names."""
+"""Arrays of a call, by name."""
 
 Block = dict[str, Any]
-"""What travels: key, value and, where they matter, their coordinates kv_at."""
+"""The arrays that travel: key, value and, if the mask or the score modification reads them, their coordinates kv_at."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """What is static in a call.
+    """The static part of a call.
 
     Attributes:
         axis_name: the mesh axis, or axes, over which the sequence is split.
-        devices: how many there are along it.
+        devices: the number of devices along it.
         grid: the tiles of each step.
-        tree: the structure of the `Call`, whose leaves JAX sees.
+        tree: the structure of the `Call`, whose leaves are the inputs of the compiled program.
     """
 
     axis_name: Hashable
@@ -53,15 +53,16 @@ class Ring:
     tree: jax.tree_util.PyTreeDef
 
     def call(self, leaves: Leaves) -> Call:
-        """The call that was taken apart."""
+        """Rebuilds the call from its leaves."""
         return jax.tree.unflatten(self.tree, leaves)
 
     def source(self, step: int | Array) -> Array:
-        """Which device's block is here in a step."""
+        """Returns the device that owns the block of a step."""
+        # Each send moves a block one device up, so after `step` sends it comes from `step` devices before.
         return (lax.axis_index(self.axis_name) - step) % self.devices
 
     def send(self, tree: Any) -> Any:
-        """What the device before this one had."""
+        """Sends a tree to the next device, and returns the tree of the previous one."""
         if self.devices == 1:
             return tree
         to_next = [(i, (i + 1) % self.devices) for i in range(self.devices)]
@@ -69,49 +70,51 @@ class Ring:
 
 
 def attend(call: Call, axis_name: Hashable) -> Result:
-    """The output and the log-sum-exp of this device's queries over the keys of all devices along `axis_name`.
+    """Returns the output and the log-sum-exp of this device's queries over the keys of all devices along `axis_name`.
 
-    As `reference.attend`, but for a boolean mask and a bias: they have a column for each key of each device, in the
-    order of the devices. Reverse mode only.
+    As `reference.attend`, except that a boolean mask and a bias have a column for each key of each device, in the order
+    of the devices. Supports reverse mode only.
     """
     if call.dropout is not None:
         raise NotImplementedError(
-            "the ring has no dropout: that drops by the place of a weight in the whole batch, unknown to one device"
+            "the ring has no dropout: it depends on a weight's index in the whole batch, which one device does not know"
         )
     refuse_unknown("a ring", call.query.shape, call.key.shape)
     devices = lax.axis_size(axis_name)
     if call.is_empty:
         return call.nothing()
-    # What travels differs on each device, and so does all that is made of it. No coordinate stays known at trace time:
-    # the grid must be the same for the block that is here as for those that will be.
+    # Blocks differ on each device, so everything computed from them varies over the axis. Coordinates become traced
+    # arrays: all blocks must share one grid, whatever coordinates they bring.
     call = jax.tree.map(jnp.asarray, dataclasses.replace(call, scale=jnp.asarray(call.scale, call.high)))
     here = lax.axis_index(axis_name)
     call = varying(capture(call, like=[call, here]), [call, here])
     leaves, tree = jax.tree.flatten(call)
+    # Any block gives the same grid, as grids of traced coordinates depend on shapes alone.
     plan, _ = _step(call, _block(call), 0)
     return _attend(Ring(axis_name, devices, plan.grid, tree), leaves)
 
 
 def _block(call: Call) -> Block:
+    """Returns the arrays of a call that travel."""
     matter = isinstance(call.mask, Mask) or (call.score_mod is not None and call.score_mod.uses_coordinates)
     return {name: getattr(call, name) for name in ("key", "value", *(["kv_at"] if matter else []))}
 
 
 def _step(call: Call, block: Block, source: int | Array) -> tuple[Plan, Leaves]:
-    """The call of `chunked` for the block that came from a device."""
+    """Returns the call of `chunked` for the block of one device."""
     of_pairs = {name: _columns(getattr(call, name), source, block["key"].shape[1]) for name in ("mask", "bias")}
     return prepare(dataclasses.replace(call, **block, **of_pairs))
 
 
 def _columns(x: Any, source: int | Array, size: int) -> Any:
-    """The pairs `[B or 1, N or 1, T or 1, size or 1]` with the keys of a device, of `[..., devices * size or 1]`."""
+    """Returns the pairs with the keys of one device, `[B or 1, N or 1, T or 1, size or 1]`, of a mask or a bias."""
     if x is None or isinstance(x, Mask) or x.shape[3] == 1:
         return x
     return lax.dynamic_slice_in_dim(x, source * size, size, axis=3)
 
 
 def _add_columns(x: Array | None, new: Array | None, source: Array, size: int) -> Array | None:
-    """A bias `[..., devices * size or 1]` with something added to the pairs with the keys of a device."""
+    """Adds `new` to a bias at the pairs with the keys of one device."""
     if x is None or new is None:
         return None
     if x.shape[3] == 1:
@@ -121,16 +124,19 @@ def _add_columns(x: Array | None, new: Array | None, source: Array, size: int) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(ring: Ring, leaves: Leaves) -> tuple[Array, Array]:
+    """Returns the output and the log-sum-exp; the custom derivative rules are attached below."""
     output, peak, log_total = _results(ring, leaves)
     return output, tile_loop.lse_of(peak, log_total)
 
 
 def _forward(ring: Ring, leaves: Leaves) -> tuple[tuple[Array, Array], tuple]:
+    """Returns the results, and the residuals for the backward pass: this device's part, and no travelling block."""
     output, peak, log_total = _results(ring, leaves)
     return (output, tile_loop.lse_of(peak, log_total)), (leaves, output, peak, log_total)
 
 
 def _backward(ring: Ring, residuals: tuple, directions: tuple) -> tuple[list[Array | np.ndarray]]:
+    """Returns the gradients of the leaves; integer leaves have the gradient dtype `float0`."""
     leaves, *results = residuals
     gradients = iter(_gradients(ring, leaves, *results, *directions))
     return ([next(gradients) if is_floating(x) else np.zeros(x.shape, jax.dtypes.float0) for x in leaves],)
@@ -138,7 +144,7 @@ def _backward(ring: Ring, residuals: tuple, directions: tuple) -> tuple[list[Arr
 
 @functools.partial(jax.jit, static_argnums=0)
 def _results(ring: Ring, leaves: Leaves) -> tuple[Array, Array, Array]:
-    """What `tile_loop.finish` gives for the keys of all devices."""
+    """Runs the forward ring and returns what `tile_loop.finish` does, for the keys of all devices."""
     call = ring.call(leaves)
 
     def absorb(step: int | Array, block: Block, state: tile_loop.State) -> tile_loop.State:
@@ -146,10 +152,12 @@ def _results(ring: Ring, leaves: Leaves) -> tuple[Array, Array, Array]:
 
     def absorb_and_send(step: Array, carry: tuple[Block, tile_loop.State]) -> tuple[Block, tile_loop.State]:
         block, state = carry
+        # Sending does not depend on the computation, so the compiler may overlap the two.
         return ring.send(block), absorb(step, block, state)
 
     first = _step(call, _block(call), ring.source(0))
     block, state = _block(call), varying(tile_loop.start(*first), leaves)
+    # The last block is absorbed outside the loop. No other device needs it, so one transfer is saved.
     last = ring.devices - 1
     if last:
         block, state = lax.fori_loop(0, last, absorb_and_send, (block, state))
@@ -161,7 +169,7 @@ def _results(ring: Ring, leaves: Leaves) -> tuple[Array, Array, Array]:
 def _gradients(
     ring: Ring, leaves: Leaves, output: Array, peak: Array, log_total: Array, d_output: Array, d_lse: Array
 ) -> list[Array]:
-    """The gradients by all floating leaves of the call."""
+    """Returns the gradients with respect to all floating leaves of the call."""
     call, high = ring.call(leaves), accumulator(output.dtype)
 
     def zeros(tree: Any) -> Any:
@@ -169,29 +177,36 @@ def _gradients(
 
     def add(step: int | Array, block: Block, travelling: Arrays, resting: Arrays) -> tuple[Arrays, Arrays]:
         source, total = ring.source(step), travelling | resting
+        # FlashAttention-2's backward for this block alone. Output and log-sum-exp are those of all keys, so the weights
+        # are final and the contributions of the blocks just add up.
         part = backward.backward(*_step(call, block, source), output, peak, log_total, d_output, d_lse)
         new = {name: jax.tree.map(jnp.add, total[name], part[name]) for name in total if name != "bias"}
+        # The bias stays with the queries; this block's gradient belongs to its own columns.
         new["bias"] = _add_columns(total["bias"], part["bias"], source, block["key"].shape[1])
         return {name: new[name] for name in travelling}, {name: new[name] for name in resting}
 
     def add_and_send(step: Array, carry: tuple[Block, Arrays, Arrays]) -> tuple[Block, Arrays, Arrays]:
+        # The gradients travel with their block, so every device adds to the block that it holds.
         block, *totals = carry
         travelling, resting = add(step, block, *totals)
         return ring.send(block), ring.send(travelling), resting
 
     travelling = zeros({name: getattr(call, name) for name in ("key", "value")})
+    # Query, rows, bias, scale and score modification stay here and collect their gradients from all blocks.
     resting = zeros({name: getattr(call, name) for name in ("query", "bias", "rows", "scale")})
     resting["score_mod"] = zeros(backward.arrays_of(call.score_mod))
     block, last = _block(call), ring.devices - 1
     if last:
         block, travelling, resting = lax.fori_loop(0, last, add_and_send, (block, travelling, resting))
     travelling, resting = add(last, block, travelling, resting)
+    # One more transfer brings the gradients of a block back to the device that owns it.
     gradients = ring.send(travelling) | resting
     everything = jax.tree.leaves(backward.with_gradients(call, gradients))
     return [d.astype(x.dtype) for d, x in zip(everything, leaves, strict=True) if is_floating(x)]
 
 
 def _refuse_second(ring: Ring, *residuals: Any) -> Any:
+    """Raises NotImplementedError for second derivatives."""
     raise NotImplementedError("the ring has no second derivatives")
 
 

@@ -1,6 +1,6 @@
-"""Keys and values of batch 1 beside queries of a larger batch: one memory that many rows read, without copies of it.
+"""Keys and values of batch 1 with queries of a larger batch: many rows read one memory, without copies of it.
 
-Rows that share their keys differ in nothing but their queries, so they are computed as more queries of one row.
+Rows that share their keys differ only in their queries, so they are computed as additional queries of one row.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ from seqattn.sizes import Size
 
 @dataclasses.dataclass(frozen=True)
 class Folding:
-    """Which batch dims of the queries keys and values have once, and how the queries' dims are moved for it.
+    """The batch dims that keys and values share, and how they are moved into the queries.
 
     Attributes:
-        batch: batch dims of the queries.
-        shared: the axes of these that keys and values share.
+        batch: the batch dims of the queries.
+        shared: the indices of the batch dims in which keys and values have size 1.
         length: T, the queries of a row.
     """
 
@@ -37,27 +37,31 @@ class Folding:
 
     @staticmethod
     def of(query: Array, key: Array, value: Array) -> "Folding":
-        """The folding of arrays `[*batch, length, heads, dim]`; dims of the keys that fit no other way are left."""
+        """Returns the folding of arrays `[*batch, length, heads, dim]`. Later checks refuse keys that do not fit."""
         batch, keys = query.shape[:-3], key.shape[:-3]
         alike = len(batch) == len(keys) and keys == value.shape[:-3]
         shared = tuple(i for i, n in enumerate(batch) if keys[i] == 1 and n != 1) if alike else ()
         return Folding(batch, shared, query.shape[-3] if shared else 0)
 
     def fold(self, x: Array) -> Array:
-        """`[*batch, T, ...]` with the shared dims as a part of T: `[*batch, shared * T, ...]`, each shared dim 1."""
+        """Moves the shared dims of `[*batch, T, ...]` into T: `[*batch, shared * T, ...]`, with each shared dim 1."""
         count = len(self.batch)
         kept = [i for i in range(count) if i not in self.shared]
+        # Shared dims directly before T: then the reshape merges them, with T as the fastest dim.
         moved = x.transpose(*kept, *self.shared, *range(count, x.ndim))
         rows = (1 if i in self.shared else n for i, n in enumerate(x.shape[:count]))
         folded = math.prod(x.shape[i] for i in (*self.shared, count))
         return moved.reshape(*rows, folded, *x.shape[count + 1 :])
 
     def repeat(self, x: Array | np.ndarray, dims: int) -> Array:
-        """Keys, values or their coordinates `[*batch, ...]` with a row for each of the queries; `dims` follow batch."""
+        """Broadcasts keys, values or their coordinates `[*batch, ...]` to the rows of the queries.
+
+        `dims` is the number of dims after the batch.
+        """
         return jnp.broadcast_to(x, (*self.batch, *x.shape[x.ndim - dims :]))
 
     def unfold(self, x: Array) -> Array:
-        """The inverse of `fold`."""
+        """Inverts `fold`."""
         count = len(self.batch)
         kept = [i for i in range(count) if i not in self.shared]
         shared = [self.batch[i] for i in self.shared]
@@ -67,12 +71,15 @@ class Folding:
         return apart.transpose(*order, *range(count, apart.ndim))
 
     def coordinates(self, at: Coordinates | None, length: Size) -> Coordinates:
-        """Those of the queries, `[T]` or `[*batch, T]`, folded; one text from position 0 where not given."""
+        """Returns the folded coordinates of queries `[T]` or `[*batch, T]`. Defaults to one text from position 0."""
+        # Without coordinates each row counts from 0. This must be fixed before folding: the folded T would count
+        # through.
         at = Coordinates.range(length) if at is None else at
         return jax.tree.map(lambda x: self.fold(jnp.broadcast_to(x, (*self.batch, length))), at)
 
     def pairs(self, x: Array | None, length: Size) -> Array | None:
-        """A mask or bias, `[T, S]` or `[*batch, N, T, S]` with any dim 1, folded."""
+        """Returns a folded mask or bias, `[T, S]` or `[*batch, N, T, S]` with any dim 1."""
+        # A mask or bias without a query dim, equal for all shared rows, broadcasts over the folded queries as it is.
         if x is None or (x.ndim > 2 and x.shape[-2] == 1 and all(x.shape[i] == 1 for i in self.shared)):
             return x
         full = x.reshape((1,) * (len(self.batch) + 3 - x.ndim) + x.shape)
@@ -82,18 +89,20 @@ class Folding:
 
 
 def fold(query: Array, key: Array, value: Array, options: dict[str, Any]) -> tuple[Array, Array, Array, dict[str, Any]]:
-    """The arguments of `seqattn.attend` with queries that share their keys as more queries of one row.
+    """Returns the arguments of `seqattn.attend` with queries that share their keys as additional queries of one row.
 
-    Where rows differ in more than their queries (dropout, coordinates of keys by row, a mask or a score modification
-    that reads `query.batch`) keys and values are repeated instead.
+    If rows differ in more than their queries (dropout, coordinates of keys by row, a mask or a score modification that
+    reads `query.batch`), keys and values are repeated instead.
 
     Raises:
-        TypeError, ValueError: what the same call with repeated keys raises. Once folded, an array that fits no row
-            could fit the folded one.
+        TypeError: as the same call with repeated keys.
+        ValueError: as the same call with repeated keys. After folding, an array that fits no row could fit the folded
+            one.
     """
     folding = Folding.of(query, key, value)
     if not folding.shared:
         return query, key, value, options
+    # Checked on the call as the user wrote it, so that messages name the user's shapes; nothing is computed.
     jax.eval_shape(functools.partial(_check, folding, options), query, key, value)
     if _must_repeat(query, key, options):
         return query, *_repeated(folding, key, value, options)
@@ -102,6 +111,7 @@ def fold(query: Array, key: Array, value: Array, options: dict[str, Any]) -> tup
     if mask is not None and not isinstance(mask, Mask):
         mask = folding.pairs(jnp.asarray(mask), length)
     folded = options | {"mask": mask, "bias": bias}
+    # Implicit coordinates must become explicit: after folding, T no longer equals the length of a row.
     if _is_located(options):
         kv_at = Coordinates.range(size) if options["kv_at"] is None else options["kv_at"]
         folded |= {"q_at": folding.coordinates(options["q_at"], length), "kv_at": kv_at}
@@ -109,7 +119,7 @@ def fold(query: Array, key: Array, value: Array, options: dict[str, Any]) -> tup
 
 
 def _check(folding: Folding, options: dict[str, Any], query: Array, key: Array, value: Array) -> None:
-    """Raises what the call with repeated keys raises."""
+    """Raises the errors of the call with repeated keys."""
     key, value, options = _repeated(folding, key, value, options)
     Call.of(query, key, value, **options)
 
@@ -117,7 +127,7 @@ def _check(folding: Folding, options: dict[str, Any], query: Array, key: Array, 
 def _repeated(
     folding: Folding, key: Array, value: Array, options: dict[str, Any]
 ) -> tuple[Array, Array, dict[str, Any]]:
-    """Keys and values with a row for each of the queries, and so their coordinates where these have the keys' rows."""
+    """Returns keys, values and options with the keys and their coordinates repeated for each row of the queries."""
     kv_at, own = options["kv_at"], (*key.shape[:-3], key.shape[-3])
     if kv_at is not None:
         kv_at = jax.tree.map(lambda x: folding.repeat(x, 1) if x.shape == own else x, kv_at)
@@ -125,14 +135,15 @@ def _repeated(
 
 
 def _is_located(options: dict[str, Any]) -> bool:
-    """Whether it matters where queries and keys are."""
+    """Returns whether the positions of queries and keys matter."""
     mod = options["score_mod"]
     return isinstance(options["mask"], Mask) or (mod is not None and ScoreMod.of(mod).uses_coordinates)
 
 
 def _must_repeat(query: Array, key: Array, options: dict[str, Any]) -> bool:
-    """Whether rows differ in more than their queries."""
+    """Returns whether rows differ in more than their queries."""
     q_at, kv_at, mod = options["q_at"], options["kv_at"], options["score_mod"]
+    # Dropout counts rows of the batch: folded, the same weight would have another index.
     if options["dropout"] is not None:
         return True
     if not _is_located(options):
@@ -140,6 +151,7 @@ def _must_repeat(query: Array, key: Array, options: dict[str, Any]) -> bool:
     if kv_at is not None and any(x.shape[:-1] not in ((), key.shape[:-3]) for x in jax.tree.leaves(kv_at)):
         return True
     at = tuple(Coordinates.range(1) if x is None else x for x in (q_at, kv_at))
+    # A trace tells whether a mask or a score modification reads the row's index, which folding changes.
     predicates = [options["mask"]] if isinstance(options["mask"], Mask) else []
     if mod is not None:
         flat = query.reshape(-1, *query.shape[-3:])
@@ -149,7 +161,7 @@ def _must_repeat(query: Array, key: Array, options: dict[str, Any]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Modified(Mask):
-    """A predicate that reads what a score modification reads."""
+    """A predicate that reads what a score modification reads, so that `reads` applies to it."""
 
     mod: ScoreMod
     dtype: Any

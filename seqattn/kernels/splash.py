@@ -1,4 +1,4 @@
-"""JAX's splash attention for TPUs, with our contract. The log-sum-exp is that of `chunked`."""
+"""JAX's splash attention for TPUs, under seqattn's contract. `chunked` computes the log-sum-exp."""
 
 import functools
 from collections.abc import Callable
@@ -20,7 +20,7 @@ _BLOCK = 128
 
 
 def refuse(call: Call) -> None:
-    """Raises NotImplementedError, with the reason, for a call that `attend` cannot serve."""
+    """Raises NotImplementedError, with the reason, if `attend` cannot serve the call."""
     refuse_platform("splash attention", "tpu", call)
     refuse_unknown("splash attention", call.query.shape, call.key.shape)
     refuse_modified(call)
@@ -32,23 +32,24 @@ def refuse(call: Call) -> None:
         raise NotImplementedError("splash attention mixes integers of 32 and 64 bits where jax_enable_x64 is on")
     if axes := mesh_axes((call.query, call.key, call.value)):
         along = ", ".join(sorted(map(str, axes)))
-        raise NotImplementedError(f"splash attention does not tell jax.shard_map that it varies along {along}")
+        raise NotImplementedError(f"splash attention does not declare to jax.shard_map that it varies over {along}")
     length, size = call.query.shape[1], call.key.shape[1]
     if length % _BLOCK or size % _BLOCK:
         raise NotImplementedError(f"T ({length}) and S ({size}) must be multiples of {_BLOCK}")
     native = native_of(call)
     if native.query_lengths is not None or native.key_lengths is not None:
-        raise NotImplementedError("padding is no part of a static mask")
+        raise NotImplementedError("splash attention has a static mask, which cannot hold padding lengths")
 
 
 def attend(call: Call) -> Result:
-    """The output and the log-sum-exp of the logits, as `reference.attend`."""
+    """Returns the output and the log-sum-exp of the logits, as `reference.attend`."""
     refuse(call)
     if call.is_empty:
         return call.nothing()
     native = native_of(call)
 
     def compute(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+        # The splash kernel has no scale, so the queries are scaled in float32 and rounded once.
         scaled = (query.astype(call.high) * jnp.asarray(call.scale, call.high)).astype(query.dtype)
         return output_of(scaled, key, value, native), chunked.attend(call)[1]
 
@@ -63,11 +64,21 @@ def output_of(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T N V"]:
-    """The splash kernel on scaled queries; `interpret` runs it without a TPU."""
+    """Runs the splash kernel on scaled queries.
+
+    Args:
+        query: `[B, T, N, H]`, already scaled.
+        key: `[B, S, K, H]`.
+        value: `[B, S, K, V]`.
+        native: the mask.
+        interpret: run the kernel in Pallas's interpreter, without a TPU.
+    """
 
     def kernel(*arrays: Array) -> Array:
         return _output(arrays[0], arrays[1], arrays[2], native, interpret)
 
+    # Outside a TPU program the kernel must not be lowered at all: `on_tpu` wraps it in a primitive, which has no
+    # derivative. The rules below are therefore written out, on top of the kernel's own.
     here = _call if interpret else on_tpu
 
     @jax.custom_vjp
@@ -78,7 +89,7 @@ def output_of(
         return here(functools.partial(jax.vjp, kernel), *arrays)
 
     def backward(pull: Callable[[Array], tuple[Array, ...]], direction: Array) -> tuple[Array, ...]:
-        with relaxed(direction.dtype):  # its own derivative relies on promotions, too
+        with relaxed(direction.dtype):  # the kernel's derivative relies on dtype promotions as well
             return here(_call, pull, direction)
 
     output.defvjp(forward, backward)
@@ -86,15 +97,18 @@ def output_of(
 
 
 def _call(fn: Callable[..., Any], *operands: Any) -> Any:
+    """Calls the function directly, as the interpreter can run anywhere."""
     return fn(*operands)
 
 
 def _output(query: Array, key: Array, value: Array, native: Native, interpret: bool) -> Array:
-    # Here, as whoever needs no TPU need not wait for it.
+    # Imported here: the import is slow and only TPU programs need it.
+    """Builds the splash kernel for a mask and applies it to each batch row."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     shape = (query.shape[1], key.shape[1])
     mask: splash_attention_mask.Mask
+    # Each of splash's masks lets its kernel skip the tiles outside of it at compile time.
     if native.left is not None:
         mask = splash_attention_mask.LocalMask(shape, (native.left, native.right), offset=0)
     elif native.right is not None:

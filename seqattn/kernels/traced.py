@@ -1,10 +1,9 @@
-"""Functions of scalars, as programs that have the arrays with which they compute as leaves.
+"""Masks and score modifications as traced programs, whose arrays are pytree leaves.
 
-A kernel that JAX compiles must not hold a function of the user's: the same function may compute something else at its
-next call, as the arrays and numbers that it closes over change. So each call traces it. What is compiled belongs to
-instructions, which are equal where the function would do the same, and every array is an operand. An array that JAX
-traces must be one anyway: derivative rules forbid closures over it. Inside `jax.shard_map` it must also vary over the
-same mesh axes as all else in the kernel.
+A kernel that JAX compiles must not hold a user's function: the arrays and numbers that the function closes over may
+change before its next call. So each call traces it. The compiled kernel depends on instructions, which are equal if the
+function would do the same, and every array is an operand. A traced array must be an operand anyway, as derivative rules
+must not close over it. Inside `jax.shard_map` it must also vary over the same mesh axes as the rest of the kernel.
 """
 
 import dataclasses
@@ -29,12 +28,13 @@ AnyCall = TypeVar("AnyCall", bound=Call)
 
 
 def capture(call: AnyCall, like: Any) -> AnyCall:
-    """A call with mask and score modification as programs. What is one stays as it is, as does a mask that is an array.
+    """Returns a call with its mask and score modification as programs. Arrays and programs stay as they are.
 
     Args:
         call: the call.
-        like: a tree; inside `jax.shard_map` the scalars will vary over the mesh axes of all its leaves together.
+        like: a tree. Inside `jax.shard_map` the scalars will vary over the mesh axes of all its leaves.
     """
+    # Zeros of the right types represent one pair: only their types enter the trace.
     index, score = np.int32(0), np.zeros((), call.high)
     at = [jax.tree.map(lambda x: np.zeros((), x.dtype), each) for each in (call.q_at, call.kv_at)]
     pair = (dataclasses.replace(at[0], batch=index, head=index), at[1])
@@ -44,7 +44,9 @@ def capture(call: AnyCall, like: Any) -> AnyCall:
         functions["mask"] = _Function.of(call.mask, pair)
     if call.score_mod is not None and not isinstance(call.score_mod, TracedMod):
         functions["score_mod"] = _Function.of(call.score_mod, (score, *pair, index, *row))
+    # Both functions together, as they must vary over the same mesh axes.
     programs, traced = _programs(functions, mesh_axes(like)), dict[str, Any]()
+    # Outside of any trace there are no derivatives, and programs without rules are equal across calls.
     if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((call, programs))):
         programs = {name: program.without_rules() for name, program in programs.items()}
     if "mask" in programs:
@@ -58,12 +60,12 @@ def capture(call: AnyCall, like: Any) -> AnyCall:
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function that JAX traced, with the arrays that it computes with as leaves.
+    """A traced function with the arrays that it reads as leaves.
 
     Attributes:
-        arrays: those that a gradient may have to reach.
-        fixed: all others.
-        instructions: what is done with them and with the arguments.
+        arrays: the arrays that may need a gradient.
+        fixed: all other arrays.
+        instructions: the operations on the arrays and the arguments.
     """
 
     arrays: tuple[Any, ...]
@@ -72,19 +74,22 @@ class Program:
 
     @staticmethod
     def of(closed: core.ClosedJaxpr) -> "Program":
-        """The program that JAX traced."""
+        """Returns the program of a closed jaxpr."""
         constants = list(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+        # Arrays with gradients come first: the operands of the instructions are `(*arrays, *fixed)`.
         arrays, fixed = ([x for x in constants if _may_differ(x[1]) is differs] for differs in (True, False))
         jaxpr = closed.jaxpr.replace(constvars=[variable for variable, _ in (*arrays, *fixed)])
         return Program(tuple(x for _, x in arrays), tuple(_own(x) for _, x in fixed), Instructions.of(jaxpr))
 
     def __call__(self, *arguments: Any) -> Array:
+        """Evaluates the program for one pair."""
         return self.instructions.run((*self.arrays, *self.fixed), jax.tree.leaves(arguments))
 
     def without_rules(self) -> "Program":
-        """The same without derivative rules of its own, for which nobody asks where nothing is traced.
+        """Returns the program without custom derivative rules, which nothing needs if nothing is traced.
 
-        A rule is a function, which may change as any other: a program with one is equal to no other program.
+        A rule is a function, which may change like any other. A program with a rule is therefore equal to no other
+        program and would be compiled at each call.
         """
         jaxpr = self.instructions.jaxpr
         if not _has_rules(jaxpr):
@@ -92,32 +97,33 @@ class Program:
         constants = (*self.arrays, *self.fixed)
         avals: list[Any] = [x.aval for x in jaxpr.invars]
         types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals]
+        # The bodies of `jit` are inlined as well, since rules may be nested in them.
         plain = jax.make_jaxpr(lambda *given: _inlined(jaxpr, constants, given, ("jit", *_RULES)))(*types)
         return Program.of(plain)
 
     def reads(self, argument: int) -> bool:
-        """Whether the result depends on an argument, one leaf of all."""
+        """Returns whether the result depends on an argument, given as the index of its leaf."""
         return self.instructions.reads(argument)
 
 
 def _may_differ(x: Any) -> bool:
-    """Whether a gradient may be asked for an array: JAX would trace it."""
+    """Returns whether an array may need a gradient: JAX traces it, and it is floating."""
     return isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def _own(x: Any) -> Any:
-    """An array that nobody writes over: a NumPy array may change before a device has read it."""
+    """Returns an array that nobody overwrites: a NumPy array may change before a device has read it."""
     return x if isinstance(x, jax.Array) else np.array(x)
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class TracedMask(Mask):
-    """A mask as a program; `query.batch` and `query.head` are always given to it.
+    """A mask as a program. It always receives `query.batch` and `query.head`.
 
     Attributes:
-        program: of the leaves of the query and of the key.
-        head: which of these leaves is the head.
+        program: a function of the leaves of the query and of the key.
+        head: the index of the leaf that is the head.
     """
 
     program: Program
@@ -128,14 +134,14 @@ class TracedMask(Mask):
 
     @property
     def reads_head(self) -> bool:
-        """Whether it differs by head."""
+        """Whether the mask depends on the head."""
         return self.program.reads(self.head)
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class TracedMod(ScoreMod):
-    """A score modification as a program; `query.batch` and `query.head` are always given to it."""
+    """A score modification as a program. It always receives `query.batch` and `query.head`."""
 
     program: Program
 
@@ -146,7 +152,7 @@ class TracedMod(ScoreMod):
 
     @property
     def uses_coordinates(self) -> bool:
-        """Whether it reads more than the score: where query and key are, or which head it is."""
+        """Whether it reads more than the score: coordinates, or the head."""
         return any(self.program.reads(i) for i in range(1, len(self.program.instructions.jaxpr.invars) - 1))
 
     @property
@@ -155,19 +161,19 @@ class TracedMod(ScoreMod):
         return list(self.program.arrays)
 
     def with_arrays(self, arrays: Sequence[Array]) -> "TracedMod":
-        """The same with other arrays."""
+        """Returns the score modification with other arrays."""
         return TracedMod(dataclasses.replace(self.program, arrays=tuple(arrays)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Function:
-    """A mask or a score modification, and arguments of the form that it will get.
+    """A mask or a score modification, with example arguments.
 
     Attributes:
-        leaves: its own arrays, and numbers as arrays: a number would be an instruction.
+        leaves: its own arrays. Numbers are converted to arrays, since a number would become part of the instructions.
         tree: its structure.
-        arguments: flat.
-        arguments_tree: their structure.
+        arguments: the flattened arguments.
+        arguments_tree: the structure of the arguments.
     """
 
     leaves: tuple[Any, ...]
@@ -177,9 +183,10 @@ class _Function:
 
     @staticmethod
     def of(fn: Mask | ScoreMod, arguments: tuple[Any, ...]) -> "_Function":
+        """Flattens the function and its arguments."""
         leaves, tree = jax.tree.flatten(fn)
         if not all(isinstance(x, jax.Array | bool | int | float | np.generic | np.ndarray) for x in leaves):
-            # A class of the user's that JAX does not know as a pytree: all that it reads is closed over.
+            # A user's class that is no pytree: it closes over everything that it reads.
             leaves, tree = [], jax.tree.structure(_Unregistered(fn))
         arrays = tuple(x if isinstance(x, jax.Array) else jnp.array(x) for x in leaves)
         flat, arguments_tree = jax.tree.flatten(arguments)
@@ -190,25 +197,27 @@ class _Function:
         return jnp.asarray(fn(*jax.tree.unflatten(self.arguments_tree, arguments)))
 
     def trace(self, axes: frozenset[str]) -> core.ClosedJaxpr:
-        """The function of arguments that vary over mesh axes, with its leaves among the constants.
+        """Traces the function for arguments that vary over mesh axes, with its leaves among the constants.
 
-        It is taken apart from leaves that JAX traces, too: a check of their values, as `Prefix` has one for what it can
-        look at, would become a part of the program.
+        The function is rebuilt from traced leaves. A check of their values, such as that of `Prefix`, would otherwise
+        become part of the program.
         """
         count = len(self.leaves)
         arguments = [*self.leaves, *(over(x, axes) for x in self.arguments)]
         closed = jax.make_jaxpr(lambda *given: self(given[:count], given[count:]))(*arguments)
         jaxpr, variables = closed.jaxpr, closed.jaxpr.invars
+        # Leaves become constants of the jaxpr, like the arrays that the function closes over: one list of operands.
         constants, inputs = [*jaxpr.constvars, *variables[:count]], variables[count:]
         return core.ClosedJaxpr(_with_inputs(jaxpr, constants, inputs), [*closed.consts, *self.leaves])
 
     def hides(self, closed: core.ClosedJaxpr) -> bool:
-        """Whether it closes over arrays that JAX traces, beside its leaves."""
+        """Returns whether the function closes over traced arrays other than its leaves."""
         known = {id(x) for x in self.leaves}
         return any(isinstance(x, jax.core.Tracer) and id(x) not in known for x in closed.consts)
 
     def traced_once_more(self, closed: core.ClosedJaxpr) -> Program:
-        """It as a program that traces it anew, from its leaves, and is equal to no other one."""
+        """Returns a program that traces the function again from its leaves, and equals no other program."""
+        # Arrays with gradients first, as in `Program.of`.
         order = sorted(range(len(self.leaves)), key=lambda i: not _may_differ(self.leaves[i]))
         sorted_leaves = [self.leaves[i] for i in order]
         count = sum(map(_may_differ, self.leaves))
@@ -221,14 +230,15 @@ class _Function:
 
 
 def _trace(fn: Callable[..., Array], arguments: Sequence[Any], axes: frozenset[str]) -> core.ClosedJaxpr:
-    # `fn` must be a new function: JAX remembers what an equal one did.
+    # `fn` must be a new function, because JAX caches traces by function.
+    """Traces a function for arguments that vary over mesh axes."""
     return jax.make_jaxpr(fn)(*(over(x, axes) for x in arguments))
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class _Unregistered:
-    """A mask or score modification as one that has no leaves."""
+    """Wraps a mask or score modification that is no pytree, as one without leaves."""
 
     fn: Any = dataclasses.field(metadata={"static": True})
 
@@ -237,15 +247,18 @@ class _Unregistered:
 
 
 def _with_inputs(jaxpr: core.Jaxpr, constants: list[Any], inputs: list[Any]) -> core.Jaxpr:
-    """The same equations with other variables as constants and inputs."""
+    """Returns the same equations with other variables as constants and inputs."""
     return jaxpr.replace(constvars=constants, invars=inputs)
 
 
 def _programs(functions: dict[str, _Function], axes: frozenset[str]) -> dict[str, Program]:
-    """The functions as programs of arguments that vary over the mesh axes `axes`, and over those of their arrays."""
+    """Returns the functions as programs of arguments that vary over `axes` and over the axes of their own arrays."""
     traced = {name: function.trace(axes) for name, function in functions.items()}
+    # Arrays that a function closes over may vary over further axes, which only the trace reveals.
     hidden = {name for name, function in functions.items() if function.hides(traced[name])}
+    # Types must agree throughout the kernel, so it varies over the union of all axes.
     all_axes = axes | mesh_axes([x for name in hidden for x in traced[name].consts])
+    # Outside `jax.shard_map` there is nothing to cast, and instructions can be compared between calls.
     if not all_axes:
         return {name: Program.of(closed) for name, closed in traced.items()}
     programs = {name: functions[name].traced_once_more(traced[name]) for name in functions.keys() - hidden}
@@ -256,17 +269,19 @@ def _programs(functions: dict[str, _Function], axes: frozenset[str]) -> dict[str
 
 
 def _split(closed: core.ClosedJaxpr, arguments: Sequence[Any], axes: frozenset[str]) -> Program:
-    """The program of scalars that vary over `axes`, as one whose arrays vary over them too.
+    """Returns a program of scalars that vary over `axes` such that its arrays vary over them, too.
 
-    JAX casts an array where it meets a scalar that varies over more axes, in the middle of the program. So what comes
-    of arrays alone is computed here, casts included, and the program begins with its results.
+    JAX casts an array where it meets a scalar that varies over more axes, in the middle of the program. So everything
+    that is computed from arrays alone is evaluated here, casts included, and the program starts from the results.
     """
+    # Inlining exposes the casts inside nested `jit` calls.
     closed = _trace(lambda *scalars: _inlined(closed.jaxpr, closed.consts, scalars, ("jit",))[0], arguments, axes)
     of_arrays: set[core.Var] = set(closed.jaxpr.constvars)
     of_nothing: set[core.Var] = set()
     early, late = [], []
     for equation in closed.jaxpr.eqns:
         inputs = set(_variables(equation.invars))
+        # Constants such as iotas are cheap, so they are computed on both sides of the cut.
         if inputs <= of_nothing:
             of_nothing.update(equation.outvars)
             early.append(equation)
@@ -276,6 +291,7 @@ def _split(closed: core.ClosedJaxpr, arguments: Sequence[Any], axes: frozenset[s
             early.append(equation)
         else:
             late.append(equation)
+    # The border: early results that the late equations read. They become the program's arrays.
     used = _variables([*(x for equation in late for x in equation.invars), *closed.jaxpr.outvars])
     border = list(dict.fromkeys(x for x in used if x in of_arrays))
     if any(x.aval.manual_axis_type.varying != axes for x in border):
@@ -284,33 +300,36 @@ def _split(closed: core.ClosedJaxpr, arguments: Sequence[Any], axes: frozenset[s
             "hides from tiles over which mesh axes they vary"
         )
     before = closed.jaxpr.replace(constvars=[], invars=closed.jaxpr.constvars, outvars=border, eqns=early)
+    # Evaluated once for a call, outside the kernel. JAX differentiates this part itself.
     arrays = core.jaxpr_as_fun(core.ClosedJaxpr(before, ()))(*closed.consts)
     return Program.of(core.ClosedJaxpr(closed.jaxpr.replace(constvars=border, eqns=late), arrays))
 
 
 def _variables(atoms: Sequence[Any]) -> Iterator[Any]:
+    """Yields the atoms that are variables, not literals."""
     return (x for x in atoms if not isinstance(x, core.Literal))
 
 
 _RULES = ("custom_jvp_call", "custom_vjp_call")
-"""Primitives that are a program with a derivative rule."""
+"""Primitives that wrap a program with a custom derivative rule."""
 
 
 def _inner(equation: core.JaxprEqn) -> core.ClosedJaxpr:
+    """Returns the program inside an equation."""
     return equation.params["call_jaxpr" if equation.primitive.name in _RULES else "jaxpr"]
 
 
 def _has_rules(jaxpr: core.Jaxpr) -> bool:
-    """Whether there is a derivative rule in a program, or in a `jit` in it."""
+    """Returns whether a program, or a `jit` in it, has a custom derivative rule."""
     names = [equation.primitive.name for equation in jaxpr.eqns]
     inner = (_inner(equation).jaxpr for equation in jaxpr.eqns if equation.primitive.name == "jit")
     return any(name in _RULES for name in names) or any(map(_has_rules, inner))
 
 
 def _inlined(jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any], names: Sequence[str]) -> list[Any]:
-    """The results of a program, computed with the programs inside of it, of primitives of these names, written out.
+    """Evaluates a program with nested programs, of primitives with these names, inlined.
 
-    The types of a `jit` are those of its first inputs.
+    Inlining is needed because the types of a nested `jit` are fixed at its first trace.
     """
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
     for equation in jaxpr.eqns:
@@ -325,7 +344,7 @@ def _inlined(jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any], na
 
 
 def _alone(jaxpr: core.Jaxpr, equation: core.JaxprEqn) -> Callable[..., list[Any]]:
-    """One equation of a program as a function of its inputs, literal ones too."""
+    """Returns one equation of a program as a function of its inputs, including literal ones."""
     used, made = list(dict.fromkeys(_variables(equation.invars))), equation.outvars
     named = [x for x in made if not isinstance(x, core.DropVar)]
     one = core.jaxpr_as_fun(

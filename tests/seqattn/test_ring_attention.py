@@ -30,7 +30,7 @@ def in_a_ring(**options):
     ("options", "message"),
     [
         ({"axis_name": "rign"}, r"axis_name \('rign'\) must be an axis of the mesh of a jax.shard_map around"),
-        ({"mask": Causal()}, "needs q_at and kv_at: which part of the sequence a device holds would be a guess"),
+        ({"mask": Causal()}, "needs q_at and kv_at: the part of the sequence that a device holds would be"),
         ({"score_mod": Alibi()}, "needs q_at and kv_at"),
         ({"q_at": Coordinates.range(2), "kv_at": Coordinates.range(2)}, "q_at and kv_at only matter to a Mask"),
         ({"mask": np.ones((2, 2), bool)}, r"mask \(2, 2\) must be \[T, S\] \(2, 4\)"),

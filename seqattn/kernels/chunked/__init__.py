@@ -1,4 +1,4 @@
-"""Attention over tiles of queries and keys: memory O(T + S), forward and backward, on any device."""
+"""Tiled attention over blocks of queries and keys: O(T + S) memory, forward and backward, on any device."""
 
 from seqattn.kernels.chunked.kernel import attend, refuse
 

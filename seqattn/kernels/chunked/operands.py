@@ -1,4 +1,4 @@
-"""What tiles are cut from: queries, keys, values and what belongs to pairs, as they lie in memory, and finite."""
+"""The arrays that tiles are cut from, in their memory layouts and with non-finite entries replaced."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -10,12 +10,13 @@ from seqattn.mask import Mask
 from seqattn.precision import accumulator
 
 Operands = dict[str, Array]
-"""Arrays of a whole call, by name."""
+"""The arrays of a whole call, by name."""
 
 
 def of_output(grid: Grid, call: TiledCall) -> Operands:
-    """Those of the forward pass."""
+    """Returns the arrays of the forward pass."""
     key, value = _marked(call.key, call.value)
+    # Layouts for `key @ query` and `value @ weights`: both products contract over adjacent axes.
     return {
         "query": layouts.query_columns(grid, _marked_query(call.query), call.inner_scale),
         "key": layouts.key_rows(grid, key),
@@ -26,12 +27,15 @@ def of_output(grid: Grid, call: TiledCall) -> Operands:
 def of_gradients(
     grid: Grid, call: TiledCall, output: Array, peak: Array, log_total: Array, d_output: Array, d_lse: Array
 ) -> Operands:
-    """Those of the backward pass, with what `finish` and the caller gave."""
+    """Returns the arrays of the backward pass, including the results of `finish` and the incoming gradients."""
     high = accumulator(output.dtype)
     key, value = _marked(call.key, call.value)
+    # D = rowsum(dO * O) of FlashAttention-2, algorithm 2, line 4. The gradient of the log-sum-exp with respect to a
+    # score is its weight, so d_lse enters the same bracket: dS = P * (dP - (D - d_lse)).
     delta = jnp.sum(d_output.astype(high) * output.astype(high), axis=-1) - d_lse
     return {
         "query": layouts.query_columns(grid, _marked_query(call.query), call.inner_scale),
+        # Rows that enter the key's gradient must be finite: a NaN query times a zero gradient would still be NaN.
         "query_rows": layouts.query_rows(grid, zero_unless_finite(call.query), call.inner_scale),
         "key": layouts.key_rows(grid, key),
         "key_columns": layouts.key_columns(grid, zero_unless_finite(key)),
@@ -39,19 +43,21 @@ def of_gradients(
         "d_output": layouts.query_columns(grid, d_output),
         "d_output_rows": layouts.query_rows(grid, d_output),
         "delta": layouts.query_columns(grid, delta[..., None])[:, :, 0],
+        # Padding queries get a maximum of +inf, so that their weights are exp(-inf) = 0.
         "peak": layouts.query_columns(grid, peak[..., None], filler=jnp.inf)[:, :, 0],
         "log_total": layouts.query_columns(grid, log_total[..., None])[:, :, 0],
     } | _of_scores(grid, call, key)
 
 
 def _of_scores(grid: Grid, call: TiledCall, key: Float[Array, "B S K H"]) -> Operands:
-    """What belongs to each query or to each pair, padded to whole tiles; `key` is NaN where it must make a row NaN.
+    """Returns the arrays of queries and pairs, padded to whole tiles. `key` is NaN where it must make a row NaN.
 
-    A score_mod may hide a pair, too, so it works on finite scores and what is not finite is marked after it.
+    A score modification may mask pairs as well. It therefore works on finite scores, and NaN is added after it.
     """
     given: Operands = {}
     if call.score_mod is not None:
         high, query, rows = call.high, call.query, call.rows
+        # The rows of a score modification are computed from the queries, so they count as a part of them.
         bad = _nan_unless_finite(query) if rows is None else _nan_unless_finite(query) + _nan_unless_finite(rows)
         given["bad_queries"] = layouts.query_columns(grid, bad.astype(high))
         given["bad_keys"] = layouts.key_rows(grid, _nan_unless_finite(key).astype(high))
@@ -59,33 +65,42 @@ def _of_scores(grid: Grid, call: TiledCall, key: Float[Array, "B S K H"]) -> Ope
         given["key"] = layouts.key_rows(grid, zero_unless_finite(key))
         if rows is not None:
             given["rows"] = layouts.query_rows(grid, zero_unless_finite(rows))
-    # What pads hides: a query that does not exist sees no key that all others must not see.
+    # Padding is masked in both: a query that does not exist must not make a tile visible or receive a gradient.
     for name, x, hidden in (("bias", call.bias, -jnp.inf), ("mask", call.mask, False)):
         if x is not None and not isinstance(x, Mask):
+            # A dim of size 1 is broadcast over the padding, too, so it needs none.
             behind = (0 if n == 1 else whole - n for n, whole in zip(x.shape[2:], grid.padded, strict=True))
             given[name] = jnp.pad(x, ((0, 0), (0, 0), *((0, n) for n in behind)), constant_values=hidden)
     return given
 
 
 def _marked(key: Float[Array, "B S K H"], value: Float[Array, "B S K V"]) -> tuple[Array, Array]:
-    """Keys that are NaN wherever key or value are not finite, and values that are 0 there.
+    """Returns keys that are NaN wherever key or value are not finite, and values that are 0 there.
 
-    A product with a key gives scores of that key alone, which the mask can hide; one with a value reaches every row.
+    The NaN moves from the value into the key: a product with a key gives scores of that key alone, which the mask can
+    hide, whereas a product with a value mixes all keys and reaches every row.
     """
     bad = _nan_unless_finite(key) + _nan_unless_finite(value)
     return key + bad, jnp.where(jnp.isnan(bad), jnp.zeros_like(value), value)
 
 
 def _marked_query(query: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
-    """Queries that are NaN wherever they are not finite: with -inf all scores could be, as if all keys were hidden."""
+    """Returns queries that are NaN wherever they are not finite.
+
+    With a query of -inf all scores could be -inf, as if all keys were masked; the row must be NaN instead.
+    """
     return query + _nan_unless_finite(query)
 
 
 def _nan_unless_finite(x: Float[Array, "*shape D"]) -> Float[Array, "*shape 1"]:
-    """0, or NaN for a vector that is not finite; on the CPU three times as fast as `isfinite(x).all(axis=-1)`."""
+    """Returns 0 for a finite vector and NaN for any other.
+
+    On the CPU this is three times as fast as `isfinite(x).all(axis=-1)`.
+    """
+    # IEEE: inf * 0 and NaN * 0 are NaN, so one multiplication and one sum test the whole vector.
     return jnp.sum(x * jnp.zeros((), x.dtype), axis=-1, keepdims=True)
 
 
 def zero_unless_finite(x: Float[Array, "*shape D"]) -> Float[Array, "*shape D"]:
-    """`x` with zeros in the vectors that are not finite."""
+    """Returns `x` with zeros in place of the vectors that are not finite."""
     return jnp.where(jnp.isnan(_nan_unless_finite(x)), jnp.zeros_like(x), x)

@@ -1,4 +1,4 @@
-"""A call that tiles can serve, taken apart: what is static in it, and the arrays that a compiled program gets."""
+"""A call for the tiled kernel, split into a static plan and the arrays that the compiled program receives."""
 
 import dataclasses
 from typing import Any
@@ -14,16 +14,16 @@ from seqattn.kernels.traced import capture
 from seqattn.pytrees import pytree
 
 Leaves = list[Any]
-"""The leaves of a `Call`: arrays, numbers, and NumPy arrays that are known at trace time."""
+"""The leaves of a `Call`: arrays, numbers, and NumPy arrays whose values are known at trace time."""
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class TiledCall(Call):
-    """A call whose arrays are all that a program gets: mask and score modification are traced, dropout is its words.
+    """A call in the form of a program's inputs: mask and score modification are traced, dropout is its key's words.
 
     Attributes:
-        words: two words of the dropout's key, or None.
+        words: two words of the dropout key, or None.
         schedule: the tiles to visit.
     """
 
@@ -32,37 +32,49 @@ class TiledCall(Call):
 
     @property
     def inner_scale(self) -> Array | None:
-        """The scale where it multiplies the queries; None where they are too coarse and it multiplies the products."""
+        """The scale, if it multiplies the queries; None if it multiplies the products.
+
+        Rounding scaled bfloat16 or float16 queries would lose precision, so the float32 products are scaled instead.
+        """
         return self.scale if self.query.dtype == self.high else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static in a call; `tree` is the structure of its `TiledCall`, whose leaves JAX sees."""
+    """The static part of a call.
+
+    Attributes:
+        grid: how the call is cut into tiles.
+        dropout_rate: 0 if there is no dropout.
+        tree: the structure of the `TiledCall`, whose leaves are the inputs of the compiled program.
+    """
 
     grid: Grid
     dropout_rate: float
     tree: jax.tree_util.PyTreeDef
 
     def call(self, leaves: Leaves) -> TiledCall:
-        """The call that was taken apart."""
+        """Rebuilds the call from its leaves."""
         return jax.tree.unflatten(self.tree, leaves)
 
 
 def prepare(call: Call) -> tuple[Plan, Leaves]:
-    """A call of `attend` with its grid and schedule, taken apart."""
+    """Returns a call of `attend` with its grid and schedule, split into the static plan and the leaves."""
     batch, length, num_heads, _ = call.query.shape
     size, num_kv_heads = call.key.shape[1:3]
     shape = (batch, num_kv_heads, num_heads // num_kv_heads, length, size)
     grid, tiles = schedule.plan(shape, call.mask, call.bias is not None, call.q_at, call.kv_at)
+    # The program receives the dropout key as two words, which are all that `dropout.kept` reads.
     words = None if call.dropout is None else call.dropout.words()
     given = {field.name: getattr(call, field.name) for field in dataclasses.fields(Call)}
+    # The scale becomes an array, so that another value does not compile again, and so that it can have a gradient.
     given |= {"scale": jnp.asarray(call.scale, call.high), "dropout": None}
     tiled = TiledCall(**given, words=words, schedule=tiles)
+    # User functions are traced now: the compiled program must not depend on arrays they close over.
     leaves, tree = jax.tree.flatten(capture(tiled, like=tiled))
     return Plan(grid, 0.0 if call.dropout is None else call.dropout.rate, tree), leaves
 
 
 def is_floating(x: Any) -> bool:
-    """Whether a leaf has a gradient."""
+    """Returns whether a leaf has a gradient."""
     return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

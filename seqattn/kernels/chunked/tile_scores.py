@@ -1,4 +1,4 @@
-"""The logits of one tile: products, bias, score modification and mask; how gradients go back through them; dropout."""
+"""The logits of one tile (products, bias, score modification, mask), their gradients, and dropout."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from seqattn.kernels.traced import TracedMask, TracedMod
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A tile of a call.
+    """The location of a tile in a call.
 
     Attributes:
-        grid: how the call is cut.
+        grid: how the call is cut into tiles.
         call: the call.
-        operands: what the tile is cut from.
-        at: where it lies.
-        partial: whether a pair in it may be hidden; a full tile evaluates no mask.
+        operands: the arrays that the tile is cut from.
+        at: the indices of the tile: lane tile, query tile, key block.
+        partial: True if a pair in the tile may be masked. A full tile evaluates no mask.
     """
 
     grid: Grid
@@ -38,19 +38,19 @@ class Place:
     partial: bool
 
     def of_queries(self, name: str) -> Array:
-        """An operand that lies by queries, `[lanes, ...]`."""
+        """Returns the tile of an operand indexed by queries, `[lanes, ...]`."""
         return layouts.take(self.grid, self.operands[name], self.at[1], self.at[0])
 
     def key_rows(self, name: str) -> Array:
-        """An operand that has keys as rows, `[lanes, keys, D]`."""
+        """Returns the tile of an operand with keys as rows, `[lanes, keys, D]`."""
         return layouts.take_key_rows(self.grid, self.operands[name], self.at[0], self.at[2])
 
     def key_columns(self, name: str) -> Array:
-        """An operand that has keys as columns, `[lanes, D, keys]`."""
+        """Returns the tile of an operand with keys as columns, `[lanes, D, keys]`."""
         return layouts.take_key_columns(self.grid, self.operands[name], self.at[0], self.at[2])
 
     def pairs(self, name: str) -> Array:
-        """An operand that belongs to pairs: broadcasts to `[rows, heads, keys, group, queries]`."""
+        """Returns the tile of an operand of pairs, which broadcasts to `[rows, heads, keys, group, queries]`."""
         return layouts.pairs(self.grid, self.operands[name], self.at)
 
 
@@ -59,11 +59,11 @@ class TileScores:
     """The logits of a tile.
 
     Attributes:
-        values: `[lanes, keys, columns]`; -inf where a pair is hidden.
-        visible: who may attend, of that shape; None: all.
-        grid: how the call is cut.
+        values: `[lanes, keys, columns]`; -inf for a masked pair.
+        visible: boolean, of the same shape; None if all pairs are visible.
+        grid: how the call is cut into tiles.
         bias: the shape of the bias in the tile, or None.
-        pull_mod: how gradients go back through the score modification; None where there is none, or nobody asks.
+        pull_mod: pulls gradients back through the score modification; None without one, or if no gradients are needed.
     """
 
     values: Array
@@ -74,31 +74,35 @@ class TileScores:
 
     @staticmethod
     def of(place: Place, *, gradients: bool) -> "TileScores":
-        """Those of a tile. Without `gradients` a score modification need not have a derivative."""
+        """Computes the logits of a tile. Without `gradients` the score modification need not be differentiable."""
         grid, call = place.grid, place.call
         scores = product("lsh,lht->lst", place.key_rows("key"), place.of_queries("query"), call.high)
+        # 16-bit queries are scaled here, after the product: see `inner_scale`.
         if call.inner_scale is None:
             scores = scores * call.scale
         visible = _visible(place) if place.partial else None
         bias = None if call.bias is None else place.pairs("bias").astype(call.high)
+        # The order of the contract: scale * q.k + bias, then the score modification, then the mask.
         if bias is not None:
             scores = (layouts.by_head(grid, scores) + bias).reshape(scores.shape)
         scores, pull_mod = _after_mod(place, scores, visible, gradients=gradients)
         if visible is not None:
             visible = jnp.broadcast_to(visible, layouts.by_head(grid, scores).shape).reshape(scores.shape)
+            # -inf after the modification: whatever it made of a masked pair is discarded.
             scores = jnp.where(visible, scores, jnp.full_like(scores, -jnp.inf))
+        # A modification may mask pairs of its own, so visibility is read off the final scores.
         seen = visible if call.score_mod is None else scores != -jnp.inf
         return TileScores(scores, seen, grid, None if bias is None else bias.shape, pull_mod)
 
     def shown(self, x: Float[Array, "lanes keys columns"]) -> Float[Array, "lanes keys columns"]:
-        """`x` where a pair is visible, 0 elsewhere."""
+        """Returns `x` with zeros for masked pairs."""
         return x if self.visible is None else jnp.where(self.visible, x, jnp.zeros_like(x))
 
     def pull_back(self, d_scores: Array) -> tuple[Array, Array | None, Array | None, list[Array]]:
-        """The gradients by the products, the bias, the rows and the arrays of the score modification."""
+        """Returns the gradients of the products, the bias, the rows and the arrays of the score modification."""
         d_rows, d_mod = None, list[Array]()
         if self.pull_mod is not None:
-            hidden = self.values == -jnp.inf  # also by the mod itself, whose derivative may be NaN there
+            hidden = self.values == -jnp.inf  # the modification may mask pairs, and its derivative may be NaN there
             d_scores, d_mod, d_rows = self.pull_mod(d_scores)
             d_scores = jnp.where(hidden, jnp.zeros_like(d_scores), d_scores)
         d_bias = None if self.bias is None else _sum_to(layouts.by_head(self.grid, d_scores), self.bias)
@@ -106,15 +110,17 @@ class TileScores:
 
 
 def product(subscripts: str, left: Array, right: Array, high: np.dtype) -> Array:
-    """A batched matrix product in the full precision of its dtype, summed in `high`."""
+    """Computes a batched matrix product in the full precision of its dtype, accumulated in `high`."""
     return jnp.einsum(subscripts, left, right, precision=lax.Precision.HIGHEST, preferred_element_type=high)
 
 
 def dropped(plan: Plan, place: Place, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x` of a tile where its weight is kept, divided by the probability of that; 0 elsewhere."""
+    """Applies dropout to the weights of a tile: kept ones are divided by the keep probability, the others are 0."""
     grid, call, at = place.grid, place.call, place.at
     if call.words is None or plan.dropout_rate == 0:
         return x
+    # The same counters as in every kernel, row (b * N + n) * T + t and column s: lanes count b * K + k and n = k *
+    # group + g, so one expression covers all batch rows and heads.
     lane = at[0] * grid.lanes + lax.iota(jnp.int32, grid.lanes)
     head = lane[:, None] * grid.group + lax.iota(jnp.int32, grid.group)[None]
     query = at[1] * grid.queries + lax.iota(jnp.int32, grid.queries)
@@ -127,7 +133,10 @@ def dropped(plan: Plan, place: Place, x: Float[Array, "..."]) -> Float[Array, ".
 def _after_mod(
     place: Place, scores: Array, visible: Array | None, *, gradients: bool
 ) -> tuple[Array, Callable[[Array], tuple[Array, list[Array], Array | None]] | None]:
-    """The scores after the score modification, which sees 0 where a pair is hidden, and how gradients go back."""
+    """Returns the modified scores and the function that pulls gradients back.
+
+    The score modification sees a score of 0 for a masked pair.
+    """
     mod, call = place.call.score_mod, place.call
     if mod is None:
         return scores, None
@@ -139,18 +148,21 @@ def _after_mod(
         return _modified(place, mod.with_arrays(arrays), shown, rows).reshape(scores.shape)
 
     pull = None
+    # `jax.vjp` would differentiate the function even if only its value is needed, and it may have no derivative.
     if gradients:
         scores, pull = jax.vjp(modify, scores, mod.arrays, rows)
     else:
         scores = modify(scores, mod.arrays, rows)
+    # NaN is added after the modification, and only to visible scores: it may have masked a key that is not finite.
     bad = place.key_rows("bad_keys") + place.of_queries("bad_queries")
     return jnp.where(scores == -jnp.inf, scores, scores + bad), pull
 
 
 def _visible(place: Place) -> Bool[Array, "..."]:
-    """Who may attend in a tile: broadcasts to `[rows, heads, keys, group, queries]`."""
+    """Returns the visible pairs of a tile; broadcasts to `[rows, heads, keys, group, queries]`."""
     grid, call, at = place.grid, place.call, place.at
-    # A query that pads sees nothing either: what a score_mod has for a derivative there may be infinite.
+    # Keys past the end are masked, and so are padding queries: a score modification may have an infinite derivative
+    # at their coordinates.
     visible = (at[2] * grid.block + lax.iota(jnp.int32, grid.keys) < grid.size)[None, None, :, None, None]
     if grid.padded[0] != grid.length:
         real = at[1] * grid.queries + lax.iota(jnp.int32, grid.queries) < grid.length
@@ -165,13 +177,14 @@ def _visible(place: Place) -> Bool[Array, "..."]:
 
 
 def _allowed(place: Place, mask: TracedMask) -> Bool[Array, "..."]:
-    """What the mask says of a tile: `[rows, 1 or heads, keys, 1 or group, queries]`."""
+    """Evaluates the mask over a tile: `[rows, 1 or heads, keys, 1 or group, queries]`."""
 
     def pair(query: Coordinates, key: Coordinates, head: Array) -> Array:
         return mask(dataclasses.replace(query, head=head), key)
 
     lifted = jax.vmap(pair, in_axes=(0, None, None))  # queries
     heads = _heads(place)
+    # A mask that ignores the head is evaluated once and broadcast.
     heads = heads if mask.reads_head else heads[:1, :1]
     lifted = jax.vmap(lifted, in_axes=(None, None, 0))  # group
     lifted = jax.vmap(lifted, in_axes=(None, 0, None))  # keys
@@ -180,7 +193,7 @@ def _allowed(place: Place, mask: TracedMask) -> Bool[Array, "..."]:
 
 
 def _modified(place: Place, mod: TracedMod, scores: Float[Array, "..."], rows: Array | None) -> Float[Array, "..."]:
-    """The scores `[rows, heads, keys, group, queries]` of a tile after the score modification."""
+    """Returns the scores `[rows, heads, keys, group, queries]` of a tile after the score modification."""
     grid, (q_at, kv_at) = place.grid, _coordinates(place)
     if rows is not None:
         rows = rows.reshape(grid.rows, grid.heads, grid.group, grid.queries, rows.shape[-1])
@@ -198,14 +211,14 @@ def _modified(place: Place, mod: TracedMod, scores: Float[Array, "..."], rows: A
 
 
 def _heads(place: Place) -> Int[Array, "heads group"]:
-    """The indices of the query heads in a tile."""
+    """Returns the indices of the query heads in a tile."""
     grid, at = place.grid, place.at
     first = at[0] * grid.lanes % grid.num_kv_heads
     return (first + lax.iota(jnp.int32, grid.heads))[:, None] * grid.group + lax.iota(jnp.int32, grid.group)[None]
 
 
 def _coordinates(place: Place) -> tuple[Coordinates, Coordinates]:
-    """Of the queries and of the keys in a tile: `[rows, queries]`, with their batch rows, and `[rows, keys]`."""
+    """Returns the coordinates of a tile: queries `[rows, queries]` with their batch rows, and keys `[rows, keys]`."""
     grid, call, at = place.grid, place.call, place.at
     row = at[0] * grid.lanes // grid.num_kv_heads
 
@@ -227,5 +240,5 @@ def _coordinates(place: Place) -> tuple[Coordinates, Coordinates]:
 
 
 def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
-    """The gradient of broadcasting from `shape`, of the same rank."""
+    """Returns the gradient of broadcasting from `shape`, which has the same rank."""
     return x.sum(axis=[i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1], keepdims=True).reshape(shape)

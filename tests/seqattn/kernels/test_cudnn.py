@@ -88,7 +88,7 @@ BF16 = jnp.ones((2, 10, 4, 8), jnp.bfloat16)
         ((2, 10, 4, 8), {"mask": jnp.ones((10, 10), bool)}, "dense bias"),
         ((2, 10, 4, 8), {"mask": Prefix(3)}, "Prefix"),
         ((2, 10, 4, 8), {"mask": SlidingWindow(3, ahead=1)}, "no window of 1 keys ahead"),
-        ((2, 10, 4, 8), {"mask": SlidingWindow(3, ahead=9)}, "earlier keys only where causal"),
+        ((2, 10, 4, 8), {"mask": SlidingWindow(3, ahead=9)}, "left window only with a causal mask"),
         ((2, 10, 4, 8), {"bias": jnp.ones((10, 10))}, "dtype bfloat16, got float32"),
         ((2, 10, 4, 8), {"bias": jnp.ones((1, 10), jnp.bfloat16)}, r"got \(1, 10\)"),
         ((2, 11, 4, 8), {"bias": jnp.ones((11, 11), jnp.bfloat16)}, "even T and S"),

@@ -224,7 +224,7 @@ def test_an_explanation_refuses_what_attend_refuses():
         explain(X, X, X, bias=jnp.ones((3, 3)))
     with pytest.raises(ValueError, match="'nothing' is not one of"):
         explain(X, X, X, implementation="nothing")
-    with pytest.raises(TypeError, match="takes the arguments of attend, and foo is none of them"):
+    with pytest.raises(TypeError, match="takes the arguments of attend, which has no foo"):
         explain(X, X, X, foo=1)
     with pytest.raises(ValueError, match=r"sinks \(5,\) must be \[N\], one logit for each head \(3,\)"):
         explain(X, X, X, sinks=jnp.ones(5))

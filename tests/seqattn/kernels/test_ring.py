@@ -329,7 +329,7 @@ def test_dropout_is_refused():
     unused = dict.fromkeys(("mask", "bias", "score_mod", "rows"))
     dropout, located = Dropout(0.5, jax.random.key(0)), {"q_at": at, "kv_at": at}
     call = Call(x, x, x, **unused, **located, scale=1.0, dropout=dropout)
-    with pytest.raises(NotImplementedError, match="no dropout: that drops by the place of a weight in the whole batch"):
+    with pytest.raises(NotImplementedError, match="no dropout: it depends on a weight's index in the whole batch"):
         ring.attend(call, "sequence")
 
 

@@ -363,5 +363,5 @@ def test_weights_of_hypotheses_are_dropped_by_a_key_or_refused():
     dropped = attention(*given, dropout_key=jax.random.key(0))
     assert np.abs(dropped - attention(*given)).max() > 1e-3
     named, *given = _beams_of("cached", dropout_rate=0.5)
-    with pytest.raises(NotImplementedError, match="cached: a step through a cache drops no weights"):
+    with pytest.raises(NotImplementedError, match="cached: attention to a cache has no dropout"):
         named(*given, dropout_key=jax.random.key(0))
