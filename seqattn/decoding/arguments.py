@@ -29,7 +29,7 @@ def check_sizes(beam_size: int, n_best: int, groups: DiverseGroups | None, align
         # Groups of unequal sizes would need arrays of unequal shapes.
         check_multiple("beam_size", beam_size, groups.count, "the count of groups")
     if coverage is not None and alignment is None:
-        raise ValueError("a coverage penalty needs alignment, the function that says what a step attended to")
+        raise ValueError("a coverage penalty needs alignment, a function that returns the attention weights of a step")
 
 
 def checked_row_limit(row_limit: Number | None, max_length: int, num_rows: int) -> Int[Array, "num_rows"]:

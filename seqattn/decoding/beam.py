@@ -236,11 +236,13 @@ class _Search:
 
     @property
     def group_shape(self) -> tuple[int, int, int]:
+        """Returns the numbers of rows, of groups, and of hypotheses per group."""
         rows, beams = self.first.shape
         count = 1 if self.groups is None else self.groups.count
         return rows, count, beams // count
 
     def start(self, state: Any) -> _Loop:
+        """Returns the carry before the first step."""
         rows, num_groups, group_size = self.group_shape
         beams = self.first.shape[1]
         state = states.branch(state, beams)
@@ -270,6 +272,7 @@ class _Search:
         )
 
     def _source_length(self, state: Any) -> int:
+        """Returns S of the alignment; 0 without one."""
         if self.alignment is None:
             return 0
         _, state = jax.eval_shape(self.step, self.first.reshape(-1), state)
@@ -285,6 +288,7 @@ class _Search:
 
     def advance(self, loop: _Loop) -> _Loop:
         # One model call serves all hypotheses of all rows. Dead ones are fed padding and ignored below.
+        """Takes one step: expand, prune, record finished sequences, apply the stopping rule, reorder the state."""
         logits, state = self.step(loop.fed, loop.state)
         weights, covered = self._attended(state, loop.running)
         adjustment = self._adjustment(covered)
@@ -345,7 +349,7 @@ class _Search:
         scores = process(self.processors, normaliser.log_probabilities(logits), history)
         # The second test catches processors that forbid every token the model allows.
         works = normaliser.is_finite & jnp.isfinite(scores.max(axis=-1))
-        # Processed scores are final increments: normalising again would undo the penalties.
+        # Not normalised again: that would hand the probability of forbidden tokens to the others.
         zero = jnp.zeros(works.shape, jnp.float32)
         return scores, _or_gone(Normaliser(zero, zero), works)
 
@@ -378,6 +382,7 @@ class _Search:
     def _score(
         self, candidates: Candidates, length: Int[Array, ""], adjustment: Float[Array, "B beams"]
     ) -> Float[Array, "B G C"]:
+        """Returns the final scores of candidates of this length."""
         rows, num_groups, count = candidates.parent.shape
         # The step belongs to the parent: coverage is indexed by it, not by the new hypothesis.
         parents = candidates.parent.reshape(rows, num_groups * count)
@@ -387,6 +392,7 @@ class _Search:
     def _is_done(
         self, length: Int[Array, ""], running: Candidates, ended: _Ended, adjustment: Float[Array, "B beams"]
     ) -> Bool[Array, "B G"]:
+        """Returns the groups that the stopping rule ends."""
         alive = running.objective > -jnp.inf
         # -inf until K sequences have finished: before that, any live hypothesis can still enter the list.
         worst = ended.score[..., -1]
@@ -404,6 +410,7 @@ class _Search:
 
     def _run_on(self, loop: _Loop, going_on: Candidates, covered: Array | None, done: Bool[Array, "B G"]) -> _Running:
         # A finished group must not choose tokens: its choices would push later groups away from them.
+        """Returns the live hypotheses for the next step."""
         going_on = dataclasses.replace(going_on, objective=jnp.where(done[..., None], -jnp.inf, going_on.objective))
         token, parent, objective, log_probability = (
             leaf.reshape(self.first.shape)

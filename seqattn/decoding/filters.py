@@ -25,7 +25,7 @@ class Temperature(LogitsProcessor):
         value: at least 0, one number or one per row `[B]`; a leaf.
 
     Raises:
-        ValueError: `value` is known and negative or not finite; when called, it has another shape.
+        ValueError: `value` is known and negative or not finite; when called, its shape is neither `()` nor `[B]`.
 
     >>> history = History(tokens=jnp.zeros((1, 1, 3), jnp.int32), length=jnp.array(0), first=jnp.array([[0]]))
     >>> print(Temperature(0.5)(jnp.array([[[1.0, 2.0, 2.0]]]), history))
@@ -101,7 +101,7 @@ class TopP(Lowering):
             leaf.
 
     Raises:
-        ValueError: `probability` is known and outside `[0, 1]`; when called, it has another shape.
+        ValueError: `probability` is known and outside `[0, 1]`; when called, its shape is neither `()` nor `[B]`.
 
     >>> history = History(tokens=jnp.zeros((1, 1, 3), jnp.int32), length=jnp.array(0), first=jnp.array([[0]]))
     >>> print(jnp.exp(TopP(0.6)(jnp.log(jnp.array([[[0.125, 0.5, 0.125, 0.25]]])), history)))
@@ -141,7 +141,7 @@ class MinP(Lowering):
             `[B]`; a leaf.
 
     Raises:
-        ValueError: `probability` is known and outside `[0, 1]`; when called, it has another shape.
+        ValueError: `probability` is known and outside `[0, 1]`; when called, its shape is neither `()` nor `[B]`.
 
     >>> history = History(tokens=jnp.zeros((1, 1, 3), jnp.int32), length=jnp.array(0), first=jnp.array([[0]]))
     >>> print(jnp.exp(MinP(0.5)(jnp.log(jnp.array([[[0.125, 0.5, 0.125, 0.25]]])), history)))
@@ -172,7 +172,7 @@ class MinLogProbability(Lowering):
         floor: at most 0, in nats; one number or one per row `[B]`; a leaf.
 
     Raises:
-        ValueError: `floor` is known and above 0 or not finite; when called, it has another shape.
+        ValueError: `floor` is known and above 0 or not finite; when called, its shape is neither `()` nor `[B]`.
 
     >>> history = History(tokens=jnp.zeros((1, 1, 3), jnp.int32), length=jnp.array(0), first=jnp.array([[0]]))
     >>> print(jnp.exp(MinLogProbability(-2.0)(jnp.log(jnp.array([[[0.125, 0.5, 0.125, 0.25]]])), history)))

@@ -122,7 +122,7 @@ def generate(
         raise TypeError(f"sampling must be Greedy() or Sample(filters), got {sampling!r}")
     limit = checked_row_limit(row_limit, max_length, first_token.shape[0])
     keys = _keys(sampling, key, first_token.shape[0])
-    # Filters come last: top-p must see the distribution after bans and penalties, or it may keep only banned tokens.
+    # Filters come last: a ban that came after top-p could forbid every token that top-p kept.
     processors = (*checked_processors(processors), *sampling.filters)
 
     def unfinished(loop: tuple[Array, Array, Any, Generated]) -> Array:
@@ -140,8 +140,8 @@ def generate(
         # Processors expect an axis of hypotheses, so greedy decoding is a beam of 1 to them.
         history = History(found.tokens[:, None], index, first_token[:, None])
         allowed = process(processors, logits[:, None], history)[:, 0]
-        # The processed logits decide; the model's own logits give the reported log probability below. A forbidden
-        # alternative must not change how probable the model finds the result.
+        # The processed logits decide; the model's own logits give the reported log probability below. Bans and filters
+        # thus do not change how probable the model finds a sequence.
         chosen = sampling.choose(allowed, _step_keys(keys, index))
         # The normaliser is not finite if a logit is NaN or inf, or if all are -inf. Test before and after processors:
         # they may hide a failure of the model, or forbid every token.
@@ -192,7 +192,7 @@ def _without_free(
 ) -> Float[Array, "B"]:
     for processor in processors:
         if isinstance(processor, ForcedPrefix):
-            # The model's log probability of a free forced token was added above and must not count.
+            # A free forced token counts 0: its model log probability from above is dropped.
             gained = jnp.where(processor.is_free(history), 0.0, gained)
     return gained
 

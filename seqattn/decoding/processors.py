@@ -93,7 +93,7 @@ class RepetitionPenalty(LogitsProcessor):
             1.2. One number or one per row `[B]`; a leaf.
 
     Raises:
-        ValueError: `penalty` is known and not above 0; when called, it has another shape.
+        ValueError: `penalty` is known and not above 0; when called, its shape is neither `()` nor `[B]`.
 
     >>> logits = jnp.array([[[2.0, -2.0, 2.0, -2.0]]])
     >>> history = History(tokens=jnp.array([[[0, 3]]]), length=jnp.array(1), first=jnp.array([[1]]))
