@@ -20,7 +20,7 @@ _NAME = 1.3  # inches per name in the legend
 
 
 def with_value(lines: Sequence[Line], field: str, path: str | os.PathLike[str]) -> list[Line]:
-    """Returns the lines with a number in a field, except those of the baseline.
+    """Returns the lines with a number in a field, except the baseline's lines.
 
     Raises ValueError with the chart's path if there are none.
     """

@@ -96,7 +96,7 @@ def choose(
 
     Args:
         scores: log probabilities, up to a constant per hypothesis: raw logits will do. The constant does not change the
-            order, so no normalised array of size V is written.
+            order within a hypothesis, so no normalised array of size V is written.
         normaliser: turns `scores` into log probabilities; its `log_total` is inf where the hypothesis cannot continue.
         objective: ranks the hypotheses before this step.
         log_probability: of the hypotheses before this step, in nats.
