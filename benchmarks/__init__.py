@@ -1,1 +1,1 @@
-"""What attention, decoding and training cost, in time and memory, here and in other libraries."""
+"""Benchmarks of attention, decoding and training: time and memory, compared with other libraries."""

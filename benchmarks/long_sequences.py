@@ -1,10 +1,11 @@
-"""What one update costs on long texts: full attention, with and without its scores kept, and Liu's compressed one.
+"""Benchmarks updates on long texts: full and memory-compressed attention, each with and without stored scores.
 
     python -m benchmarks.long_sequences --lengths 1000,4000,16000 --json benchmarks/results/long-sequences.jsonl
 
-The decoder of the experiment `docstrings_stream` reads one text of each length and writes a target of 50 tokens behind
-it: forward, backward and Adam, in float32. Both ways of full attention, and both of compressed attention, must give the
-same loss before they are timed. All take turns in one process: only figures of one run are to be compared.
+The decoder of the experiment `docstrings_stream` trains on one text of each length, followed by a target of 50 tokens:
+forward pass, backward pass and Adam, in float32. The compressed attention is that of Liu 2018. Both variants of full
+attention, and both of compressed attention, must give the same loss before they are timed. All take turns in one
+process, so compare only numbers of the same run.
 """
 
 import math
@@ -36,24 +37,28 @@ KEPT, TILED = "full-scores-kept", "full-tiled"
 COMPRESSED_KEPT, COMPRESSED = "local-compressed-scores-kept", "local-compressed-tiled"
 NAMES = (KEPT, COMPRESSED_KEPT, TILED, COMPRESSED)
 _SAME = ((KEPT, TILED), (COMPRESSED_KEPT, COMPRESSED))
-"""What is the same function, computed in two ways."""
+"""Pairs that compute the same function in two ways."""
 _TARGET, _TOLERANCE, _ROUNDS = 50, 1e-4, 5
 _LEGEND = (
-    "planned MiB: arguments, results and temporaries of an update, as XLA plans it, with the state before and after "
-    "it, which training keeps once. ms: median of the rounds, their range beside it. loss: before the first update; "
-    "with and without its scores kept that of an attention must be the same. compile s: once a length, not in ms."
+    "planned MiB: arguments, results and temporaries of an update in XLA's plan, including the state before and after "
+    "it, which training keeps once. ms: median over the rounds, with their range. loss: before the first update; must "
+    "be the same with and without stored scores. compile s: once per length, not part of ms."
 )
 
 
 @dataclass(frozen=True)
 class LongSequenceArguments(command.Arguments):
-    """Measures updates on long texts, in 5 rounds. Lists are words separated by spaces or commas."""
+    """Measures updates on long texts, in 5 rounds.
+
+    Lists are words separated by spaces or commas.
+    """
 
     lengths: command.Words = ("1000", "4000", "16000")
-    """Tokens of the text that is read."""
+    """Numbers of tokens of the text."""
     attentions: command.Words = NAMES
-    """Of full-scores-kept, local-compressed-scores-kept (those of its compressed layers), full-tiled and
-    local-compressed-tiled (neither scores nor weights are kept), in turn."""
+    """Any of full-scores-kept, local-compressed-scores-kept (stores the scores of its compressed layers), full-tiled
+    and local-compressed-tiled (store neither scores nor weights), in this order.
+    """
 
 
 @dataclass(frozen=True)
@@ -64,23 +69,23 @@ class LongSequenceCase:
 
     @property
     def name(self) -> str:
-        """Such as "4,000 tokens"."""
+        """For example "4,000 tokens"."""
         return f"{self.length:,} tokens"
 
     def fields(self) -> dict[str, Any]:
-        """Lengths and dtype."""
+        """Returns lengths and dtype."""
         return {"length": self.length, "target_length": _TARGET, "dtype": "float32"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LongSequenceRecord(Record):
-    """A record, whose implementation is a kind of attention, with the loss before the first update."""
+    """A record of a kind of attention, with the loss before the first update."""
 
     case: LongSequenceCase
     loss: float = math.nan
 
     def own_fields(self) -> dict[str, Any]:
-        """The kind of attention and its loss."""
+        """Returns the kind of attention and its loss."""
         return {"attention": self.implementation, "loss": None if math.isnan(self.loss) else self.loss}
 
 
@@ -101,7 +106,7 @@ LongSequenceAttempt = Attempt[LongSequenceRecord]
 
 
 def measure(lengths: Sequence[int], attentions: Sequence[str], rounds: int) -> Iterator[list[LongSequenceRecord]]:
-    """The records of one length after the other."""
+    """Yields the records of one length at a time."""
     for length in lengths:
         tried = compare([attempt(name, length, DOCSTRINGS_STREAM.model) for name in attentions])
         times = take_turns(tried, rounds)
@@ -109,7 +114,7 @@ def measure(lengths: Sequence[int], attentions: Sequence[str], rounds: int) -> I
 
 
 def attempt(name: str, length: int, config: Any) -> LongSequenceAttempt:
-    """Compiles an update and takes one, where memory suffices."""
+    """Compiles an update and makes one, if memory suffices."""
     model = build(name, replace(config, vocab_size=2_000))
     optimizer = optax.adam(1e-3)
     graph, state = start(model, optimizer)
@@ -127,19 +132,19 @@ def attempt(name: str, length: int, config: Any) -> LongSequenceAttempt:
 
 
 def build(name: str, config: LanguageModelConfig) -> nnx.Module:
-    """The decoder with one kind of attention, without dropout."""
+    """Returns the decoder with one kind of attention, without dropout."""
     block = replace(config.block, dropout_rate=0.0)
     compressed: Any = DOCSTRINGS_COMPRESSED.model
     pattern = compressed.pattern if name in (COMPRESSED_KEPT, COMPRESSED) else config.pattern
     model = run.build(replace(config, block=block, pattern=pattern), seed=0)
-    # Local attention has few scores to keep, T x 256, but as one product the xla kernel would make all of T x T.
+    # Local attention has only T x 256 scores, but the xla kernel would compute T x T in one product.
     kept: dict[str, type[MultiHeadAttention]] = {KEPT: MultiHeadAttention, COMPRESSED_KEPT: MemoryCompressedAttention}
     model = with_implementation(model, "chunked")
     return with_implementation(model, "xla", of=kept[name]) if name in kept else model
 
 
 def texts(length: int) -> dict[str, np.ndarray]:
-    """A batch of one random text, and one random target."""
+    """Returns a batch of one random text and one random target."""
     random = np.random.default_rng(length)
     return {
         "source": random.integers(4, 2_000, (1, length), np.int32),
@@ -150,7 +155,7 @@ def texts(length: int) -> dict[str, np.ndarray]:
 
 
 def compare(tried: Sequence[LongSequenceAttempt]) -> list[LongSequenceAttempt]:
-    """The attempts; wrong are both of an attention where their losses differ."""
+    """Marks both variants of an attention as wrong if their losses differ."""
     compared = list(tried)
     for names in _SAME:
         pair = [one for one in tried if one.record.implementation in names and one.record.status == CHECKED]
@@ -162,14 +167,14 @@ def compare(tried: Sequence[LongSequenceAttempt]) -> list[LongSequenceAttempt]:
 
 
 def plan(arguments: LongSequenceArguments) -> tuple[list[int], list[str], int]:
-    """Lengths, kinds of attention and rounds; raises ValueError for what does not exist."""
+    """Returns lengths, kinds of attention and rounds. Raises ValueError for unknown names and bad numbers."""
     names = list(command.words(arguments.attentions))
     command.check("attention", names, NAMES)
     return command.numbers("lengths", arguments.lengths), names, arguments.turns(_ROUNDS)
 
 
 def main(arguments: LongSequenceArguments) -> int:
-    """Prints the table; returns 1 if one is wrong, else 0."""
+    """Prints the table. Returns 1 if any result is wrong, else 0."""
     lengths, names, rounds = plan(arguments)
     records = command.show(measure(lengths, names, rounds), len(lengths), TABLE, arguments.json)
     return int(any(record.status == WRONG for record in records))

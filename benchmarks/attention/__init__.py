@@ -1,1 +1,1 @@
-"""What attention costs, here and in other libraries: `python -m benchmarks.attention`."""
+"""Benchmarks attention against other libraries: `python -m benchmarks.attention`."""

@@ -1,13 +1,13 @@
-"""What attention costs, here and elsewhere: `python -m benchmarks.attention`.
+"""Benchmarks attention against other libraries: `python -m benchmarks.attention`.
 
     python -m benchmarks.attention --short                    # what `make bench` runs: minutes
     python -m benchmarks.attention --json benchmarks/results/cpu.jsonl --plot benchmarks/results/cpu.png
     python -m benchmarks.attention --shapes cpu-t4096,gpt2-small --masks full,window --pass fwd
     python -m benchmarks.attention --shapes long --masks causal --pass bwd --implementations seqattn --rounds 1 --memory
 
-On a GPU the same command measures in bfloat16, with cuDNN and PyTorch's kernels beside ours. Every result is compared
-with float64 before it is timed; a wrong one has no time. All implementations take turns in one process, so that only
-figures of one run are to be compared.
+On a GPU the same command measures in bfloat16 and adds the kernels of cuDNN and PyTorch. Every result is compared with
+float64 first; a wrong one is not timed. All implementations take turns in one process, so compare only numbers of the
+same run.
 """
 
 import os
@@ -34,36 +34,37 @@ _ROUNDS = 7
 
 @dataclass(frozen=True)
 class AttentionArguments(command.PeerArguments):
-    """Measures attention, in 7 rounds, with --short in 3.
+    """Measures attention, in 7 rounds, or 3 with --short.
 
-    Lists are words separated by spaces or commas; what is not given depends on the device.
+    Lists are words separated by spaces or commas. Defaults depend on the device.
     """
 
     shapes: command.Words = ()
-    """Names of shapes or groups of them (benchmarks/attention/shapes.py), or sizes such as b2-t64-n4-d32."""
+    """Names of shapes or of groups of shapes (benchmarks/attention/shapes.py), or sizes such as b2-t64-n4-d32."""
     masks: command.Words = ()
-    """Of full, causal, window, documents, prefix, alibi."""
+    """Any of full, causal, window, documents, prefix, alibi."""
     passes: Annotated[command.Words, tyro.conf.arg(name="pass")] = ()
     """fwd: forward. bwd: forward and backward, with the gradients of query, key and value."""
     implementations: command.Words = ()
-    """Of the names in benchmarks/attention/implementations.py."""
+    """Any of the names in benchmarks/attention/implementations.py."""
     baseline: str = BASELINE
-    """The implementation that speeds are relative to."""
+    """The implementation that defines speed 1."""
     dtype: str | None = None
     """float32, bfloat16 (the default on accelerators), float16."""
     spread: bool = False
-    """Spread the rounds of a case over the time of all cases of its shape, so that a slow minute of the machine costs
-    each case one round and none its median; all their arrays are held at once."""
+    """Spread the rounds of each case over the time of all cases of its shape. A slow minute of the machine then costs
+    each case one round, not its median. Holds the arrays of all these cases at once.
+    """
     short: bool = False
-    """Fewer rounds, masks and implementations where they are not given: about 5 minutes on two cores."""
+    """Fewer rounds, masks and implementations, unless given: about 5 minutes on two cores."""
     tolerance: float | None = None
-    """How large an error may be by the size of the exact values; by default what the dtype allows."""
+    """Maximum error relative to the exact values. Defaults to a limit for the dtype."""
     product_size: int | None = None
-    """Rows of the square matrices whose product is timed beside."""
+    """Number of rows of the square matrices of the product that is timed for comparison."""
 
 
 def plan(arguments: AttentionArguments) -> AttentionPlan:
-    """Raises ValueError for what does not exist."""
+    """Resolves the arguments to a plan. Raises ValueError for unknown names and bad sizes."""
     on_cpu, short = machine.platform_name() == "cpu", arguments.short
     shapes = command.words(arguments.shapes) or ("acceptance" if on_cpu else "gpu",)
     masks = command.words(arguments.masks) or tuple(patterns.PATTERNS)[: 4 if short else None]
@@ -94,13 +95,13 @@ def plan(arguments: AttentionArguments) -> AttentionPlan:
 
 
 def parse(arguments: Sequence[str] | None = None) -> AttentionArguments:
-    """What a command line asks for; that of this process by default."""
+    """Parses a command line. Defaults to that of this process."""
     return tyro.cli(AttentionArguments, prog="python -m benchmarks.attention", args=arguments)
 
 
 def main(arguments: AttentionArguments) -> int:
-    """Prints the table; returns 1 if one of our own implementations is wrong or fails, else 0."""
-    # Allocated at need, the memory of a GPU is there for PyTorch, too.
+    """Prints the table. Returns 1 if one of our own implementations is wrong or fails, else 0."""
+    # Without preallocation, since PyTorch needs memory on the same GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     wanted = plan(arguments)
     total = len(wanted.questions()) * len(wanted.directions)

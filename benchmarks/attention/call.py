@@ -1,4 +1,4 @@
-"""A call of attention in JAX, and the program that it becomes."""
+"""A call of attention in JAX, and the compiled program made from it."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -14,19 +14,20 @@ from benchmarks.bench.program import Program, compiled, require_memory
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """How attention is called in a library for JAX: `attend(query, key, value, *extra)`."""
+    """A call of attention in a JAX library: `attend(query, key, value, *extra)`."""
 
     attend: Callable[..., Array]
     how: str
-    """In which words the mask is given."""
+    """How the mask is written, for the table."""
     extra: tuple[Any, ...] = ()
-    """Masks, biases and coordinates that the batch brings: arguments of the compiled function, not constants in it."""
+    """Masks, biases and coordinates of the batch: arguments of the compiled function, not constants in it."""
 
 
 def prepare(call: AttentionCall, case: AttentionCase, inputs: Iterable[np.ndarray]) -> Program:
-    """Compiles a call that returns the output `[B, T, N, D]`, then the gradients of query, key and value if wanted.
+    """Compiles a call that returns the output `[B, T, N, D]`, followed by the gradients of query, key and value if
+    wanted.
 
-    Raises NotImplementedError where the device lacks the memory that XLA plans for it.
+    Raises NotImplementedError if XLA plans more memory than the device has free.
     """
     arrays = tuple(jax.device_put(x) for x in inputs)
     arguments = (*arrays, *jax.device_put(call.extra))

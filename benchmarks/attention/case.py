@@ -1,4 +1,4 @@
-"""One thing to compute: a shape, a mask, a pass and a dtype; its inputs and its work."""
+"""One benchmark case of attention: a shape, a mask, a pass and a dtype, with inputs and operation counts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from benchmarks.attention import patterns
 from benchmarks.attention.shapes import Shape
 
 DIRECTIONS = ("fwd", "bwd")
-"""Forward; forward and backward, with the gradients of query, key and value."""
+"""fwd: forward pass. bwd: forward and backward pass, with the gradients of query, key and value."""
 
 BACKWARD = 3.5
-"""Useful work of forward and backward by that of forward: 2 products of T x S x D forward, 5 backward."""
+"""Operations of bwd relative to fwd: 2 products of T x S x D forward, 5 backward."""
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """What every implementation computes and is compared on."""
+    """What each implementation computes."""
 
     shape: Shape
     pattern: str
@@ -28,27 +28,27 @@ class AttentionCase:
 
     @property
     def backward(self) -> bool:
-        """Whether gradients are wanted, too."""
+        """Whether gradients are computed."""
         return self.direction == "bwd"
 
     @property
     def name(self) -> str:
-        """Such as "cpu-t4096 causal bwd"."""
+        """For example "cpu-t4096 causal bwd"."""
         return f"{self.shape.name} {self.pattern} {self.direction}"
 
     @property
     def pairs(self) -> int:
-        """Pairs of query and key that may attend, over the batch, for one head."""
+        """Number of visible query-key pairs over the batch, for one head."""
         return patterns.spans(self.pattern, self.shape).pairs(self.shape.batch)
 
     @property
     def flops(self) -> float:
-        """Useful work: the products of the pairs that may attend, whatever an implementation computes besides."""
+        """Useful floating-point operations: the products of visible pairs only, whatever an implementation computes."""
         forward = 4 * self.pairs * self.shape.num_heads * self.shape.head_dim
         return forward * (BACKWARD if self.backward else 1)
 
     def fields(self) -> dict[str, Any]:
-        """Sizes, mask, pass, dtype and work, in units without prefixes."""
+        """Returns sizes, mask, pass, dtype and operations, in base units."""
         shape = self.shape
         return {
             "shape": shape.name,
@@ -67,7 +67,7 @@ class AttentionCase:
         }
 
     def inputs(self) -> Iterator[np.ndarray]:
-        """Query, key, value and, for gradients, the output's cotangent; the same in every run and process."""
+        """Yields query, key, value and, for gradients, the output's cotangent; the same in every process."""
         sizes = (self.shape.query, self.shape.key, self.shape.key, self.shape.query)
         for number, size in enumerate(sizes[: 4 if self.backward else 3]):
             rng = np.random.default_rng([number, *size])

@@ -1,4 +1,4 @@
-"""The picture of attention: how fast each implementation is by the baseline, case by case."""
+"""Chart of attention: the speed of each implementation relative to the baseline."""
 
 import os
 from collections.abc import Sequence
@@ -12,22 +12,22 @@ from benchmarks.bench.chart import distinct, fill, finish, logarithmic, place, w
 from benchmarks.bench.record import Line
 from train.reports.style import STYLE
 
-_ROOM = 1.6  # between a bar and the end of the axis, for its number
+_ROOM = 1.6  # margin factor above a bar, for its label
 _BAR = 0.2  # inches
 
 
 def speeds(lines: Sequence[Line], path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Draws bars of speed relative to the baseline, a panel for each shape and pass, a group for each mask.
+    """Draws speeds relative to the baseline as bars: one panel per shape and pass, one group of bars per mask.
 
     Args:
-        lines: those with a speed are drawn, on a logarithmic scale; the baseline is the line at 1.
-        path: that of the picture; its suffix does not matter.
+        lines: records; the ones with a speed are drawn on a logarithmic scale. The baseline is the line at 1.
+        path: where to write the chart; the suffix is ignored.
 
     Returns:
-        The paths of the PNG and of the SVG beside it.
+        The paths of the PNG and the SVG file.
 
     Raises:
-        ValueError: no line but the baseline's has a speed.
+        ValueError: no line except the baseline's has a speed.
     """
     drawn = with_value(lines, "speed", path)
     names, masks = distinct(drawn, "implementation"), distinct(drawn, "mask")
@@ -41,7 +41,7 @@ def speeds(lines: Sequence[Line], path: str | os.PathLike[str]) -> tuple[Path, P
             for ax, direction in zip(across, directions, strict=True):
                 _draw(ax, [line for line in row if line["pass"] == direction], names, masks)
                 ax.set_title(f"{shape}, {direction}")
-            # The panels of a shape share their axis, so that the limits are those of all its lines.
+            # The panels of a shape share an axis, so the limits must fit all of its lines.
             found = [line["speed"] for line in row]
             across[0].set_ylim(min(0.5, min(found) / _ROOM), max(2, max(found) * _ROOM))
             across[0].set_ylabel(f"speed ({drawn[0]['baseline']} = 1)")
@@ -52,7 +52,7 @@ def _draw(ax: Axes, lines: Sequence[Line], names: list[str], masks: list[str]) -
     for number, name in enumerate(names):
         mine = [line for line in lines if line["implementation"] == name]
         places = [place(number, len(names), masks.index(line["mask"])) for line in mine]
-        # Bars grow from 1: what is faster upwards, what is slower downwards.
+        # Bars start at 1: up for faster, down for slower.
         ax.bar(places, [line["speed"] - 1 for line in mine], 1 / (len(names) + 1), bottom=1, **fill(number))
         for at, line in zip(places, mine, strict=True):
             _name_bar(ax, at, line["speed"])

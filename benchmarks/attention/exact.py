@@ -1,4 +1,4 @@
-"""The answer in float64, and how far another one is from it."""
+"""Exact attention in float64, and the error of another result."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,36 +11,36 @@ from benchmarks.attention.case import AttentionCase
 NAMES = ("output", "d_query", "d_key", "d_value")
 
 TOLERANCES = {"float64": 1e-11, "float32": 2e-5, "bfloat16": 2e-2, "float16": 2.5e-3}
-"""How large an error may be, by the size of the exact values."""
+"""Maximum error relative to the exact values, by dtype."""
 
 _TILE = 1 << 21  # scores held at once
-_PAIRS = 1 << 27  # how many scores are checked; the heads that this covers stand for the others
+_PAIRS = 1 << 27  # maximum number of scores to check; a sample of heads if there are more
 
 Answer = dict[str, np.ndarray]
-"""By name, `[T, G, D]` or `[S, D]` float64: for one key head and the G query heads that share it."""
+"""Float64 arrays by name, `[T, G, D]` or `[S, D]`: for one key head and the G query heads that share it."""
 
 
 @dataclass(frozen=True)
 class Error:
-    """How far a result is from the exact one, over all that was computed."""
+    """The error of a result over the output and all gradients."""
 
     largest: float
-    """The largest absolute error of one number."""
+    """Largest absolute error of any number."""
     relative: float
-    """The largest over output and gradients of: root mean square of the error by that of the exact values."""
+    """Root mean square of the error divided by that of the exact values; the maximum over output and gradients."""
     right: bool
-    """Whether both, the former by the largest exact value, are within the tolerance."""
+    """Whether the relative error, and the largest error divided by the largest exact value, are within tolerance."""
 
 
 @dataclass(frozen=True)
 class Exact:
-    """The answers for some (row of the batch, key head), chosen at random where all would take too long."""
+    """Exact answers for (batch row, key head) pairs; a random sample if all would take too long."""
 
     answers: Mapping[tuple[int, int], Answer]
     tolerance: float
 
     def error(self, results: Sequence[np.ndarray]) -> Error:
-        """Of output `[B, T, N, D]` and, if there are more results, of the gradients of query, key and value."""
+        """Returns the error of the output `[B, T, N, D]` and, if given, of the gradients of query, key and value."""
         each = [self._error_of(name, result) for name, result in zip(NAMES, results, strict=False)]
         largest, relative = (float(np.max([getattr(e, name) for e in each])) for name in ("largest", "relative"))
         return Error(largest, relative, all(e.right for e in each))
@@ -53,7 +53,7 @@ class Exact:
             mine = result[b, :, k * group : (k + 1) * group].astype(np.float64).reshape(exact.shape)
             error = np.abs(mine - exact)
             errors, sizes = errors + np.square(error).sum(), sizes + np.square(exact).sum()
-            # np.maximum keeps a NaN, max would lose it
+            # np.maximum propagates NaN; max would drop it.
             largest, most = np.maximum(largest, error.max()), max(most, np.abs(exact).max())
         relative = np.sqrt(errors / sizes) if sizes else np.sqrt(errors)
         right = relative <= self.tolerance and largest <= self.tolerance * most
@@ -61,7 +61,7 @@ class Exact:
 
 
 def solve(case: AttentionCase, tolerance: float | None = None) -> Exact:
-    """Computes a case in float64 from inputs rounded to its dtype, with gradients where the case has them."""
+    """Solves a case in float64 from inputs rounded to its dtype, with gradients if the case has them."""
     shape = case.shape
     inputs = list(case.inputs())
     spans, slopes = patterns.spans(case.pattern, shape), patterns.slopes(case.pattern, shape)
@@ -77,7 +77,7 @@ def solve(case: AttentionCase, tolerance: float | None = None) -> Exact:
 
 
 def _checked(case: AttentionCase) -> list[tuple[int, int]]:
-    """The (row, key head) to compute: all of them, or as many random ones as the budget allows, at least one."""
+    """Returns the (row, key head) pairs to compute: all, or a random sample within the budget, at least one."""
     shape = case.shape
     every = [(b, k) for b in range(shape.batch) for k in range(shape.kv_heads)]
     allowed = max(1, _PAIRS * len(every) // (case.pairs * shape.num_heads))
@@ -93,7 +93,7 @@ def _attend(
     spans: patterns.Spans,
     slopes: np.ndarray,
 ) -> Answer:
-    """Queries `[T, G, D]` over keys and values `[S, D]`, tile by tile; gradients where there is a cotangent."""
+    """Attends queries `[T, G, D]` to keys and values `[S, D]` tile by tile; adds gradients if there is a cotangent."""
     scale = query.shape[-1] ** -0.5
     answer = {"output": np.zeros_like(query)}
     if d_output is not None:
@@ -121,7 +121,7 @@ def _tiles(spans: patterns.Spans) -> list[slice]:
 
 
 def _weights(logits: np.ndarray, rows: slice, keys: slice, spans: patterns.Spans, slope: float) -> np.ndarray:
-    """The softmax of a tile of scores over the spans of its rows, in place."""
+    """Applies the softmax to a tile of scores over the spans of its rows, in place."""
     at = np.arange(keys.start, keys.stop)
     if slope:
         logits -= slope * (np.arange(rows.start, rows.stop)[:, None] - at)

@@ -1,4 +1,4 @@
-"""Who computes: every implementation by the name that `--implementations` takes."""
+"""The implementations of attention, by the name that `--implementations` takes."""
 
 from collections.abc import Callable, Iterable
 
@@ -14,7 +14,7 @@ from seqattn.kernels.dispatch import IMPLEMENTATIONS
 PrepareCall = Callable[[AttentionCase, Iterable[np.ndarray]], Program]
 """Makes a program for a case from its inputs.
 
-Raises ImportError where the library is not installed, NotImplementedError where it cannot serve the case.
+Raises ImportError if the library is not installed, NotImplementedError if it does not support the case.
 """
 
 
@@ -41,7 +41,7 @@ NAMES: dict[str, PrepareCall] = {
 }
 
 BASELINE = "jax.nn:xla"
-"""What speeds are given relative to, unless another one is asked for."""
+"""The default implementation that defines speed 1."""
 
 SHORT = ("seqattn", "jax.nn:xla", "tokamax", "torch:sdpa")
 
@@ -49,6 +49,6 @@ _ON_GPU = ("jax.nn:cudnn", "tokamax:triton", "tokamax:mosaic", "tokamax:cudnn", 
 
 
 def default() -> tuple[str, ...]:
-    """All that may run on the device at hand, and what is not installed."""
+    """Returns all implementations that support this device, installed or not."""
     elsewhere = {"cpu": (*_ON_GPU, "seqattn:splash"), "gpu": ("seqattn:splash",)}.get(machine.platform_name(), ())
     return tuple(name for name in NAMES if name not in elsewhere)

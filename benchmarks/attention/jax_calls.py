@@ -1,4 +1,4 @@
-"""The calls of other libraries for JAX: each gets the most compact form of a mask that it understands."""
+"""Attention calls of other JAX libraries. Each gets the most compact form of the mask that it supports."""
 
 import functools
 from collections.abc import Callable
@@ -17,19 +17,19 @@ from benchmarks.attention.case import AttentionCase
 def jax_nn(case: AttentionCase, implementation: str | None) -> AttentionCall:
     """`jax.nn.dot_product_attention` by XLA or by cuDNN."""
     attention: Any = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
-    # cuDNN computes only with a bias of the inputs' dtype; XLA's sum with the scores gains from float32.
+    # cuDNN requires a bias in the dtype of the inputs; XLA adds it to the scores, where float32 is more accurate.
     return _call(attention, case, windows=True, bias_dtype=case.dtype if implementation == "cudnn" else "float32")
 
 
 def flax_nnx(case: AttentionCase, implementation: str | None) -> AttentionCall:
-    """`flax.nnx.dot_product_attention`, which knows no window."""
+    """`flax.nnx.dot_product_attention`, which has no window argument."""
     from flax import nnx
 
     return _call(nnx.dot_product_attention, case, windows=False)
 
 
 def tokamax(case: AttentionCase, implementation: str | None) -> AttentionCall:
-    """`tokamax.dot_product_attention`; None is its own choice."""
+    """`tokamax.dot_product_attention`; with implementation None it chooses its own."""
     tokamax = _import_tokamax()
     attention = functools.partial(tokamax.dot_product_attention, implementation=implementation)
     return _call(attention, case, windows=True)
@@ -38,13 +38,13 @@ def tokamax(case: AttentionCase, implementation: str | None) -> AttentionCall:
 def _import_tokamax() -> Any:
     import typeguard
 
-    # tokamax decorates with typeguard 2 (pinned), which tyro cannot use; later ones read the names of dimensions as
-    # types, and the import fails. It computes the same unchecked.
+    # tokamax pins typeguard 2 for its decorators, which is incompatible with tyro. Later versions read dimension names
+    # as types, and the import fails. Without the checks it computes the same.
     with mock.patch.object(typeguard, "typechecked", lambda function: function):
         import tokamax
     from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # else tokamax reads this program's command line, and refuses it
+    if not flags.FLAGS.is_parsed():  # otherwise tokamax parses this program's command line and fails
         flags.FLAGS(["tokamax"])
     return tokamax
 
@@ -52,7 +52,7 @@ def _import_tokamax() -> Any:
 def _call(
     attention: Callable[..., Array], case: AttentionCase, *, windows: bool, bias_dtype: str = "float32"
 ) -> AttentionCall:
-    """A function with jax.nn's parameters; `windows` tells whether local_window_size is one of them."""
+    """Builds a call with the parameters of jax.nn; `windows` says whether `local_window_size` is one of them."""
     pattern, shape = case.pattern, case.shape
     if pattern == "full":
         return AttentionCall(attention, "")
@@ -62,7 +62,7 @@ def _call(
         native = functools.partial(attention, is_causal=True, local_window_size=(patterns.WINDOW - 1, 0))
         return AttentionCall(native, "is_causal, local_window_size")
     if pattern == "alibi":
-        # The causal part stays native: a bias of -inf costs exactness and, with cuDNN, the skipping of tiles.
+        # The causal mask stays native: a bias of -inf loses accuracy and, with cuDNN, prevents skipping tiles.
         return _with(attention, "bias", _distances(case).astype(bias_dtype), "is_causal, dense bias", is_causal=True)
     return _with(attention, "mask", patterns.dense_mask(pattern, shape), "dense mask")
 
@@ -75,6 +75,6 @@ def _with(attention: Callable[..., Array], name: str, array: np.ndarray, how: st
 
 
 def _distances(case: AttentionCase) -> np.ndarray:
-    """ALiBi's penalties `[1, N, T, S]`, finite everywhere."""
+    """Returns ALiBi's penalties `[1, N, T, S]`, all finite."""
     bias = patterns.dense_bias(case.pattern, case.shape)
     return np.where(bias == -np.inf, np.float32(0), bias)

@@ -1,4 +1,4 @@
-"""Attention measured: each case is computed, compared with the exact answer, and timed where it is right."""
+"""Measures attention: computes each case, compares it with the exact answer, and times correct results."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ _PRODUCT = "product"
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What is to be measured, and how."""
+    """What to measure, and how."""
 
     shapes: Sequence[Shape]
     patterns: Sequence[str]
@@ -37,11 +37,11 @@ class AttentionPlan:
     spread: bool
 
     def questions(self) -> list[tuple[Shape, str]]:
-        """Each shape and mask that fit: one exact answer serves both passes."""
+        """Returns each compatible pair of shape and mask; one exact answer serves both passes."""
         return [(s, pattern) for s in self.shapes for pattern in self.patterns if patterns.fits(pattern, s)]
 
     def groups(self) -> list[list[tuple[Shape, str]]]:
-        """Questions whose cases take turns: those of a shape where rounds are spread, else each alone."""
+        """Groups the questions whose cases take turns: all of a shape with `spread`, otherwise each one alone."""
         if not self.spread:
             return [[question] for question in self.questions()]
         groups = [[question for question in self.questions() if question[0] == shape] for shape in self.shapes]
@@ -49,12 +49,12 @@ class AttentionPlan:
 
 
 def measure(plan: AttentionPlan) -> Iterator[list[AttentionRecord]]:
-    """The records of one case after the other."""
+    """Yields the records of one case at a time."""
     multiply = product(plan.product_size, plan.dtype) if plan.rounds else None
     for group in plan.groups():
         tried: dict[AttentionCase, list[AttentionAttempt]] = {}
         for shape, pattern in group:
-            # One with gradients answers the forward pass, too.
+            # An answer with gradients also contains the forward pass.
             widest = max(plan.directions, key=DIRECTIONS.index)
             answer = exact.solve(AttentionCase(shape, pattern, widest, plan.dtype), plan.tolerance)
             for direction in plan.directions:
@@ -69,7 +69,7 @@ def measure(plan: AttentionPlan) -> Iterator[list[AttentionRecord]]:
 def take_turns(
     tried: Mapping[AttentionCase, Sequence[AttentionAttempt]], rounds: int, multiply: Program | None
 ) -> dict[AttentionCase, dict[tuple[str, str], Times]]:
-    """Times of what was right in all cases, by case, implementation and part, with a product beside each case."""
+    """Times all correct results, by case, implementation and part, with a matrix product in each case."""
     programs: dict[tuple[AttentionCase, tuple[str, str]], Program] = {}
     for case, attempts in tried.items():
         right = {
@@ -83,7 +83,7 @@ def take_turns(
 
 
 def _finished(record: AttentionRecord, times: Mapping[tuple[str, str], Times], plan: AttentionPlan) -> AttentionRecord:
-    """A record with what was measured in its case."""
+    """Returns the record with its times and memory."""
     record = replace(record, baseline=plan.baseline, baseline_times=times.get((plan.baseline, WHOLE)))
     record = timed(record, times)
     if record.status == TIMED:
@@ -97,7 +97,7 @@ def attempt(name: str, case: AttentionCase, inputs: Sequence[np.ndarray], answer
     try:
         program = implementations.NAMES[name](case, inputs)
         error = answer.error(program.arrays(program.run()))
-    except Exception as exception:  # of any library: it costs that record and no other
+    except Exception as exception:  # a failure of one library must not end the run
         return Attempt(record.refused(exception))
     tried = Attempt(replace(record.prepared(program), error=error, how=program.how), {WHOLE: program})
     return (

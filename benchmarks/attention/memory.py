@@ -1,4 +1,4 @@
-"""The memory that attention takes: `python -m benchmarks.attention.memory` computes one case in a process alone."""
+"""Peak memory of attention: `python -m benchmarks.attention.memory` computes one case in its own process."""
 
 import sys
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ from train.devices import environment
 
 
 def peak(case: AttentionCase, implementation: str) -> Peak:
-    """Computes a case once in a process of its own. Raises RuntimeError if that fails."""
+    """Computes a case once in its own process. Raises RuntimeError if that fails."""
     words = [case.shape.name, case.pattern, case.direction, case.dtype, implementation]
     return memory.alone("benchmarks.attention.memory", words)
 
 
 def measure(case: AttentionCase, implementation: str) -> Peak:
-    """What this process, which should have done nothing yet, comes to."""
-    # Inputs are made one by one, so that NumPy's copies of all of them are never there at once.
+    """Returns the peak memory of this process, which must be fresh."""
+    # Inputs are created one at a time, so that NumPy copies of all of them never coexist.
     prepare = implementations.NAMES[implementation]
     return memory.here(lambda: prepare(case, case.inputs()), own_allocator=implementation.startswith("torch"))
 
 
 def parse(words: Sequence[str]) -> tuple[AttentionCase, str]:
-    """SHAPE MASK PASS DTYPE IMPLEMENTATION."""
+    """Parses SHAPE MASK PASS DTYPE IMPLEMENTATION."""
     if len(words) != 5:
         raise ValueError("usage: python -m benchmarks.attention.memory SHAPE MASK PASS DTYPE IMPLEMENTATION")
     shape, pattern, direction, dtype, implementation = words
@@ -37,7 +37,7 @@ def parse(words: Sequence[str]) -> tuple[AttentionCase, str]:
 
 
 def main() -> int:
-    """Measures what the command line names."""
+    """Measures the case that the command line names."""
     case, implementation = parse(sys.argv[1:])
     return memory.answer(lambda: measure(case, implementation))
 

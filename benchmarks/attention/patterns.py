@@ -1,4 +1,4 @@
-"""The masks that are measured. In each a query sees one span of keys, so that pairs are counted and not guessed."""
+"""The benchmarked masks. In each, a query sees one contiguous span of keys, so visible pairs can be counted exactly."""
 
 from dataclasses import dataclass
 
@@ -23,33 +23,33 @@ PATTERNS = {
 
 @dataclass(frozen=True)
 class Spans:
-    """The keys that each query sees, `first` to before `beyond`: integers `[B or 1, T]`."""
+    """The keys that each query sees, from `first` to before `beyond`: integers `[B or 1, T]`."""
 
     first: np.ndarray
     beyond: np.ndarray
 
     def pairs(self, batch: int) -> int:
-        """How many pairs may attend, over `batch` rows and for one head."""
+        """Returns the number of visible pairs over `batch` rows, for one head."""
         return int((self.beyond - self.first).sum()) * batch // len(self.first)
 
     def row(self, b: int) -> "Spans":
-        """Those of one row of the batch, `[T]`."""
+        """Returns the spans `[T]` of one row of the batch."""
         b %= len(self.first)
         return Spans(self.first[b], self.beyond[b])
 
     def visible(self, size: int) -> np.ndarray:
-        """`[B or 1, T, S]`, True where a query may attend."""
+        """Returns `[B or 1, T, S]` bool, True where a query sees a key."""
         key = np.arange(size)
         return (self.first[..., None] <= key) & (key < self.beyond[..., None])
 
 
 def fits(pattern: str, shape: Shape) -> bool:
-    """Whether the pattern means anything there: all but `full` relate the tokens of one sequence to each other."""
+    """Whether the mask makes sense for a shape: all except `full` need queries and keys of one sequence."""
     return pattern == "full" or shape.size == shape.length
 
 
 def spans(pattern: str, shape: Shape) -> Spans:
-    """The spans of a pattern, those of `documents` for each row of the batch, the others for all."""
+    """Returns the spans of a mask: per row of the batch for `documents`, shared by all rows otherwise."""
     query = np.arange(shape.length)[None]
     zero = np.zeros_like(query)
     if pattern == "full":
@@ -68,7 +68,7 @@ def spans(pattern: str, shape: Shape) -> Spans:
 
 
 def segments(shape: Shape) -> np.ndarray:
-    """Which document each token belongs to, from 1 on: int32 `[B, T]`, the same in every run."""
+    """Returns the document of each token, counted from 1: int32 `[B, T]`, the same in every run."""
     rng = np.random.default_rng([_SEED, shape.batch, shape.length])
     count = min(DOCUMENTS, shape.length)
     rows = []
@@ -79,14 +79,14 @@ def segments(shape: Shape) -> np.ndarray:
 
 
 def prefix_length(shape: Shape) -> int:
-    """The number of keys that every query of `prefix` sees."""
+    """Returns the number of keys that every query of `prefix` sees."""
     return shape.size // 4
 
 
 def slopes(pattern: str, shape: Shape) -> np.ndarray:
-    """What a score loses for each token of distance, float64 `[N]`: zero for all patterns but `alibi`.
+    """Returns ALiBi's penalty per token of distance, float64 `[N]`; zeros for all masks except `alibi`.
 
-    The slopes of Press 2022, section 3; between powers of two as in the authors' code.
+    The slopes of Press 2022, section 3; head counts between powers of two follow the authors' code.
     """
     if pattern != "alibi":
         return np.zeros(shape.num_heads)
@@ -96,14 +96,14 @@ def slopes(pattern: str, shape: Shape) -> np.ndarray:
 
 
 def dense_mask(pattern: str, shape: Shape) -> np.ndarray:
-    """Booleans `[B or 1, 1, T, S]` for those who can take a pattern in no other form."""
+    """Returns a bool mask `[B or 1, 1, T, S]`, for libraries that support no other form."""
     rows = shape.batch if pattern == "documents" else 1
     machine.require(rows * shape.length * shape.size, "a dense mask")
     return spans(pattern, shape).visible(shape.size)[:, None]
 
 
 def dense_bias(pattern: str, shape: Shape) -> np.ndarray:
-    """Float32 `[B or 1, N or 1, T, S]` to add to the scores, -inf where a query may not attend."""
+    """Returns a float32 bias `[B or 1, N or 1, T, S]` to add to the scores, -inf where a query sees no key."""
     heads = shape.num_heads if pattern == "alibi" else 1
     rows = shape.batch if pattern == "documents" else 1
     machine.require(4 * rows * heads * shape.length * shape.size, "a dense bias")

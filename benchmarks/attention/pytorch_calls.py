@@ -1,4 +1,4 @@
-"""The calls of PyTorch: its fused attention and FlexAttention, on the tensors `[B, N, T, D]` that it is made for."""
+"""Attention calls of PyTorch: fused attention and FlexAttention, on PyTorch's layout `[B, N, T, D]`."""
 
 import functools
 import time
@@ -21,7 +21,7 @@ def prepare(case: AttentionCase, inputs: Iterable[np.ndarray], implementation: s
         raise NotImplementedError(f"PyTorch {torch.__version__} sees no GPU")
     device = "cuda" if machine.platform_name() == "gpu" else "cpu"
     torch.set_num_threads(machine.cores())
-    torch.cuda.empty_cache()  # what the programs before left, else no one else could have
+    torch.cuda.empty_cache()  # releases cached memory of earlier programs, for JAX to use
     tensors = [_tensor(x, device) for x in inputs]
     start = time.perf_counter()
     attention, how = (_flex if implementation == "flex" else _sdpa)(case, device)
@@ -29,7 +29,7 @@ def prepare(case: AttentionCase, inputs: Iterable[np.ndarray], implementation: s
     wait = (lambda result: torch.cuda.synchronize()) if device == "cuda" else there_already
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    wait(run())  # compiles; and refuses, if it will
+    wait(run())  # compiles, and raises if the case is not supported
     return Program(
         run=run,
         wait=wait,
@@ -43,7 +43,7 @@ def prepare(case: AttentionCase, inputs: Iterable[np.ndarray], implementation: s
 def _tensor(array: np.ndarray, device: str) -> Any:
     import torch
 
-    # By way of float32: NumPy's bfloat16 is unknown to PyTorch, and its values are exact in float32.
+    # Through float32, which is exact: PyTorch cannot read NumPy's bfloat16.
     wide = torch.from_numpy(np.ascontiguousarray(array.swapaxes(1, 2)).astype(np.float32))
     return wide.to(device, getattr(torch, str(array.dtype)))
 
@@ -71,7 +71,7 @@ def _sdpa(case: AttentionCase, device: str) -> tuple[Callable[..., Any], str]:
     if case.pattern == "causal":
         options["is_causal"] = True
     elif case.pattern != "full":
-        # A boolean mask would be turned into this at every call.
+        # A boolean mask would be converted to this bias on every call.
         bias = torch.from_numpy(patterns.dense_bias(case.pattern, case.shape))
         options["attn_mask"] = bias.to(device, getattr(torch, case.dtype))
     return functools.partial(torch.nn.functional.scaled_dot_product_attention, **options), how
@@ -81,7 +81,7 @@ def _flex(case: AttentionCase, device: str) -> tuple[Callable[..., Any], str]:
     import torch
     from torch.nn.attention import flex_attention as flex
 
-    torch.compiler.reset()  # else the cases before count towards PyTorch's limit of recompilations
+    torch.compiler.reset()  # otherwise earlier cases count towards PyTorch's recompilation limit
     shape, options, how = case.shape, dict[str, Any](), []
     if case.pattern != "full":
         rows = shape.batch if case.pattern == "documents" else None

@@ -1,4 +1,4 @@
-"""What came of one implementation of attention on one case."""
+"""The result of one implementation of attention on one case."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from benchmarks.bench.timing import Times
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRecord(Record):
-    """A record with its error, the words in which the mask was given, and speeds."""
+    """A record with the error, the form of the mask, and speeds."""
 
     case: AttentionCase
     how: str = ""
@@ -23,21 +23,21 @@ class AttentionRecord(Record):
 
     @property
     def speed(self) -> float | None:
-        """How many times as fast as the baseline, by the medians."""
+        """Speed relative to the baseline, by the medians."""
         return self.speed_by(self.baseline_times)
 
     @property
     def flops(self) -> float | None:
-        """Useful operations a second."""
+        """Useful floating-point operations per second."""
         return self.case.flops / self.times.median if self.times else None
 
     @property
     def product_share(self) -> float | None:
-        """Useful operations a second, by those of the matrix product."""
+        """Useful operations per second, relative to the matrix product."""
         return self.flops / self.product.flops if self.flops and self.product else None
 
     def own_fields(self) -> dict[str, Any]:
-        """Speeds and errors, in units without prefixes."""
+        """Returns speeds and errors, in base units."""
         return {
             "mask_as": self.how,
             "baseline": self.baseline,

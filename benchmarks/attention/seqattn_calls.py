@@ -1,4 +1,4 @@
-"""The calls of `seqattn.attend`: masks as values, documents as coordinates that the batch brings."""
+"""Calls of `seqattn.attend`: masks as predicates, documents as coordinates of the batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ from seqattn.score_mods import Alibi
 
 
 def call(case: AttentionCase, implementation: str | None) -> AttentionCall:
-    """The call for a case; `implementation` as in `attend`."""
+    """Returns the call for a case, with `implementation` as in `attend`."""
     extra: tuple[Array, ...] = ()
     if case.pattern == "documents":
         at = Coordinates.from_segments(jnp.asarray(patterns.segments(case.shape)))
@@ -37,7 +37,7 @@ def call(case: AttentionCase, implementation: str | None) -> AttentionCall:
 
 
 def _arguments(case: AttentionCase) -> tuple[Callable[..., dict[str, Any]], str]:
-    """What `attend` is given besides query, key and value, from the coordinates if any, and how one writes it."""
+    """Returns the further arguments of `attend`, as a function of the coordinates, and how they are written."""
     if case.pattern == "documents":
         return _packed, "Causal() & SameSegment()"
     window, length = patterns.WINDOW, patterns.prefix_length(case.shape)
@@ -60,11 +60,11 @@ def _packed(position: Array, segment: Array) -> dict[str, Any]:
 def _choice(
     case: AttentionCase, implementation: str | None, explained: Callable[..., Explanation], extra: tuple[Array, ...]
 ) -> list[str]:
-    """The implementation that is chosen, unless it was named, and what is to be known of it."""
+    """Returns the kernel that was chosen, unless it was named, and the notes of its explanation."""
     found: list[Explanation] = []
 
     def trace(*arguments: Any) -> None:
-        # Traced as it will be timed: what is known at trace time decides which implementation can serve a call.
+        # Trace exactly as for timing: values known at trace time decide which kernels support the call.
         found.append(explained(*arguments))
 
     sizes = (case.shape.query, case.shape.key, case.shape.key)

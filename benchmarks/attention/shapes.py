@@ -1,4 +1,4 @@
-"""The shapes that are measured, each with its origin."""
+"""The benchmarked shapes, each with its origin."""
 
 import re
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ class Shape:
     head_dim: int
     origin: str
     num_kv_heads: int = 0
-    """0 for as many as there are query heads."""
+    """0 means the number of query heads."""
     num_keys: int = 0
-    """0 for as many as there are queries."""
+    """0 means the number of queries."""
 
     def __post_init__(self) -> None:
         if min(self.batch, self.length, self.size, self.num_heads, self.head_dim, self.kv_heads) < 1:
@@ -89,13 +89,13 @@ GROUPS = {
     "models": ("llama3-8b", "gemma2-9b", "gpt2-small", "bert-base"),
     "seq2seq": ("transformer-base", "multi30k-target", "multi30k-memory"),
 }
-"""What `--shapes` understands besides the names of single shapes."""
+"""Names that `--shapes` takes besides single shapes."""
 
 _LITERAL = re.compile(r"b(\d+)-t(\d+)(?:-s(\d+))?-n(\d+)(?:-k(\d+))?-d(\d+)")
 
 
 def named(name: str) -> list[Shape]:
-    """The shapes that a name stands for: of a group, of one shape, or sizes such as "b1-t512-s512-n8-k2-d64".
+    """Returns the shapes of a name: a group, one shape, or sizes such as "b1-t512-s512-n8-k2-d64".
 
     >>> [shape.length for shape in named("long")]
     [8192, 16384, 32768]

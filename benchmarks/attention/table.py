@@ -1,4 +1,4 @@
-"""The records of attention as people read them."""
+"""The table of attention records."""
 
 from collections.abc import Sequence
 
@@ -8,16 +8,16 @@ from benchmarks.bench import table
 from benchmarks.bench.table import Column, Table, number
 
 _LEGEND = (
-    "ms: median of the rounds, their range beside it. speed: times as fast as the baseline. TFLOP/s: useful work, that "
-    f"of pairs that may attend; bwd is forward and backward, counted {BACKWARD} times the forward pass. of product: by "
-    "the rate of a plain matrix product in the same rounds. planned MiB: arguments, results and temporaries as XLA "
-    "plans the call (PyTorch: its allocator's peak, on a GPU). peak MiB: of a process that does nothing else, Python "
-    "and JAX included. error: the largest absolute one, against float64. compile s: once a shape, not in ms."
+    "ms: median over the rounds, with their range. speed: relative to the baseline. TFLOP/s: useful operations, for "
+    f"visible pairs only; bwd is forward and backward, counted as {BACKWARD} times the forward pass. of product: share "
+    "of the throughput of a plain matrix product in the same rounds. planned MiB: arguments, results and temporaries "
+    "in XLA's plan (PyTorch on a GPU: the peak of its allocator). peak MiB: of a process for this case alone, with "
+    "Python and JAX. error: largest absolute error against float64. compile s: once per shape, not part of ms."
 )
 
 
 def title(record: AttentionRecord) -> str:
-    """The case and its sizes."""
+    """Returns the name of the case and its sizes."""
     case, shape = record.case, record.case.shape
     sizes = f"B{shape.batch} T{shape.length} N{shape.num_heads} D{shape.head_dim}"
     sizes += f" S{shape.size}" if shape.num_keys else ""
@@ -26,7 +26,7 @@ def title(record: AttentionRecord) -> str:
 
 
 def remarks(records: Sequence[AttentionRecord]) -> list[str]:
-    """The baseline, and the rate of the product."""
+    """Returns the baseline and the throughput of the matrix product."""
     lines = [f"baseline: {records[0].baseline}"] if records else []
     products = sorted((record.product for record in records if record.product), key=lambda product: product.flops)
     if products:

@@ -1,1 +1,1 @@
-"""One way to time, to record, to show and to draw, which all benchmarks share."""
+"""Timing, records, tables and charts that all benchmarks share."""

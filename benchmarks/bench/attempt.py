@@ -1,4 +1,4 @@
-"""Implementations that are tried and compared before they are timed."""
+"""Trial runs: implementations run once and are compared before they are timed."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,26 +11,26 @@ from benchmarks.bench.timing import Times, interleaved
 R = TypeVar("R", bound=Record)
 
 WHOLE = "whole"
-"""The part whose times are those of the record."""
+"""The part that provides the times of the record."""
 
 
 @dataclass(frozen=True)
 class Attempt(Generic[R]):
-    """What came of an implementation before anything is timed."""
+    """The outcome of an implementation before timing."""
 
     record: R
     programs: Mapping[str, Program] = field(default_factory=dict)
-    """What is to be timed, by part; empty unless the result is right."""
+    """The programs to time, by part; empty unless the result is right."""
     result: Any = None
-    """What is compared with the results of others; None where there is nothing to compare."""
+    """The result to compare with others; None if there is none."""
 
     def wrong(self, reason: str) -> "Attempt[R]":
-        """The attempt whose result turned out not to be right: its programs are not timed."""
+        """Marks the attempt as wrong, and drops its programs so that they are not timed."""
         return Attempt(self.record.wrong(reason))
 
 
 def take_turns(attempts: Iterable[Attempt[R]], rounds: int) -> dict[tuple[str, str], Times]:
-    """Times of all programs, in turns, by implementation and part."""
+    """Times all programs in turns, by implementation and part."""
     programs = {
         (one.record.implementation, part): program for one in attempts for part, program in one.programs.items()
     }
@@ -38,6 +38,6 @@ def take_turns(attempts: Iterable[Attempt[R]], rounds: int) -> dict[tuple[str, s
 
 
 def timed(record: R, times: Mapping[tuple[str, str], Times]) -> R:
-    """The record with the times of its whole program, if there are any."""
+    """Returns the record with the times of its whole program, if any."""
     found = times.get((record.implementation, WHOLE))
     return replace(record, status=TIMED, times=found) if found else record

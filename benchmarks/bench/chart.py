@@ -1,4 +1,4 @@
-"""Pictures of recorded lines: bars of one look, whoever measured."""
+"""Bar charts of recorded lines, in one style for all benchmarks."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -14,15 +14,15 @@ from benchmarks.bench.record import Line
 from train.reports.style import COLORS, entitle, save
 
 _HATCHES = ["", "///", "..."]
-"""More implementations than colours are hatched."""
+"""Hatches for implementations beyond the number of colors."""
 
-_NAME = 1.3  # inches that a name takes in the legend
+_NAME = 1.3  # inches per name in the legend
 
 
 def with_value(lines: Sequence[Line], field: str, path: str | os.PathLike[str]) -> list[Line]:
-    """The lines with a number in a field, without the baseline that others are relative to, if there is one.
+    """Returns the lines with a number in a field, except the baseline's lines.
 
-    Raises ValueError, with the picture's path, if there is none.
+    Raises ValueError with the chart's path if there are none.
     """
     found = [line for line in lines if line[field] and line["implementation"] != line.get("baseline")]
     if not found:
@@ -31,23 +31,23 @@ def with_value(lines: Sequence[Line], field: str, path: str | os.PathLike[str]) 
 
 
 def distinct(lines: Sequence[Line], field: str) -> list[Any]:
-    """The values of a field, each once, in the order of the lines."""
+    """Returns the distinct values of a field, in the order of the lines."""
     return list(dict.fromkeys(line[field] for line in lines))
 
 
 def fill(number: int) -> dict[str, Any]:
-    """The look of the bars of an implementation."""
+    """Returns the bar style of an implementation."""
     hatch, color = _HATCHES[number // len(COLORS) % len(_HATCHES)], COLORS[number % len(COLORS)]
     return {"facecolor": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
 
 
 def place(number: int, count: int, group: int) -> float:
-    """Where the bar of one of so many implementations stands, in a group of a width of 1."""
+    """Returns the x position of bar `number` of `count`, in a group of width 1."""
     return group + (number - (count - 1) / 2) / (count + 1)
 
 
 def logarithmic(ax: Axes, groups: Sequence[str], text: Callable[[float], str]) -> None:
-    """A logarithmic axis of heights, whose numbers are written by a function, over named groups of bars."""
+    """Sets a logarithmic y axis with labels from `text`, over named groups of bars."""
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
@@ -57,9 +57,9 @@ def logarithmic(ax: Axes, groups: Sequence[str], text: Callable[[float], str]) -
 
 
 def finish(figure: Figure, names: Sequence[str], title: str, path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Names implementations below a picture, and says above it what it is of; writes it as PNG and SVG.
+    """Adds a legend below the chart and a title above it, and writes it as PNG and SVG.
 
-    The suffix of the path does not matter, and its folder need not be there.
+    Ignores the suffix of the path and creates its folder.
     """
     handles = [Patch(label=name, **fill(number)) for number, name in enumerate(names)]
     fitting = max(1, int(figure.get_figwidth() / _NAME))

@@ -1,4 +1,4 @@
-"""What the command lines of all benchmarks have in common."""
+"""Command-line arguments and output that all benchmarks share."""
 
 import shutil
 import sys
@@ -14,22 +14,22 @@ from train.reports.progress import Progress
 R = TypeVar("R", bound=Record)
 
 Words = tuple[str, ...]
-"""Words that were given apart, or with commas between them."""
+"""Words, given separately or with commas between them."""
 
 _SHORT = 3  # rounds
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What every benchmark takes."""
+    """Arguments of every benchmark."""
 
     rounds: int | None = None
-    """How many turns each implementation has; 0 compares results and times nothing."""
+    """Number of timed turns per implementation; 0 compares results without timing."""
     json: Path | None = None
-    """File that gets one line of JSON for each row, after what it holds."""
+    """File to append one line of JSON per row to."""
 
     def turns(self, default: int) -> int:
-        """The rounds that were given, or so many. Raises ValueError for a negative number."""
+        """Returns the given rounds, or the default. Raises ValueError for a negative number."""
         found = default if self.rounds is None else self.rounds
         if found < 0:
             raise ValueError(f"rounds ({found}) must be at least 0")
@@ -38,22 +38,22 @@ class Arguments:
 
 @dataclass(frozen=True)
 class PeerArguments(Arguments):
-    """What every benchmark takes that has peers in other libraries."""
+    """Arguments of every benchmark that compares with other libraries."""
 
     plot: Path | None = None
-    """Picture of the speeds, written as PNG and as SVG."""
+    """Chart of the speeds, written as PNG and SVG."""
     memory: bool = False
-    """Also compute each row once in a process of its own and tell its peak."""
+    """Also compute each row once in its own process, and report its peak memory."""
     short: bool = False
-    """Fewer rounds, where they are not given."""
+    """Fewer rounds, unless given."""
 
     def turns(self, default: int) -> int:
-        """The rounds that were given, or so many, fewer for the short form. Raises ValueError for a negative number."""
+        """Returns the given rounds, or the default, reduced with `short`. Raises ValueError for a negative number."""
         return super().turns(min(default, _SHORT) if self.short else default)
 
 
 def words(given: Words) -> Words:
-    """Each word once.
+    """Splits at commas and removes duplicates.
 
     >>> words(("fwd,bwd", "fwd"))
     ('fwd', 'bwd')
@@ -62,7 +62,7 @@ def words(given: Words) -> Words:
 
 
 def numbers(name: str, given: Words) -> list[int]:
-    """Numbers of at least 1, each once; ValueError for other words, and for none."""
+    """Returns distinct integers of at least 1; raises ValueError for other words, and for none."""
     found = words(given)
     if not found or not all(word.isdecimal() and int(word) for word in found):
         raise ValueError(f"{name} ({', '.join(found)}) must be numbers of at least 1")
@@ -70,7 +70,7 @@ def numbers(name: str, given: Words) -> list[int]:
 
 
 def check(name: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raises ValueError for a word that is unknown."""
+    """Raises ValueError for an unknown word."""
     known = tuple(known)
     unknown = [word for word in given if word not in known]
     if unknown:
@@ -78,15 +78,15 @@ def check(name: str, given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def show(measured: Iterable[Sequence[R]], total: int, table: Table[R], json: Path | None) -> list[R]:
-    """All records, which are printed, and written as JSON, as soon as they are measured, and what is to be said below.
+    """Prints records and writes them as JSON as soon as they are measured, then prints the footer; returns all records.
 
-    On a terminal that is too narrow for lines they are printed as one folded table at the end.
+    On a terminal too narrow for the lines, prints one folded table at the end.
 
     Args:
-        measured: the records of one case after the other.
-        total: how many cases there are.
-        table: how they are shown.
-        json: file that gets one line for each record; None for none.
+        measured: yields the records of one case at a time.
+        total: number of cases.
+        table: formats the records.
+        json: file to append one line per record to; None for no file.
     """
     records: list[R] = []
     narrow = sys.stdout.isatty() and table.width > shutil.get_terminal_size().columns
@@ -107,6 +107,6 @@ def show(measured: Iterable[Sequence[R]], total: int, table: Table[R], json: Pat
 
 
 def plot(records: Iterable[Record], chart: Callable[[Sequence[Line], Path], Sequence[Path]], path: Path | None) -> None:
-    """Draws records, where a path is given, and prints the paths of the pictures."""
+    """Draws the records if a path is given, and prints the paths of the files."""
     if path is not None:
         print(*chart([record.fields() for record in records], path), sep="\n")

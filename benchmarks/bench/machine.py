@@ -1,4 +1,4 @@
-"""What a figure was measured on: the device, how much memory it has, and the versions of all that took part."""
+"""The machine that measures: device, available memory, and versions of all libraries involved."""
 
 import functools
 import os
@@ -23,13 +23,13 @@ def platform_name() -> str:
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """Returns the number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
 def describe() -> dict[str, Any]:
-    """Device, processor, cores, commit and versions; what is not installed is left out."""
+    """Returns device, processor, cores, commit and versions; omits packages that are not installed."""
     return {
         "platform": platform_name(),
         "device": jax.devices()[0].device_kind if platform_name() != "cpu" else _processor(),
@@ -44,7 +44,7 @@ def describe() -> dict[str, Any]:
 
 
 def free_bytes() -> int | None:
-    """What the device has left; None where it does not tell."""
+    """Returns the free memory of the device; None if unknown."""
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -52,9 +52,9 @@ def free_bytes() -> int | None:
 
 
 def peak_bytes() -> int:
-    """The most main memory that this process has held.
+    """Returns the peak main memory of this process.
 
-    Not what `getrusage` calls ru_maxrss where that can be had otherwise: a process inherits it from its parent.
+    Avoids `ru_maxrss` of `getrusage` where possible: a process inherits it from its parent.
     """
     peak = _from_proc("/proc/self/status", "VmHWM")
     if peak is None:
@@ -65,20 +65,20 @@ def peak_bytes() -> int:
 
 
 def require(count: int, purpose: str) -> None:
-    """Raises NotImplementedError if so many bytes are not free: the kernel would end the process, not the call."""
+    """Raises NotImplementedError if fewer bytes are free: running out would kill the process, not raise."""
     free = free_bytes()
     if free is not None and count > free:
         raise NotImplementedError(f"{purpose} of {count / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free")
 
 
 def only_on_a_cpu(name: str) -> None:
-    """Raises NotImplementedError on other devices."""
+    """Raises NotImplementedError on any device other than a CPU."""
     if platform_name() != "cpu":
         raise NotImplementedError(f"{name} is measured on the CPU only, set JAX_PLATFORMS=cpu")
 
 
 def _from_proc(path: str, name: str) -> int | None:
-    """A number of kB in a file of Linux, as bytes."""
+    """Returns a number of kB from a Linux proc file, in bytes."""
     found = re.search(rf"^{name}:\s*(\d+) kB", Path(path).read_text(), re.MULTILINE) if Path(path).exists() else None
     return int(found[1]) * 1024 if found else None
 
@@ -97,7 +97,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The checkout's, with "+" where files differ from it; None outside of one."""
+    """Returns the commit of the checkout, with "+" if files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=10)

@@ -1,8 +1,8 @@
-"""A translator of random weights, with the names and shapes of MarianMT: what all that decode are given.
+"""A translation model with random weights, in the names and shapes of MarianMT, for all decoding implementations.
 
-Nothing in it is trained, and nothing needs to be: the time of a step does not depend on what the weights are. But they
-are such that implementations can be compared by what they say: no sequence ends before the wanted length, what is said
-depends on the source, tokens seldom repeat, and the best ones are well apart.
+It needs no training, since the time of a step does not depend on the weights. But the weights are chosen so that
+outputs can be compared: no sequence ends early, the output depends on the source, tokens seldom repeat, and the best
+candidates have clearly different scores.
 """
 
 import functools
@@ -18,47 +18,47 @@ from seqattn.interop import marian_config, to_marian
 from seqattn.models.transformer import Transformer
 
 END = 0
-_NEVER = -1e9  # a logit: as good as forbidden, yet no -inf that a library might stumble over
+_NEVER = -1e9  # a logit: effectively forbidden, without the -inf that some libraries mishandle
 _GAINS = {
-    "shared": 3.4,  # a token's vector is larger than that of its position
-    "q_proj": 2.0,  # so that attention chooses
+    "shared": 3.4,  # a token's embedding outweighs its position
+    "q_proj": 2.0,  # attention is selective
     "k_proj": 2.0,
-    "encoder_attn": 3.0,  # so that the source is heard
-    "": 0.5,  # so that nothing drowns the rest
+    "encoder_attn": 3.0,  # the output depends on the source
+    "": 0.5,  # no other term dominates
 }
-"""By how much a parameter enlarges what has a variance of 1; the first part of a name that is found decides."""
+"""Gain of each parameter relative to unit variance; the first part found in its name decides."""
 _SEED = 20
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model and of what it reads."""
+    """Sizes of the model and of its sources."""
 
     num_layers: int = 3
-    """Of the encoder, and of the decoder."""
+    """Number of layers of the encoder, and of the decoder."""
     model_dim: int = 256
     hidden_dim: int = 1024
     num_heads: int = 4
     vocab_size: int = 8000
     source_length: int = 24
-    """Tokens of each source, the end token counted."""
+    """Number of tokens of each source, including the end token."""
 
     @property
     def pad_token(self) -> int:
-        """The last one, which also starts each target."""
+        """The last token, which also starts each target."""
         return self.vocab_size - 1
 
 
 @dataclass(frozen=True)
 class RandomMarian:
-    """The weights, and a folder for libraries that want them in a file."""
+    """The weights, and a folder for libraries that load them from a file."""
 
     sizes: Sizes
     folder: Path
 
     @property
     def config(self) -> dict[str, Any]:
-        """As in a `config.json` of MarianMT."""
+        """The fields of a MarianMT `config.json`."""
         sizes = self.sizes
         sides = {
             f"{side}_{name}": value
@@ -75,28 +75,28 @@ class RandomMarian:
 
     @functools.cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        """float32 parameters by Marian's names; the same in every run and process."""
+        """Float32 parameters by Marian's names; the same in every process."""
         names = to_marian(Transformer(marian_config(self.config), rngs=nnx.Rngs(0)))
         random = np.random.default_rng(_SEED)
         arrays = {name: _draw(name, names[name].shape, random) for name in sorted(names)}
-        # As in every OPUS-MT model: what starts a target adds nothing. CTranslate2 counts on it.
+        # As in every OPUS-MT model, the start token has a zero embedding. CTranslate2 relies on it.
         arrays["model.shared.weight"][self.sizes.pad_token] = 0
         arrays["final_logits_bias"][0, [END, self.sizes.pad_token]] = _NEVER
-        # The last token is what the sum below the last norm says most of; signs at random keep it from being repeated.
+        # The last token dominates the input of the last norm; random signs keep it from being repeated.
         last = f"model.decoder.layers.{self.sizes.num_layers - 1}.final_layer_norm.weight"
         arrays[last] *= random.choice(np.array([-1, 1], np.float32), arrays[last].shape)
         return arrays
 
 
 def marian_mt(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
-    """The `MarianMTModel` of transformers with these parameters."""
+    """Returns the `MarianMTModel` of transformers with these parameters."""
     import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     network = transformers.MarianMTModel(transformers.MarianConfig(**config)).eval()
     found = network.load_state_dict({name: torch.from_numpy(x) for name, x in arrays.items()}, strict=False)
-    # The rest are sines and second names of the one table.
+    # The rest are sinusoids and aliases of the shared table.
     missing = [name for name in found.missing_keys if "embed_" not in name and name != "lm_head.weight"]
     if missing or found.unexpected_keys:
         raise RuntimeError(f"MarianMTModel lacks {missing} and does not know {found.unexpected_keys}")
@@ -104,7 +104,7 @@ def marian_mt(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> An
 
 
 def _draw(name: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
-    """A weight `[out, in]`, a table of vectors `[V, D]`, which Marian scales by `sqrt(D)` on the way in, or a bias."""
+    """Draws a weight `[out, in]`, a bias, or an embedding table `[V, D]`, which Marian scales by `sqrt(D)`."""
     if name.endswith("layer_norm.weight"):
         return np.ones(shape, np.float32)
     if name == "final_logits_bias" or len(shape) == 1:

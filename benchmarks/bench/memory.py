@@ -1,7 +1,7 @@
-"""The memory that a computation takes, seen from outside: each case is computed once in a process alone.
+"""Peak memory of a computation, measured from outside: each case runs once in its own process.
 
-XLA's plan for a call leaves out the scratch memory of the libraries that XLA calls; the peak of a process leaves out
-nothing, not even Python and JAX themselves, which `process_idle_bytes` holds for comparison.
+XLA's memory plan omits the scratch memory of the libraries that XLA calls. The peak of a process includes everything,
+even Python and JAX, which `process_idle_bytes` records for comparison.
 """
 
 import importlib
@@ -22,26 +22,26 @@ from benchmarks.bench.program import Program
 _MODULES = {
     "transformers": "transformers.models.marian.modeling_marian",
     "ctranslate2": "ctranslate2",
-    "torch": "torch._dynamo",  # what its AdamW imports once it is made
+    "torch": "torch._dynamo",  # imported when AdamW is constructed
 }
-"""Imported before memory is looked at, as ours is: the libraries differ by hundreds of MiB, which do not grow."""
+"""Imported before the idle measurement, as our library is: the libraries differ by hundreds of MiB of fixed cost."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes that a process held at most."""
+    """Peak memory of a process, in bytes."""
 
     process_peak_bytes: int
-    """Main memory: inputs, compilation, calls."""
+    """Main memory at the peak: inputs, compilation, calls."""
     process_idle_bytes: int
-    """Main memory before the inputs, libraries imported and the device started."""
+    """Main memory before the inputs exist, with libraries imported and the device started."""
     device_peak_bytes: int | None
-    """What the accelerator's allocator counted, or None where it does not count."""
+    """Peak of the accelerator's allocator; None if it does not count."""
 
 
 def alone(module: str, words: Sequence[str]) -> Peak:
-    """What a module that ends in `answer` says in a process of its own. Raises RuntimeError if that fails."""
-    # Without preallocation, for the calling process holds memory of the device, too.
+    """Runs a module that ends in `answer` in its own process. Raises RuntimeError if that fails."""
+    # Without preallocation, since the calling process also holds device memory.
     env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     command = [sys.executable, "-m", module, *words]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=Path(__file__).parents[2])
@@ -53,13 +53,13 @@ def alone(module: str, words: Sequence[str]) -> Peak:
 
 
 def here(prepare: Callable[[], Program], *, library: str = "", calls: int = 1, own_allocator: bool = False) -> Peak:
-    """What this process, which should have done nothing yet, comes to.
+    """Returns the peak memory of this process, which must be fresh.
 
     Args:
-        prepare: makes the program, and its inputs.
-        library: a name among the modules that are imported before memory is looked at; others are not.
-        calls: how often the program runs.
-        own_allocator: the device's peak is what the library's own allocator counted, and not JAX's.
+        prepare: makes the program and its inputs.
+        library: the name of a library to import before the idle measurement; unknown names are ignored.
+        calls: number of times the program runs.
+        own_allocator: if True, takes the device's peak from the library's own allocator instead of JAX's.
     """
     _ = jax.devices()
     if library in _MODULES:
@@ -74,10 +74,10 @@ def here(prepare: Callable[[], Program], *, library: str = "", calls: int = 1, o
 
 
 def answer(measured: Callable[[], Peak]) -> int:
-    """Prints a peak as one line of JSON, or why there is none as the last line of stderr."""
+    """Prints the peak as one line of JSON, or the error as the last line of stderr."""
     try:
         print(json.dumps(asdict(measured())))
-    except Exception as exception:  # of any library; a traceback of JAX would end with advice
+    except Exception as exception:  # from any library; the last line of a JAX traceback is advice, not the error
         print(f"{type(exception).__name__}: {' '.join(str(exception).split())}", file=sys.stderr)
         return 1
     return 0

@@ -1,4 +1,4 @@
-"""What is ready to run: one computation, compiled, its arguments on the device."""
+"""A computation that is ready to run: compiled, with its arguments on the device."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,19 +13,19 @@ from benchmarks.bench import machine
 
 @dataclass(frozen=True)
 class Program:
-    """One computation that can be repeated."""
+    """One repeatable computation."""
 
     run: Callable[[], Any]
-    """Starts the computation and returns its result, which may not be there yet."""
+    """Starts the computation and returns its result, which may still be pending."""
     wait: Callable[[Any], Any]
-    """Returns when a result, and on an accelerator all before it, is there."""
+    """Blocks until a result is ready and, on an accelerator, everything before it."""
     arrays: Callable[[Any], Sequence[np.ndarray]]
-    """What is compared of a result, as NumPy arrays."""
+    """Returns the parts of a result to compare, as NumPy arrays."""
     how: str = ""
-    """In which words attention was given its mask."""
+    """How attention was given its mask, for the table."""
     compile_seconds: float | None = None
     planned_bytes: int | None = None
-    """Arguments, results and temporaries: what XLA plans for the call, or what PyTorch's allocator came to on a GPU."""
+    """Arguments, results and temporaries in XLA's plan for the call; the peak of PyTorch's allocator on a GPU."""
 
 
 def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
@@ -43,17 +43,17 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> Program:
 
 
 def require_memory(program: Program, *arguments: Any) -> None:
-    """Raises NotImplementedError where the device lacks what XLA plans for a program, besides its arguments."""
+    """Raises NotImplementedError if the device lacks the memory of XLA's plan, excluding the arguments."""
     given = sum(leaf.nbytes for leaf in jax.tree.leaves(arguments))
     machine.require((program.planned_bytes or 0) - given, "temporaries and results")
 
 
 def there_already(result: Any) -> None:
-    """Waits for the result of a library that returns when it is there, as PyTorch does on a CPU."""
+    """Does nothing, for libraries whose calls return finished results, such as PyTorch on a CPU."""
 
 
 def _planned(executable: Any) -> int:
-    """Bytes of arguments, results and temporaries; 0 where the compiler does not tell."""
+    """Returns the bytes of arguments, results and temporaries; 0 if the compiler does not report them."""
     memory = executable.memory_analysis()
     if memory is None:
         return 0

@@ -1,4 +1,4 @@
-"""What came of one implementation on one case: what every benchmark records of it, and its file of JSON lines."""
+"""The result of one implementation on one case: fields shared by all benchmarks, and the file of JSON lines."""
 
 import json
 import math
@@ -13,30 +13,30 @@ from benchmarks.bench.program import Program
 from benchmarks.bench.timing import Times
 
 TIMED, CHECKED, WRONG, NOT_INSTALLED, REFUSED, FAILED = "timed checked WRONG not-installed refused failed".split()
-"""Only what is right is timed; `checked` is what was right and not to be timed."""
+"""Only right results are timed; `checked` marks a right result without timing."""
 
 Line = Mapping[str, Any]
-"""A record as its line of JSON holds it. Pictures are drawn from lines, whether of this run or read from a file."""
+"""A record as its line of JSON holds it. Charts are drawn from lines, of this run or of a file."""
 
-_REASON = 200  # letters
+_REASON = 200  # characters
 
 
 class Case(Protocol):
-    """What every implementation computes and is compared on."""
+    """What each implementation computes."""
 
     @property
     def name(self) -> str:
-        """As people read it, such as "64 sources, beam 4"."""
+        """A readable name, for example "64 sources, beam 4"."""
         ...
 
     def fields(self) -> dict[str, Any]:
-        """Everything that decides what is computed, in units without prefixes."""
+        """Everything that determines the computation, in base units."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What came of an implementation on a case. Each benchmark adds what it alone measures."""
+    """The result of an implementation on a case. Each benchmark adds its own measurements."""
 
     case: Case
     implementation: str
@@ -48,11 +48,11 @@ class Record:
     peak: Peak | None = None
 
     def own_fields(self) -> dict[str, Any]:
-        """What this benchmark alone measures, in units without prefixes."""
+        """Returns the measurements of this benchmark alone, in base units."""
         return {}
 
     def fields(self) -> dict[str, Any]:
-        """Everything, in units without prefixes, with the machine it was measured on."""
+        """Returns everything in base units, with the machine that measured it."""
         times = self.times
         return {
             **self.case.fields(),
@@ -71,24 +71,24 @@ class Record:
         }
 
     def speed_by(self, others: Times | None) -> float | None:
-        """How many times as fast as another one, by the medians."""
+        """Speed relative to another implementation, by the medians."""
         return others.median / self.times.median if self.times and others else None
 
     def prepared(self, program: Program) -> Self:
-        """The record with what is known of its program before it runs."""
+        """Returns the record with what is known of its program before it runs."""
         return replace(self, compile_seconds=program.compile_seconds, planned_bytes=program.planned_bytes)
 
     def wrong(self, reason: str) -> Self:
-        """The record of a result that is not right."""
+        """Returns the record marked as wrong."""
         return replace(self, status=WRONG, reason=f"{self.case.name}: {reason}")
 
     def refused(self, exception: Exception) -> Self:
-        """The record of an implementation that raised this."""
+        """Returns the record of an implementation that raised this exception."""
         status, reason = _refusal(exception)
         return replace(self, status=status, reason=reason)
 
     def with_peak(self, measure: Callable[[], Peak]) -> Self:
-        """The record with its peak where it is right; why there is none is told in `reason`."""
+        """Returns the record with its peak memory if its result is right; a failure goes into `reason`."""
         if self.status not in (CHECKED, TIMED):
             return self
         try:
@@ -98,14 +98,14 @@ class Record:
 
 
 def seconds_of(times: Times | None, prefix: str = "") -> dict[str, Any]:
-    """The fields of some times: `median_seconds` and the `seconds` of all rounds, or None in both."""
+    """Returns the fields `median_seconds` and `seconds` (all rounds); None in both without times."""
     return {f"{prefix}median_seconds": times and times.median, f"{prefix}seconds": times and times.seconds}
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
-    """Adds a line of JSON for each record to a file; its folder need not be there.
+    """Appends one line of JSON per record to a file, and creates its folder.
 
-    What is not finite, for which JSON has no word, is written as text.
+    Writes non-finite numbers as strings, since JSON has no form for them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -115,12 +115,12 @@ def append(path: Path, records: Iterable[Record]) -> None:
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a file that `append` wrote."""
+    """Reads the lines of a file that `append` wrote."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def _refusal(exception: Exception) -> tuple[str, str]:
-    """The status and the reason of an implementation that raised this."""
+    """Returns the status and the reason of an implementation that raised this exception."""
     if isinstance(exception, ModuleNotFoundError):
         return NOT_INSTALLED, str(exception)
     causes = exception.exceptions if isinstance(exception, ExceptionGroup) else (exception,)

@@ -1,4 +1,4 @@
-"""Records as people read them: aligned lines, or one table that a narrow terminal folds."""
+"""Formats records as aligned lines, or as one table that folds on a narrow terminal."""
 
 import textwrap
 from collections import Counter
@@ -22,10 +22,10 @@ class Column(Generic[R]):
 
     name: str
     width: int
-    """In aligned lines."""
+    """Width in aligned lines."""
     text: Callable[[R], str]
     left: bool = False
-    """Aligned to the left, and folded where there is no room."""
+    """Left-aligned, and folded if there is no room."""
 
 
 @dataclass(frozen=True)
@@ -34,31 +34,31 @@ class Table(Generic[R]):
 
     columns: Sequence[Column[R]]
     title: Callable[[R], str]
-    """Stands above the records of a case."""
+    """The heading above the records of a case."""
     legend: str
-    """What the columns mean."""
+    """Explains the columns."""
     remarks: Callable[[Sequence[R]], Sequence[str]] = lambda records: ()
     """Lines below the legend."""
 
     @property
     def width(self) -> int:
-        """Letters of the longest line."""
+        """Number of characters of the longest line."""
         return sum(column.width + 1 for column in self.columns) - 1
 
     def header(self) -> str:
-        """The names of the columns."""
+        """Returns the names of the columns."""
         return self._aligned([column.name for column in self.columns])
 
     def lines(self, records: Sequence[R]) -> list[str]:
-        """The records of one case under its title."""
+        """Returns the records of one case under its title."""
         return [self.title(records[0]), *(self._aligned(self.cells(record)) for record in records)]
 
     def cells(self, record: R) -> list[str]:
-        """A record's texts, in the order of the columns."""
+        """Returns the cells of a record, in column order."""
         return [column.text(record) for column in self.columns]
 
     def draw(self, records: Sequence[R], stream: TextIO) -> None:
-        """All records as one table."""
+        """Draws all records as one table."""
         drawn = rich.table.Table(box=rich.box.SIMPLE_HEAD)
         for column in self.columns:
             left = column.left
@@ -73,7 +73,7 @@ class Table(Generic[R]):
         rich.console.Console(file=stream).print(drawn)
 
     def footer(self, records: Sequence[R]) -> list[str]:
-        """Why records have no time, what the columns mean, and the machine."""
+        """Returns why records have no time, what the columns mean, and the machine."""
         return [*notes(records), *textwrap.wrap(self.legend, 120), *self.remarks(records), measured_on()]
 
     def _aligned(self, texts: Sequence[str]) -> str:
@@ -84,7 +84,7 @@ class Table(Generic[R]):
 
 
 def notes(records: Iterable[Record]) -> list[str]:
-    """Why records have no time, each reason once."""
+    """Returns why records have no time, each reason once."""
     reasons = Counter((record.implementation, record.status, record.reason) for record in records if record.reason)
     return [
         f"{name}: {status.replace('-', ' ')}: {reason}" + (f" ({count} rows)" if count > 1 else "")
@@ -93,51 +93,51 @@ def notes(records: Iterable[Record]) -> list[str]:
 
 
 def measured_on() -> str:
-    """The machine and all versions."""
+    """Returns the machine and all versions."""
     found = machine.describe()
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return f"{found['device']}, {found['cores']} cores, Python {found['python']}, {versions}"
 
 
 def implementation(record: Record) -> str:
-    """Who computed."""
+    """Returns the name of the implementation."""
     return record.implementation
 
 
 def milliseconds(record: Record) -> str:
-    """The median of the rounds, or why there is none, in a word."""
+    """Returns the median over the rounds, or the status if there are no times."""
     return number(record.times.median * 1e3) if record.times else without_times(record)
 
 
 def milliseconds_range(record: Record) -> str:
-    """The fastest and the slowest round."""
+    """Returns the fastest and the slowest round."""
     times = record.times
     return f"{number(min(times.seconds) * 1e3)} - {number(max(times.seconds) * 1e3)}" if times else ""
 
 
 def compile_seconds(record: Record) -> str:
-    """How long compilation took, where it is known."""
+    """Returns the compile time, if known."""
     return number(record.compile_seconds) if record.compile_seconds is not None else ""
 
 
 def planned_mebibytes(record: Record) -> str:
-    """What the compiler plans for a call, where it tells."""
+    """Returns the memory that the compiler plans for a call, if known."""
     return number(record.planned_bytes / 2**20) if record.planned_bytes else ""
 
 
 def mebibytes_beyond_idle(record: Record) -> str:
-    """What a process came to hold beyond Python and libraries, where it was measured."""
+    """Returns the peak memory of a process beyond Python and libraries, if measured."""
     peak = record.peak
     return number((peak.process_peak_bytes - peak.process_idle_bytes) / 2**20) if peak else ""
 
 
 def without_times(record: Record) -> str:
-    """The status in words."""
+    """Returns the status in words."""
     return record.status.replace("-", " ")
 
 
 def number(value: float) -> str:
-    """Three significant digits, without an exponent.
+    """Formats a number with three significant digits, without an exponent.
 
     >>> [number(x) for x in (0.01234, 1.234, 56.78, 1234.5)]
     ['0.0123', '1.23', '56.8', '1,234']

@@ -1,4 +1,4 @@
-"""Times of programs that take turns: what slows the machine for a while slows all of them."""
+"""Times programs in turns, so that a temporary slowdown of the machine affects all of them."""
 
 import random
 import statistics
@@ -10,7 +10,7 @@ from typing import TypeVar
 from benchmarks.bench import machine
 from benchmarks.bench.program import Program
 
-_TURN = 0.05  # seconds that a turn lasts at least, so that short calls are repeated in it
+_TURN = 0.05  # minimum seconds per turn; short calls are repeated within it
 _SEED = 0
 
 Name = TypeVar("Name", bound=Hashable)
@@ -18,34 +18,36 @@ Name = TypeVar("Name", bound=Hashable)
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one call, one figure for each round: the mean over the calls of a turn."""
+    """Seconds per call, one number per round: the mean over the calls of a turn."""
 
     seconds: tuple[float, ...]
     calls: int
-    """How often each turn calls."""
+    """Number of calls per turn."""
 
     @property
     def median(self) -> float:
-        """That of the rounds."""
+        """The median over the rounds."""
         return statistics.median(self.seconds)
 
 
 @dataclass
 class Turn:
-    """One program's turn in each round."""
+    """The turns of one program."""
 
     program: Program
     calls: int
     warm: bool
-    """Call once untimed before: what ran before has filled the caches, and its threads may still wait for work."""
+    """If True, make one untimed call first: the previous program has filled the caches, and its threads may still be
+    spinning.
+    """
     queue: bool
-    """Wait for the last call only, as one does on an accelerator; else for each."""
+    """If True, wait only for the last call of a turn, as users do on an accelerator; otherwise for each call."""
     clock: Callable[[], float]
     seconds: list[float] = field(default_factory=list)
 
     @staticmethod
     def of(program: Program, queue: bool, clock: Callable[[], float]) -> "Turn":
-        """Measures, after a first call that does not count, how many calls make a turn."""
+        """Measures how many calls make a turn, after one warm-up call."""
         program.wait(program.run())
         start = clock()
         program.wait(program.run())
@@ -67,14 +69,14 @@ class Turn:
 def interleaved(
     programs: Mapping[Name, Program], rounds: int, *, clock: Callable[[], float] = time.perf_counter
 ) -> dict[Name, Times]:
-    """Times of each program: in every round each has one turn, in an order that changes from round to round."""
+    """Times each program: every round has one turn per program, in a random order that changes between rounds."""
     if not rounds:
         return {}
     queue = machine.platform_name() != "cpu"
     turns = {name: Turn.of(program, queue, clock) for name, program in programs.items()}
     order, rng = list(turns), random.Random(_SEED)
     for _ in range(rounds):
-        rng.shuffle(order)  # so that nobody always follows the same one
+        rng.shuffle(order)  # so that no program always follows the same one
         for name in order:
             turns[name].take()
     return {name: Times(tuple(turn.seconds), turn.calls) for name, turn in turns.items()}

@@ -1,1 +1,1 @@
-"""What decoding costs, here and in other libraries: `python -m benchmarks.decoding`."""
+"""Benchmarks decoding against other libraries: `python -m benchmarks.decoding`."""

@@ -1,13 +1,14 @@
-"""What decoding costs, here and elsewhere, with the same weights: `python -m benchmarks.decoding`.
+"""Benchmarks decoding against other libraries, with the same weights: `python -m benchmarks.decoding`.
 
     python -m benchmarks.decoding --short                     # what `make bench-decoding` runs: some minutes
     python -m benchmarks.decoding --memory --json benchmarks/results/decoding.jsonl \\
         --plot benchmarks/results/decoding.png
     python -m benchmarks.decoding --batches 1 --beams 4 --implementations seqattn,ctranslate2 --rounds 21
 
-A MarianMT of random weights (3 + 3 layers of 256, vocabulary 8000) that never ends early, so that all do the same work,
-in float32 with all cores that the process may use (`taskset` for fewer). What they say is compared before it is timed;
-one whose tokens are others has no time. All take turns in one process: only figures of one run are to be compared.
+The model is a MarianMT with random weights (3 + 3 layers of 256, vocabulary 8000) that never ends early, so all do the
+same work. It runs in float32 on all cores available to the process (`taskset` for fewer). Outputs are compared first;
+an implementation with different tokens is not timed. All take turns in one process, so compare only numbers of the same
+run.
 """
 
 from collections.abc import Sequence
@@ -30,21 +31,24 @@ _ROUNDS = 9
 
 @dataclass(frozen=True)
 class DecodingArguments(command.PeerArguments):
-    """Measures decoding, in 9 rounds, with --short in 3. Lists are words separated by spaces or commas."""
+    """Measures decoding, in 9 rounds, or 3 with --short.
+
+    Lists are words separated by spaces or commas.
+    """
 
     batches: command.Words = ("1", "64")
-    """How many sources are decoded at once."""
+    """Numbers of sources that are decoded at once."""
     beams: command.Words = ("1", "4")
-    """Sizes of the beam; 1 is greedy."""
+    """Beam sizes; 1 is greedy."""
     implementations: command.Words = tuple(NAMES)
-    """Of seqattn, transformers, ctranslate2."""
+    """Any of seqattn, transformers, ctranslate2."""
     length: int = 24
-    """Tokens of each target."""
+    """Number of tokens of each target."""
     sizes: Sizes = field(default_factory=Sizes)
 
 
 def plan(arguments: DecodingArguments) -> DecodingPlan:
-    """Raises ValueError for what does not exist."""
+    """Resolves the arguments to a plan. Raises ValueError for unknown names and bad sizes."""
     names = command.words(arguments.implementations)
     command.check("implementation", names, NAMES)
     batches, beams = command.numbers("batches", arguments.batches), command.numbers("beams", arguments.beams)
@@ -59,12 +63,12 @@ def plan(arguments: DecodingArguments) -> DecodingPlan:
 
 
 def parse(arguments: Sequence[str] | None = None) -> DecodingArguments:
-    """What a command line asks for; that of this process by default."""
+    """Parses a command line. Defaults to that of this process."""
     return tyro.cli(DecodingArguments, prog="python -m benchmarks.decoding", args=arguments)
 
 
 def main(arguments: DecodingArguments) -> int:
-    """Prints the table; returns 1 if ours is wrong or fails, else 0."""
+    """Prints the table. Returns 1 if our implementation is wrong or fails, else 0."""
     wanted = plan(arguments)
     records = command.show(measure(wanted), len(wanted.cases), TABLE, arguments.json)
     command.plot(records, rates, arguments.plot)

@@ -1,4 +1,4 @@
-"""The picture of decoding: tokens a second by batch, a panel for each size of the beam."""
+"""Chart of decoding: tokens per second by batch size, one panel per beam size."""
 
 import os
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from train.reports.style import STYLE
 
 
 def rates(lines: Sequence[Line], path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Draws bars of tokens a second on a logarithmic scale, a panel for each beam size, a group for each batch.
+    """Draws tokens per second as bars on a logarithmic scale: one panel per beam size, one group per batch size.
 
     Args:
-        lines: those with a rate are drawn.
-        path: that of the picture; its suffix does not matter.
+        lines: records; the ones with a rate are drawn.
+        path: where to write the chart; the suffix is ignored.
 
     Returns:
-        The paths of the PNG and of the SVG beside it.
+        The paths of the PNG and the SVG file.
 
     Raises:
         ValueError: no line has a rate.

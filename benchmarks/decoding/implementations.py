@@ -1,4 +1,4 @@
-"""Who decodes: every implementation by the name that `--implementations` takes."""
+"""The implementations of decoding, by the name that `--implementations` takes."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,17 +18,17 @@ from seqattn.interop import from_marian
 from seqattn.models.transformer import Transformer
 
 Translator = Callable[[DecodingCase], Program]
-"""Makes a program for a case, whose result is the tokens `[B, L]` of the best hypotheses."""
+"""Makes a program for a case. Its result is the tokens `[B, L]` of the best hypotheses."""
 
 Load = Callable[[RandomMarian], Translator]
-"""Makes a translator of the weights.
+"""Makes a translator from the weights.
 
-Raises ImportError where the library is not installed, NotImplementedError where it cannot serve.
+Raises ImportError if the library is not installed, NotImplementedError if it does not support the device.
 """
 
 
 def seqattn(model: RandomMarian) -> Translator:
-    """`generate` and `beam_search` over our Transformer: one compiled function, to which the parameters are given."""
+    """`generate` and `beam_search` over our Transformer, compiled once with the parameters as arguments."""
     transformer = from_marian(model.config, model.arrays)
     graph, parameters = nnx.split(transformer)
 
@@ -53,7 +53,7 @@ def _translate(
     state = model.start(memory, case.length)
     if case.beam_size == 1:
         return generate(model.step, state, first, **limits).tokens
-    # As the others search unless they are told otherwise.
+    # The default length penalty and stopping rule of the other libraries.
     search: dict[str, Any] = {"length_penalty": AverageLength(1.0), "stopping": Stopping.LIKELY}
     return beam_search(model.step, state, first, beam_size=case.beam_size, **search, **limits).tokens[:, 0]
 
@@ -81,7 +81,7 @@ def hugging_face(model: RandomMarian) -> Translator:
 
 
 def ctranslate2(model: RandomMarian) -> Translator:
-    """`Translator.translate_batch` of CTranslate2, whose batches are not split."""
+    """`Translator.translate_batch` of CTranslate2, without splitting batches."""
     machine.only_on_a_cpu("ctranslate2")
     import ctranslate2
 
@@ -103,7 +103,7 @@ def _hypotheses(found: Any) -> Sequence[np.ndarray]:
 
 
 class _Tokenizer:
-    """What the converter asks of a tokenizer: tokens are called by their numbers, and the last is the padding."""
+    """The parts of a tokenizer that the converter needs: tokens are named by their ids, and the last is padding."""
 
     eos_token, unk_token = str(END), "1"
 
@@ -128,4 +128,4 @@ def _convert(model: RandomMarian) -> None:
 NAMES: dict[str, Load] = {"seqattn": seqattn, "transformers": hugging_face, "ctranslate2": ctranslate2}
 
 PEERS = ("transformers", "ctranslate2")
-"""Whom ours are compared with; the first that answers says what is right."""
+"""The libraries we compare with; the first one that works is the reference."""

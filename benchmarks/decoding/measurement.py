@@ -1,4 +1,4 @@
-"""Decoding measured: each case is decoded, compared with a peer, and timed where both say the same."""
+"""Measures decoding: decodes each case, compares the tokens with another library, and times equal results."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,14 +23,14 @@ from seqattn.interop import from_marian
 from seqattn.models.transformer import Transformer
 
 DecodingAttempt = Attempt[DecodingRecord]
-"""Its result is the tokens `[B, L]`."""
+"""An attempt; its result is the tokens `[B, L]`."""
 _FIRST = "first"
-"""The part with room for one token."""
+"""The part that decodes a single token."""
 
 
 @dataclass(frozen=True)
 class DecodingPlan:
-    """What is to be measured, and how."""
+    """What to measure, and how."""
 
     cases: Sequence[DecodingCase]
     implementations: Sequence[str]
@@ -39,7 +39,7 @@ class DecodingPlan:
 
 
 def measure(plan: DecodingPlan) -> Iterator[list[DecodingRecord]]:
-    """The records of one case after the other."""
+    """Yields the records of one case at a time."""
     with tempfile.TemporaryDirectory() as folder:
         model = RandomMarian(plan.cases[0].sizes, Path(folder))
         loaded = {name: load(name, model) for name in plan.implementations}
@@ -50,10 +50,10 @@ def measure(plan: DecodingPlan) -> Iterator[list[DecodingRecord]]:
 
 
 def load(name: str, model: RandomMarian) -> Translator | Exception:
-    """An implementation with the weights, or why there is none."""
+    """Returns an implementation with the weights, or the exception that loading raised."""
     try:
         return NAMES[name](model)
-    except Exception as exception:  # of any library: it costs the records of this one and no other
+    except Exception as exception:  # a failure of one library must not end the run
         return exception
 
 
@@ -71,7 +71,7 @@ def attempt(name: str, case: DecodingCase, translator: Translator | Exception) -
 
 
 def compare(tried: Sequence[DecodingAttempt], model: RandomMarian) -> list[DecodingAttempt]:
-    """The attempts with how they agree with the first peer that works, and none that says other things."""
+    """Adds each attempt's agreement with the first other library that works; marks differing ones as wrong."""
     working = {one.record.implementation: one for one in tried if one.result is not None}
     peer = next((name for name in PEERS if name in working), None)
     if peer is None:
@@ -95,7 +95,7 @@ def compare(tried: Sequence[DecodingAttempt], model: RandomMarian) -> list[Decod
 
 
 def scores(model: RandomMarian, case: DecodingCase, tokens: np.ndarray) -> np.ndarray:
-    """The mean log probability of a token of each row `[B]`, by our model, all tokens at once."""
+    """Returns the mean log probability per token of each row `[B]` under our model, all tokens at once."""
     source = jnp.asarray(case.sources())
     start = jnp.full((case.batch, 1), case.sizes.pad_token)
     target = jnp.concatenate([start, jnp.asarray(tokens)[:, :-1]], axis=1)
@@ -113,7 +113,7 @@ def _decode(transformer: Transformer, source: jax.Array, target: jax.Array) -> j
 
 
 def _finished(record: DecodingRecord, times: Mapping[tuple[str, str], Times], folder: Path | None) -> DecodingRecord:
-    """A record with what was measured; its memory, too, where a folder is given."""
+    """Returns the record with its times; with its memory, too, if a folder is given."""
     name, record = record.implementation, timed(record, times)
     if record.status == TIMED:
         peers = {peer: times[peer, WHOLE] for peer in PEERS if (peer, WHOLE) in times}

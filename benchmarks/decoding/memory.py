@@ -1,4 +1,4 @@
-"""The memory that decoding takes: `python -m benchmarks.decoding.memory` decodes one case in a process alone."""
+"""Peak memory of decoding: `python -m benchmarks.decoding.memory` decodes one case in its own process."""
 
 import json
 import sys
@@ -15,24 +15,24 @@ from train.devices import environment
 
 
 def peak(case: DecodingCase, implementation: str, folder: Path) -> Peak:
-    """Decodes a case once in a process of its own. Raises RuntimeError if that fails.
+    """Decodes a case once in its own process. Raises RuntimeError if that fails.
 
     Args:
         case: what to decode.
-        implementation: by whom.
-        folder: that of the `RandomMarian`; where it holds a file of CTranslate2's, nothing need be converted.
+        implementation: the name of the implementation.
+        folder: the folder of the `RandomMarian`; an existing CTranslate2 file in it is reused.
     """
     return memory.alone("benchmarks.decoding.memory", [implementation, str(folder), json.dumps(asdict(case))])
 
 
 def measure(case: DecodingCase, implementation: str, folder: Path) -> Peak:
-    """What this process, which should have done nothing yet, comes to."""
+    """Returns the peak memory of this process, which must be fresh."""
     model = RandomMarian(case.sizes, folder)
     return memory.here(lambda: NAMES[implementation](model)(case), library=implementation)
 
 
 def parse(words: Sequence[str]) -> tuple[DecodingCase, str, Path]:
-    """IMPLEMENTATION FOLDER CASE, the last one as JSON."""
+    """Parses IMPLEMENTATION FOLDER CASE; CASE is JSON."""
     if len(words) != 3:
         raise ValueError("usage: python -m benchmarks.decoding.memory IMPLEMENTATION FOLDER CASE")
     implementation, folder, text = words
@@ -42,7 +42,7 @@ def parse(words: Sequence[str]) -> tuple[DecodingCase, str, Path]:
 
 
 def main() -> int:
-    """Measures what the command line names."""
+    """Measures the case that the command line names."""
     case, implementation, folder = parse(sys.argv[1:])
     return memory.answer(lambda: measure(case, implementation, folder))
 

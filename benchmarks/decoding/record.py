@@ -1,4 +1,4 @@
-"""What came of one implementation of decoding on one case."""
+"""The result of one implementation of decoding on one case."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from benchmarks.bench.timing import Times
 from benchmarks.decoding.case import DecodingCase
 from benchmarks.decoding.implementations import PEERS
 
-_ENOUGH = 0.9  # share of equal rows by which a beam search is right: hypotheses that tie in float32 may change places
+_ENOUGH = 0.9  # required share of equal rows in beam search: float32 ties may be broken differently
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,16 @@ class Agreement:
     """How a result `[B, L]` compares with that of another implementation."""
 
     equal: float
-    """Share of the rows in which all tokens are equal."""
+    """Share of rows with all tokens equal."""
     score_difference: float
-    """The largest difference of the rows' mean log probability of a token, by our model."""
+    """Largest difference between mean log probabilities per token of the rows, under our model."""
 
     @staticmethod
     def of(tokens: np.ndarray, scores: np.ndarray, others: np.ndarray, their_scores: np.ndarray) -> "Agreement":
-        """Of tokens `[B, L]` and scores `[B]`.
+        """Compares tokens `[B, L]` and scores `[B]`.
 
         Raises:
-            ValueError: the tokens are not as many.
+            ValueError: the shapes of the tokens differ.
         """
         if tokens.shape != others.shape:
             raise ValueError(f"tokens must have the shape {others.shape}, got {tokens.shape}")
@@ -36,32 +36,32 @@ class Agreement:
         return Agreement(float((tokens == others).all(axis=1).mean()), float(difference.max()))
 
     def is_right(self, beam_size: int) -> bool:
-        """All rows are equal; with beams, nearly all, as long as the others are as good."""
+        """Whether all rows are equal; with a beam, nearly all, if the others score as well."""
         return self.equal >= (1.0 if beam_size == 1 else _ENOUGH) and self.score_difference < 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingRecord(Record):
-    """A record with the times of first tokens and of peers, and how the tokens agree."""
+    """A record with the times of first tokens and of other libraries, and the agreement of the tokens."""
 
     case: DecodingCase
     agreement: Agreement | None = None
     first: Times | None = None
-    """Of calls with room for one token."""
+    """Times of calls that decode a single token."""
     peers: Mapping[str, Times] = field(default_factory=dict)
-    """The times of those that ours are compared with, on this case."""
+    """Times of the libraries we compare with, on this case."""
 
     @property
     def rate(self) -> float | None:
-        """Tokens a second, by the median."""
+        """Tokens per second, by the median."""
         return self.case.tokens / self.times.median if self.times else None
 
     def speed(self, peer: str) -> float | None:
-        """How many times as fast as a peer, by the medians."""
+        """Speed relative to another library, by the medians."""
         return self.speed_by(self.peers.get(peer))
 
     def own_fields(self) -> dict[str, Any]:
-        """Rates, speeds and agreement, in units without prefixes."""
+        """Returns rates, speeds and agreement, in base units."""
         return {
             "tokens_per_second": self.rate,
             **seconds_of(self.first, "first_token_"),

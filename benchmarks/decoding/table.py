@@ -1,4 +1,4 @@
-"""The records of decoding as people read them."""
+"""The table of decoding records."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,10 @@ from benchmarks.decoding.implementations import PEERS
 from benchmarks.decoding.record import DecodingRecord
 
 _LEGEND = (
-    "tokens/s: of the best hypotheses, by the median of the rounds, and their range. by: how many times that of the "
-    "peer. first token ms: the same call with room for one token, encoder included. MiB: what a process that does "
-    "nothing else came to hold beyond Python and libraries: weights, compilation, one call. rows equal: share of the "
-    "sources for which all tokens are those of the first peer. compile s: once, not in the times."
+    "tokens/s: tokens of the best hypotheses, by the median over the rounds, with the range. by: tokens/s relative to "
+    "this library. first token ms: the same call for a single token, encoder included. MiB: peak memory of a process "
+    "for this case alone, beyond Python and libraries: weights, compilation, one call. rows equal: share of sources "
+    "with exactly the tokens of the first other library. compile s: once, not part of the times."
 )
 
 

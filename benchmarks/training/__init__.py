@@ -1,1 +1,1 @@
-"""What an update costs, here and in other libraries: `python -m benchmarks.training`."""
+"""Benchmarks updates against other libraries: `python -m benchmarks.training`."""

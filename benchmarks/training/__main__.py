@@ -1,18 +1,18 @@
-"""What an update costs, here and in PyTorch, of the same model and batch: `python -m benchmarks.training`.
+"""Benchmarks updates against PyTorch, with the same model and batch: `python -m benchmarks.training`.
 
     python -m benchmarks.training --short                     # what `make bench-training` runs: some minutes
     python -m benchmarks.training --parts --memory --json benchmarks/results/training.jsonl \\
         --plot benchmarks/results/training.png
     python -m benchmarks.training --models base256 --implementations seqattn,torch --rounds 21
 
-Loss, gradient and AdamW by `train.update.step`, in rows of one example and without clipping; by Hugging Face's
-`MarianMTModel`; and by `torch.nn.Transformer`, both in eager PyTorch with its fused AdamW, as their users run them. All
-in float32, from the same weights, with dropout at the same places, and with all cores that the process may use
-(`taskset` for fewer).
+An update is loss, gradient and AdamW. Three implementations compute it: `train.update.step`, with one example per row
+and without clipping; Hugging Face's `MarianMTModel`; and `torch.nn.Transformer`. The latter two run in eager PyTorch
+with its fused AdamW, the usual setup of their users. All use float32, the same weights, dropout at the same places, and
+all cores available to the process (`taskset` for fewer).
 
-Who does another computation has no time: before anything is timed, the first loss without dropout, the norm of its
-gradient, and the loss after the update are compared with ours. All take turns in one process: only figures of one run
-are to be compared.
+Results are compared first: the loss without dropout, the norm of its gradient, and the loss after the update. An
+implementation that differs from ours is not timed. All take turns in one process, so compare only numbers of the same
+run.
 """
 
 import os
@@ -35,25 +35,28 @@ _ROUNDS = 9
 
 @dataclass(frozen=True)
 class TrainingArguments(command.PeerArguments):
-    """Measures updates, in 9 rounds, with --short in 3. Lists are words separated by spaces or commas."""
+    """Measures updates, in 9 rounds, or 3 with --short.
+
+    Lists are words separated by spaces or commas.
+    """
 
     models: command.Words = tuple(MODELS)
-    """Of multi30k, base256."""
+    """Any of multi30k, base256."""
     implementations: command.Words = tuple(NAMES)
-    """Of seqattn, transformers, torch."""
+    """Any of seqattn, transformers, torch."""
     dropout: float | None = None
-    """In place of each model's own rate."""
+    """Dropout rate that replaces each model's own."""
     parts: bool = False
-    """Also time the loss alone, and the loss with its gradient: where the time of an update goes."""
+    """Also time the loss alone, and the loss with its gradient, to show where the time of an update goes."""
 
 
 def plan(arguments: TrainingArguments) -> TrainingPlan:
-    """Raises ValueError for what does not exist."""
+    """Resolves the arguments to a plan. Raises ValueError for unknown names and bad rates."""
     models, names = command.words(arguments.models), command.words(arguments.implementations)
     command.check("model", models, MODELS)
     command.check("implementation", names, NAMES)
     if not models or not names:
-        raise ValueError("models and implementations must be named")
+        raise ValueError("models and implementations must be non-empty")
     if arguments.dropout is not None and not 0 <= arguments.dropout < 1:
         raise ValueError(f"dropout ({arguments.dropout}) must be in [0, 1)")
     cases = [MODELS[name] for name in models]
@@ -64,12 +67,12 @@ def plan(arguments: TrainingArguments) -> TrainingPlan:
 
 
 def parse(arguments: Sequence[str] | None = None) -> TrainingArguments:
-    """What a command line asks for; that of this process by default."""
+    """Parses a command line. Defaults to that of this process."""
     return tyro.cli(TrainingArguments, prog="python -m benchmarks.training", args=arguments)
 
 
 def main(arguments: TrainingArguments) -> int:
-    """Prints the table; returns 1 if ours fails, or any two that work disagree, else 0."""
+    """Prints the table. Returns 1 if our implementation fails, or if any two that work disagree, else 0."""
     wanted = plan(arguments)
     records = command.show(measure(wanted), len(wanted.cases), TABLE, arguments.json)
     command.plot(records, rates, arguments.plot)
@@ -78,5 +81,5 @@ def main(arguments: TrainingArguments) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # else a second run would find its programs compiled
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # otherwise a second run would skip compilation
     environment.command(lambda: main(parse()))

@@ -1,4 +1,4 @@
-"""What every implementation trains: models by name, their batch, their weights, and how much there is to compute."""
+"""The benchmark cases of training: models by name, with their batch, weights and operation counts."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,45 +16,45 @@ from train.objectives.sequences import SequenceToSequence
 from train.reports.flops import products
 
 START = 1
-"""Starts a target. Not the padding, as in Marian: torch's embeddings leave the gradient of that one out."""
+"""Starts a target. Unlike in Marian it is not the padding token, whose embedding gets no gradient in torch."""
 _SHORTEST = 5 / 8
-"""Of the longest text: captions of Multi30k in a bucket of similar lengths are about so different."""
+"""Shortest length relative to the longest: typical for a bucket of similar lengths in Multi30k."""
 
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """An update of a model by one batch, which is the same in every run and process."""
+    """An update of a model on one batch, which is the same in every process."""
 
     name: str
     sizes: Sizes
     target_length: int
-    """Tokens of each target, padding counted."""
+    """Number of tokens of each target, including padding."""
     rows: int
-    """Pairs of source and target in a batch."""
+    """Number of source-target pairs in a batch."""
     dropout_rate: float
-    """Of the embeddings and of each sublayer's output, and nowhere else."""
+    """Dropout rate of the embeddings and of each sublayer's output, and nowhere else."""
     label_smoothing: float = 0.1
 
     def fields(self) -> dict[str, Any]:
-        """Name and sizes of the model, of its batch, and what is dropped and smoothed."""
+        """Returns name and sizes of the model and its batch, and the rates of dropout and label smoothing."""
         batch = {"target_length": self.target_length, "rows": self.rows}
         rates = {"dropout_rate": self.dropout_rate, "label_smoothing": self.label_smoothing, "dtype": "float32"}
         return {"model": self.name} | asdict(self.sizes) | batch | rates
 
     @property
     def config(self) -> dict[str, Any]:
-        """As in a `config.json` of MarianMT."""
+        """The fields of a MarianMT `config.json`."""
         dropout = {"dropout": self.dropout_rate, "attention_dropout": 0.0, "activation_dropout": 0.0}
         return RandomMarian(self.sizes, Path()).config | dropout
 
     def weights(self) -> dict[str, np.ndarray]:
-        """float32 parameters by Marian's names, with which any token may be said."""
+        """Returns float32 parameters by Marian's names, under which every token is possible."""
         arrays = RandomMarian(self.sizes, Path()).arrays
         bias = arrays["final_logits_bias"]
         return arrays | {"final_logits_bias": np.where(bias < -1, 0, bias)}
 
     def batch(self) -> Batch:
-        """Random tokens, as `train.data.batches` makes batches."""
+        """Returns a batch of random tokens, in the format of `train.data.batches`."""
         shape = (self.rows, self.sizes.source_length, self.target_length + 1)
         random = np.random.default_rng(shape)
 
@@ -73,20 +73,20 @@ MODELS = {
         TrainingCase("base256", Sizes(3, 256, 1024, 4, 8000, source_length=32), 32, 64, dropout_rate=0.1),
     )
 }
-"""By what `--models` takes: one of the sizes of Multi30k's best, and one of 3 + 3 layers of 256."""
+"""Models by the name that `--models` takes: the sizes of the best Multi30k model, and 3 + 3 layers of 256."""
 
 
 def tokens(batch: Batch) -> int:
-    """Those of source and target, without padding."""
+    """Returns the number of source and target tokens, without padding."""
     return int(batch["source_length"].sum() + (batch["target_length"] - 1).sum())
 
 
 def operations(case: TrainingCase, weights: dict[str, np.ndarray]) -> float:
-    """Operations of the products of our loss, forward, for a padded token: F of `train.engine.meter.Meter`."""
+    """Returns the forward operations of our loss's products per padded token: F of `train.engine.meter.Meter`."""
     graph, parameters = nnx.split(from_marian(case.config, weights))
 
     def loss(parameters: nnx.State, batch: dict[str, jax.Array]) -> Any:
-        # The tiles of others are a loop of a length that is not known.
+        # Other kernels loop over tiles, and the number of iterations is unknown to the operation count.
         model = with_implementation(nnx.merge(graph, parameters), "reference")
         return SequenceToSequence.loss(model, batch)
 

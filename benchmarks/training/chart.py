@@ -1,4 +1,4 @@
-"""The picture of training: tokens a second by model, a bar for each implementation."""
+"""Chart of training: tokens per second by model, one bar per implementation."""
 
 import os
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from train.reports.style import STYLE
 
 
 def rates(lines: Sequence[Line], path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Draws bars of tokens a second without padding, a panel for each model, whose figures differ too much for one.
+    """Draws tokens per second without padding as bars, one panel per model, since the models differ too much for one.
 
     Args:
-        lines: those with a rate are drawn; whiskers show the range of the rounds.
-        path: that of the picture; its suffix does not matter.
+        lines: records; the ones with a rate are drawn, with whiskers for the range over the rounds.
+        path: where to write the chart; the suffix is ignored.
 
     Returns:
-        The paths of the PNG and of the SVG beside it.
+        The paths of the PNG and the SVG file.
 
     Raises:
         ValueError: no line has a rate.

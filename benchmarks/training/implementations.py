@@ -1,6 +1,6 @@
-"""Who trains: every implementation by the name that `--implementations` takes, each with AdamW of the same settings.
+"""The implementations of updates, by the name that `--implementations` takes, with the same AdamW settings.
 
-All train the same parameters from the same weights. Only how they draw what is dropped differs.
+All train the same parameters from the same weights. Only their random dropout masks differ.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,21 +24,21 @@ from train.update.schedules import Constant
 from train.update.step import make_update, start
 
 FORWARD, GRADIENT, UPDATE = PARTS = ("forward", "gradient", WHOLE)
-"""The loss; the loss and its gradient; and both with what AdamW makes of them. Each is a part of the next."""
+"""The loss; the loss and its gradient; the loss, its gradient and AdamW. Each part contains the one before."""
 
 PreparePart = Callable[[TrainingCase, Mapping[str, np.ndarray], str], Program]
-"""Makes a program of a case, of weights by Marian's names, and of a part. That of updates makes one after the other.
+"""Makes a program from a case, weights by Marian's names, and a part. The update program advances its state per call.
 
-What updates give is the loss and the norm of its gradient, both before the update. Raises ImportError where the library
-is not installed, NotImplementedError where it cannot serve.
+An update returns the loss and the norm of its gradient, both before the update. Raises ImportError if the library is
+not installed, NotImplementedError if it does not support the device.
 """
 
 RATE, ADAMW = 1e-3, AdamW()
-_IGNORED = -100  # the label of a place that holds none, to torch
+_IGNORED = -100  # torch's label for positions without a target
 
 
 def seqattn(case: TrainingCase, weights: Mapping[str, np.ndarray], part: str) -> Program:
-    """Objective and update of `python -m train` on one device, without clipping; the state is donated."""
+    """The objective and update of `python -m train` on one device, without clipping; donates the state."""
     optimizer = Optimizer(ADAMW, Constant(RATE), clip_norm=None).make(steps=1)
     graph, state = start(from_marian(case.config, weights), optimizer)
     if part != UPDATE:
@@ -57,7 +57,7 @@ def seqattn(case: TrainingCase, weights: Mapping[str, np.ndarray], part: str) ->
 
 
 def _before_update(case: TrainingCase, graph: nnx.GraphDef, parameters: nnx.State, part: str) -> Program:
-    """The loss of our model, or its gradient, too."""
+    """Returns the loss of our model, or the loss with its gradient, as a program."""
 
     def loss(parameters: nnx.State, batch: Any, key: jax.Array) -> jax.Array:
         settings: dict[str, Any] = {"label_smoothing": case.label_smoothing, "dropout_key": key}
@@ -70,13 +70,13 @@ def _before_update(case: TrainingCase, graph: nnx.GraphDef, parameters: nnx.Stat
 
 
 def hugging_face(case: TrainingCase, weights: Mapping[str, np.ndarray], part: str) -> Program:
-    """`MarianMTModel` of transformers, in eager PyTorch, as it comes."""
+    """`MarianMTModel` of transformers in eager PyTorch, unmodified."""
     _check_torch("transformers")
     import torch
 
     network = marian_mt(case.config, weights).train()
     bias = network.final_logits_bias
-    # A buffer there, but Marian trains it, and so do the others.
+    # A buffer in transformers, but Marian trains it, and so do the other implementations.
     del network.final_logits_bias
     network.final_logits_bias = torch.nn.Parameter(bias)
 
@@ -102,7 +102,7 @@ def _check_torch(name: str) -> None:
 
 
 def _eager(case: TrainingCase, network: Any, logits: Callable[[Any, Any, Any], Any], part: str) -> Program:
-    """A program of a network in PyTorch, and of how it makes logits of source, its padding, and target."""
+    """Returns a program for a PyTorch network, given a function from source, padding and target to logits."""
     import torch
 
     batch = {name: torch.from_numpy(x.astype(np.int64)) for name, x in case.batch().items()}
@@ -134,7 +134,7 @@ def _eager(case: TrainingCase, network: Any, logits: Callable[[Any, Any, Any], A
 
 
 def _adamw(trained: Mapping[str, Any]) -> Any:
-    """torch's fused AdamW; as ours, it takes away a share of matrices alone."""
+    """Returns torch's fused AdamW with weight decay on matrices only, as in ours."""
     import torch
 
     decays = {name: parameter.ndim > 1 and not name.endswith("bias") for name, parameter in trained.items()}
@@ -146,4 +146,4 @@ def _adamw(trained: Mapping[str, Any]) -> Any:
 NAMES: dict[str, PreparePart] = {"seqattn": seqattn, "transformers": hugging_face, "torch": pytorch}
 
 PEERS = ("transformers", "torch")
-"""Whom ours are compared with."""
+"""The libraries we compare with."""

@@ -1,4 +1,4 @@
-"""Updates measured: the first ones are compared, and those that compute the same are timed."""
+"""Measures updates: compares the first ones, and times implementations that agree."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,18 +23,18 @@ TrainingAttempt = Attempt[TrainingRecord]
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What is to be measured, and how."""
+    """What to measure, and how."""
 
     cases: Sequence[TrainingCase]
     implementations: Sequence[str]
     rounds: int
     memory: bool
     parts: Sequence[str] = (UPDATE,)
-    """What is timed."""
+    """The parts to time."""
 
 
 def measure(plan: TrainingPlan) -> Iterator[list[TrainingRecord]]:
-    """The records of one case after the other."""
+    """Yields the records of one case at a time."""
     rate, source = peak(jax.local_devices()[0])
     for case in plan.cases:
         weights, batch = case.weights(), case.batch()
@@ -48,19 +48,19 @@ def measure(plan: TrainingPlan) -> Iterator[list[TrainingRecord]]:
 def attempt(
     record: TrainingRecord, weights: Mapping[str, np.ndarray], parts: Sequence[str] = (UPDATE,)
 ) -> TrainingAttempt:
-    """Makes two updates without dropout, which can be compared, and two with it, of which the first one compiles."""
+    """Makes two updates without dropout, to compare, and two with dropout, the first of which compiles."""
     prepare, case = NAMES[record.implementation], record.case
     try:
         begun = beginning(prepare(replace(case, dropout_rate=0.0), weights, UPDATE))
         programs = {part: prepare(case, weights, part) for part in parts}
         first, second = (_seconds(programs[UPDATE]) for _ in range(2))
-    except Exception as exception:  # of any library: it costs the record of this one and no other
+    except Exception as exception:  # a failure of one library must not end the run
         return Attempt(record.refused(exception))
     return Attempt(replace(record, beginning=begun, compile_seconds=max(0.0, first - second)), programs)
 
 
 def beginning(program: Program) -> Beginning:
-    """What the first two updates of a program come to."""
+    """Returns the results of a program's first two updates."""
     loss, gradient_norm = program.arrays(program.run())
     next_loss, _ = program.arrays(program.run())
     return Beginning(float(loss), float(gradient_norm), float(next_loss))
@@ -73,7 +73,7 @@ def _seconds(program: Program) -> float:
 
 
 def compare(tried: Sequence[TrainingAttempt]) -> list[TrainingAttempt]:
-    """The attempts, and none that computes something else than ours, or, where ours does not work, than the first."""
+    """Marks attempts as wrong that differ from ours or, if ours does not work, from the first that works."""
     working = {one.record.implementation: one.record.beginning for one in tried if one.record.beginning}
     name = "seqattn" if "seqattn" in working else next(iter(working), "")
 
@@ -87,7 +87,7 @@ def compare(tried: Sequence[TrainingAttempt]) -> list[TrainingAttempt]:
 def _finished(
     record: TrainingRecord, times: Mapping[tuple[str, str], Times], weights: Mapping[str, np.ndarray] | None
 ) -> TrainingRecord:
-    """A record with what was measured; its memory, too, where weights are given."""
+    """Returns the record with its times; with its memory, too, if weights are given."""
     name, record = record.implementation, timed(record, times)
     if record.status == TIMED:
         peers = {peer: times[peer, UPDATE] for peer in PEERS if (peer, UPDATE) in times}

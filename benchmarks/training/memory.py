@@ -1,4 +1,4 @@
-"""The memory that training takes: `python -m benchmarks.training.memory` makes updates in a process alone."""
+"""Peak memory of training: `python -m benchmarks.training.memory` makes updates in its own process."""
 
 import json
 import os
@@ -21,12 +21,13 @@ _UPDATES = 3
 
 
 def peak(case: TrainingCase, implementation: str, weights: Mapping[str, np.ndarray]) -> Peak:
-    """Makes updates of a case in a process of its own. Raises RuntimeError if that fails.
+    """Makes updates of a case in its own process. Raises RuntimeError if that fails.
 
     Args:
         case: what to train.
-        implementation: by whom.
-        weights: by Marian's names. They are drawn here, for those of PyTorch would do without JAX's compiler.
+        implementation: the name of the implementation.
+        weights: parameters by Marian's names. Drawn by the caller, since drawing loads JAX's compiler, which PyTorch
+            does not need.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.npz"
@@ -35,13 +36,13 @@ def peak(case: TrainingCase, implementation: str, weights: Mapping[str, np.ndarr
 
 
 def measure(case: TrainingCase, implementation: str, weights: Mapping[str, np.ndarray]) -> Peak:
-    """What this process, which should have done nothing yet, comes to."""
+    """Returns the peak memory of this process, which must be fresh."""
     prepare = NAMES[implementation]
     return memory.here(lambda: prepare(case, weights, UPDATE), library=implementation, calls=_UPDATES)
 
 
 def parse(words: Sequence[str]) -> tuple[TrainingCase, str, Path]:
-    """IMPLEMENTATION WEIGHTS CASE, a file of NumPy's and JSON."""
+    """Parses IMPLEMENTATION WEIGHTS CASE; WEIGHTS is a NumPy file, CASE is JSON."""
     if len(words) != 3:
         raise ValueError("usage: python -m benchmarks.training.memory IMPLEMENTATION WEIGHTS CASE")
     implementation, weights, text = words
@@ -51,12 +52,12 @@ def parse(words: Sequence[str]) -> tuple[TrainingCase, str, Path]:
 
 
 def main() -> int:
-    """Measures what the command line names."""
+    """Measures the case that the command line names."""
     case, implementation, path = parse(sys.argv[1:])
     with np.load(path) as weights:
         return memory.answer(lambda: measure(case, implementation, dict(weights)))
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # a compilation is a part of what is measured
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")  # compilation is part of the measurement
     environment.command(main)

@@ -1,4 +1,4 @@
-"""The records of updates as people read them."""
+"""The table of training records."""
 
 from collections.abc import Sequence
 
@@ -7,19 +7,18 @@ from benchmarks.bench.table import Column, Table, number
 from benchmarks.training.record import TrainingRecord
 
 _LEGEND = (
-    "step ms: one update, the median of the rounds, and their range. tokens/s: of source and target, padding not "
-    "counted. MFU: 3 F U / (t P), F operations of the products of our loss for a padded token, U tokens without "
-    "padding in t seconds, P what the device could do. by faster peer: how many times the tokens/s of the faster one "
-    "of those in PyTorch. fwd bwd opt %: of a step's time, that of the loss alone, what its gradient adds, and what "
-    "AdamW adds, each timed as a program of its own in the same rounds (--parts). MiB: what a process that does "
-    "nothing else came to hold beyond Python, libraries and the given weights: compilation, state, updates. loss: "
-    "before the first update, without dropout. compile s: how much longer the first update took than the second; not "
-    "in the times."
+    "step ms: one update, median over the rounds, with their range. tokens/s: source and target tokens without "
+    "padding. MFU: 3 F U / (t P), with F operations of our loss's products per padded token, U tokens without padding "
+    "in t seconds, and P the peak of the device. by faster peer: tokens/s relative to the faster of the PyTorch "
+    "implementations. fwd bwd opt %: shares of a step's time: the loss alone, what its gradient adds, what AdamW adds, "
+    "each timed as its own program in the same rounds (--parts). MiB: peak memory of a process for this case alone, "
+    "beyond Python, libraries and the given weights: compilation, state, updates. loss: before the first update, "
+    "without dropout. compile s: how much longer the first update took than the second; not part of the times."
 )
 
 
 def title(record: TrainingRecord) -> str:
-    """The case and its sizes."""
+    """Returns the name of the case and its sizes."""
     case, sizes, work = record.case, record.case.sizes, record.work
     return (
         f"{case.name}: {sizes.num_layers} + {sizes.num_layers} layers of {sizes.model_dim}, hidden "
@@ -29,7 +28,7 @@ def title(record: TrainingRecord) -> str:
 
 
 def remarks(records: Sequence[TrainingRecord]) -> list[str]:
-    """Where P is from."""
+    """Returns the source of P."""
     return list(dict.fromkeys(f"P: {record.work.peak_source}" for record in records))
 
 

@@ -1,6 +1,6 @@
-"""The model of MarianMT as users of PyTorch build it: `torch.nn.Transformer` between a shared table and its logits.
+"""The MarianMT model as PyTorch users build it: `torch.nn.Transformer` between a shared embedding and its logits.
 
-torch is imported when a model is made, for it need not be installed.
+Imports torch only when a model is built, since it is optional.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ _NORMS = {
     "encoder": {"self_attn_layer_norm": "norm1", "final_layer_norm": "norm2"},
     "decoder": {"self_attn_layer_norm": "norm1", "encoder_attn_layer_norm": "norm2", "final_layer_norm": "norm3"},
 }
-"""Names of Marian's layers, and what they are called here."""
+"""Names of Marian's layers, and the names used here."""
 
 
 def torch_transformer(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
-    """A `torch.nn.Module` of source `[B, S]`, its padding `[B, S]` and target `[B, T]`, which gives logits `[B, T, V]`.
+    """Returns a `torch.nn.Module` from source `[B, S]`, its padding `[B, S]` and target `[B, T]` to logits `[B, T, V]`.
 
-    Dropout is that of the embeddings and of each sublayer's output alone: `torch.nn.Transformer` has it in attention
-    and in the hidden layer, too, and MarianMT and ours have not.
+    Dropout applies only to the embeddings and to each sublayer's output. `torch.nn.Transformer` also has it in
+    attention and in the hidden layer; MarianMT and ours do not.
 
     Args:
         config: the fields of a MarianMT `config.json`.
@@ -39,7 +39,7 @@ def torch_transformer(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray
 
         def forward(self, source: Any, source_padding: Any, target: Any) -> Any:
             length = target.shape[1]
-            # Padding is behind a target's tokens, which see what is before them: it need not be masked.
+            # Target padding needs no mask: it follows the tokens, and the causal mask hides it from them.
             later = torch.ones(length, length, dtype=torch.bool).triu(1)
             decoded = self.transformer(
                 self.embed(source),
@@ -62,7 +62,7 @@ def torch_transformer(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray
 
 
 def _transformer(config: Mapping[str, Any]) -> Any:
-    """`torch.nn.Transformer` without the norms behind its last layers, which no model of the original kind has."""
+    """Returns `torch.nn.Transformer` without final norms, which post-norm models of this kind lack."""
     from torch import nn
 
     sizes = {"d_model": config["d_model"], "nhead": config["encoder_attention_heads"]}
@@ -81,13 +81,13 @@ def _transformer(config: Mapping[str, Any]) -> Any:
 
 
 def _positions(length: int, dim: int) -> np.ndarray:
-    """`[length, dim]` as MarianMT has them: all sines first, then all cosines."""
+    """Returns MarianMT's positions `[length, dim]`: all sines first, then all cosines."""
     angles = np.arange(length)[:, None] / 10_000 ** (np.arange(0, dim, 2) / dim)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
 def _renamed(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Parameters by the names that they have here, those of query, key and value in one."""
+    """Renames the parameters; query, key and value are joined into one."""
     renamed = {"table.weight": arrays["model.shared.weight"], "bias": arrays["final_logits_bias"][0]}
     for side, norms in _NORMS.items():
         for layer in range(config[f"{side}_layers"]):

@@ -1,4 +1,4 @@
-"""From any step function to sequences."""
+"""Decoding: greedy search, sampling and beam search over any step function."""
 
 from seqattn.decoding.beam import Beams, beam_search
 from seqattn.decoding.candidates import DiverseGroups

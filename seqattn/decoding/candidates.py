@@ -1,4 +1,4 @@
-"""One step of a beam: which continuations of the hypotheses are the best, and which of those go on."""
+"""One step of beam search: ranks the continuations of all hypotheses and picks the ones that stay live."""
 
 import dataclasses
 from typing import TypeVar
@@ -17,17 +17,23 @@ from seqattn.top_k import Normaliser, top_k
 @pytree
 @dataclasses.dataclass(frozen=True)
 class DiverseGroups:
-    """The hypotheses of a row in groups that avoid one another (Vijayakumar 2016, Hamming diversity).
+    """Diverse beam search: groups of hypotheses that avoid each other's tokens (Vijayakumar 2018, Algorithm 1; arXiv
+    1610.02424).
 
-    Inside a step the groups choose one after the other, each by a beam search of its own, and for a later one a token's
-    log probability is lowered by `strength` times the number of hypotheses of earlier groups that just went on with it.
-    What that costs steers the group for good; the scores of what ended are without it, so that groups compare.
+    The beam of a row is split into groups. Within a step the groups choose in order, each with a beam search of its
+    own. Before a later group chooses, each token loses `strength` times the number of live hypotheses of earlier groups
+    that just chose it (the paper's Hamming diversity; `strength` is its lambda). This penalty accumulates in the
+    objective that ranks live hypotheses. Final scores exclude it, so that groups are comparable.
 
     Attributes:
-        count: how many groups; the beam size is a multiple of it; static.
-        strength: at least 0, one number; a leaf.
+        count: the number of groups, at least 1; must divide the beam size; static.
+        strength: the penalty per hypothesis, in nats; at least 0, one number for all rows; a leaf. Defaults to 0.5; the
+            paper recommends 0.2 to 0.8.
 
-    Two groups may end with the same sequence, which then is twice among the best.
+    Raises:
+        ValueError: `count` or `strength` is out of range.
+
+    Two groups may finish the same sequence, which then appears twice in the results.
     """
 
     count: int = dataclasses.field(metadata={"static": True})
@@ -44,10 +50,11 @@ class Candidates:
     """Continuations of hypotheses by one token, best first.
 
     Attributes:
-        objective: what they compete by: the log probability less what diversity cost; -inf for what cannot be.
-        log_probability: of all tokens.
-        parent: the hypothesis that is continued, counted in its row.
-        token: with which it is.
+        objective: what ranks them: the log probability minus the diversity penalty; -inf for an impossible
+            continuation.
+        log_probability: the sum over all tokens, in nats.
+        parent: the index of the continued hypothesis within its row.
+        token: the token that continues it.
     """
 
     objective: Float[Array, "*B C"]
@@ -56,7 +63,7 @@ class Candidates:
     token: Int[Array, "*B C"]
 
     def take(self, objective: Float[Array, "*B C"], count: int) -> "Candidates":
-        """The `count` best by another objective."""
+        """Returns the `count` best by another objective."""
         objective, places = top_k(objective, count)
         chosen = take(self, places)
         return dataclasses.replace(chosen, objective=objective)
@@ -66,7 +73,7 @@ Tree = TypeVar("Tree")
 
 
 def take(tree: Tree, places: Int[Array, "*B C"]) -> Tree:
-    """The elements at these places of the last axis of every array."""
+    """Returns the elements at these places of the last axis of each array."""
     return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, places, axis=-1, mode="promise_in_bounds"), tree)
 
 
@@ -81,37 +88,46 @@ def choose(
     is_last: Bool[Array, "B"],
     floor: Float[Array, "#B"] | None,
 ) -> tuple[Candidates, Candidates]:
-    """The best continuations of each group `[B, G, C]`, and those that go on `[B, G, K]`, of a beam of G * K.
+    """Returns the best continuations of each group `[B, G, C]`, and the ones that stay live `[B, G, K]`.
 
-    There are so many candidates that K can go on even if the K best end. A beam of one alone has no other: where it has
-    ended, it is done, and so it is greedy.
+    The beam has G groups of K hypotheses. C is 2 K if the vocabulary allows: even if the K best candidates all end, K
+    others remain. With a single hypothesis in the beam C is 1, so the search stops at its first end token and stays
+    greedy.
 
     Args:
-        scores: log probabilities plus the normaliser: raw logits do. What they have in common does not change their
-            order, so nothing of size V is written for it.
-        normaliser: of them; its log_total is inf where the hypothesis cannot go on.
-        objective: of the hypotheses.
-        log_probability: of the hypotheses.
-        groups: diversity, if wanted.
+        scores: log probabilities, up to a constant per hypothesis: raw logits will do. The constant does not change the
+            order within a hypothesis, so no normalised array of size V is written.
+        normaliser: turns `scores` into log probabilities; its `log_total` is inf where the hypothesis cannot continue.
+        objective: ranks the hypotheses before this step.
+        log_probability: of the hypotheses before this step, in nats.
+        groups: enables diverse beam search.
         end_token: ends a hypothesis.
-        is_last: whether this step ends all hypotheses of a row.
-        floor: the least log probability of a hypothesis, if there is one; what has less cannot be.
+        is_last: True for rows whose hypotheses all end with this step.
+        floor: the lowest log probability a hypothesis may have, in nats; None for no limit.
     """
     num_groups, strength = (1, 0.0) if groups is None else (groups.count, groups.strength)
     size, vocab_size = scores.shape[1] // num_groups, scores.shape[-1]
+    # Each hypothesis has one end-token continuation, so at most K of 2 K candidates end and K stay live. With only K
+    # candidates, a step in which some end would shrink the beam for good.
     count = min(1 if scores.shape[1] == 1 else 2 * size, vocab_size * size)
+    # `crowd` is the diversity penalty per token. None for the first group, which is a plain beam search.
     crowd: Array | None = None
     candidates, running = [], []
     for group in range(num_groups):
+        # Groups choose one after the other, since each must see the tokens of the groups before it.
         of_group = slice(group * size, (group + 1) * size)
         own = Normaliser(normaliser.peak[:, of_group], normaliser.log_total[:, of_group])
+        # C tokens per hypothesis are enough: in the worst case one hypothesis supplies all C candidates.
         continued = _continue(scores[:, of_group], own, crowd, min(count, vocab_size))
         best = _best(continued, objective[:, of_group], log_probability[:, of_group], count, floor)
+        # The caller reorders whole rows, so parents are counted within the row, not the group.
         best = dataclasses.replace(best, parent=best.parent + group * size)
+        # Ended candidates stay in `candidates` but not in `running`: nothing may follow an end token.
         is_over = (best.token == end_token) | is_last[:, None]
         going_on = best.take(jnp.where(is_over, -jnp.inf, best.objective), size)
         candidates.append(best)
         running.append(going_on)
+        # Counting tokens takes an array of the vocabulary's size, which the last group would not use.
         if group + 1 < num_groups:
             lowered = scalar(strength) * _count_tokens(going_on, vocab_size)
             crowd = lowered if crowd is None else crowd + lowered
@@ -121,13 +137,17 @@ def choose(
 def _continue(
     scores: Float[Array, "B K V"], normaliser: Normaliser, crowd: Float[Array, "B V"] | None, count: int
 ) -> tuple[Array, Array, Array]:
-    """The best tokens of each hypothesis: what they add to its objective and to its log probability, and which."""
+    """Returns the best tokens of each hypothesis and what they add to its objective and to its log probability."""
+    # Dead hypotheses rank last at -inf. Their logits may be NaN, which would compare arbitrarily.
     gone = jnp.isposinf(normaliser.log_total)[..., None]
     if crowd is None:
+        # Rank first and normalise the few survivors: the normaliser is a constant per hypothesis.
         best, tokens = top_k(scores, count)
         gain = jnp.where(gone, -jnp.inf, normaliser.log_probabilities(best))
         return gain, gain, tokens
+    # The penalised score decides which tokens are chosen ...
     best, tokens = top_k(scores.astype(jnp.float32) - crowd[:, None], count)
+    # ... and the plain one goes into the log probability, so that final scores exclude the penalty.
     plain = take(scores, tokens)
     gain, plain = (jnp.where(gone, -jnp.inf, normaliser.log_probabilities(values)) for values in (best, plain))
     return gain, plain, tokens
@@ -140,10 +160,11 @@ def _best(
     count: int,
     floor: Float[Array, "#B"] | None,
 ) -> Candidates:
-    """Of all continuations of one group."""
+    """Returns the best of all continuations of one group."""
     gain, plain, tokens = continued
     rows, hypotheses, each = gain.shape
     parent = jnp.arange(hypotheses, dtype=jnp.int32)[None, :, None]
+    # Flat over hypotheses and tokens, earlier hypotheses first: `top_k` then breaks ties as documented.
     every = Candidates(
         objective=(objective[..., None] + gain).reshape(rows, hypotheses * each),
         log_probability=(log_probability[..., None] + plain).reshape(rows, hypotheses * each),
@@ -152,13 +173,15 @@ def _best(
     )
     possible = every.objective
     if floor is not None:
+        # Pruning uses the log probability: a diversity penalty must not push a probable hypothesis below the floor.
         possible = jnp.where(every.log_probability < floor[:, None], -jnp.inf, possible)
     return every.take(possible, min(count, hypotheses * each))
 
 
 def _count_tokens(running: Candidates, vocab_size: int) -> Float[Array, "B V"]:
-    """How many of the hypotheses that go on do so with each token."""
+    """Returns how many live hypotheses chose each token."""
     same = running.token[..., None] == jnp.arange(vocab_size, dtype=jnp.int32)[None, None]
+    # Empty places hold arbitrary tokens, which must not repel later groups.
     return jnp.sum(same & (running.objective > -jnp.inf)[..., None], axis=1).astype(jnp.float32)
 
 

@@ -1,7 +1,7 @@
-"""What a decoder may say: functions from logits and history to logits, as values that compose.
+"""Logits processors: functions from logits and history to logits, as composable values.
 
-They are applied in the order in which they are given. What a processor forbids is -inf; NaN stays NaN, so that
-`generate` and `beam_search` see that a row failed.
+They run in the given order. A forbidden token becomes -inf. NaN stays NaN, so that `generate` and `beam_search` can
+detect a failed row.
 """
 
 import abc
@@ -19,19 +19,19 @@ from seqattn.checks import check_integer, check_range, is_known
 from seqattn.pytrees import pytree, static
 
 Number = float | int | np.number | np.ndarray | Array
-"""A number for all rows, or an array `[B]` with one for each."""
+"""One number for all rows, or an array `[B]` with one per row."""
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class History:
-    """What each hypothesis has said before this step.
+    """The tokens of each hypothesis before this step.
 
     Attributes:
-        tokens: generated so far `[B, beams, L]`, without the first token that was fed; what is at or behind `length`
-            means nothing.
-        length: how many tokens have been generated, the same for all rows; a scalar.
-        first: the first token that was fed `[B, beams]`.
+        tokens: `[B, beams, L]` integers, the generated tokens without the first token that was fed. Entries from
+            `length` on are arbitrary.
+        length: a scalar integer, the number of tokens generated so far; the same for all rows.
+        first: `[B, beams]` integers, the first token that was fed.
     """
 
     tokens: Int[Array, "B beams L"]
@@ -39,46 +39,61 @@ class History:
     first: Int[Array, "B beams"]
 
     def fed(self) -> Int[Array, "B beams fed"]:
-        """All that the model was fed: the first token, then what was generated. The first `length + 1` count."""
+        """Returns all tokens fed to the model `[B, beams, L + 1]`; the first `length + 1` are valid."""
         return jnp.concatenate([self.first[..., None].astype(self.tokens.dtype), self.tokens], axis=-1)
 
 
 class LogitsProcessor(abc.ABC):
-    """A pure function of logits and history, as a frozen dataclass that is a pytree: base it on this class."""
+    """Base class of logits processors.
+
+    A subclass is a pure function of logits and history: a frozen dataclass registered with `seqattn.pytrees.pytree`.
+    """
 
     @abc.abstractmethod
     def __call__(self, logits: Float[Array, "B beams V"], history: History) -> Float[Array, "B beams V"]:
-        """The logits with which to go on, of the same shape; -inf is what may not be said."""
+        """Returns the logits to use instead.
+
+        Args:
+            logits: `[B, beams, V]` float32. Raw logits in `generate`, log probabilities in `beam_search`.
+            history: the tokens so far.
+
+        Returns:
+            Logits of the same shape and dtype; -inf forbids a token.
+        """
 
     def bound(self, highest: Float[Array, "B"]) -> Float[Array, "B"]:
-        """An upper bound of what this returns for each row, given that none of the row's logits exceeds `highest`.
+        """Returns an upper bound `[B]` of this processor's output if no logit of the row exceeds `highest` `[B]`.
 
-        `beam_search` needs it to stop early without missing a better sequence, see `Stopping.EXACT`. By default it is
-        inf, unknown, and the search goes on to its last step. A processor that adds at most 5 to a logit returns
-        `highest + 5`. Base a processor that never raises a logit on `Lowering` instead.
+        `beam_search` needs it to stop early without missing a better sequence, see `Stopping.EXACT`. Defaults to inf
+        (unknown), which makes the search run until no hypothesis is live. A processor that adds at most 5 to a logit
+        returns `highest + 5`. For a processor that never raises a logit, subclass `Lowering` instead.
         """
         return jnp.full_like(highest, jnp.inf)
 
 
 class Lowering(LogitsProcessor):
-    """A processor that never raises a logit: it forbids tokens or makes them less probable. Base your own on it."""
+    """Base class of processors that never raise a logit: they forbid tokens or lower their probability."""
 
     def bound(self, highest: Float[Array, "B"]) -> Float[Array, "B"]:
-        """`highest` itself."""
+        """Returns `highest`."""
         return highest
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class RepetitionPenalty(LogitsProcessor):
-    """Makes tokens that were said before less probable (Keskar 2019, section 4.1).
+    """Lowers the logits of tokens that already occurred (Keskar 2019, section 4.1).
 
-    As in the libraries that followed the paper, a positive logit is divided by `penalty` and a negative one multiplied,
-    once however often the token occurred. The first token that was fed counts as said, as Hugging Face has it: a model
-    that starts from its end token is penalised for ending.
+    As in Hugging Face and other libraries, a positive logit is divided by `penalty` and a negative one multiplied by
+    it; the paper divides both. A token is penalised once, however often it occurred. The first token that was fed
+    counts as occurred, as in Hugging Face: a model that starts from its end token is penalised for ending.
 
     Attributes:
-        penalty: above 1 discourages, below 1 encourages, 1 changes nothing; a leaf, one number or `[B]`.
+        penalty: above 0; above 1 discourages repetition, below 1 encourages it, 1 changes nothing. The paper uses about
+            1.2. One number or one per row `[B]`; a leaf.
+
+    Raises:
+        ValueError: `penalty` is known and not above 0; when called, its shape is neither `()` nor `[B]`.
 
     >>> logits = jnp.array([[[2.0, -2.0, 2.0, -2.0]]])
     >>> history = History(tokens=jnp.array([[[0, 3]]]), length=jnp.array(1), first=jnp.array([[1]]))
@@ -93,13 +108,15 @@ class RepetitionPenalty(LogitsProcessor):
 
     def __call__(self, logits: Float[Array, "B beams V"], history: History) -> Float[Array, "B beams V"]:
         penalty = by_row(self.penalty, logits)
+        # Dividing a negative logit would raise it, and so reward repetition.
         penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        # Entries from `length` on are leftovers of the buffer and must not count as said.
         length = history.tokens.shape[-1] + 1
         said = _tokens_at(jnp.arange(length) <= history.length, history.fed(), logits.shape[-1])
         return jnp.where(said, penalised, logits)
 
     def bound(self, highest: Float[Array, "B"]) -> Float[Array, "B"]:
-        """`highest`, or what the penalty makes of it where that is more: one below 1 raises negative logits."""
+        """Returns `highest`, or its penalised value if larger: a penalty below 1 raises logits."""
         penalty = by_row(self.penalty, highest[:, None, None])[:, 0, 0]
         return jnp.maximum(highest, jnp.where(highest > 0, highest / penalty, highest * penalty))
 
@@ -107,13 +124,16 @@ class RepetitionPenalty(LogitsProcessor):
 @pytree
 @dataclasses.dataclass(frozen=True)
 class NoRepeatNgram(Lowering):
-    """Forbids what would say the same `size` tokens in a row a second time (Paulus 2018, section 2.5).
+    """Forbids tokens that would repeat an n-gram of `size` tokens (Paulus 2018, section 2.5).
 
-    The first token that was fed is part of the text, as Hugging Face has it: with size 1 it is never said, so a model
-    that starts from its end token would not end.
+    The first token that was fed is part of the text, as in Hugging Face. With size 1 it is never generated again, so a
+    model that starts from its end token cannot end.
 
     Attributes:
-        size: how many tokens in a row, static.
+        size: the n of the n-gram, at least 1; static. The paper uses 3.
+
+    Raises:
+        ValueError: `size` is below 1.
 
     >>> history = History(tokens=jnp.array([[[2, 3, 2, 0]]]), length=jnp.array(3), first=jnp.array([[1]]))
     >>> print(NoRepeatNgram(2)(jnp.zeros((1, 1, 5)), history))
@@ -127,14 +147,19 @@ class NoRepeatNgram(Lowering):
 
     def __call__(self, logits: Float[Array, "B beams V"], history: History) -> Float[Array, "B beams V"]:
         text, count = history.fed(), history.length + 1
+        # A buffer shorter than one n-gram cannot hold a repetition, and would give a negative number of windows.
         starts = text.shape[-1] - self.size + 1
         if starts <= 0:
             return logits
         context = self.size - 1
-        # With fewer tokens than these the slice holds others, and no window is complete.
+        # The n - 1 latest tokens are the start of the n-gram that this step would complete. With fewer tokens the slice
+        # is wrong, but then no window is complete either.
         latest = jax.lax.dynamic_slice_in_dim(text, count - context, context, axis=-1)
+        # Compare with the start of every earlier n-gram at once: shapes are fixed, so there is no table of seen
+        # n-grams.
         windows = text[..., jnp.arange(starts)[:, None] + jnp.arange(context)[None]]
         same = jnp.all(windows == latest[..., None, :], axis=-1)
+        # Windows that reach past `length` end in arbitrary entries and would forbid random tokens.
         complete = jnp.arange(starts) + self.size <= count
         repeats = _tokens_at(same & complete[None, None], text[..., context:], logits.shape[-1])
         return forbid(repeats, logits)
@@ -143,11 +168,15 @@ class NoRepeatNgram(Lowering):
 @pytree
 @dataclasses.dataclass(frozen=True)
 class MinLength(Lowering):
-    """No text has fewer than `length` tokens, the end token counted, as in `Generated.length`.
+    """Forbids the end token until a sequence has `length` tokens, including the end token, as in `Generated.length`.
 
     Attributes:
-        length: a leaf, one number or `[B]`.
-        end_token: what ends a text, static.
+        length: a non-negative integer, one number or one per row `[B]`; a leaf.
+        end_token: ends a sequence; static.
+
+    Raises:
+        ValueError: `length` is known and negative or not an integer, or `end_token` is negative; when called,
+            `end_token` is not below the vocabulary size.
 
     >>> history = History(tokens=jnp.zeros((1, 1, 3), jnp.int32), length=jnp.array(1), first=jnp.array([[0]]))
     >>> print(MinLength(2, end_token=1)(jnp.zeros((1, 1, 3)), history))
@@ -167,6 +196,7 @@ class MinLength(Lowering):
 
     def __call__(self, logits: Float[Array, "B beams V"], history: History) -> Float[Array, "B beams V"]:
         _check_vocabulary("end_token", self.end_token, logits)
+        # The end token chosen now would itself be token number length + 1.
         too_short = history.length + 1 < by_row(self.length, logits, jnp.int32)
         return forbid(too_short & _one_token(self.end_token, logits), logits)
 
@@ -175,23 +205,27 @@ class PrefixCost(enum.Enum):
     """What a forced token adds to the log probability of its sequence."""
 
     MODEL = "model"
-    """What the model says, as if the search had chosen it."""
+    """The model's log probability, as if the search had chosen the token."""
     NOTHING = "nothing"
-    """0, as in Hugging Face, t5x and JoeyNMT: only what follows the prefix is scored."""
+    """0, as in Hugging Face, t5x and JoeyNMT: only the tokens after the prefix are scored."""
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class ForcedPrefix(LogitsProcessor):
-    """The first tokens of each row are given: all others are forbidden.
+    """Forces the first tokens of each row: all other tokens are forbidden.
 
-    A row is free behind its `length`. A prefix that holds the end token ends the row there. A token that the model, or
-    a processor before this one, holds for impossible, or that is not in the vocabulary, fails its row.
+    From its `length` on a row is free. A prefix that contains the end token ends the row there. A row fails if a forced
+    token is outside the vocabulary, or impossible to the model or to an earlier processor.
 
     Attributes:
-        tokens: `[B, P]`, a leaf; what is at or behind `length` means nothing.
-        length: how many of them are forced `[B]`, a leaf.
-        cost: what they add to the log probability, static. They count in the length of a sequence in either case.
+        tokens: `[B, P]` integers; a leaf. Entries from `length` on are ignored.
+        length: `[B]` integers from 0 to P, the number of forced tokens; a leaf.
+        cost: what forced tokens add to the log probability; static. They count towards the length in either case.
+
+    Raises:
+        TypeError: `cost` is not a `PrefixCost`.
+        ValueError: `length` is known and out of range; when called, `tokens` and `length` do not have B rows.
 
     >>> history = History(tokens=jnp.zeros((2, 1, 3), jnp.int32), length=jnp.array(1), first=jnp.array([[0], [0]]))
     >>> print(ForcedPrefix(jnp.array([[1, 2], [1, 0]]), jnp.array([2, 1]))(jnp.zeros((2, 1, 3)), history)[:, 0])
@@ -218,29 +252,37 @@ class ForcedPrefix(LogitsProcessor):
             )
         if tokens.shape[1] == 0:
             return logits
+        # Past the prefix the index clamps to the last token, which the comparison with `length` then ignores.
         forced = jax.lax.dynamic_index_in_dim(tokens, history.length, axis=1)[..., None]
         others = forced != jnp.arange(logits.shape[-1], dtype=forced.dtype)[None, None]
         if self.cost is PrefixCost.NOTHING:
+            # Only a finite logit becomes 0: an impossible or NaN token must still fail its row.
             is_free = ~others & self.is_free(history)[:, None, None] & jnp.isfinite(logits)
             logits = jnp.where(is_free, jnp.zeros_like(logits), logits)
+        # Forbidding the others, instead of overwriting the choice, also works for beams: all hypotheses of the row
+        # agree.
         return forbid(others & (history.length < length)[:, None, None], logits)
 
     def bound(self, highest: Float[Array, "B"]) -> Float[Array, "B"]:
-        """`highest`, and at least 0 where forced tokens cost nothing."""
+        """Returns `highest`, at least 0 if forced tokens cost nothing."""
         return jnp.maximum(highest, 0) if self.cost is PrefixCost.NOTHING else highest
 
     def is_free(self, history: History) -> Bool[Array, "B"]:
-        """In which rows the next token is forced and costs nothing."""
+        """Returns, per row `[B]`, whether the next token is forced and costs nothing."""
         return (history.length < jnp.asarray(self.length)) & (self.cost is PrefixCost.NOTHING)
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Banned(Lowering):
-    """Tokens that are never said.
+    """Forbids some tokens at every step.
 
     Attributes:
-        tokens: which, static.
+        tokens: a tuple of token ids; static.
+
+    Raises:
+        TypeError: `tokens` is not a tuple.
+        ValueError: a token is negative; when called, a token is not below the vocabulary size.
 
     >>> history = History(tokens=jnp.zeros((1, 1, 3), jnp.int32), length=jnp.array(0), first=jnp.array([[0]]))
     >>> print(Banned((0, 2))(jnp.zeros((1, 1, 4)), history))
@@ -258,6 +300,7 @@ class Banned(Lowering):
     def __call__(self, logits: Float[Array, "B beams V"], history: History) -> Float[Array, "B beams V"]:
         for token in self.tokens:
             _check_vocabulary("a banned token", token, logits)
+        # Computed in NumPy at trace time, so the mask is a constant of the compiled program.
         banned = np.isin(np.arange(logits.shape[-1]), self.tokens)
         return forbid(jnp.asarray(banned)[None, None], logits)
 
@@ -265,13 +308,14 @@ class Banned(Lowering):
 def process(
     processors: Sequence[LogitsProcessor], logits: Float[Array, "B beams V"], history: History
 ) -> Float[Array, "B beams V"]:
-    """The logits after all processors, in order.
+    """Returns the logits after all processors, in order.
 
     Raises:
-        ValueError: one gives another shape or dtype than it was given.
+        ValueError: a processor changes the shape or the dtype.
     """
     for processor in processors:
         result = jnp.asarray(processor(logits, history))
+        # A broadcast or promoted result would pass silently and change the search.
         if result.shape != logits.shape or result.dtype != logits.dtype:
             raise ValueError(
                 f"{type(processor).__name__} must return logits {logits.shape} of {logits.dtype}, as it was given, "
@@ -282,11 +326,12 @@ def process(
 
 
 def highest_after(processors: Sequence[LogitsProcessor], num_rows: int) -> Float[Array, "num_rows"]:
-    """The most that a step can add to the log probability of each row, inf where a processor does not say.
+    """Returns the most that one step can add to the log probability of each row; inf if a processor does not know.
 
     Raises:
-        ValueError: a bound that is not one number for each row.
+        ValueError: a bound is not one number per row.
     """
+    # A log probability is at most 0. Each processor then maps the bound of the ones before it.
     highest = jnp.zeros(num_rows, jnp.float32)
     for processor in processors:
         bound = jnp.asarray(processor.bound(highest), jnp.float32)
@@ -300,15 +345,17 @@ def highest_after(processors: Sequence[LogitsProcessor], num_rows: int) -> Float
 
 
 def forbid(where: Bool[Array, "#B #beams V"], logits: Float[Array, "B beams V"]) -> Float[Array, "B beams V"]:
-    """-inf there; NaN stays NaN: a model that fails must not be hidden."""
+    """Sets logits to -inf there. NaN stays NaN, so that a failing model is noticed."""
     return jnp.where(where & ~jnp.isnan(logits), jnp.full((), -jnp.inf, logits.dtype), logits)
 
 
 def by_row(value: Number, logits: Float[Array, "B beams V"], dtype: DTypeLike | None = None) -> Num[Array, "#B 1 1"]:
-    """A number for all rows or one for each `[B]`, to broadcast against the logits; by default in their dtype.
+    """Returns one number, or one per row `[B]`, in a shape that broadcasts against the logits.
+
+    Defaults to the dtype of the logits.
 
     Raises:
-        ValueError: it has another shape.
+        ValueError: `value` has another shape.
     """
     value = jnp.asarray(value).astype(logits.dtype if dtype is None else dtype)
     if value.shape not in ((), logits.shape[:1]):
@@ -328,10 +375,12 @@ def _one_token(token: int, logits: Float[Array, "B beams V"]) -> Bool[Array, "1 
 def _tokens_at(
     where: Bool[Array, "*#rows L"], tokens: Int[Array, "*rows L"], vocab_size: int
 ) -> Bool[Array, "*rows V"]:
-    """Which tokens of the vocabulary are among those of each row at the given places."""
+    """Marks the tokens of the vocabulary that occur in each row at the given places."""
+    # Ignored places point past the vocabulary, where `mode="drop"` discards them. Negative tokens would wrap around.
     counted = jnp.where(
         where.reshape((1,) * (tokens.ndim - where.ndim) + where.shape) & (tokens >= 0), tokens, vocab_size
     )
+    # A scatter costs O(L) per hypothesis; a comparison with every token would need an array of L x V.
     rows = counted.reshape(-1, counted.shape[-1])
     found = jnp.zeros((rows.shape[0], vocab_size), bool)
     found = found.at[jnp.arange(rows.shape[0])[:, None], rows].set(True, mode="drop")

@@ -1,4 +1,4 @@
-"""Models as plain values and named arrays, ours and those of other libraries, and back; files are the caller's."""
+"""Models as JSON values and named arrays, and conversion from and to other libraries. Opens no files."""
 
 from seqattn.interop.marian import from_marian, marian_config, to_marian
 from seqattn.interop.pytorch import recurrent_from_torch

@@ -1,7 +1,8 @@
-"""Frozen dataclasses as JSON values and back, by the annotations of their fields.
+"""Converts frozen dataclasses to JSON values and back, following the type annotations of their fields.
 
-A dataclass, an enum and a path carry the name of their type: `{"type": "Rotary", "base": 500.0}`. Which class a name
-stands for, the annotation of the field says: it must be a member of that union. No class has to be registered.
+A dataclass, an enum member and a path store the name of their type: `{"type": "Rotary", "base": 500.0}`. When reading,
+the name must be a member of the field's annotated union. No class needs to be registered, and no class outside the
+annotations can be created.
 """
 
 import dataclasses
@@ -14,28 +15,35 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 Check = Callable[[str, Any], None]
-"""What is asked of each number, and of each list before its items are read; it raises ValueError, naming the path."""
+"""Called with the path and the value of each number, and of each list before its items are read. Raises ValueError that
+names the path.
+"""
 
 _EXACT = 2**53
-"""Integers up to here are floats without loss."""
+"""Integers up to this one convert to float without loss."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SubclassesOf:
-    """In `Annotated[X, SubclassesOf(Base)]`: beside X any subclass of `Base` that is not abstract."""
+    """In `Annotated[X, SubclassesOf(Base)]`: accepts X and any non-abstract subclass of `Base`."""
 
     base: type
 
 
 class UnknownType(ValueError):
-    """A name of a type that the annotation of its field does not have."""
+    """A type name that is not in the annotation of its field."""
 
 
 def to_json(value: Any, annotation: Any, path: str = "config") -> Any:
-    """A value of an annotation as JSON values.
+    """Converts a value to JSON values.
+
+    Args:
+        value: the value; dataclasses, enums, paths, lists, tuples, numbers, strings, booleans and None.
+        annotation: the type of the value.
+        path: the name of the value in messages.
 
     Raises:
-        TypeError: naming the field whose value is not of its annotation.
+        TypeError: a value does not match its annotation; names the field.
 
     >>> import seqattn.models
     >>> to_json(seqattn.models.Rotary(500.0), seqattn.models.Rotary)
@@ -53,7 +61,7 @@ def to_json(value: Any, annotation: Any, path: str = "config") -> Any:
         return {"type": name, "value": str(value)}
     if isinstance(value, list | tuple) and (items := _items(annotation, len(value))) is not None:
         return [to_json(x, item, f"{path}[{i}]") for i, (x, item) in enumerate(zip(value, items, strict=True))]
-    # As JSON writes what is a kind of them, such as a float of NumPy.
+    # Subclasses of plain types, such as NumPy's float64, are written as the plain type.
     plain = next((of(value) for of in (bool, int, float, str) if isinstance(value, of)), value)
     try:
         return _read_plain(plain, annotation, path)
@@ -62,17 +70,19 @@ def to_json(value: Any, annotation: Any, path: str = "config") -> Any:
 
 
 def from_json(value: Any, annotation: Any, path: str = "config", check: Check | None = None) -> Any:
-    """The inverse of `to_json`. A field that is left out takes its default. No value is nested deeper than annotations.
+    """Reads a value that `to_json` wrote. Safe for untrusted input: reads no deeper than the annotations nest.
+
+    Missing fields take their defaults.
 
     Args:
-        value: what `json.loads` gives; from a stranger, too.
-        annotation: what it must be.
-        path: what messages call it.
-        check: further rules.
+        value: what `json.loads` returned.
+        annotation: the expected type.
+        path: the name of the value in messages.
+        check: further rules for numbers and lists.
 
     Raises:
-        UnknownType: a type that the annotation does not have.
-        ValueError: naming the field and the rule: an unknown, missing or mistyped field, or what `check` refuses.
+        UnknownType: the annotation has no type of this name.
+        ValueError: a field is unknown, missing or mistyped, or fails `check`; names the field and the rule.
 
     >>> import seqattn.models
     >>> from_json({"type": "Rotary", "base": "large"}, seqattn.models.Rotary)
@@ -97,9 +107,9 @@ def from_json(value: Any, annotation: Any, path: str = "config", check: Check | 
 
 
 def shown(value: Any) -> str:
-    """A value for a message, never all of what may be endless or nested without an end."""
+    """Formats a value for a message, truncated: input may be huge or deeply nested."""
     if value is None or isinstance(value, bool | int | float | str):
-        # Python writes no integer of thousands of digits.
+        # Python refuses to format integers of thousands of digits.
         return repr(value)[:80] if not isinstance(value, int) or abs(value) < _EXACT else "a huge integer"
     return f"a {type(value).__name__}"
 
@@ -130,7 +140,7 @@ def _read_typed(value: Mapping[str, Any], annotation: Any, path: str, check: Che
     none = dataclasses.MISSING
     needed = [x.name for x in fields.values() if x.default is none and x.default_factory is none]
     for given in value.keys() - {"type"} - fields.keys():
-        raise ValueError(f"{path} has the unknown field {shown(given)}; those of {name} are {', '.join(fields)}")
+        raise ValueError(f"{path} has the unknown field {shown(given)}; the fields of {name} are {', '.join(fields)}")
     for missing in [field for field in needed if field not in value]:
         raise ValueError(f"{path}.{missing} is missing, and {name} has no default for it")
     hints = _hints(made)
@@ -144,13 +154,13 @@ def _read_typed(value: Mapping[str, Any], annotation: Any, path: str, check: Che
 
 
 def _read_value(value: Mapping[str, Any], kind: Any, path: str) -> Any:
-    """A path, or the member of an enum."""
+    """Reads a path or an enum member."""
     given = value.get("value")
     members = [member.value for member in kind] if issubclass(kind, enum.Enum) else None
     is_one = isinstance(given, str) if members is None else any(type(given) is type(x) and given == x for x in members)
     if value.keys() == {"type", "value"} and is_one:
         return kind(given)
-    of = f", one of {', '.join(map(str, members))}" if members else ", a text"
+    of = f", one of {', '.join(map(str, members))}" if members else ", a string"
     raise ValueError(f"{path} must have the fields type and value{of}")
 
 
@@ -168,13 +178,13 @@ def _check_named(kind: type, annotation: Any, path: str) -> None:
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type alone; with the subclasses that an annotation asks for."""
+    """Returns the members of a union, or the type alone, including the subclasses that an annotation accepts."""
     origin = typing.get_origin(annotation)
     if origin in (types.UnionType, typing.Union):
         return tuple(option for member in typing.get_args(annotation) for option in _options(member))
     if origin is Annotated:
         bases = [extra.base for extra in annotation.__metadata__ if isinstance(extra, SubclassesOf)]
-        # The newest first: a file that was run again has defined its classes anew.
+        # Newest first: rerunning a file or a notebook cell defines its classes again.
         return _options(annotation.__origin__) + tuple(kind for base in bases for kind in reversed([*_concrete(base)]))
     return (annotation,)
 
@@ -188,12 +198,12 @@ def _concrete(kind: type) -> Iterator[type]:
 
 
 def _is_path(kind: Any) -> bool:
-    """Whether a class is that of paths; this file imports nothing that could open one."""
+    """Whether a class is a path. Checked by attribute, since this module imports nothing that can open a file."""
     return isinstance(kind, type) and hasattr(kind, "__fspath__")
 
 
 def _kinds(annotation: Any) -> dict[str, Any]:
-    """The classes of an annotation by their names; of two with one name the first."""
+    """Returns the classes of an annotation by name; the first of two classes with the same name wins."""
     found: dict[str, Any] = {}
     for option in _options(annotation):
         is_named = isinstance(option, type) and (dataclasses.is_dataclass(option) or issubclass(option, enum.Enum))
@@ -203,7 +213,10 @@ def _kinds(annotation: Any) -> dict[str, Any]:
 
 
 def _items(annotation: Any, length: int) -> tuple[Any, ...] | None:
-    """The annotations of the items of a list, repeated for so many where any number may be; None where none may be."""
+    """Returns the annotations of a list's items, repeated to `length` if the list may have any length.
+
+    Returns None if the annotation allows no list.
+    """
     for option in _options(annotation):
         items = typing.get_args(option)
         if typing.get_origin(option) is tuple and items:
@@ -219,7 +232,7 @@ def _choices(option: Any) -> tuple[Any, ...]:
 
 def _described(option: Any) -> str:
     plain: dict[Any, str] = {types.NoneType: "null", int: "an integer", float: "a number", bool: "true or false"}
-    plain[str] = "a text"
+    plain[str] = "a string"
     if choices := _choices(option):
         return " or ".join(map(repr, choices))
     is_list = typing.get_origin(option) in (tuple, list, Sequence)

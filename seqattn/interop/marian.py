@@ -1,8 +1,8 @@
-"""MarianMT of Hugging Face transformers: the OPUS-MT translators (Tiedemann 2020), as our `Transformer` and back.
+"""Converts MarianMT models of Hugging Face transformers (OPUS-MT, Tiedemann 2020) to `Transformer` and back.
 
-What differs: Marian's sinusoidal positions have all sines first and then all cosines, ours take turns. Position vectors
-are added to everything else, so the same network in our order has each axis of size model_dim permuted. Linear layers
-are stored transposed.
+Two things differ. Marian's sinusoidal positions have all sines first, then all cosines; ours interleave them. Positions
+are added to the embeddings, so in our order every axis of size model_dim is permuted. Marian's linear layers are stored
+transposed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from seqattn.nn.feed_forward import Activation
 from seqattn.nn.parameter_rule import Kind
 
 Path = tuple[str | int, ...]
-"""Where a parameter is in our model."""
+"""The path of a parameter in our model."""
 
 _ACTIVATIONS = {
     "relu": Activation.RELU,
@@ -41,7 +41,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "activation_dropout": 0.0,
     "scale_embedding": False,
 }
-"""What a field that is left out stands for: the defaults of MarianConfig in transformers 5."""
+"""Defaults of missing fields, from MarianConfig in transformers 5."""
 _MUST_BE = {
     "scale_embedding": True,
     "static_position_embeddings": True,
@@ -55,15 +55,17 @@ _SMALLEST = {
 _TABLES = {"model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight"}
 _LAYER_NORM_EPSILON = 1e-5
 _NOT_PARAMETERS = ("embed_positions.weight", "embed_tokens.weight", "lm_head.weight")
-"""Sines, and second names of the one table of vectors."""
+"""Sinusoids, and aliases of the shared embedding table."""
 
 
 def marian_config(config: Mapping[str, Any]) -> TransformerConfig:
-    """Our configuration for the fields of a MarianMT `config.json`.
+    """Returns our config for the fields of a MarianMT `config.json`.
+
+    Missing fields take the defaults of transformers 5.
 
     Raises:
-        NotImplementedError: a choice that our `Transformer` does not have.
-        ValueError: a number that no MarianMT model has: a size below 1 or one that heads or positions do not share.
+        NotImplementedError: the config uses an option that our `Transformer` lacks.
+        ValueError: a size or rate is out of range, or `d_model` is odd or not a multiple of the number of heads.
     """
     config = {**_DEFAULTS, **config}
     for name, value in _MUST_BE.items():
@@ -94,7 +96,7 @@ def marian_config(config: Mapping[str, Any]) -> TransformerConfig:
 
 
 def _check_numbers(config: Mapping[str, Any]) -> None:
-    """Refuses by its name in the config what would fail in a reshape, or make no model."""
+    """Rejects bad numbers by their name in the config, before a reshape fails without naming them."""
     for name, smallest in _SMALLEST.items():
         check_integer(name, config[name], smallest)
     model_dim, heads = config["d_model"], config["encoder_attention_heads"]
@@ -105,15 +107,16 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
 
 
 def from_marian(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Transformer:
-    """Our model with the parameters of a MarianMT model.
+    """Returns a `Transformer` with the parameters of a MarianMT model, float32.
 
     Args:
-        config: the fields of its `config.json`.
-        arrays: its parameters by their names, such as `model.encoder.layers.0.fc1.weight`.
+        config: the fields of the model's `config.json`.
+        arrays: parameters by name, such as `model.encoder.layers.0.fc1.weight` `[F, D]`.
 
     Raises:
-        NotImplementedError: a choice that our `Transformer` does not have.
-        ValueError: parameters are missing, unknown or of another shape, or a number of the config is out of its range.
+        NotImplementedError: the config uses an option that our `Transformer` lacks.
+        ValueError: parameters are missing, unknown or of the wrong shape, tied tables differ, or a number of the config
+            is out of range.
     """
     ours = marian_config(config)
     given = {name: x for name, x in arrays.items() if not name.endswith(_NOT_PARAMETERS)}
@@ -138,15 +141,15 @@ def from_marian(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> 
 
 
 def to_marian(model: Transformer) -> dict[str, np.ndarray]:
-    """The parameters of a model that `from_marian` could have made, by Marian's names.
+    """Returns the parameters of a model under Marian's names, the inverse of `from_marian`.
 
     Raises:
-        ValueError: the model has parameters that MarianMT has not, or lacks some.
+        ValueError: the parameters of the model are not exactly those of a MarianMT model.
     """
     state = {path: leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     wanted = dict(_names(model.config))
     if {path for path, _ in wanted.values()} != state.keys():
-        raise ValueError("the model is not of the kind that marian_config describes: its parameters are others")
+        raise ValueError("the model must have the structure that marian_config returns: its parameters differ")
     inverse = np.argsort(_order(model.config.block.model_dim))
     return {
         name: _convert(np.asarray(state[path]), path, axes, inverse, back=True) for name, (path, axes) in wanted.items()
@@ -154,7 +157,7 @@ def to_marian(model: Transformer) -> dict[str, np.ndarray]:
 
 
 def _check_shape(name: str, axes: str, shape: tuple[int, ...], config: TransformerConfig) -> None:
-    """Refuses another shape before anything is put in order, which would cut what is too long."""
+    """Rejects a wrong shape before the permutation, which would silently truncate a longer axis."""
     block = config.block
     sizes = {"1": 1, "V": config.vocab_size, "F": block.hidden_dim, "D": block.model_dim, "N": block.model_dim}
     wanted = tuple(sizes[letter] for letter in axes)
@@ -163,14 +166,14 @@ def _check_shape(name: str, axes: str, shape: tuple[int, ...], config: Transform
 
 
 def _order(model_dim: int) -> np.ndarray:
-    """Which of Marian's dims each of ours is: sines and cosines take turns."""
+    """Returns the index of Marian's dimension for each of ours: we interleave sines and cosines."""
     return np.arange(model_dim).reshape(2, -1).T.reshape(-1)
 
 
 def _convert(x: np.ndarray, path: Path, axes: str, order: np.ndarray, *, back: bool = False) -> np.ndarray:
-    """A parameter in the other order: `axes` names those of Marian's array, D for model_dim.
+    """Converts a parameter between the two layouts. `axes` names the axes of Marian's array; D is model_dim.
 
-    Marian's matrices are `[out, in]`; ours are transposed where the rule of their module has the outputs last.
+    Marian's matrices are `[out, in]`. Ours are transposed if the rule of their module has outputs last.
     """
     x = np.asarray(x)
     if axes == "1V":
@@ -184,7 +187,7 @@ def _convert(x: np.ndarray, path: Path, axes: str, order: np.ndarray, *, back: b
 
 
 def _names(config: TransformerConfig) -> Iterator[tuple[str, tuple[Path, str]]]:
-    """Marian's name of each parameter, where it is in our model, and the axes of Marian's array."""
+    """Yields Marian's name of each parameter, its path in our model, and the axes of Marian's array."""
     yield "model.shared.weight", (("embedding", "table"), "VD")
     yield "final_logits_bias", (("logits_bias",), "1V")
     sides = {"encoder": config.num_encoder_layers, "decoder": config.num_decoder_layers}

@@ -1,7 +1,7 @@
-"""Recurrent layers of PyTorch as ours: `torch.nn.RNN` with tanh, `torch.nn.GRU` and `torch.nn.LSTM`; arrays only.
+"""Converts recurrent layers of PyTorch: `torch.nn.RNN` with tanh, `torch.nn.GRU` and `torch.nn.LSTM`. Arrays only.
 
-PyTorch has two biases for each gate and adds them. Ours have one, but for the new state of a GRU, whose second bias is
-inside the reset gate.
+PyTorch adds two biases per gate. Ours have one, except for the candidate state of a GRU, whose second bias is inside
+the reset gate.
 """
 
 from typing import Any
@@ -26,21 +26,23 @@ def recurrent_from_torch(
     backward: bool = False,
     param_dtype: DTypeLike = jnp.float32,
 ) -> Recurrent:
-    """Our layer with the parameters of one layer and direction of PyTorch, G gates of size H over inputs of size D.
+    """Returns a recurrent layer with the parameters of one layer and direction of PyTorch.
 
-    The gates are in PyTorch's order: reset, update, new of a GRU; input, forget, cell, output of an LSTM.
+    G is the number of gates, H the hidden size, D the input size. The gates are in PyTorch's order: reset, update, new
+    for a GRU; input, forget, cell, output for an LSTM.
 
     Args:
-        cell: SIMPLE for `torch.nn.RNN`, whose nonlinearity must be tanh.
-        weight_ih: `[G * H, D]`, `weight_ih_l0` of PyTorch.
-        weight_hh: `[G * H, H]`.
-        bias_ih: `[G * H]`; None for zeros, as of a layer with `bias=False`.
-        bias_hh: `[G * H]`, likewise.
-        backward: read from the last token to the first, as the arrays with `_reverse` in their names do.
+        cell: the kind of cell; SIMPLE for `torch.nn.RNN`, whose nonlinearity must be tanh.
+        weight_ih: `[G * H, D]`, PyTorch's `weight_ih_l0`.
+        weight_hh: `[G * H, H]`, PyTorch's `weight_hh_l0`.
+        bias_ih: `[G * H]`; None for zeros, as in a layer with `bias=False`.
+        bias_hh: `[G * H]`; None for zeros.
+        backward: if True, reads from the last token to the first, as PyTorch's arrays with `_reverse` in their names
+            do.
         param_dtype: dtype of the parameters.
 
     Raises:
-        ValueError: an array has another shape.
+        ValueError: an array has the wrong shape.
 
     >>> weights = np.ones((3 * 4, 5)), np.ones((3 * 4, 4))
     >>> layer = recurrent_from_torch(Cell.GRU, *weights, bias_hh=np.arange(12.0))
@@ -66,7 +68,7 @@ def recurrent_from_torch(
 
 
 def _biases(cell: Cell, bias_ih: np.ndarray, bias_hh: np.ndarray) -> dict[tuple[str, ...], np.ndarray]:
-    """PyTorch's biases by the paths of ours in the cell."""
+    """Returns PyTorch's biases by their paths in our cell."""
     if cell is not Cell.GRU:
         return {("dense_i" if cell is Cell.SIMPLE else "dense_h", "bias"): bias_ih + bias_hh}
     (r_in, z_in, n_in), (r_hidden, z_hidden, n_hidden) = np.split(bias_ih, 3), np.split(bias_hh, 3)

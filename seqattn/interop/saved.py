@@ -1,7 +1,7 @@
-"""Any model as plain values and named arrays, to be saved in any format, and back: for files that strangers made, too.
+"""Converts any model to JSON values and named arrays and back, to be saved in any format. Safe for untrusted files.
 
-A config is a tree of JSON values, in which dataclasses and enums carry the name of their type. Parameters are arrays
-by dotted paths, such as `encoder.0.attention.query.kernel`; a table that two uses share is one array.
+A config is a tree of JSON values in which dataclasses and enums store the name of their type. Parameters are arrays by
+dotted path, such as `encoder.0.attention.query.kernel`. A table shared by two layers is stored once.
 """
 
 import math
@@ -38,18 +38,18 @@ _MODELS: dict[type, type] = {
     typing.get_type_hints(model.__init__)["config"]: model
     for model in (Captioner, Encoder, LanguageModel, RecurrentLanguageModel, Seq2Seq, Transformer)
 }
-"""The model of each config, which its `__init__` names."""
+"""Maps each config type to its model, read from the annotation of the model's `__init__`."""
 
 _LARGEST = 2**31 - 1
 _MOST_LAYERS = 256
-"""And most items of a list; the shapes alone of so many take seconds."""
+"""Also the maximum number of items in a list. Even shapes alone take seconds for this many layers."""
 _LAYERS = ("num_layers", "num_encoder_layers", "num_decoder_layers")
 _MAY_BE_ZERO = (*_LAYERS, "vocab_size", "radius")
 _MOST_SHOWN = 12
 
 
 def model_type(config: ModelConfig) -> type:
-    """The class of the models of a config.
+    """Returns the model class of a config.
 
     >>> model_type(TransformerConfig(11)).__name__
     'Transformer'
@@ -58,10 +58,10 @@ def model_type(config: ModelConfig) -> type:
 
 
 def to_dict(config: ModelConfig) -> dict[str, Any]:
-    """A model's config as JSON values.
+    """Converts a model's config to JSON values.
 
     Raises:
-        ValueError: it is of a type or holds a value that `from_dict` would refuse.
+        ValueError: the config has a type or a value that `from_dict` would reject.
 
     >>> from seqattn.models import Rotary
     >>> values = to_dict(LanguageModelConfig(11, num_layers=1, positions=Rotary(base=500.0)))
@@ -73,22 +73,23 @@ def to_dict(config: ModelConfig) -> dict[str, Any]:
     except TypeError as error:
         raise ValueError(str(error)) from error
     if from_json(values, ModelConfig, check=_check_limits) != config:
-        raise ValueError("config must be made of the types of seqattn.models alone: it would be read as another one")
+        raise ValueError("config must contain only types of seqattn.models: it would be read back as another config")
     return values
 
 
 def from_dict(values: Any, *, max_parameters: int = 1_000_000_000) -> ModelConfig:
-    """The config that `to_dict` wrote, where a model can be made of it: the values may come from anywhere.
+    """Reads a config that `to_dict` wrote. Safe for untrusted input.
 
-    A field that is left out takes its default. Nothing of the size of the model is allocated.
+    Missing fields take their defaults. Checks that a model can be built from the config, without allocating its
+    parameters.
 
     Args:
-        values: what `json.loads` gives.
-        max_parameters: most parameters that a model of this config may have.
+        values: what `json.loads` returned.
+        max_parameters: maximum number of parameters of the model.
 
     Raises:
-        ValueError: naming the field and the rule: an unknown, missing or mistyped field, a number that is not finite
-            or out of its range, more than 256 layers, sizes that do not fit each other, or too many parameters.
+        ValueError: a field is unknown, missing or mistyped, a number is not finite or out of range, there are more than
+            256 layers, sizes do not fit together, or there are too many parameters. Names the field and the rule.
 
     >>> from_dict({"type": "Seq2SeqConfig", "vocab_size": 11, "num_layers": True})
     Traceback (most recent call last):
@@ -103,7 +104,7 @@ def from_dict(values: Any, *, max_parameters: int = 1_000_000_000) -> ModelConfi
 
 
 def to_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
-    """The parameters of a model by dotted paths.
+    """Returns the parameters of a model by dotted path, as NumPy arrays.
 
     >>> from seqattn.models import RecurrentLanguageModel, RecurrentLanguageModelConfig
     >>> config = RecurrentLanguageModelConfig(11, embedding_dim=4, hidden_dim=4, tie_embeddings=True)
@@ -117,35 +118,35 @@ def to_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
 def from_arrays(
     config: ModelConfig, arrays: Mapping[str, np.ndarray | jax.Array], *, param_dtype: DTypeLike = jnp.float32
 ) -> Any:
-    """The model of a config with these parameters, which are copied; none is drawn at random.
+    """Builds the model of a config with the given parameters. Copies the arrays and draws no random numbers.
 
     Args:
-        config: sizes and choices.
-        arrays: what `to_arrays` gave.
-        param_dtype: that of the model.
+        config: sizes and options.
+        arrays: parameters by dotted path, as `to_arrays` returns them.
+        param_dtype: dtype of the parameters; must be the dtype of the arrays.
 
     Raises:
-        ValueError: naming the arrays that are missing, unknown, or of another shape or dtype.
+        ValueError: arrays are missing, unknown, or of the wrong shape or dtype; names them.
     """
     graph, state = nnx.split(_empty(config, param_dtype))
     _check(arrays, {_name(path): leaf for path, leaf in nnx.to_flat_state(state)})
 
     def fill(path: tuple[str | int, ...], empty: nnx.Variable) -> nnx.Variable:
-        # Not `jax.device_put`, which may keep the memory of the given array.
+        # A copy: `jax.device_put` may share memory with the caller's array.
         return empty.replace(jnp.array(arrays[_name(path)]))
 
     return nnx.merge(graph, nnx.map_state(fill, state))
 
 
 class _OneKey(nnx.Rngs):
-    """The same key always, for shapes alone: to count the keys, as flax does, takes quadratic time in a trace."""
+    """Always returns the same key, since only shapes matter. Flax's key counter takes quadratic time in a trace."""
 
     def params(self) -> PRNGKeyArray:
         return jax.random.key(0)
 
 
 def _empty(config: ModelConfig, param_dtype: DTypeLike) -> nnx.Module:
-    """The model with shapes and dtypes in place of its parameters."""
+    """Returns the model with shapes and dtypes in place of its parameters."""
     kind = model_type(config)
     try:
         return nnx.eval_shape(lambda: kind(config, param_dtype=param_dtype, rngs=_OneKey(0)))
@@ -166,11 +167,11 @@ def _check(arrays: Mapping[str, np.ndarray | jax.Array], wanted: Mapping[str, An
     wrong = [f"  {shown(name)}: {given} given, {needed} wanted" for name, given, needed in rows if given != needed]
     if wrong:
         rest = [f"  and {len(wrong) - _MOST_SHOWN} more"] * (len(wrong) > _MOST_SHOWN)
-        raise ValueError("\n".join(["arrays must be those of the model:", *wrong[:_MOST_SHOWN], *rest]))
+        raise ValueError("\n".join(["arrays must match the model:", *wrong[:_MOST_SHOWN], *rest]))
 
 
 def _check_limits(path: str, value: Any) -> None:
-    """Refuses numbers that are not finite or out of their range, and lists that are too long."""
+    """Rejects numbers that are not finite or out of range, and lists that are too long."""
     if isinstance(value, list | tuple):
         if len(value) > _MOST_LAYERS:
             raise ValueError(f"{path} must have at most {_MOST_LAYERS} items, got {len(value)}")

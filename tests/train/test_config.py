@@ -152,7 +152,7 @@ def test_a_run_of_before_the_new_settings_takes_their_defaults():
 def test_unknown_and_missing_fields_are_named():
     encoded = encode(DATES.model)
     renamed = {"vocabulary" if name == "vocab_size" else name: value for name, value in encoded.items()}
-    with pytest.raises(ValueError, match=r"unknown field 'vocabulary'; those of TransformerConfig are vocab_size"):
+    with pytest.raises(ValueError, match=r"unknown field 'vocabulary'; the fields of TransformerConfig are vocab_size"):
         decode(renamed, type(DATES.model))
 
 
@@ -266,7 +266,7 @@ def test_the_one_codec_reads_and_writes_what_was_written_before_it():
         ({"tensorboard": 1}, "config.tensorboard must be true or false, got 1"),
         ({"compute_dtype": "float16"}, "config.compute_dtype must be 'float32' or 'bfloat16', got 'float16'"),
         ({"frozen": "a"}, "config.frozen must be a list, got 'a'"),
-        ({"run": {"type": "Path", "value": 3}}, "config.run must have the fields type and value, a text"),
+        ({"run": {"type": "Path", "value": 3}}, "config.run must have the fields type and value, a string"),
         ({"steps": 0}, r"config: steps \(0\) must be an integer of at least 1"),
     ],
 )

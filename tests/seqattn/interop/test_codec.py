@@ -70,7 +70,7 @@ def test_a_value_comes_back_equal_and_of_the_same_types(value):
     [
         ({"shape": {"type": "Circle"}}, "config.shape must be an object of type Other or Square, got .* 'Circle'"),
         ({"pair": [1]}, "config.pair must have 2 items, got 1"),
-        ({"pair": [1, 2]}, r"config.pair\[1\] must be a text, got 2"),
+        ({"pair": [1, 2]}, r"config.pair\[1\] must be a string, got 2"),
         ({"mode": "y"}, "config.mode must be 'x' or 3 or null, got 'y'"),
         ({"colours": [{"type": "Colour", "value": "green"}]}, r"config.colours\[0\] must .* one of red, blue"),
         ({"level": {"type": "Level", "value": True}}, "config.level must .* one of 1, 2"),

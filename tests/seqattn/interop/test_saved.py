@@ -196,7 +196,7 @@ def deep(levels=100_000):
 
 
 D21 = {
-    "unknown key": (changed(VALUES, "x\n", 1), r"config has the unknown field 'x\\n'; those of TransformerConfig are"),
+    "unknown key": (changed(VALUES, "x\n", 1), r"has the unknown field 'x\\n'; the fields of TransformerConfig are"),
     "unknown inner key": (changed(VALUES, "block.x", 1), "config.block has the unknown field 'x'"),
     "missing key": ({"type": "TransformerConfig"}, "config.vocab_size is missing"),
     "no type": ({}, "config must be an object of type CaptionerConfig or .*, got one of type None"),
