@@ -29,7 +29,7 @@ PARAMETER_RULES: tuple[ParameterRule, ...] = tuple(rule for file in _FILES for r
 
 
 def rule_of(path: str, rules: Sequence[ParameterRule] = PARAMETER_RULES) -> ParameterRule | None:
-    """Returns the rule for the parameter at a path. None if no rule matches: no model of this library has the parameter.
+    """Returns the rule for the parameter at a path. None if no model of this library has such a parameter.
 
     >>> tuple(rule_of("encoder/0/feed_forward/hidden/kernel").split)
     ('fsdp', 'tensor')

@@ -270,7 +270,7 @@ class Transformer(nnx.Module):
                 caches cannot raise, the logits are NaN.
         """
         if state.caches[0].beams > 1:
-            raise ValueError(f"prefill before branching: the state has {state.caches[0].beams} hypotheses a row")
+            raise ValueError(f"prefill before branching: the state has {state.caches[0].beams} hypotheses per row")
         new = Coordinates.from_lengths(lengths, tokens.shape[1])
         # Padding keeps segment 0, so no token sees it.
         at = Coordinates(state.position[:, None] + new.position, state.memory.value[1][:, None] * new.segment)

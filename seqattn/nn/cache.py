@@ -240,13 +240,11 @@ class RingCache(Cache):
         columns = self.columns.scatter(slot, fresh)
         cache = dataclasses.replace(self, columns=columns)
         if several:
-            # A hypothesis sees only its own ring. Coordinates cannot express this: hypotheses share segment and
-            # positions.
+            # A hypothesis sees only its own ring. Coordinates cannot express this, since hypotheses share them.
             own = jnp.repeat(jnp.eye(self.beam_size, dtype=bool), self.window, axis=1)
             return cache, dataclasses.replace(columns, visible=jnp.broadcast_to(own, (slot.shape[0], *own.shape)))
-        # One token overwrites only a key outside its own window, so the ring is enough. Among several tokens, the
-        # earlier queries still need keys that the later tokens have overwritten: they read the old ring and the new
-        # tokens.
+        # One token overwrites only a key outside its own window, so the ring is enough. Among several tokens, earlier
+        # queries still need keys that later tokens have overwritten: they read the old ring and the new tokens.
         return cache, columns if fresh.size == 1 else self.columns.then(fresh)
 
     def branch(self, beam_size: int) -> "RingCache":
@@ -300,8 +298,7 @@ class PagedCache(Cache):
         keeps all its slots as the prompt and adds as many steps.
         """
         size = cache.columns.size
-        # A traced length cannot size an array. Keeping every slot is safe, since slots that were never written are
-        # padding.
+        # A traced length cannot size an array. Keeping every slot is safe: those never written are padding.
         known = not isinstance(cache.length, jax.core.Tracer)
         prompt = min(known_size(cache.length), size) if known else size
         steps = size - prompt if known else size

@@ -174,11 +174,9 @@ class MixtureOfExperts(nnx.Module):
         token = jnp.full(size, tokens.shape[0], jnp.int32).at[slot].set(owner, mode="drop", unique_indices=True)
         taken = tokens.at[token].get(mode="fill", fill_value=0)
         taken = taken.reshape(self.config.num_experts, choice.capacity, tokens.shape[-1])
-        # All experts run on equal shapes `[capacity, D]`, so that one batched product serves them and devices can split
-        # E.
+        # All experts run on equal shapes `[capacity, D]`: one batched product serves them, and devices can split E.
         output = jax.vmap(_apply)(self.experts, taken, self._keys(key)).reshape(size, tokens.shape[-1])
-        # A choice without room has a slot past the end and adds zeros: the residual connection passes its token on
-        # unchanged.
+        # A choice without room has a slot past the end and adds zeros: only the residual connection carries its token.
         parts = output.at[slot].get(mode="fill", fill_value=0, unique_indices=True)
         parts = parts.reshape(*choice.weight.shape, tokens.shape[-1]).astype(choice.weight.dtype)
         return (parts * choice.weight[..., None]).sum(axis=1).astype(output.dtype)
