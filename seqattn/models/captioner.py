@@ -147,8 +147,10 @@ class Captioner(nnx.Module):
         return self.decoder.decode(target, target_at, memory, dropout_key=dropout_key)
 
     def room(self, source_length: int) -> int | None:
-        """Number of target tokens that the decoder has positions for, for any image that it can encode. None if
-        unlimited."""
+        """Returns how many target tokens the decoder has positions for, or None if their number is unlimited.
+
+        It does not depend on `source_length`, since `encode` rejects an image that is too large.
+        """
         del source_length
         return self.decoder.room(0)
 

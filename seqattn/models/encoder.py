@@ -51,7 +51,7 @@ Head = TokenLabels | TextLabels | MaskedTokens
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes and choices of a Transformer encoder."""
+    """Sizes and choices of a Transformer encoder (Vaswani 2017; Devlin 2019)."""
 
     vocab_size: int
     """V, the number of tokens of the vocabulary."""
@@ -68,10 +68,10 @@ class EncoderConfig:
 
 
 class Encoder(nnx.Module):
-    """Transformer encoder with a head. A token sees the tokens of its own segment; no token sees padding.
+    """Transformer encoder with a head.
 
-    All parameters except those of `head` have the same paths and shapes for every head. So an encoder pretrained on
-    masked tokens can be fine-tuned for labels.
+    A token sees the tokens of its own segment; no token sees padding. All parameters except those of `head` have the
+    same paths and shapes for every head. So an encoder pretrained on masked tokens can be fine-tuned for labels.
 
     Args:
         config: sizes and choices.

@@ -214,8 +214,10 @@ class LanguageModel(nnx.Module):
     def alignment(
         self, target: Int[Array, "B T"], target_at: Coordinates, memory: LanguageModelMemory
     ) -> Float[Array, "B L T S"]:
-        """Returns the attention weights from target to prefix of every head of every uncompressed layer, `[B, L, T,
-        S]`."""
+        """Returns the attention weights `[B, L, T, S]` from target tokens to the prefix.
+
+        L counts the heads of all layers except compressed ones.
+        """
         x, at = self._stream(target, target_at, memory)
         size = memory.tokens.shape[1]
         return self.stack.weights(x, at)[:, :, size:, :size]

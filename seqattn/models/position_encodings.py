@@ -46,10 +46,10 @@ class Rotary:
 
 @dataclasses.dataclass(frozen=True)
 class LinearBiases:
-    """ALiBi: subtracts a fixed slope per head times the distance from the scores of self-attention (Press 2022, section
-    3).
+    """ALiBi: adds to scores of self-attention a penalty linear in the distance (Press 2022, section 3).
 
-    In an encoder it does not distinguish left from right: equal distances on both sides get equal penalties.
+    Each head has a fixed slope. In an encoder ALiBi does not distinguish left from right: equal distances on both sides
+    get equal penalties.
     """
 
 
@@ -199,6 +199,6 @@ def _check_buckets(positions: BucketBiases, sides: int) -> None:
         raise ValueError(f"num_buckets ({num_buckets}) must be {rule}")
     if positions.max_distance <= exact:
         raise ValueError(
-            f"max_distance ({positions.max_distance}) must exceed {exact}, the number of distances with a bucket "
-            f"of their own, for {num_buckets} buckets"
+            f"max_distance ({positions.max_distance}) must exceed {exact}, the number of distances with a bucket of "
+            f"their own, for {num_buckets} buckets"
         )

@@ -179,8 +179,10 @@ class Seq2Seq(nnx.Module):
         return self.output(drop(features, self.config.dropout_rate, keys[1]))
 
     def room(self, source_length: int) -> int | None:
-        """Returns None: target length is unlimited; or 0 if the source is longer than the encoder's learned
-        positions."""
+        """Returns None: the number of target tokens is unlimited.
+
+        Returns 0 if the source has more tokens than the attention encoder has learned positions.
+        """
         encoder = self.config.attention_encoder
         limit = None if encoder is None else position_encodings.limit(encoder.positions)
         return None if limit is None or source_length <= limit else 0

@@ -29,8 +29,10 @@ class Full:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Sliding window: attention to the latest tokens; in a bidirectional stack, to as many later ones (Beltagy
-    2020)."""
+    """Sliding window: attention to the latest tokens (Child 2019; Beltagy 2020, section 3.1).
+
+    In a bidirectional stack, a token also sees as many later tokens.
+    """
 
     size: int = 256
     """Number of tokens on each visible side, including the token itself."""

@@ -182,6 +182,7 @@ class Residual(nnx.Module):
         Returns:
             `[*batch, D]`.
         """
+        # Dropout before the sum, so that the residual path itself is never dropped (Vaswani 2017, section 5.4).
         made = drop(sublayer(self.inner(x)), self.dropout_rate, dropout_key)
         total = x + made if self.use_residual else made
         return total if self.norm_first or self.norm is None else self.norm(total)

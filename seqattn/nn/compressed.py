@@ -26,13 +26,12 @@ RULES = (ParameterRule("*_filter", Kind.MATRIX),)
 
 
 class MemoryCompressedAttention(MultiHeadAttention):
-    """Causal attention to a strided convolution of keys and values (Liu 2018, section 4.2.4): S tokens give S / stride
-    keys.
+    """Causal attention to a strided convolution of keys and values (Liu 2018, section 4.2.4).
 
-    The kernel is as wide as the stride (Liu 2018 uses 3). Blocks are counted from the start of each text. The key of a
-    block has the position of the block's last token. With the mask `Causal() & SameSegment()` a token therefore sees
-    exactly the blocks that are complete at its position, including one that it completes itself. No information from
-    the future leaks, with or without packed documents.
+    S tokens give S / stride keys. The kernel is as wide as the stride (Liu 2018 uses 3). Blocks are counted from the
+    start of each text. The key of a block has the position of the block's last token. With the mask `Causal() &
+    SameSegment()` a token therefore sees exactly the blocks that are complete at its position, including one that it
+    completes itself. No information from the future leaks, with or without packed documents.
 
     In this layer, later tokens do not see the tokens of an incomplete block; layers with local attention see them. A
     token before the end of its text's first block sees nothing, and its output is zeros.

@@ -138,8 +138,7 @@ class KeyColumns:
             place = f" at slot {slot}" if known else ""
             raise ValueError(f"{new.size} tokens do not fit{place} into a cache of {self.size}")
         first = jnp.asarray(slot)
-        # `dynamic_update_slice` clamps the start, which would overwrite older tokens silently. Mark those slots
-        # instead.
+        # `dynamic_update_slice` clamps the start, and would overwrite older tokens silently. Mark the new ones.
         fits = (first >= 0) & (first <= last)
         marked = dataclasses.replace(new, finite=new.finite & fits)
         # Without the barrier XLA fuses the update into its reader and repeats it there, from a copy of the old array.
@@ -166,8 +165,10 @@ class KeyColumns:
         return self.over_slots(lambda x, axis: jnp.concatenate([x] * beam_size, axis=axis))
 
     def select(self, parent: Int[Array, "B beams"]) -> "KeyColumns":
-        """Copies, for each j, the columns of hypothesis `parent[:, j]`. Hypotheses follow one another along the
-        slots."""
+        """Copies, for each j, the columns of hypothesis `parent[:, j]`.
+
+        Hypotheses follow one another along the slots, with an equal number of slots each.
+        """
         beams = parent.shape[1]
 
         def take(x: Array, axis: int) -> Array:

@@ -28,8 +28,7 @@ Carry = Any
 class Cell(enum.Enum):
     """Recurrent cell: simple (Elman 1990), GRU (Cho 2014) or LSTM (Hochreiter 1997).
 
-    The GRU is that of PyTorch and cuDNN: it applies the reset gate after the product with the recurrent weights,
-    including a bias.
+    The GRU follows PyTorch and cuDNN: the reset gate multiplies the recurrent product, including its bias.
     """
 
     SIMPLE = "simple"

@@ -14,8 +14,9 @@ from seqattn.pytrees import pytree
 
 @dataclasses.dataclass(frozen=True)
 class MixtureConfig:
-    """Sizes and choices of a mixture of experts. The capacity is that of Fedus 2021 (section 2.2), extended to `top_k`
-    experts.
+    """Sizes and choices of a mixture of experts.
+
+    The capacity is that of Fedus 2021 (section 2.2), extended to `top_k` experts.
 
     Raises:
         ValueError: a number is out of its range.
