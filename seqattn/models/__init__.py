@@ -1,4 +1,4 @@
-"""Models: a frozen config each, and a module that encodes, decodes and steps."""
+"""Models: each has a frozen config and methods to encode, decode and step."""
 
 from seqattn.models.attention_encoder import AttentionEncoder
 from seqattn.models.captioner import Captioner, CaptionerConfig, Convolutional, Patches

@@ -1,4 +1,4 @@
-"""Self attention as the encoder of a recurrent decoder: the model between Luong 2015 and Vaswani 2017."""
+"""Self-attention encoder for a recurrent decoder: a model between Luong 2015 and Vaswani 2017."""
 
 import dataclasses
 from typing import Any
@@ -26,36 +26,38 @@ RULES = (ParameterRule("*starts/*/kernel", Kind.MATRIX, INTO),)
 
 @dataclasses.dataclass(frozen=True)
 class AttentionEncoder:
-    """Sizes and choices of an encoder of self attention blocks."""
+    """Sizes and choices of an encoder of self-attention blocks."""
 
     num_layers: int = 2
-    """Blocks of self attention and feed-forward network."""
+    """Number of blocks, each with self-attention and a feed-forward network; at least 0."""
     num_heads: int = 4
-    """Heads of each self attention."""
+    """Number of heads of each self-attention. Must divide the hidden size of the model."""
     hidden_dim: int = 2048
     """Size of the hidden layer of the feed-forward networks."""
     positions: Sinusoidal | Learned | None = Sinusoidal()
-    """How the order of the source enters; None for a source without order, a set of tokens."""
+    """Encoding of the source order. If None, the source is an unordered set of tokens."""
 
 
 class SelfAttentionEncoder(nnx.Module):
-    """Self attention blocks (Vaswani 2017, figure 1, left) whose mean state starts a recurrent decoder.
+    """Self-attention blocks (Vaswani 2017, figure 1, left) whose mean state initialises a recurrent decoder.
 
-    A token sees all tokens of its own segment, and nobody sees padding. Without positions the encoder is a function
-    of a set: tokens in another order have the same states in that order, and the decoder starts from the same state.
+    A token sees all tokens of its own segment; no token sees padding. Without positions the encoder is
+    permutation-equivariant: reordered tokens have the same states in the new order, and the decoder starts from the
+    same state.
 
     Args:
         config: sizes and choices.
         input_dim: E, the size of token vectors.
         hidden_dim: H, the size of encoder states and of the decoder's state.
-        num_layers: layers of the decoder.
-        cell: the recurrence of the decoder.
-        dropout_rate: of each sublayer's output, where a call has a dropout key.
+        num_layers: number of layers of the decoder.
+        cell: the recurrent cell of the decoder.
+        dropout_rate: dropout rate of each sublayer's output, in [0, 1). Applies only in calls with a dropout key.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters; not kept.
+        rngs: initialises the parameters and is not kept.
 
     Raises:
-        ValueError: sizes that do not fit (heads, an odd hidden_dim for sines).
+        ValueError: the heads do not divide `hidden_dim`, `hidden_dim` is odd with sinusoidal positions, or a size or
+            rate is out of range.
 
     >>> config = AttentionEncoder(num_layers=1, num_heads=2, hidden_dim=8)
     >>> encoder = SelfAttentionEncoder(config, 3, 4, num_layers=2, cell=Cell.GRU, dropout_rate=0.1, rngs=nnx.Rngs(0))
@@ -86,7 +88,7 @@ class SelfAttentionEncoder(nnx.Module):
         self.order = config.positions
         self.positions = position_encodings.table(config.positions, hidden_dim, **sizes)
         self.blocks = nnx.List([EncoderBlock(block, mask=SameSegment(), **sizes) for _ in range(config.num_layers)])
-        # Without a bias an empty source starts the decoder from zeros, as a recurrent encoder does.
+        # No bias: an empty source must start the decoder from zeros, as with a recurrent encoder.
         self.is_lstm = cell is Cell.LSTM
         size = hidden_dim * (2 if self.is_lstm else 1)
         self.starts = nnx.List([Linear(hidden_dim, size, use_bias=False, **sizes) for _ in range(num_layers)])
@@ -94,10 +96,19 @@ class SelfAttentionEncoder(nnx.Module):
     def __call__(
         self, x: Float[Array, "*batch S E"], at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "*batch S H"], list[Carry]]:
-        """States `[*batch, S, H]`, and the state `[*batch, H]` that each layer of the decoder starts from."""
+        """Encodes a source.
+
+        Args:
+            x: token vectors `[*batch, S, E]`.
+            at: their coordinates.
+            dropout_key: if None, nothing is dropped.
+
+        Returns:
+            States `[*batch, S, H]`, and the initial state `[*batch, H]` of each decoder layer.
+        """
         at = jax.tree.map(lambda field: jnp.broadcast_to(field, x.shape[:-1]), at)
         real = at.segment != 0
-        # Padding may hold anything, also NaN and a position outside the table.
+        # Padding may hold any values, including NaN and positions outside the table.
         x = self.input(jnp.where(real[..., None], x, jnp.zeros_like(x)))
         position = jnp.where(real, at.position, jnp.zeros_like(at.position))
         x = position_encodings.add(x, position, self.order, self.positions)

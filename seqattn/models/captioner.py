@@ -1,4 +1,4 @@
-"""Image to text: an encoder of images before a decoder with attention (Xu 2015, "Show, attend and tell")."""
+"""Image to text: an image encoder and a decoder with attention (Xu 2015, "Show, attend and tell")."""
 
 import dataclasses
 from typing import Any
@@ -17,55 +17,55 @@ from seqattn.nn.convolution import ConvolutionalEncoder, OverBatch, OverImage, P
 
 @dataclasses.dataclass(frozen=True)
 class Convolutional:
-    """Convolutions of 3 x 3 pixels, each of which halves height and width (Xu 2015, section 3.1.1, trained here)."""
+    """3 x 3 convolutions, each of which halves height and width (Xu 2015, section 3.1.1, trained from scratch)."""
 
     channels: tuple[int, ...] = (32, 64, 128)
-    """Of each convolution."""
+    """Output channels of each convolution."""
     image_channels: int = 1
-    """Of the images: 1 for grey, 3 for colour."""
+    """Channels of the images: 1 for grey, 3 for colour."""
     norm: OverImage | OverBatch = OverImage()
-    """Of what each convolution gives."""
+    """The norm after each convolution."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """Patches that do not overlap, each through one linear layer (Dosovitskiy 2020, section 3.1)."""
+    """Non-overlapping patches, each encoded by one linear layer (Dosovitskiy 2020, section 3.1)."""
 
     patch: tuple[int, int] = (8, 8)
     """Height and width of a patch in pixels."""
     image_channels: int = 1
-    """Of the images: 1 for grey, 3 for colour."""
+    """Channels of the images: 1 for grey, 3 for colour."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionerConfig:
-    """Sizes and choices of a model from images to text."""
+    """Sizes and choices of an image-to-text model."""
 
     vocab_size: int
-    """Tokens of the texts; that of the decoder's config is not read."""
+    """V, the number of tokens of the texts. Replaces the `vocab_size` of `decoder`."""
     image: Convolutional | Patches = Convolutional()
-    """How an image becomes vectors."""
+    """The image encoder."""
     decoder: TransformerConfig | Seq2SeqConfig = TransformerConfig(0, num_encoder_layers=0)
-    """What reads the vectors in place of source tokens, and writes.
+    """The decoder, which reads image vectors in place of source tokens.
 
-    Without encoder layers a Transformer's decoder looks at the vectors themselves. So does a recurrent decoder with
-    `AttentionEncoder(num_layers=0, positions=None)`, which starts from their mean (Xu 2015, section 3.1.2).
+    With `num_encoder_layers=0` a Transformer decoder attends to the image vectors directly. So does a recurrent decoder
+    with `AttentionEncoder(num_layers=0, positions=None)`, which starts from their mean (Xu 2015, section 3.1.2).
     """
 
 
 class Captioner(nnx.Module):
-    """Images to text, with the protocol of an `EncoderDecoder` but for its source: images in place of tokens.
+    """Image-to-text model. It follows the protocol `EncoderDecoder`, with images in place of source tokens.
 
-    Places of the image, row by row, are what source tokens are elsewhere: coordinates and attention are of S = rows *
-    columns of them, see `grid`. A row of the batch holds one image, or is padding.
+    The places of an image, row by row, take the role of source tokens: coordinates and attention refer to S = rows *
+    columns places, see `grid`. Each row of the batch holds one image or is padding.
 
     Args:
         config: sizes and choices.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters; not kept.
+        rngs: initialises the parameters and is not kept.
 
     Raises:
-        ValueError: a table of source tokens (`share_embeddings=False`), or sizes that do not fit.
+        ValueError: the decoder has `share_embeddings=False`, or sizes do not fit.
 
     >>> decoder = Seq2SeqConfig(0, embedding_dim=4, hidden_dim=6)
     >>> config = CaptionerConfig(vocab_size=11, image=Patches((4, 5)), decoder=decoder)
@@ -96,7 +96,7 @@ class Captioner(nnx.Module):
             self.image = ConvolutionalEncoder(dim, channels=config.image.channels, norm=config.image.norm, **sizes)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the places that the model sees in an image of this size."""
+        """Returns the rows and columns of places for an image of this size in pixels."""
         return self.image.grid(height, width)
 
     def encode(
@@ -106,19 +106,26 @@ class Captioner(nnx.Module):
         *,
         dropout_key: PRNGKeyArray | None = None,
     ) -> TransformerMemory | Seq2SeqMemory:
-        """The memory of images, whose places have the coordinates `source_at` `[B, S]`.
+        """Encodes images.
 
-        With a dropout key, that is in training, batch norm is by the statistics of these images, not by running ones.
+        Args:
+            images: `[B, height, width, channels]`, or `[B, height, width]` for grey images.
+            source_at: coordinates `[B, S]` of the places.
+            dropout_key: marks a training call. Batch norm then uses the statistics of these images. If None, it uses
+                running statistics and nothing is dropped.
+
+        Returns:
+            The memory for `decode`, `start` and `alignment`.
 
         Raises:
-            ValueError: S is not the number of the images' places, or more than the decoder's learned positions.
+            ValueError: S is not the number of places, or exceeds the decoder's learned positions.
         """
         rows, columns = self.grid(*images.shape[1:3])
         if source_at.shape[-1] != rows * columns:
-            raise ValueError(f"source_at {source_at.shape} must be of {rows} x {columns} = {rows * columns} places")
+            raise ValueError(f"source_at {source_at.shape} must have {rows} x {columns} = {rows * columns} places")
         if isinstance(self.decoder, Seq2Seq) and self.decoder.room(rows * columns) is not None:
             raise ValueError(f"the decoder has fewer learned positions than an image of {rows} x {columns} places")
-        # Padding may hold anything, NaN too, which a convolution would carry into the gradient of its kernel.
+        # Padding may hold NaN, which a convolution would carry into the gradient of its kernel.
         real = jnp.broadcast_to((source_at.segment != 0).any(axis=-1), images.shape[:1])
         present = real.reshape(-1, *[1] * (images.ndim - 1))
         images = jnp.where(present, images, jnp.zeros_like(images))
@@ -136,28 +143,31 @@ class Captioner(nnx.Module):
         *,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits `[B, T, V]` of the token after each of `target` `[B, T]`."""
+        """Returns logits `[B, T, V]` of the token after each target token `[B, T]` (teacher forcing)."""
         return self.decoder.decode(target, target_at, memory, dropout_key=dropout_key)
 
     def room(self, source_length: int) -> int | None:
-        """How many target tokens the decoder has places for, whatever the size of an image that it can encode."""
+        """Returns how many target tokens the decoder has positions for, or None if their number is unlimited.
+
+        It does not depend on `source_length`, since `encode` rejects an image that is too large.
+        """
         del source_length
         return self.decoder.room(0)
 
     def start(self, memory: Any, max_length: int) -> State:
-        """The state before the first step, with room for `max_length` steps."""
+        """Returns the state before the first step, with room for `max_length` steps."""
         return self.decoder.start(memory, max_length)
 
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: State
     ) -> tuple[Float[Array, "B T V"], State]:
-        """Many target tokens at once, `lengths[i]` of row i: logits after each, and the state after the last."""
+        """Reads many target tokens at once. See `EncoderDecoder.prefill`."""
         return self.decoder.prefill(tokens, lengths, state)
 
     def step(self, tokens: Int[Array, "R"], state: State) -> tuple[Float[Array, "R V"], State]:
-        """Logits `[R, V]` of the token after `tokens` `[R]`, and the next state."""
+        """Returns logits `[R, V]` of the token after `tokens` `[R]`, and the next state."""
         return self.decoder.step(tokens, state)
 
     def alignment(self, target: Int[Array, "B T"], target_at: Coordinates, memory: Any) -> Float[Array, "B L T S"]:
-        """Where each target token looks in the image: weights of L heads over the S places, `[B, L, T, S]`."""
+        """Returns the attention weights `[B, L, T, S]` of L heads from target tokens to the S places of the image."""
         return self.decoder.alignment(target, target_at, memory)

@@ -1,4 +1,4 @@
-"""The Transformer encoder: a label for each token, for each text, or the masked tokens back (Devlin 2019)."""
+"""Transformer encoder with a head for token labels, text labels or masked tokens (Devlin 2019)."""
 
 import dataclasses
 from typing import Any
@@ -26,57 +26,60 @@ RULES = (ParameterRule("head/output/kernel", Kind.LOGITS, INTO),)
 
 @dataclasses.dataclass(frozen=True)
 class TokenLabels:
-    """A label for each token: `[B, T, num_labels]`."""
+    """Head that labels each token: logits `[B, T, num_labels]`."""
 
     num_labels: int = 2
-    """How many labels there are."""
+    """Number of labels."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TextLabels:
-    """A label for each text, from the mean of its tokens' vectors: `[B, num_labels]`."""
+    """Head that labels each text from the mean of its token vectors: logits `[B, num_labels]`."""
 
     num_labels: int = 2
-    """How many labels there are."""
+    """Number of labels."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedTokens:
-    """The token that stood at each place: `[B, T, vocab_size]`, by the table of the input (Devlin 2019, task 1)."""
+    """Head that predicts the original token at each place, with the input table (Devlin 2019, task 1): `[B, T, V]`."""
 
 
 Head = TokenLabels | TextLabels | MaskedTokens
-"""What an encoder is for."""
+"""The task of an encoder."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes and choices of a Transformer encoder."""
+    """Sizes and choices of a Transformer encoder (Vaswani 2017; Devlin 2019)."""
 
     vocab_size: int
-    """Tokens of the vocabulary."""
+    """V, the number of tokens of the vocabulary."""
     num_layers: int = 6
-    """Blocks."""
+    """Number of blocks."""
     block: BlockConfig = dataclasses.field(default_factory=BlockConfig)
     """Sizes and choices of every block."""
     positions: Positions = Sinusoidal()
-    """How the order of tokens enters; None for a set of tokens."""
+    """Position encoding. If None, the input is an unordered set of tokens."""
     pattern: tuple[Attention, ...] = (Full(),)
-    """What each layer sees, repeated over the layers; not compressed."""
+    """What each layer attends to, repeated over the layers. `Compressed` is not allowed."""
     head: Head = TokenLabels()
-    """What the encoder is for."""
+    """The task of the encoder."""
 
 
 class Encoder(nnx.Module):
-    """Transformer encoder with a head. A token sees the tokens of its own segment, and padding is seen by nobody.
+    """Transformer encoder with a head.
 
-    All parameters but those of `head` have the same paths and shapes whatever the head is: so an encoder that was
-    trained to find masked tokens can be tuned for labels.
+    A token sees the tokens of its own segment; no token sees padding. All parameters except those of `head` have the
+    same paths and shapes for every head. So an encoder pretrained on masked tokens can be fine-tuned for labels.
 
     Args:
         config: sizes and choices.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters; not kept.
+        rngs: initialises the parameters and is not kept.
+
+    Raises:
+        ValueError: sizes do not fit, or `pattern` contains `Compressed`.
 
     >>> block = BlockConfig(model_dim=6, hidden_dim=8, num_heads=2)
     >>> tagger = Encoder(EncoderConfig(11, num_layers=1, block=block, head=TokenLabels(3)), rngs=nnx.Rngs(0))
@@ -97,9 +100,12 @@ class Encoder(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "B T"], at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> Float[Array, "B ..."]:
-        """Logits of what the head is for: `[B, T, labels]`, `[B, labels]` or `[B, T, V]`. Texts are not packed for it.
+        """Returns the logits of the head: `[B, T, labels]`, `[B, labels]` or `[B, T, V]`.
 
-        Without a dropout key nothing drops.
+        Args:
+            tokens: `[B, T]`. For text labels each row must hold one text: packed documents are not supported.
+            at: their coordinates.
+            dropout_key: if None, nothing is dropped.
         """
         keys = split(dropout_key, 3)
         x = self.encode(tokens, at, dropout_key=keys[0])
@@ -107,39 +113,39 @@ class Encoder(nnx.Module):
         return self.head(x, at, self.embedding)
 
     def room(self, source_length: int) -> int | None:
-        """None where a text of so many tokens can be read, 0 where it is longer than there are learned positions."""
+        """Returns None if a text of `source_length` tokens fits the learned positions (if any), 0 if it is too long."""
         limit = position_encodings.limit(self.config.positions)
         return None if limit is None or source_length <= limit else 0
 
     def encode(
         self, tokens: Int[Array, "B T"], at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> Float[Array, "B T D"]:
-        """A vector for each token `[B, T]`, before the head."""
+        """Returns a vector for each token `[B, T]`, before the head: `[B, T, D]`."""
         keys = split(dropout_key, 2)
         x = position_encodings.embed(self.embedding, self.learned, self.config.positions, tokens, at)
         return self.stack(drop(x, self.config.block.dropout_rate, keys[0]), at, dropout_key=keys[1])
 
     def attention(self, tokens: Int[Array, "B T"], at: Coordinates) -> Float[Array, "B L T T"]:
-        """Where each token looks: every head of every layer, `[B, layers * N, T, T]`."""
+        """Returns the self-attention weights of every head of every layer, `[B, layers * N, T, T]`."""
         return self.stack.weights(
             position_encodings.embed(self.embedding, self.learned, self.config.positions, tokens, at), at
         )
 
 
 class TokenHead(nnx.Module):
-    """One linear layer over each token."""
+    """One linear layer on each token."""
 
     def __init__(self, config: EncoderConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         size = _num_labels(config.head)
         self.output = Linear(config.block.model_dim, size, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], at: Coordinates, embedding: TokenEmbedding) -> Float[Array, "B T C"]:
-        """Logits of the label of each token."""
+        """Returns the logits of each token's label."""
         return self.output(x)
 
 
 class TextHead(nnx.Module):
-    """The mean over a row's real tokens, then two layers (the pooler of Devlin 2019, over the mean)."""
+    """Mean over the real tokens of a row, then two layers (the pooler of Devlin 2019, on the mean)."""
 
     def __init__(self, config: EncoderConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
@@ -147,12 +153,12 @@ class TextHead(nnx.Module):
         self.output = Linear(config.block.model_dim, _num_labels(config.head), **sizes)
 
     def __call__(self, x: Float[Array, "B T D"], at: Coordinates, embedding: TokenEmbedding) -> Float[Array, "B C"]:
-        """Logits of the label of each row."""
+        """Returns the logits of each row's label."""
         return self.output(jnp.tanh(self.hidden(mean_over_tokens(x, jnp.broadcast_to(at.segment, x.shape[:-1]) != 0))))
 
 
 class MaskedHead(nnx.Module):
-    """A layer with GELU and norm, then the table of the input, and a bias for each token."""
+    """A layer with GELU and layer norm, then the input table, and a bias for each token."""
 
     def __init__(self, config: EncoderConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         dim = config.block.model_dim
@@ -162,7 +168,7 @@ class MaskedHead(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(config.vocab_size, param_dtype))
 
     def __call__(self, x: Float[Array, "B T D"], at: Coordinates, embedding: TokenEmbedding) -> Float[Array, "B T V"]:
-        """Logits of the token at each place."""
+        """Returns the logits of the token at each place."""
         logits = embedding.logits(self.norm(jax.nn.gelu(self.hidden(x))))
         return logits + self.bias[...].astype(logits.dtype)[None, None]
 

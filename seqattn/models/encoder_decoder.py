@@ -1,4 +1,4 @@
-"""What every sequence-to-sequence model can do: encode, decode with known targets, and decode step by step."""
+"""The protocol of sequence-to-sequence models: encode, decode with known targets, and decode step by step."""
 
 from typing import Any, Protocol
 
@@ -7,44 +7,78 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from seqattn.coordinates import Coordinates
 
 State = Any
-"""Everything that the next step needs: a pytree as `seqattn.decoding.Step` wants it."""
+"""Everything that the next step needs: a pytree in the form that `seqattn.decoding.Step` expects."""
 
 
 class EncoderDecoder(Protocol):
-    """The protocol that training, decoding and evaluation rely on; `Seq2Seq` and `Transformer` follow it."""
+    """Protocol that training, decoding and evaluation rely on. All sequence-to-sequence models follow it.
+
+    Shapes use B for batch rows, S for source tokens, T for target tokens, V for the vocabulary, L for attention heads,
+    and R for hypotheses: B, or B times the beam size after `seqattn.decoding.branch`.
+    """
 
     def encode(
         self, source: Int[Array, "B S"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> Any:
-        """The memory of source tokens `[B, S]`: a pytree, batch first."""
+        """Encodes a source.
+
+        Args:
+            source: tokens `[B, S]`.
+            source_at: their coordinates. Padding has segment 0.
+            dropout_key: if None, nothing is dropped.
+
+        Returns:
+            The memory: a pytree with the batch dimension first.
+        """
 
     def decode(
         self, target: Int[Array, "B T"], target_at: Coordinates, memory: Any, *, dropout_key: PRNGKeyArray | None = None
     ) -> Float[Array, "B T V"]:
-        """Logits `[B, T, V]` of the token after each target token `[B, T]`: teacher forcing."""
+        """Computes logits with known targets (teacher forcing).
+
+        Args:
+            target: tokens `[B, T]`.
+            target_at: their coordinates.
+            memory: the result of `encode`.
+            dropout_key: if None, nothing is dropped.
+
+        Returns:
+            Logits `[B, T, V]` of the token after each target token.
+        """
 
     def room(self, source_length: int) -> int | None:
-        """How many target tokens have a place behind a source of so many: None for any number, below 1 for none.
+        """Returns how many target tokens fit after a source of `source_length` tokens.
 
-        Learned positions end; other models go on as long as memory does.
+        None if their number is unlimited; below 1 if none fit. Only learned positions set a limit.
         """
 
     def start(self, memory: Any, max_length: int) -> State:
-        """The state before the first step, with room for `max_length` steps."""
+        """Returns the state before the first step, with room for `max_length` steps."""
 
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: State
     ) -> tuple[Float[Array, "B T V"], State]:
-        """Many target tokens at once, `lengths[i]` of row i: logits after each, and the state after the last.
+        """Reads many target tokens at once, before a search branches.
 
-        A state of one hypothesis a row: texts are read before a search branches.
+        Args:
+            tokens: `[B, T]`.
+            lengths: `[B]`, the number of tokens of each row; the rest is padding.
+            state: a state with one hypothesis per row.
+
+        Returns:
+            Logits `[B, T, V]` of the token after each of `tokens`, and the state after the last one.
         """
 
     def step(self, tokens: Int[Array, "R"], state: State) -> tuple[Float[Array, "R V"], State]:
-        """Logits `[R, V]` of the token after `tokens` `[R]`, and the next state; equal to `decode` step by step.
+        """Reads one token per hypothesis. The results equal those of `decode`.
 
-        R is B, or B times the hypotheses of a row after `seqattn.decoding.branch`.
+        Args:
+            tokens: `[R]`.
+            state: the state before these tokens.
+
+        Returns:
+            Logits `[R, V]` of the token after `tokens`, and the next state.
         """
 
     def alignment(self, target: Int[Array, "B T"], target_at: Coordinates, memory: Any) -> Float[Array, "B L T S"]:
-        """Where each target token looks in the source: weights of L heads, `[B, L, T, S]`; L may be 0."""
+        """Returns the attention weights `[B, L, T, S]` of L heads from target to source tokens; L may be 0."""

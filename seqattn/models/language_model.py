@@ -1,4 +1,4 @@
-"""The decoder-only Transformer: a language model, and sequence to sequence in one stream (Liu 2018, Transformer-D)."""
+"""Decoder-only Transformer: a language model, or sequence to sequence with the source as prefix (Liu 2018)."""
 
 import dataclasses
 from typing import Any
@@ -27,21 +27,21 @@ class LanguageModelConfig:
     """Sizes and choices of a decoder-only Transformer."""
 
     vocab_size: int
-    """Tokens of the vocabulary."""
+    """V, the number of tokens of the vocabulary."""
     num_layers: int = 6
-    """Blocks."""
+    """Number of blocks."""
     block: BlockConfig = dataclasses.field(default_factory=BlockConfig)
     """Sizes and choices of every block."""
     positions: Positions = Sinusoidal()
-    """How the order of tokens enters; None for what the causal mask alone tells."""
+    """Position encoding. If None, only the causal mask carries information about order."""
     pattern: tuple[Attention, ...] = (Full(),)
-    """What each layer sees, repeated over the layers."""
+    """What each layer attends to, repeated over the layers."""
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class LanguageModelMemory:
-    """A context: what was said before the target.
+    """The prefix: the tokens before the target.
 
     Attributes:
         tokens: `[B, S]`.
@@ -55,12 +55,12 @@ class LanguageModelMemory:
 @pytree
 @dataclasses.dataclass(frozen=True)
 class LanguageModelState:
-    """The model between two steps, of one hypothesis a row or of several (R hypotheses of B rows).
+    """State between two steps, for B rows with R hypotheses in all.
 
     Attributes:
-        caches: what each block keeps of the tokens so far.
-        segment: of each row's text, `[B]`.
-        position: how many tokens each hypothesis has seen, the context included, `[R]`.
+        caches: the cache of each block.
+        segment: `[B]`, the segment of each row's text.
+        position: `[R]`, the number of tokens that each hypothesis has read, including the prefix.
     """
 
     caches: tuple[Cache, ...]
@@ -69,16 +69,19 @@ class LanguageModelState:
 
 
 class LanguageModel(nnx.Module):
-    """Decoder-only Transformer: each token sees those before it, and its logits are of the token after it.
+    """Decoder-only Transformer: each token attends to earlier tokens, and its logits predict the next token.
 
-    Source and target of a pair are one stream: the target goes on where its source ends, so that training, decoding
-    and evaluation treat it as every other encoder-decoder. A plain language model has empty sources. In a row with
-    several segments each target goes on from the source of its own segment.
+    Source and target form one stream: the source is the prefix of the target (the Transformer-decoder of Liu 2018,
+    section 4.2.3). So training, decoding and evaluation treat the model as any other encoder-decoder. A plain language
+    model has empty sources. In a row with several segments, each target continues the source of its own segment.
 
     Args:
         config: sizes and choices.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters; not kept.
+        rngs: initialises the parameters and is not kept.
+
+    Raises:
+        ValueError: sizes do not fit.
 
     >>> block = BlockConfig(model_dim=6, hidden_dim=8, num_heads=2)
     >>> model = LanguageModel(LanguageModelConfig(vocab_size=11, num_layers=1, block=block), rngs=nnx.Rngs(0))
@@ -101,7 +104,10 @@ class LanguageModel(nnx.Module):
     def encode(
         self, source: Int[Array, "B S"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> LanguageModelMemory:
-        """The context `[B, S]` at its coordinates, as it is: it is read together with what follows."""
+        """Returns the prefix `[B, S]` and its coordinates unchanged: the model reads it together with the target.
+
+        `dropout_key` is ignored.
+        """
         del dropout_key
         at = jax.tree.map(lambda field: jnp.broadcast_to(field, source.shape), source_at)
         return LanguageModelMemory(source, at)
@@ -114,19 +120,32 @@ class LanguageModel(nnx.Module):
         *,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits `[B, T, V]` of the token after each of `target` `[B, T]`, behind the context."""
+        """Computes logits with known targets (teacher forcing).
+
+        Args:
+            target: tokens `[B, T]`.
+            target_at: their coordinates, with positions from 0; the positions of the prefix are added.
+            memory: the prefix.
+            dropout_key: if None, nothing is dropped.
+
+        Returns:
+            Logits `[B, T, V]` of the token after each target token.
+        """
         keys = split(dropout_key, 2)
         x, at = self._stream(target, target_at, memory)
         x = self.stack(drop(x, self.config.block.dropout_rate, keys[0]), at, dropout_key=keys[1])
         return self.embedding.logits(x[:, memory.tokens.shape[1] :])
 
     def room(self, source_length: int) -> int | None:
-        """How many target tokens have a place behind a source of so many: the learned positions that it leaves."""
+        """Returns the number of learned positions that a prefix of `source_length` tokens leaves for the target.
+
+        None if positions are not learned, which sets no limit.
+        """
         limit = position_encodings.limit(self.config.positions)
         return limit if limit is None else limit - source_length
 
     def start(self, memory: LanguageModelMemory, max_length: int) -> LanguageModelState:
-        """The state before the first step, the context read, with room for `max_length` tokens more."""
+        """Reads the prefix. Returns the state before the first step, with room for `max_length` more tokens."""
         batch, length = memory.tokens.shape
         x, at = self._embed(memory.tokens, memory.at), memory.at
         caches = self.stack.start(batch, length + max_length, x.dtype)
@@ -139,18 +158,25 @@ class LanguageModel(nnx.Module):
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: LanguageModelState
     ) -> tuple[Float[Array, "B T V"], LanguageModelState]:
-        """Many tokens at once: the logits after each of `tokens` `[B, T]`, and the state after the last.
+        """Reads many tokens at once, before a search branches. A text may be read in pieces of any size.
 
-        Row i has `lengths[i]` tokens and then padding, which takes room in the caches and is seen by nobody. A text
-        may come in pieces of any size.
+        Args:
+            tokens: `[B, T]`.
+            lengths: `[B]`, the number of tokens of each row. The rest is padding: it takes room in the caches, but no
+                token sees it.
+            state: a state with one hypothesis per row.
+
+        Returns:
+            Logits `[B, T, V]` of the token after each of `tokens`, and the state after the last one.
 
         Raises:
-            ValueError: the state has several hypotheses a row, or the caches are full. Inside `jit`, where the latter
-                cannot be raised, the logits are NaN.
+            ValueError: the state has several hypotheses per row, or the caches are full. Inside `jit`, where full
+                caches cannot raise, the logits are NaN.
         """
         if state.caches[0].beams > 1:
-            raise ValueError(f"prefill before branching: the state has {state.caches[0].beams} hypotheses a row")
+            raise ValueError(f"prefill before branching: the state has {state.caches[0].beams} hypotheses per row")
         new = Coordinates.from_lengths(lengths, tokens.shape[1])
+        # Padding keeps segment 0, so no token sees it.
         at = Coordinates(state.position[:, None] + new.position, state.segment.value[:, None] * new.segment)
         x, caches = self.stack.extend(self._embed(tokens, at), at, state.caches)
         position = state.position + jnp.asarray(lengths, jnp.int32)
@@ -159,13 +185,21 @@ class LanguageModel(nnx.Module):
     def step(
         self, tokens: Int[Array, "R"], state: LanguageModelState
     ) -> tuple[Float[Array, "R V"], LanguageModelState]:
-        """Logits `[R, V]` of the token after `tokens` `[R]`, and the next state.
+        """Reads one token per hypothesis.
+
+        Args:
+            tokens: `[R]`.
+            state: the state before these tokens.
+
+        Returns:
+            Logits `[R, V]` of the token after `tokens`, and the next state.
 
         Raises:
-            ValueError: R is not what the state holds, or the caches are full. Inside `jit`, where the latter cannot be
-                raised, the logits are NaN.
+            ValueError: R is not the number of hypotheses of the state, or the caches are full. Inside `jit`, where full
+                caches cannot raise, the logits are NaN.
         """
         segment = state.segment.value
+        # The hypotheses of a row are T queries of one batch row, so that they share its cache.
         beams = (segment.shape[0], state.caches[0].beams)
         if tokens.shape[0] != beams[0] * beams[1]:
             raise ValueError(f"the state has {beams[0]} rows of {beams[1]} hypotheses, got {tokens.shape[0]} tokens")
@@ -180,7 +214,10 @@ class LanguageModel(nnx.Module):
     def alignment(
         self, target: Int[Array, "B T"], target_at: Coordinates, memory: LanguageModelMemory
     ) -> Float[Array, "B L T S"]:
-        """Where each target token looks in the context: every head of every layer but the compressed ones."""
+        """Returns the attention weights `[B, L, T, S]` from target tokens to the prefix.
+
+        L counts the heads of all layers except compressed ones.
+        """
         x, at = self._stream(target, target_at, memory)
         size = memory.tokens.shape[1]
         return self.stack.weights(x, at)[:, :, size:, :size]
@@ -188,12 +225,14 @@ class LanguageModel(nnx.Module):
     def _stream(
         self, target: Array, target_at: Coordinates, memory: LanguageModelMemory
     ) -> tuple[Float[Array, "B all D"], Coordinates]:
-        """Vectors and coordinates of context and target as one stream.
+        """Joins prefix and target to one stream of vectors, with coordinates.
 
-        Only coordinates tell that the target goes on where the context ends: padding may lie between them.
+        Padding may lie between prefix and target. Only the coordinates say that the target continues the prefix.
         """
         target_at = jax.tree.map(lambda field: jnp.broadcast_to(field, target.shape), target_at)
         same = target_at.segment[:, :, None] == memory.at.segment[:, None, :]
+        # The target starts at the position after the last prefix token of its segment. The length of the prefix's array
+        # would also count padding and other segments.
         before = jnp.sum(same, axis=-1, dtype=jnp.int32)
         moved = Coordinates(target_at.position + before, target_at.segment)
         tokens = jnp.concatenate([memory.tokens, target.astype(memory.tokens.dtype)], axis=1)

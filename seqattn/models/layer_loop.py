@@ -1,4 +1,4 @@
-"""One layer after the other: kept for the backward pass or computed again, written out or as one loop."""
+"""Runs a sequence of layers, with optional rematerialisation and as an unrolled loop or a scan."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,17 +11,21 @@ from jaxtyping import Array
 def run_layers(
     call: Callable[..., Array], x: Array, layers: Sequence[tuple[Any, ...]], *, remat: bool = False, scan: bool = False
 ) -> Array:
-    """`x` after `call(x, *layer)` for each layer.
+    """Applies `call(x, *layer)` for each layer in turn.
 
     Args:
-        call: what a layer does to a vector; what it closes over is the same for all layers.
-        x: what the first layer sees.
-        layers: what each layer has of its own: its module, its key, its score modification; pytrees.
-        remat: compute each layer again in the backward pass, so that only what is between layers is kept (Chen 2016).
-        scan: one `jax.lax.scan` over the layers, whose parameters are stacked for it: one layer is compiled.
+        call: applies a layer to a vector. Its closed-over values are the same for all layers.
+        x: input of the first layer.
+        layers: what differs between layers, as pytrees: the module, its dropout key, its score modification.
+        remat: if True, recomputes each layer in the backward pass and stores only the values between layers (Chen
+            2016).
+        scan: if True, stacks the parameters of the layers and runs one `jax.lax.scan`, so that XLA compiles one layer.
+
+    Returns:
+        The output of the last layer.
 
     Raises:
-        ValueError: the layers to scan are not of one kind.
+        ValueError: `scan` is True and the layers differ in structure, shapes or dtypes.
 
     >>> run_layers(lambda x, w: x * w, jnp.ones(()), [(jnp.array(2.0),), (jnp.array(3.0),)], scan=True)
     Array(6., dtype=float32)
@@ -31,6 +35,7 @@ def run_layers(
         for layer in layers:
             x = call(x, *layer)
         return x
+    # `jnp.stack` would fail on unequal layers with a message about arrays. Name the layer and the difference instead.
     for number, layer in enumerate(layers[1:], start=1):
         if (different := _difference(layers[0], layer)) is not None:
             raise ValueError(
@@ -42,7 +47,7 @@ def run_layers(
 
 
 def _difference(first: Any, second: Any) -> str | None:
-    """In what two layers differ: structure, or the shape or dtype of an array."""
+    """Describes how two layers differ in structure, or in the shape or dtype of an array; None if they do not."""
     if not jax.tree.structure(first) == jax.tree.structure(second):  # type: ignore[operator]  # noqa: SIM201
         return "it computes something else"
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(second), strict=True):

@@ -1,4 +1,4 @@
-"""The rules of all parameters: those that the files of their modules state, the special ones first."""
+"""The rules of all parameters, collected from the files of their modules. Special rules come first."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -25,11 +25,11 @@ _FILES = (
     *(embedding, encoder, seq2seq, attention_encoder, normalization, linear),
 )
 PARAMETER_RULES: tuple[ParameterRule, ...] = tuple(rule for file in _FILES for rule in file.RULES)
-"""The first rule that matches a path decides."""
+"""All rules. The first one whose pattern matches a path applies."""
 
 
 def rule_of(path: str, rules: Sequence[ParameterRule] = PARAMETER_RULES) -> ParameterRule | None:
-    """The rule about the parameter of a path; None where no rule matches: it is of no model of this library.
+    """Returns the rule for the parameter at a path. None if no model of this library has such a parameter.
 
     >>> tuple(rule_of("encoder/0/feed_forward/hidden/kernel").split)
     ('fsdp', 'tensor')

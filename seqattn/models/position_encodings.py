@@ -1,4 +1,4 @@
-"""How the order of tokens enters a model: choices as values, and the parameters and functions behind them."""
+"""Position encodings of the models: choices as config values, and the parameters and functions behind them."""
 
 import dataclasses
 
@@ -18,27 +18,27 @@ from seqattn.score_mod import ScoreMod
 from seqattn.score_mods import Alibi, RelativeBuckets, RelativePositions
 
 RULES = (
-    # `[layers, distances, (heads,) H]`, small. The bias of buckets is a bias by its name.
+    # `[layers, distances, (heads,) H]`: too small to split. The general rule for biases matches the bias of buckets.
     ParameterRule("*scores/tables", Kind.TABLE, outputs=1),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Sinusoidal:
-    """Sines and cosines of the position, added to token vectors (Vaswani 2017, section 3.5)."""
+    """Adds sines and cosines of the position to token vectors (Vaswani 2017, section 3.5)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """A trained vector for each position, added to token vectors."""
+    """Adds a trained vector for each position to token vectors (Gehring 2017; Vaswani 2017, table 3, row E)."""
 
     max_length: int = 512
-    """Positions 0 to `max_length - 1` exist; any other is an error."""
+    """Positions 0 to `max_length - 1` exist. Any other position is an error."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-    """Queries and keys of self attention rotated by their position (Su 2021)."""
+    """RoPE: rotates the queries and keys of self-attention by their positions (Su 2021)."""
 
     base: float = 10_000.0
     """The longest wavelength is about `2 pi base` positions."""
@@ -46,41 +46,42 @@ class Rotary:
 
 @dataclasses.dataclass(frozen=True)
 class LinearBiases:
-    """ALiBi: scores of self attention fall with the distance, by a fixed slope for each head (Press 2022).
+    """ALiBi: adds to scores of self-attention a penalty linear in the distance (Press 2022, section 3).
 
-    An encoder does not tell left from right by it: what is as far on either side loses as much.
+    Each head has a fixed slope. In an encoder ALiBi does not distinguish left from right: equal distances on both sides
+    get equal penalties.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class BucketBiases:
-    """T5: a trained bias for each head and bucket of distances, one table for all layers (Raffel 2020, section 2.1)."""
+    """T5: a trained bias for each head and bucket of distances, shared by all layers (Raffel 2020, section 2.1)."""
 
     num_buckets: int = 32
-    """Half of them are of one distance each, the others grow; even in an encoder, where half are for keys ahead."""
+    """Number of buckets: half hold one distance each, the rest grow. Even in an encoder: half are for later keys."""
     max_distance: int = 128
-    """From here on all distances share a bucket."""
+    """All distances from here on share a bucket."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RelativeKeys:
-    """A trained key for each distance, in each layer: Shaw 2018, equation 4; a head: Music Transformer, Huang 2018."""
+    """A trained key for each distance in each layer (Shaw 2018, equation 4), optionally per head (Huang 2018)."""
 
     max_distance: int = 16
-    """All farther distances share the key of this one."""
+    """All larger distances share the key of this one."""
     by_head: bool = False
-    """A key for each head, as in the Music Transformer, instead of one for all."""
+    """If True, each head has its own keys (Music Transformer, Huang 2018). If False, all heads share them."""
 
 
 Positions = Sinusoidal | Learned | Rotary | LinearBiases | BucketBiases | RelativeKeys | None
-"""Any of them; None for no order at all: attention sees a set."""
+"""Any position encoding. None for no order: attention sees a set."""
 
 
 def check_positions(positions: Positions, model_dim: int) -> None:
-    """Refuses what a model of this size cannot have.
+    """Checks that a model of this size can have these positions.
 
     Raises:
-        ValueError: sines of an odd model_dim.
+        ValueError: sinusoidal positions with an odd `model_dim`.
     """
     if isinstance(positions, Sinusoidal):
         check_even("model_dim", model_dim, " for sinusoidal positions")
@@ -89,14 +90,14 @@ def check_positions(positions: Positions, model_dim: int) -> None:
 def table(
     positions: Positions, model_dim: int, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
 ) -> PositionEmbedding | None:
-    """The trained vectors of `Learned` positions; None for all others."""
+    """Creates the trained vectors of `Learned` positions. Returns None for all other choices."""
     if not isinstance(positions, Learned):
         return None
     return PositionEmbedding(positions.max_length, model_dim, param_dtype=param_dtype, rngs=rngs)
 
 
 def limit(positions: Positions) -> int | None:
-    """How many positions there are; None where there is one for every token."""
+    """Returns the number of positions, or None if it is unlimited."""
     return positions.max_length if isinstance(positions, Learned) else None
 
 
@@ -107,9 +108,10 @@ def embed(
     tokens: Int[Array, "*batch T"],
     at: Coordinates,
 ) -> Float[Array, "*batch T D"]:
-    """Token vectors, with those of their positions where positions are added; what padding holds is not looked up."""
+    """Looks up token vectors and adds position vectors, if the choice has any. Does not look up padding."""
     at = jax.tree.map(lambda field: jnp.broadcast_to(field, tokens.shape), at)
     real = at.segment != 0
+    # Padding may hold any number, and an index outside the table would be an error.
     x = embedding(jnp.where(real, tokens, jnp.zeros_like(tokens)))
     return add(x, jnp.where(real, at.position, jnp.zeros_like(at.position)), positions, learned)
 
@@ -120,7 +122,7 @@ def add(
     positions: Positions,
     learned: PositionEmbedding | None,
 ) -> Float[Array, "*batch D"]:
-    """Vectors with those of their positions, where positions are added; else as they are."""
+    """Adds position vectors to `x` `[*batch, D]`, if the choice has any. Returns `x` unchanged if not."""
     if learned is not None:
         return x + learned(position)
     if isinstance(positions, Sinusoidal):
@@ -129,26 +131,26 @@ def add(
 
 
 def rotary_base(positions: Positions) -> float | None:
-    """The base by which queries and keys are rotated; None where they are not."""
+    """Returns the base of the rotation of queries and keys, or None if they are not rotated."""
     return positions.base if isinstance(positions, Rotary) else None
 
 
 class PositionScores(nnx.Module):
-    """What a stack of self attentions does to its scores to know about order: nothing, but for relative positions.
+    """Score modifications of a stack of self-attention layers for relative positions. Other choices modify nothing.
 
-    One owner for all layers, so that a table they share stays one parameter.
+    One module serves all layers, so that a table they share stays one parameter.
 
     Args:
         positions: the choice.
-        num_layers: of the stack.
-        num_heads: N of each attention.
-        head_dim: H of each attention.
-        bidirectional: whether queries see keys ahead of them.
+        num_layers: number of layers of the stack.
+        num_heads: N, the number of heads of each attention.
+        head_dim: H, the size of a head.
+        bidirectional: whether queries see later keys.
         param_dtype: dtype of the tables.
-        rngs: initialises the tables (normal, standard deviation 0.02; zeros for T5's biases); not kept.
+        rngs: initialises the tables (normal, standard deviation 0.02; zeros for T5's biases) and is not kept.
 
     Raises:
-        ValueError: sizes of tables that do not fit each other.
+        ValueError: sizes of tables do not fit each other.
 
     >>> scores = PositionScores(RelativeKeys(3), 2, num_heads=4, head_dim=5, bidirectional=False, rngs=nnx.Rngs(0))
     >>> scores.tables.shape, type(scores.of(1)).__name__
@@ -176,12 +178,12 @@ class PositionScores(nnx.Module):
             heads = (num_heads,) if positions.by_head else ()
             shape = (num_layers, 2 * positions.max_distance + 1, *heads, head_dim)
             tables = nnx.Param(normal(0.02)(rngs.params(), shape, param_dtype))
-        # By its name an optimizer knows a bias, which it does not decay.
+        # The name matters: parameter rules exempt a `bias` from weight decay.
         self.bias: nnx.Param | None = bias
         self.tables: nnx.Param | None = tables
 
     def of(self, layer: int) -> ScoreMod | None:
-        """The score modification of a layer's self attention, counted from 0."""
+        """Returns the score modification of the self-attention of layer `layer`, counted from 0; None for none."""
         if isinstance(self.positions, LinearBiases):
             return Alibi()
         if isinstance(self.positions, BucketBiases) and self.bias is not None:
@@ -190,13 +192,13 @@ class PositionScores(nnx.Module):
 
 
 def _check_buckets(positions: BucketBiases, sides: int) -> None:
-    """What `RelativeBuckets` refuses at a call."""
+    """Checks in the constructor what `RelativeBuckets` would reject in a call."""
     num_buckets, exact = positions.num_buckets, positions.num_buckets // sides // 2
     if num_buckets % sides or num_buckets < 2 * sides:
         rule = "even and at least 4 in an encoder" if sides == 2 else "at least 2"
         raise ValueError(f"num_buckets ({num_buckets}) must be {rule}")
     if positions.max_distance <= exact:
         raise ValueError(
-            f"max_distance ({positions.max_distance}) must exceed the {exact} distances that have a bucket of their "
-            f"own, of {num_buckets} buckets"
+            f"max_distance ({positions.max_distance}) must exceed {exact}, the number of distances with a bucket of "
+            f"their own, for {num_buckets} buckets"
         )

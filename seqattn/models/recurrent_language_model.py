@@ -1,4 +1,4 @@
-"""The recurrent language model (Mikolov 2010), which continues a text or starts one."""
+"""Recurrent language model (Mikolov 2010), which continues a text or starts one."""
 
 import dataclasses
 from typing import Any
@@ -23,29 +23,29 @@ class RecurrentLanguageModelConfig:
     """Sizes and choices of a recurrent language model."""
 
     vocab_size: int
-    """Tokens of the vocabulary."""
+    """V, the number of tokens of the vocabulary."""
     embedding_dim: int = 256
-    """Size of token vectors."""
+    """E, the size of token vectors."""
     hidden_dim: int = 512
-    """Size of recurrent states."""
+    """H, the size of recurrent states."""
     num_layers: int = 1
-    """Recurrent layers."""
+    """Number of recurrent layers."""
     cell: Cell = Cell.GRU
-    """The recurrence."""
+    """The recurrent cell."""
     tie_embeddings: bool = False
-    """Token vectors also give the logits (Press 2017); embedding_dim and hidden_dim are equal then."""
+    """If True, the token table also computes the logits (Press 2017). Requires `embedding_dim == hidden_dim`."""
     dropout_rate: float = 0.1
-    """Of token vectors, of layer inputs and of the vector before the logits, never of a state (Zaremba 2014)."""
+    """Dropout rate of token vectors, layer inputs and the vector before the logits, never of a state (Zaremba 2014)."""
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class RecurrentLanguageModelState:
-    """What has been read so far: the memory of a context, and the state between two steps, are the same.
+    """The state after the tokens read so far. It is both the memory of a context and the state between two steps.
 
     Attributes:
-        carries: the state `[R, H]`, a layer each, of R rows or hypotheses.
-        segment: the segment `[R]` of the text that goes on; 1 where nothing was read.
+        carries: the state `[R, H]` of each layer, for R rows or hypotheses.
+        segment: `[R]`, the segment of the current text; 1 if nothing was read.
     """
 
     carries: tuple[Carry, ...]
@@ -53,25 +53,25 @@ class RecurrentLanguageModelState:
 
 
 class RecurrentLanguageModel(nnx.Module):
-    """Recurrent language model: the probability of each token given all earlier ones of its text.
+    """Recurrent language model: the probability of each token given all earlier tokens of its text (Mikolov 2010).
 
-    It follows the protocol `EncoderDecoder` with the source as the context: `decode` goes on where `encode` stopped,
-    as if both were one text. A source of length 0 is no context: `decode` alone is then the plain language model.
-    Padding may be anywhere and is stepped over. Where a new segment begins, a new text does: packed texts do not see
-    each other, and a target goes on with the last text of its row's source if it has the same segment number.
+    It follows the protocol `EncoderDecoder`, with the source as context: `decode` continues where `encode` stopped, as
+    if both were one text. With an empty source, `decode` is a plain language model. Padding may be anywhere and is
+    skipped. A new segment starts a new text, so packed documents do not influence each other. A target continues the
+    last text of its row's source if both have the same segment number.
 
-    To continue a text, read all but its last token, and feed that one first:
-    `generate(model.step, model.start(model.encode(text[:, :-1], at), 50), text[:, -1], max_length=50, ...)`. For
-    texts of several lengths, `prefill` an empty context.
+    To continue a text, encode all but its last token and feed that token first: `generate(model.step,
+    model.start(model.encode(text[:, :-1], at), 50), text[:, -1], max_length=50, ...)`. For texts of unequal lengths,
+    use `prefill` after an empty context.
 
     Args:
         config: sizes and choices.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters; not kept.
+        rngs: initialises the parameters and is not kept.
 
     Raises:
-        ValueError: tied embeddings of another size than the states, fewer than one layer, or a rate that is no
-            probability.
+        ValueError: `tie_embeddings` with `embedding_dim` different from `hidden_dim`, a size below 1, or a dropout rate
+            not in [0, 1).
 
     >>> config = RecurrentLanguageModelConfig(vocab_size=11, embedding_dim=4, hidden_dim=6)
     >>> model = RecurrentLanguageModel(config, rngs=nnx.Rngs(0))
@@ -108,7 +108,7 @@ class RecurrentLanguageModel(nnx.Module):
     def encode(
         self, source: Int[Array, "B S"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> RecurrentLanguageModelState:
-        """What the context `[B, S]` at its coordinates leaves behind."""
+        """Reads the context `[B, S]` at its coordinates. Returns the state after it."""
         nothing = RecurrentLanguageModelState(self._start(source.shape[0]), jnp.ones(source.shape[:1], jnp.int32))
         return self._unroll(source, source_at, nothing, dropout_key)[1]
 
@@ -120,30 +120,46 @@ class RecurrentLanguageModel(nnx.Module):
         *,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits `[B, T, V]` of the token after each of `target` `[B, T]`, which go on from the context."""
+        """Computes logits with known targets (teacher forcing).
+
+        Args:
+            target: tokens `[B, T]`.
+            target_at: their coordinates.
+            memory: the state after the context.
+            dropout_key: if None, nothing is dropped.
+
+        Returns:
+            Logits `[B, T, V]` of the token after each target token.
+        """
         keys = split(dropout_key, 2)
         features, _ = self._unroll(target, target_at, memory, keys[0])
         return self._logits(drop(features, self.config.dropout_rate, keys[1]))
 
     def room(self, source_length: int) -> int | None:
-        """None: any number of target tokens may follow a source of any length."""
+        """Returns None: the number of target tokens is unlimited."""
         del source_length
         return None
 
     def start(self, memory: RecurrentLanguageModelState, max_length: int) -> RecurrentLanguageModelState:
-        """The state before the first step; `max_length` sets no limit here, since the state does not grow."""
+        """Returns the state before the first step. `max_length` is ignored, since the state does not grow."""
         del max_length
         return memory
 
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: RecurrentLanguageModelState
     ) -> tuple[Float[Array, "B T V"], RecurrentLanguageModelState]:
-        """Many tokens at once: the logits after each of `tokens` `[B, T]`, and the state after the last.
+        """Reads many tokens at once, before a search branches. A text may be read in pieces of any size.
 
-        Row i has `lengths[i]` tokens and then padding, which is stepped over. A text may come in pieces of any size.
+        Args:
+            tokens: `[B, T]`.
+            lengths: `[B]`, the number of tokens of each row. The rest is padding and is skipped.
+            state: a state with one hypothesis per row.
+
+        Returns:
+            Logits `[B, T, V]` of the token after each of `tokens`, and the state after the last one.
 
         Raises:
-            ValueError: the state has several hypotheses a row.
+            ValueError: the state has several hypotheses per row.
         """
         rows, hypotheses = tokens.shape[0], state.segment.shape[0]
         if hypotheses != rows:
@@ -156,14 +172,14 @@ class RecurrentLanguageModel(nnx.Module):
     def step(
         self, tokens: Int[Array, "R"], state: RecurrentLanguageModelState
     ) -> tuple[Float[Array, "R V"], RecurrentLanguageModelState]:
-        """Logits `[R, V]` of the token after `tokens` `[R]`, and the next state."""
+        """Reads tokens `[R]`. Returns logits `[R, V]` of the next token, and the next state."""
         features, carries = self._advance(self.embedding(tokens), state.carries, None)
         return self._logits(features), RecurrentLanguageModelState(carries, state.segment)
 
     def alignment(
         self, target: Int[Array, "B T"], target_at: Coordinates, memory: RecurrentLanguageModelState
     ) -> Float[Array, "B 0 T 0"]:
-        """Nothing, `[B, 0, T, 0]`: no attention looks anywhere."""
+        """Returns an empty array `[B, 0, T, 0]`: the model has no attention."""
         del target_at, memory
         return jnp.zeros((target.shape[0], 0, target.shape[1], 0))
 
@@ -177,10 +193,10 @@ class RecurrentLanguageModel(nnx.Module):
         state: RecurrentLanguageModelState,
         dropout_key: PRNGKeyArray | None,
     ) -> tuple[Array, RecurrentLanguageModelState]:
-        """The top state `[B, T, H]` after every token, and the last state; at padding the state is held."""
+        """Returns the top state `[B, T, H]` after every token, and the last state. Padding holds the state."""
         keys = split(dropout_key, 2)
         segment = jnp.broadcast_to(at.segment, tokens.shape)
-        # What padding holds is not looked up.
+        # Padding may hold any number, and an index outside the table would be an error.
         embedded = self.embedding(jnp.where(segment != 0, tokens, jnp.zeros_like(tokens)))
         embedded, initial = drop(embedded, self.config.dropout_rate, keys[0]), self._start(tokens.shape[0])
 
@@ -188,10 +204,13 @@ class RecurrentLanguageModel(nnx.Module):
             state: RecurrentLanguageModelState, token: tuple[Array, Array, Array]
         ) -> tuple[RecurrentLanguageModelState, Array]:
             index, vector, now = token
+            # A key per step: one shared key would drop the same features at every step.
             key = None if keys[1] is None else jax.random.fold_in(keys[1], index)
             real = now != 0
+            # The first token of a new segment starts from the initial state, so that packed documents stay independent.
             before = _select(real & (now != state.segment), initial, state.carries)
             features, after = self._advance(vector, before, key)
+            # Padding does not end a text: remember the segment of the latest real token.
             last = jnp.where(real, now, state.segment)
             return RecurrentLanguageModelState(_select(real, after, state.carries), last), features
 
@@ -202,10 +221,11 @@ class RecurrentLanguageModel(nnx.Module):
     def _advance(
         self, x: Float[Array, "R E"], carries: tuple[Carry, ...], dropout_key: PRNGKeyArray | None
     ) -> tuple[Float[Array, "R H"], tuple[Carry, ...]]:
-        """One step: the top state `[R, H]` and the next state of every layer."""
+        """One step: returns the top state `[R, H]` and the next state of every layer."""
         moved = []
         keys = split(dropout_key, len(self.layers))
         for i, (layer, carry, key) in enumerate(zip(self.layers, carries, keys, strict=True)):
+            # Dropout on the connections between layers only, never on the recurrent state (Zaremba 2014).
             carry, x = layer.step(carry, drop(x, self.config.dropout_rate, key) if i else x)
             moved.append(carry)
         return x, tuple(moved)

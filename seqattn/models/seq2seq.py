@@ -1,4 +1,4 @@
-"""The recurrent decoder and its encoder, without attention (Sutskever 2014) or with it (Bahdanau 2014; Luong 2015)."""
+"""Recurrent encoder-decoder, without attention (Sutskever 2014) or with it (Bahdanau 2014; Luong 2015)."""
 
 import dataclasses
 from typing import Any
@@ -25,7 +25,7 @@ from seqattn.precision import accumulator
 from seqattn.pytrees import pytree
 
 RULES = (
-    # Of a recurrent language model, too, and of the decoder of a captioner.
+    # These also match a recurrent language model and the decoder of a captioner.
     ParameterRule("output/kernel", Kind.LOGITS, INTO),
     ParameterRule("decoder/output/kernel", Kind.LOGITS, INTO),
     ParameterRule("*combine/kernel", Kind.MATRIX, INTO),
@@ -37,27 +37,27 @@ class Seq2SeqConfig:
     """Sizes and choices of a recurrent encoder-decoder."""
 
     vocab_size: int
-    """Tokens of the joint vocabulary of source and target."""
+    """V, the number of tokens of the joint vocabulary of source and target."""
     embedding_dim: int = 256
-    """Size of token vectors."""
+    """E, the size of token vectors."""
     hidden_dim: int = 512
-    """Size of recurrent states; an encoder that reads both ways gives each direction half."""
+    """H, the size of recurrent states. A bidirectional encoder gives each direction half."""
     num_layers: int = 1
-    """Recurrent layers of the decoder, and of a recurrent encoder."""
+    """Number of recurrent layers of the decoder, and of a recurrent encoder."""
     cell: Cell = Cell.GRU
-    """The recurrence."""
+    """The recurrent cell."""
     direction: Direction = Direction.BOTH
-    """Which way a recurrent encoder reads."""
+    """Reading direction of a recurrent encoder."""
     attention: Score | None = Score.ADDITIVE
-    """How alike a decoder and an encoder state are; None for a fixed context, the state to start from alone."""
+    """Score of a decoder and an encoder state. If None, the decoder sees only its initial state (Sutskever 2014)."""
     input_feeding: bool = True
-    """Feed what was attended to into the next step (Luong 2015, section 3.3)."""
+    """If True, feeds the attentional vector into the next step (Luong 2015, section 3.3). Requires `attention`."""
     dropout_rate: float = 0.1
-    """Of token vectors, of layer inputs and of the vector before the logits."""
+    """Dropout rate of token vectors, layer inputs and the vector before the logits, in [0, 1)."""
     local: Monotonic | Predictive | None = None
-    """Look around one source position at a time (Luong 2015, section 3.2); None for the whole source."""
+    """If given, attends to a window of the source (Luong 2015, section 3.2). If None, to the whole source."""
     attention_encoder: AttentionEncoder | None = None
-    """Self attention that reads the source instead of recurrent layers; None for a recurrent encoder."""
+    """If given, self-attention encodes the source. If None, recurrent layers do."""
 
 
 @pytree
@@ -66,8 +66,8 @@ class Seq2SeqMemory:
     """An encoded source.
 
     Attributes:
-        key_value: encoder states to attend to, or None without attention.
-        carries: the state `[B, H]` that the decoder starts from, a layer each: the last one of a recurrent encoder.
+        key_value: encoder states to attend to; None without attention.
+        carries: the initial state `[B, H]` of each decoder layer: the last state of a recurrent encoder.
     """
 
     key_value: KeyValue | None
@@ -77,15 +77,15 @@ class Seq2SeqMemory:
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Seq2SeqState:
-    """The decoder between two steps, of one hypothesis a row or of several (R hypotheses of B rows).
+    """State of the decoder between two steps, for B rows with R hypotheses in all.
 
     Attributes:
-        carries: the decoder's state `[R, H]`, a layer each.
-        attentional: what the last step attended to, combined with its state `[R, H]`; None without input feeding.
-        weights: where the last step looked in the source, `[R, S]`; None without attention.
-        position: how many tokens each hypothesis has seen, `[R]`.
-        memory: encoder states `[B, S, 1, H]` to attend to, which all hypotheses of a row share, or None without
-            attention.
+        carries: the state `[R, H]` of each decoder layer.
+        attentional: `[R, H]`, the attentional vector of the last step (Luong 2015, equation 5); None without input
+            feeding.
+        weights: `[R, S]`, the attention weights of the last step; None without attention.
+        position: `[R]`, the number of tokens that each hypothesis has read.
+        memory: encoder states `[B, S, 1, H]`, shared by all hypotheses of a row; None without attention.
     """
 
     carries: tuple[Carry, ...]
@@ -98,18 +98,19 @@ class Seq2SeqState:
 class Seq2Seq(nnx.Module):
     """Encoder and recurrent decoder over one joint vocabulary.
 
-    The decoder starts from the encoder's last state, or from the mean of all where the encoder is not recurrent. With
-    attention, the decoder's top state `h` looks for a context `c` among the encoder states, and `tanh(W [c; h])` gives
-    the logits (Luong 2015, equations 5 and 6). One function makes a step; training scans it over known targets. A row
-    holds one text, with padding anywhere; packed texts would see each other.
+    The decoder starts from the last state of a recurrent encoder, or from the mean state of any other encoder. With
+    attention, the decoder's top state `h` attends to the encoder states, which gives the context `c`. Then `tanh(W [c;
+    h])` is the attentional vector, from which the logits are computed (Luong 2015, equations 5 and 6). One function
+    makes a step, and training scans it over known targets. Each row holds one text, with padding anywhere. Packed
+    documents are not supported: they would see each other.
 
     Args:
         config: sizes and choices.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters; not kept.
+        rngs: initialises the parameters and is not kept.
 
     Raises:
-        ValueError: input feeding or a local window without attention, or sizes that do not fit.
+        ValueError: `input_feeding` or `local` without `attention`, or sizes do not fit.
 
     >>> config = Seq2SeqConfig(vocab_size=11, embedding_dim=4, hidden_dim=6)
     >>> model = Seq2Seq(config, rngs=nnx.Rngs(0))
@@ -121,7 +122,7 @@ class Seq2Seq(nnx.Module):
 
     def __init__(self, config: Seq2SeqConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         if config.input_feeding and config.attention is None:
-            raise ValueError("input_feeding feeds what was attended to: it needs an attention, got attention=None")
+            raise ValueError("input_feeding feeds the attentional vector: it needs an attention, got attention=None")
         if config.local is not None and config.attention is None:
             raise ValueError(f"local narrows an attention: it needs one, got attention=None and local={config.local}")
         self.config = config
@@ -141,13 +142,13 @@ class Seq2Seq(nnx.Module):
     def encode(
         self, source: Int[Array, "B S"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> Seq2SeqMemory:
-        """The memory of source tokens `[B, S]` at their coordinates."""
+        """Encodes source tokens `[B, S]` at their coordinates. Without a dropout key, nothing is dropped."""
         return self.encode_vectors(self._embed(source, source_at), source_at, dropout_key=dropout_key)
 
     def encode_vectors(
         self, x: Float[Array, "B S E"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> Seq2SeqMemory:
-        """The memory of a source of vectors `[B, S, E]` in place of tokens: parts of an image, frames of speech."""
+        """Encodes a source of vectors `[B, S, E]` in place of tokens, such as image patches or frames of speech."""
         keys = split(dropout_key, 2)
         x = drop(x, self.config.dropout_rate, keys[0])
         outputs, carries = self.encoder(x, source_at, dropout_key=keys[1])
@@ -162,19 +163,32 @@ class Seq2Seq(nnx.Module):
         *,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits `[B, T, V]` of the token after each of `target` `[B, T]`."""
+        """Computes logits with known targets (teacher forcing).
+
+        Args:
+            target: tokens `[B, T]`.
+            target_at: their coordinates.
+            memory: the encoded source.
+            dropout_key: if None, nothing is dropped.
+
+        Returns:
+            Logits `[B, T, V]` of the token after each target token.
+        """
         keys = split(dropout_key, 2)
         features, _, _ = self._unroll(target, target_at, self.start(memory, target.shape[1]), keys[0])
         return self.output(drop(features, self.config.dropout_rate, keys[1]))
 
     def room(self, source_length: int) -> int | None:
-        """None for any number of target tokens, or 0 where a source of so many has no learned position for each."""
+        """Returns None: the number of target tokens is unlimited.
+
+        Returns 0 if the source has more tokens than the attention encoder has learned positions.
+        """
         encoder = self.config.attention_encoder
         limit = None if encoder is None else position_encodings.limit(encoder.positions)
         return None if limit is None or source_length <= limit else 0
 
     def start(self, memory: Seq2SeqMemory, max_length: int) -> Seq2SeqState:
-        """The state before the first step; `max_length` sets no limit here, since the state does not grow."""
+        """Returns the state before the first step. `max_length` is ignored, since the state does not grow."""
         del max_length
         hidden = jax.tree.leaves(memory.carries)[0]
         attentional = jnp.zeros_like(hidden) if self.config.input_feeding else None
@@ -186,12 +200,18 @@ class Seq2Seq(nnx.Module):
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: Seq2SeqState
     ) -> tuple[Float[Array, "B T V"], Seq2SeqState]:
-        """Many target tokens at once: the logits after each of `tokens` `[B, T]`, and the state after the last.
+        """Reads many target tokens at once, before a search branches. A text may be read in pieces of any size.
 
-        Row i has `lengths[i]` tokens and then padding, which is stepped over. A text may come in pieces of any size.
+        Args:
+            tokens: `[B, T]`.
+            lengths: `[B]`, the number of tokens of each row. The rest is padding and is skipped.
+            state: a state with one hypothesis per row.
+
+        Returns:
+            Logits `[B, T, V]` of the token after each of `tokens`, and the state after the last one.
 
         Raises:
-            ValueError: the state has several hypotheses a row.
+            ValueError: the state has several hypotheses per row.
         """
         rows, hypotheses = tokens.shape[0], state.position.shape[0]
         if hypotheses != rows:
@@ -201,28 +221,30 @@ class Seq2Seq(nnx.Module):
         return self.output(features), state
 
     def step(self, tokens: Int[Array, "R"], state: Seq2SeqState) -> tuple[Float[Array, "R V"], Seq2SeqState]:
-        """Logits `[R, V]` of the token after `tokens` `[R]`, and the next state."""
+        """Reads tokens `[R]`. Returns logits `[R, V]` of the next token, and the next state."""
         features, state = self._advance(self.embedding(tokens), state, None)
         return self.output(features), state
 
     def alignment(
         self, target: Int[Array, "B T"], target_at: Coordinates, memory: Seq2SeqMemory
     ) -> Float[Array, "B L T S"]:
-        """Where each target token looks in the source, `[B, 1, T, S]`; `[B, 0, T, 0]` without attention."""
+        """Returns the attention weights from target to source, `[B, 1, T, S]`; `[B, 0, T, 0]` without attention."""
         _, weights, _ = self._unroll(target, target_at, self.start(memory, target.shape[1]), None)
         return jnp.zeros((target.shape[0], 0, target.shape[1], 0)) if weights is None else weights[:, None]
 
     def _embed(self, tokens: Array, at: Coordinates) -> Array:
-        """Token vectors; what padding holds is not looked up."""
+        """Looks up token vectors. Does not look up padding, which may hold any number."""
         real = jnp.broadcast_to(at.segment, tokens.shape) != 0
         return self.embedding(jnp.where(real, tokens, jnp.zeros_like(tokens)))
 
     def _unroll(
         self, target: Array, target_at: Coordinates, state: Seq2SeqState, dropout_key: PRNGKeyArray | None
     ) -> tuple[Array, Array | None, Seq2SeqState]:
-        """Features `[B, T, H]` and weights `[B, T, S]` of every target token, one step after the other; the last state.
+        """Runs the decoder over known targets.
 
-        Padding is stepped over, wherever it is: the state is held.
+        Returns:
+            Features `[B, T, H]` and attention weights `[B, T, S]` of every target token, and the last state. Padding
+            holds the state.
         """
         keys = split(dropout_key, 2)
         embedded = drop(self._embed(target, target_at), self.config.dropout_rate, keys[0])
@@ -230,8 +252,10 @@ class Seq2Seq(nnx.Module):
 
         def advance(state: Seq2SeqState, token: tuple[Array, Array, Array]) -> tuple[Seq2SeqState, tuple]:
             index, vector, present = token
+            # A key per step: one shared key would drop the same features at every step.
             key = None if keys[1] is None else jax.random.fold_in(keys[1], index)
             features, moved = self._advance(vector, state, key)
+            # All rows step together. A row at padding keeps its state, so that padding may be anywhere in a target.
             carries, attentional, weights, position = jax.tree.map(
                 lambda new, old: jnp.where(present if new.ndim == 1 else present[:, None], new, old),
                 (moved.carries, moved.attentional, moved.weights, moved.position),
@@ -247,12 +271,14 @@ class Seq2Seq(nnx.Module):
     def _advance(
         self, embedded: Float[Array, "R E"], state: Seq2SeqState, dropout_key: PRNGKeyArray | None
     ) -> tuple[Array, Seq2SeqState]:
-        """One step: features `[R, H]` and the next state."""
+        """One step: returns features `[R, H]` and the next state."""
+        # Input feeding tells the decoder which source positions it has attended to (Luong 2015, section 3.3).
         x = embedded if state.attentional is None else jnp.concatenate([embedded, state.attentional], axis=-1)
         carries = []
         for i, (layer, carry, key) in enumerate(
             zip(self.layers, state.carries, split(dropout_key, len(self.layers)), strict=True)
         ):
+            # Dropout on the connections between layers only, never on the recurrent state (Zaremba 2014).
             carry, x = layer.step(carry, drop(x, self.config.dropout_rate, key) if i else x)
             carries.append(carry)
         features, weights = self._look(x, state.position, state.memory.value)
@@ -262,15 +288,18 @@ class Seq2Seq(nnx.Module):
     def _look(
         self, query: Float[Array, "R H"], position: Int[Array, "R"], memory: KeyValue | None
     ) -> tuple[Array, Array | None]:
-        """The decoder's top state combined with its context, and the weights; the state itself without attention.
+        """Attends to the source and combines the context with the decoder's top state (Luong 2015, equation 5).
 
-        The hypotheses of a row look side by side, as queries of one row.
+        Returns:
+            The attentional vector `[R, H]` and the weights `[R, S]`. Without attention, the query and None.
         """
         if self.attention is None or self.combine is None or memory is None:
             return query, None
         rows = memory.at.shape[0]
+        # The hypotheses of a row become queries of one row, so that they share its memory without a copy.
         hypotheses = query.shape[0] // rows if rows else 1
         queries = query.reshape(rows, hypotheses, query.shape[-1])
+        # Position is the decoder step, which `Monotonic` windows follow.
         now = Coordinates(position.reshape(queries.shape[:2]), jnp.ones(queries.shape[:2], jnp.int32))
         context, weights = self.attention(queries, now, memory)
         combined = self.combine(jnp.concatenate([context.reshape(query.shape), query], axis=-1))
@@ -278,7 +307,7 @@ class Seq2Seq(nnx.Module):
 
 
 def _encoder(config: Seq2SeqConfig, sizes: dict[str, Any]) -> RecurrentEncoder | SelfAttentionEncoder:
-    """What reads the source: states `[B, S, H]`, and the state that each layer of the decoder starts from."""
+    """Builds the encoder. It returns states `[B, S, H]`, and the initial state of each decoder layer."""
     sizes = sizes | {"input_dim": config.embedding_dim, "hidden_dim": config.hidden_dim}
     options: dict[str, Any] = {"num_layers": config.num_layers, "cell": config.cell}
     options |= {"dropout_rate": config.dropout_rate}

@@ -1,4 +1,4 @@
-"""A stack of self-attention blocks: what encoders and decoder-only language models are made of."""
+"""Stack of self-attention blocks, the body of encoders and of decoder-only language models."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,51 +24,57 @@ from seqattn.score_mod import ScoreMod
 
 @dataclasses.dataclass(frozen=True)
 class Full:
-    """Every token of the text; where the stack is causal, those up to the token itself."""
+    """Attention to every token of the text; in a causal stack, up to the token itself (Vaswani 2017)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The latest tokens only; where the stack is not causal, as many ahead (Beltagy 2020)."""
+    """Sliding window: attention to the latest tokens (Child 2019; Beltagy 2020, section 3.1).
+
+    In a bidirectional stack, a token also sees as many later tokens.
+    """
 
     size: int = 256
-    """How many, the token itself included."""
+    """Number of tokens on each visible side, including the token itself."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """The tokens of the same block only (Liu 2018, section 4.2.4)."""
+    """Local attention: attention to the tokens of the same block (Liu 2018, section 4.2.4)."""
 
     size: int = 256
-    """Tokens of a block, counted from the start of the text."""
+    """Tokens per block, counted from the start of the text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compressed:
-    """A convolution of the keys and values of every few tokens (Liu 2018, section 4.2.4); causal stacks alone."""
+    """Memory-compressed attention: a strided convolution of keys and values (Liu 2018, section 4.2.4). Causal only."""
 
     stride: int = 3
-    """Tokens that become one key."""
+    """Number of tokens merged into one key."""
 
 
 Attention = Full | Window | Local | Compressed
-"""What the self attention of a layer sees."""
+"""What the self-attention of a layer attends to."""
 
 
 class Stack(nnx.Module):
-    """Self-attention blocks over vectors, each with its own choice of what it sees.
+    """Self-attention blocks over vectors. Each layer has its own attention pattern.
 
     Args:
         block: sizes and choices of every block.
-        num_layers: how many blocks.
-        causal: no token sees a later one.
-        positions: how order enters scores and rotations; vectors with positions come from `positions.embed`.
-        pattern: what each layer sees, repeated over the layers: Liu's L-M-L-M-L is `(Local(), Compressed())`.
+        num_layers: number of blocks; at least 0.
+        causal: if True, no token attends to a later one.
+        positions: the position encoding. The stack applies scores and rotations. The caller adds position vectors to
+            its input.
+        pattern: what each layer attends to, repeated over the layers. The L-M-L-M-L of Liu 2018 is `(Local(),
+            Compressed())`.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters; not kept.
+        rngs: initialises the parameters and is not kept.
 
     Raises:
-        ValueError: an empty pattern, a negative number of layers, or compressed attention that is not causal.
+        ValueError: `pattern` is empty, `num_layers` is negative, or `pattern` contains `Compressed` and `causal` is
+            False.
 
     >>> block = BlockConfig(model_dim=6, hidden_dim=8, num_heads=2)
     >>> stack = Stack(block, 3, causal=True, positions=None, pattern=(Local(4), Compressed(3)), rngs=nnx.Rngs(0))
@@ -89,9 +95,9 @@ class Stack(nnx.Module):
     ) -> None:
         check_integer("num_layers", num_layers, 0)
         if not pattern:
-            raise ValueError("pattern must name what at least one layer sees, got ()")
+            raise ValueError("pattern must name what at least one layer attends to, got ()")
         if not causal and any(isinstance(each, Compressed) for each in pattern):
-            raise ValueError("compressed attention is causal: a block is seen by the tokens behind it alone")
+            raise ValueError("compressed attention needs causal=True: only the tokens after a block see it")
         self.block, self.pattern = block, tuple(pattern[layer % len(pattern)] for layer in range(num_layers))
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         self.blocks = nnx.List(
@@ -108,13 +114,22 @@ class Stack(nnx.Module):
         )
         heads: dict[str, Any] = {"num_heads": block.num_heads, "head_dim": block.head_dim}
         self.scores = PositionScores(positions, num_layers, **heads, bidirectional=not causal, **sizes)
-        # With the norm first the sum that leaves the last block was never normalised (Xiong 2020).
+        # With pre-norm blocks, nothing has normalised the output of the last block (Xiong 2020).
         self.norm = block.norm(**sizes) if block.norm_first else None
 
     def __call__(
         self, x: Float[Array, "*batch T D"], at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch T D"]:
-        """`[*batch, T, D]` to `[*batch, T, D]`. Without a dropout key nothing drops."""
+        """Applies all blocks.
+
+        Args:
+            x: vectors `[*batch, T, D]`.
+            at: their coordinates.
+            dropout_key: if None, nothing is dropped.
+
+        Returns:
+            `[*batch, T, D]`.
+        """
 
         def call(x: Array, block: EncoderBlock, score_mod: ScoreMod | None, key: Array | None) -> Array:
             return block(x, at, score_mod=score_mod, dropout_key=key)
@@ -125,25 +140,45 @@ class Stack(nnx.Module):
         return x if self.norm is None else self.norm(x)
 
     def weights(self, x: Float[Array, "*batch T D"], at: Coordinates) -> Float[Array, "*batch L T T"]:
-        """Where each token looks, in every head of every layer but the compressed ones; `[*batch, L, T, T]`."""
+        """Returns the attention weights of every head of every uncompressed layer, `[*batch, L, T, T]`."""
         found = [jnp.zeros((*x.shape[:-2], 0, x.shape[-2], x.shape[-2]))]
         for layer, (block, attention) in enumerate(zip(self.blocks, self.pattern, strict=True)):
             score_mod = self.scores.of(layer)
+            # The keys of a compressed layer are blocks, so its weights do not have the shape `[T, T]`.
             if not isinstance(attention, Compressed):
                 found.append(block.weights(x, at, score_mod=score_mod).astype(found[0].dtype))
             x = block(x, at, score_mod=score_mod)
         return jnp.concatenate(found, axis=-3)
 
     def start(self, batch: int, max_length: int, dtype: DTypeLike) -> tuple[Cache, ...]:
-        """Empty caches with room for `max_length` tokens a row, one for each layer of a causal stack."""
+        """Creates empty caches with room for `max_length` tokens per row, one for each layer of a causal stack.
+
+        Args:
+            batch: B, the number of rows.
+            max_length: number of tokens per row.
+            dtype: dtype in which keys and values are stored.
+        """
         return tuple(self._cache(attention, batch, max_length, dtype) for attention in self.pattern)
 
     def extend(
         self, x: Float[Array, "B T D"], at: Coordinates, caches: Sequence[Cache]
     ) -> tuple[Float[Array, "B T D"], tuple[Cache, ...]]:
-        """The same as a call for tokens behind those that the caches hold, and the caches with them."""
+        """Applies all blocks to new tokens, which follow the tokens in the caches.
+
+        Args:
+            x: vectors `[B, T, D]` of the new tokens.
+            at: their coordinates.
+            caches: one cache per layer.
+
+        Returns:
+            The outputs `[B, T, D]`, and the next caches.
+
+        Raises:
+            ValueError: the tokens do not fit into a cache.
+        """
         grown = []
         for layer, (block, cache) in enumerate(zip(self.blocks, caches, strict=True)):
+            # Append first: a token also attends to itself.
             cache, seen = block.extend(cache, x, at)
             x = block(x, at, seen, score_mod=self.scores.of(layer))
             grown.append(cache)
@@ -156,7 +191,7 @@ class Stack(nnx.Module):
             return CompressedCache.empty(batch, max_length, stride=attention.stride, **sizes)
         if isinstance(attention, Full):
             return StaticCache.empty(batch, max_length, **sizes)
-        # A block of the text lies within as many of the latest tokens.
+        # The current block always lies within the `size` latest tokens, so a ring serves `Local` as well as `Window`.
         return RingCache.empty(batch, attention.size, **sizes)
 
 

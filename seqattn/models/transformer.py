@@ -1,4 +1,4 @@
-"""The Transformer encoder-decoder (Vaswani 2017)."""
+"""Transformer encoder-decoder (Vaswani 2017)."""
 
 import dataclasses
 from typing import Any
@@ -27,37 +27,40 @@ from seqattn.score_mod import ScoreMod
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and choices of an encoder-decoder Transformer; the defaults are the base model of Vaswani 2017."""
+    """Sizes and choices of an encoder-decoder Transformer. The defaults are the base model of Vaswani 2017."""
 
     vocab_size: int
-    """Tokens of the joint vocabulary of source and target."""
+    """V, the number of tokens of the joint vocabulary of source and target."""
     num_encoder_layers: int = 6
-    """Blocks of the encoder."""
+    """Number of encoder blocks; at least 0."""
     num_decoder_layers: int = 6
-    """Blocks of the decoder."""
+    """Number of decoder blocks; at least 1."""
     block: BlockConfig = dataclasses.field(default_factory=BlockConfig)
     """Sizes and choices of every block."""
     positions: Positions = Sinusoidal()
-    """How the order of tokens enters; None for not at all."""
+    """Position encoding. If None, only the causal mask carries information about order."""
     share_embeddings: bool = True
-    """One table for source tokens, target tokens and logits; else one for the source, one for target and logits."""
+    """If True, source, target and logits share one table. If False, the source has its own table."""
     logits_bias: bool = False
-    """A trained number for each token, added to its logits."""
+    """If True, adds a trained bias for each token to the logits."""
     decoder_window: int | None = None
-    """A target token sees so many of the latest target tokens, itself included; None for all of them."""
+    """Number of latest target tokens that a target token sees, including itself. If None, it sees all."""
 
     @classmethod
     def base(cls, vocab_size: int) -> "TransformerConfig":
-        """The base model of Vaswani 2017, table 3, which says 65 million parameters.
+        """The base model of Vaswani 2017, table 3.
 
-        Here they are 63,045,632 with 37,000 tokens, the size of the vocabulary of its section 5.1; the paper does not
-        say what it counts.
+        It has 63,045,632 parameters with 37,000 tokens, the vocabulary of section 5.1. The paper reports 65 million and
+        does not say what it counts.
         """
         return cls(vocab_size)
 
     @classmethod
     def big(cls, vocab_size: int) -> "TransformerConfig":
-        """The big model of Vaswani 2017, table 3, which says 213 million parameters: 214,171,648 here, as above."""
+        """The big model of Vaswani 2017, table 3.
+
+        It has 214,171,648 parameters with 37,000 tokens. The paper reports 213 million.
+        """
         return cls(vocab_size, block=BlockConfig(model_dim=1024, hidden_dim=4096, num_heads=16, dropout_rate=0.3))
 
 
@@ -67,9 +70,8 @@ class TransformerMemory:
     """An encoded source.
 
     Attributes:
-        key_values: keys and values for each decoder block, `[B, S, K, H]`.
-        segment: the segment of each row's text, which a target made step by step continues in, `[B]`; 1 for an empty
-            source.
+        key_values: keys and values `[B, S, K, H]` for each decoder block.
+        segment: `[B]`, the segment of each row's text, in which step-by-step decoding continues; 1 for an empty source.
     """
 
     key_values: tuple[KeyValue, ...]
@@ -79,13 +81,13 @@ class TransformerMemory:
 @pytree
 @dataclasses.dataclass(frozen=True)
 class TransformerState:
-    """The decoder between two steps, of one hypothesis a row or of several (R hypotheses of B rows).
+    """State of the decoder between two steps, for B rows with R hypotheses in all.
 
     Attributes:
-        caches: keys and values of the tokens so far, for each decoder block.
-        memory: what each decoder block sees of the source, and the segment `[B]` of the text: all hypotheses of a row
-            share it.
-        position: how many tokens each hypothesis has seen, `[R]`.
+        caches: for each decoder block, the keys and values of the target tokens so far.
+        memory: for each decoder block, the keys and values of the source; and the segment `[B]`. All hypotheses of a
+            row share it.
+        position: `[R]`, the number of tokens that each hypothesis has read.
     """
 
     caches: tuple[Cache, ...]
@@ -94,19 +96,20 @@ class TransformerState:
 
 
 class Transformer(nnx.Module):
-    """Encoder-decoder Transformer over one joint vocabulary.
+    """Encoder-decoder Transformer over one joint vocabulary (Vaswani 2017, figure 1).
 
-    A token sees the tokens of its own segment: in the encoder all, in the decoder none after itself, and from decoder
-    to encoder all of the source of the same segment number. So padding is seen by nobody, and packed pairs of texts
-    do not mix.
+    A token attends within its own segment: to all tokens in the encoder, to no later token in the decoder, and from the
+    decoder to all source tokens with the same segment number. So no token sees padding, and packed pairs of texts do
+    not mix.
 
     Args:
         config: sizes and choices.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters; not kept.
+        rngs: initialises the parameters and is not kept.
 
     Raises:
-        ValueError: sizes that do not fit (heads, odd dims for sines or rotations).
+        ValueError: sizes do not fit, such as heads that do not divide `model_dim` or an odd size for sines or
+            rotations.
 
     >>> block = BlockConfig(model_dim=6, hidden_dim=8, num_heads=2)
     >>> config = TransformerConfig(vocab_size=11, num_encoder_layers=1, num_decoder_layers=1, block=block)
@@ -147,7 +150,7 @@ class Transformer(nnx.Module):
         layers = (config.num_encoder_layers, config.num_decoder_layers)
         self.encoder_scores = PositionScores(positions, layers[0], **heads, bidirectional=True, **sizes)
         self.decoder_scores = PositionScores(positions, layers[1], **heads, bidirectional=False, **sizes)
-        # With the norm first the sum that leaves the last block was never normalised (Xiong 2020).
+        # With pre-norm blocks, nothing has normalised the output of the last block (Xiong 2020).
         final = config.block.norm_first
         self.encoder_norm = config.block.norm(**sizes) if final else None
         self.decoder_norm = config.block.norm(**sizes) if final else None
@@ -156,7 +159,7 @@ class Transformer(nnx.Module):
     def encode(
         self, source: Int[Array, "B S"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> TransformerMemory:
-        """The memory of source tokens `[B, S]` at their coordinates."""
+        """Encodes source tokens `[B, S]` at their coordinates. Without a dropout key, nothing is dropped."""
         embedding = self.embedding if self.source_embedding is None else self.source_embedding
         x = position_encodings.embed(embedding, self.source_positions, self.config.positions, source, source_at)
         return self.encode_vectors(x, source_at, dropout_key=dropout_key)
@@ -164,9 +167,15 @@ class Transformer(nnx.Module):
     def encode_vectors(
         self, x: Float[Array, "B S D"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> TransformerMemory:
-        """The memory of a source of vectors `[B, S, D]` in place of tokens: parts of an image, frames of speech.
+        """Encodes a source of vectors in place of tokens, such as image patches or frames of speech.
 
-        Positions that are added to vectors are in them already. What padding holds must be finite.
+        Args:
+            x: vectors `[B, S, D]`, with position vectors already added. Padding must be finite.
+            source_at: their coordinates.
+            dropout_key: if None, nothing is dropped.
+
+        Returns:
+            The memory for `decode`, `start` and `alignment`.
         """
         keys = split(dropout_key, 1 + len(self.encoder))
         x = drop(x, self.config.block.dropout_rate, keys[0])
@@ -178,6 +187,8 @@ class Transformer(nnx.Module):
         x = run_layers(call, x, layers, **self._training)
         x = x if self.encoder_norm is None else self.encoder_norm(x)
         rows = jax.tree.map(lambda field: jnp.broadcast_to(field, x.shape[:-1]), source_at)
+        # The source does not change while decoding, so its keys and values are computed once per source, not once per
+        # step.
         memories = tuple(block.remember(x, source_at) for block in self.decoder)
         return TransformerMemory(memories, rows.next().segment[:, 0])
 
@@ -189,7 +200,17 @@ class Transformer(nnx.Module):
         *,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits `[B, T, V]` of the token after each of `target` `[B, T]`."""
+        """Computes logits with known targets (teacher forcing).
+
+        Args:
+            target: tokens `[B, T]`.
+            target_at: their coordinates.
+            memory: the encoded source.
+            dropout_key: if None, nothing is dropped.
+
+        Returns:
+            Logits `[B, T, V]` of the token after each target token.
+        """
         keys = split(dropout_key, 1 + len(self.decoder))
         x = self._embed(self.embedding, self.target_positions, target, target_at, keys[0])
 
@@ -204,14 +225,18 @@ class Transformer(nnx.Module):
         return self._logits(run_layers(call, x, layers, **self._training))
 
     def room(self, source_length: int) -> int | None:
-        """How many target tokens have a place behind a source of so many: all learned positions, if it has one too."""
+        """Returns how many target tokens fit after a source of `source_length` tokens.
+
+        None if positions are not learned. If they are, their number; or 0 if the source has more tokens than positions.
+        """
         limit = position_encodings.limit(self.config.positions)
         return limit if limit is None or source_length <= limit else 0
 
     def start(self, memory: TransformerMemory, max_length: int) -> TransformerState:
-        """The state before the first step, with room for `max_length` tokens; one text a row, not packed ones.
+        """Returns the state before the first step, with room for `max_length` tokens per row.
 
-        Of a decoder with a window only the window is kept, and `max_length` sets no limit.
+        Each row holds one text, not packed documents. With `decoder_window` the caches hold only the window, and
+        `max_length` sets no limit.
         """
         (batch,) = memory.segment.shape
 
@@ -229,32 +254,46 @@ class Transformer(nnx.Module):
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: TransformerState
     ) -> tuple[Float[Array, "B T V"], TransformerState]:
-        """Many target tokens at once: the logits after each of `tokens` `[B, T]`, and the state after the last.
+        """Reads many target tokens at once, before a search branches. A text may be read in pieces of any size.
 
-        Row i has `lengths[i]` tokens and then padding, which takes room in the cache and is seen by nobody. A text may
-        come in pieces of any size.
+        Args:
+            tokens: `[B, T]`.
+            lengths: `[B]`, the number of tokens of each row. The rest is padding: it takes room in the caches, but no
+                token sees it.
+            state: a state with one hypothesis per row.
+
+        Returns:
+            Logits `[B, T, V]` of the token after each of `tokens`, and the state after the last one.
 
         Raises:
-            ValueError: the state has several hypotheses a row, or the caches are full. Inside `jit`, where the latter
-                cannot be raised, the logits are NaN.
+            ValueError: the state has several hypotheses per row, or the caches are full. Inside `jit`, where full
+                caches cannot raise, the logits are NaN.
         """
         if state.caches[0].beams > 1:
-            raise ValueError(f"prefill before branching: the state has {state.caches[0].beams} hypotheses a row")
+            raise ValueError(f"prefill before branching: the state has {state.caches[0].beams} hypotheses per row")
         new = Coordinates.from_lengths(lengths, tokens.shape[1])
+        # Padding keeps segment 0, so no token sees it.
         at = Coordinates(state.position[:, None] + new.position, state.memory.value[1][:, None] * new.segment)
         logits, caches = self._continue(tokens, at, state)
         return logits, TransformerState(caches, state.memory, state.position + jnp.asarray(lengths, jnp.int32))
 
     def step(self, tokens: Int[Array, "R"], state: TransformerState) -> tuple[Float[Array, "R V"], TransformerState]:
-        """Logits `[R, V]` of the token after `tokens` `[R]`, and the next state.
+        """Reads one token per hypothesis. The hypotheses of a row share its memory and its cache.
 
-        The hypotheses of a row are queries side by side, so that they share its memory and its cache.
+        Args:
+            tokens: `[R]`.
+            state: the state before these tokens.
+
+        Returns:
+            Logits `[R, V]` of the token after `tokens`, and the next state.
 
         Raises:
-            ValueError: R is not what the state holds, or the caches are full. Inside `jit`, where the latter cannot be
-                raised, the logits are NaN.
+            ValueError: R is not the number of hypotheses of the state, or the caches are full. Inside `jit`, where full
+                caches cannot raise, the logits are NaN.
         """
         segment = state.memory.value[1]
+        # The hypotheses of a row are queries of one batch row, so that they share its memory and its cache without
+        # copies.
         beams = (segment.shape[0], state.caches[0].beams)
         if tokens.shape[0] != beams[0] * beams[1]:
             raise ValueError(f"the state has {beams[0]} rows of {beams[1]} hypotheses, got {tokens.shape[0]} tokens")
@@ -267,11 +306,12 @@ class Transformer(nnx.Module):
     def _continue(
         self, tokens: Int[Array, "B T"], at: Coordinates, state: TransformerState
     ) -> tuple[Float[Array, "B T V"], tuple[Cache, ...]]:
-        """Logits after tokens that are appended to the caches."""
+        """Appends tokens to the caches. Returns the logits after them and the next caches."""
         x = self._embed(self.embedding, self.target_positions, tokens, at, None)
         caches = []
         layers = zip(self.decoder, state.caches, state.memory.value[0], strict=True)
         for layer, (block, cache, memory) in enumerate(layers):
+            # Append first: a token also attends to itself.
             cache, seen = cache.append(block.project(x, at))
             x = block(x, at, seen, memory, score_mod=self.decoder_scores.of(layer))
             caches.append(cache)
@@ -280,7 +320,7 @@ class Transformer(nnx.Module):
     def alignment(
         self, target: Int[Array, "B T"], target_at: Coordinates, memory: TransformerMemory
     ) -> Float[Array, "B L T S"]:
-        """Where each target token looks in the source: every head of every decoder block, `[B, layers * N, T, S]`."""
+        """Returns the cross-attention weights of every head of every decoder block, `[B, layers * N, T, S]`."""
         x = self._embed(self.embedding, self.target_positions, target, target_at, None)
         weights = []
         for layer, (block, key_value) in enumerate(zip(self.decoder, memory.key_values, strict=True)):

@@ -1,4 +1,4 @@
-"""Parameters around the functions: modules of flax.nnx that keep no random state and no mode."""
+"""Neural-network modules for `flax.nnx`. They hold parameters only: no random state and no training mode."""
 
 from seqattn.nn.blocks import BlockConfig, DecoderBlock, EncoderBlock, Residual
 from seqattn.nn.cache import Cache, PagedCache, RingCache, StaticCache

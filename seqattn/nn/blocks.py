@@ -1,4 +1,4 @@
-"""Encoder and decoder blocks of the Transformer, with the norm first or last."""
+"""Encoder and decoder blocks of the Transformer, with the layer norm before or after each sublayer."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,63 +25,67 @@ from seqattn.score_mod import ScoreMod
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """Sizes and choices that all blocks of a model share; the defaults are the base model of Vaswani 2017."""
+    """Sizes and choices that all blocks of a model share. The defaults are the base model of Vaswani 2017.
+
+    Raises:
+        ValueError: `norm_epsilon` is negative or not finite, or `mixture` is combined with `remat` or `scan_layers`.
+    """
 
     model_dim: int = 512
-    """Size of each token's vector between blocks."""
+    """D, the size of each token's vector between blocks."""
     hidden_dim: int = 2048
-    """Size of the hidden layer of the feed-forward network."""
+    """F, the size of the hidden layer of the feed-forward network."""
     num_heads: int = 8
-    """Query heads."""
+    """N, the number of query heads. Must divide `model_dim`."""
     num_kv_heads: int | None = None
-    """Key heads shared by groups of query heads; None for as many as query heads."""
+    """K, the number of key heads, shared by groups of query heads (Ainslie 2023). If None, as many as query heads."""
     activation: Activation = Activation.RELU
     """Nonlinearity of the feed-forward network."""
     gated: bool = False
-    """Multiply the hidden layer by an activated gate (GEGLU, SwiGLU)."""
+    """If True, multiplies the hidden layer by an activated gate (GEGLU or SwiGLU, Shazeer 2020)."""
     norm_first: bool = False
-    """`x + f(norm(x))` instead of `norm(x + f(x))`."""
+    """If True, `x + f(norm(x))` (pre-norm, Xiong 2020); if False, `norm(x + f(x))` (post-norm, Vaswani 2017)."""
     qk_norm: bool = False
-    """RMS norm of each query and key head."""
+    """If True, applies an RMS norm to each query and key head (Dehghani 2023)."""
     attention_bias: bool = False
-    """Biases of the four projections of each attention."""
+    """If True, the four projections of each attention have biases."""
     norm_epsilon: float = 1e-6
-    """Added to the variance that layer norms divide by."""
+    """Added to the variance in each layer norm."""
     use_norm: bool = True
-    """Layer norms; without them only to show what they are for."""
+    """If False, blocks have no layer norms. Only for experiments on their effect."""
     norm_gain: bool = True
-    """A trained factor for each dim of a layer norm."""
+    """If True, each layer norm has a trained factor for each feature."""
     norm_bias: bool = True
-    """A trained summand for each dim of a layer norm."""
+    """If True, each layer norm has a trained offset for each feature."""
     use_residual: bool = True
-    """The sum around each sublayer; without it only to show what it is for."""
+    """If False, blocks have no residual connections. Only for experiments on their effect."""
     dropout_rate: float = 0.1
-    """Of each sublayer's output."""
+    """Dropout rate of each sublayer's output, in [0, 1)."""
     attention_dropout_rate: float = 0.0
-    """Of the attention weights."""
+    """Dropout rate of the attention weights, in [0, 1)."""
     hidden_dropout_rate: float = 0.0
-    """Of the hidden layer of the feed-forward network."""
+    """Dropout rate of the feed-forward network's hidden layer, in [0, 1)."""
     mixture: MixtureConfig | None = None
-    """Experts in place of each feed-forward network; None for one network that all tokens share."""
+    """Replaces each feed-forward network by a mixture of experts. If None, all tokens share one network."""
     remat: bool = False
-    """Compute each block again in the backward pass of training: less memory, a third more time."""
+    """If True, recomputes each block in the backward pass: less memory for a third more time (Chen 2016)."""
     scan_layers: bool = False
-    """Train a stack of like blocks as one loop: a block is compiled once."""
+    """If True, trains a stack of equal blocks as one loop, so that XLA compiles a block once."""
 
     def __post_init__(self) -> None:
         if self.mixture is not None and (self.remat or self.scan_layers):
             raise ValueError(
                 f"remat ({self.remat}) and scan_layers ({self.scan_layers}) must be False where blocks have experts: "
-                "what experts tell of their routing cannot leave a block that is computed again or in a loop"
+                "a block that is recomputed or scanned cannot return the routing of its experts"
             )
         check_number("norm_epsilon", self.norm_epsilon, minimum=0)
 
     @property
     def head_dim(self) -> int:
-        """Size of each head.
+        """H, the size of each head.
 
         Raises:
-            ValueError: the heads do not share model_dim.
+            ValueError: `model_dim` is not a multiple of `num_heads`, or one of them is below 1.
         """
         check_sizes(model_dim=self.model_dim, num_heads=self.num_heads)
         check_multiple("model_dim", self.model_dim, self.num_heads, "num_heads")
@@ -95,7 +99,7 @@ class BlockConfig:
         rngs: nnx.Rngs,
         stride: int | None = None,
     ) -> MultiHeadAttention:
-        """The attention of a block with this mask, memory-compressed by `stride` where one is given."""
+        """Builds the attention of a block with this mask; memory-compressed if `stride` is given."""
         options: dict[str, Any] = {
             "num_kv_heads": self.num_kv_heads,
             "mask": mask,
@@ -111,7 +115,7 @@ class BlockConfig:
         return MultiHeadAttention(self.model_dim, self.num_heads, **options)
 
     def norm(self, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm | None:
-        """A layer norm (Ba 2016); None in a model without."""
+        """Builds a layer norm (Ba 2016), or None if the model has none."""
         if not self.use_norm:
             return None
         return nnx.LayerNorm(
@@ -124,7 +128,7 @@ class BlockConfig:
         )
 
     def feed_forward(self, param_dtype: DTypeLike, rngs: nnx.Rngs) -> FeedForward | MixtureOfExperts:
-        """The feed-forward network of a block, or its experts."""
+        """Builds the feed-forward network of a block, or its mixture of experts."""
         options: dict[str, Any] = {
             "activation": self.activation,
             "gated": self.gated,
@@ -138,9 +142,18 @@ class BlockConfig:
 
 
 class Residual(nnx.Module):
-    """The sum around a sublayer: `x + f(norm(x))` with the norm first (Xiong 2020), else `norm(x + f(x))`.
+    """Residual connection and layer norm around a sublayer.
 
-    Sum and norm can each be left out (`use_residual`, `use_norm`), to see what a model is without them.
+    Computes `x + f(norm(x))` if `norm_first` (Xiong 2020), and `norm(x + f(x))` if not (Vaswani 2017). `use_residual`
+    and `use_norm` remove the sum and the norm, to show their effect.
+
+    Args:
+        config: sizes and choices of the block.
+        param_dtype: dtype of the parameters.
+        rngs: initialises the parameters and is not kept.
+
+    Raises:
+        ValueError: `dropout_rate` is not in [0, 1).
     """
 
     def __init__(self, config: BlockConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
@@ -150,7 +163,7 @@ class Residual(nnx.Module):
         self.norm = config.norm(param_dtype, rngs)
 
     def inner(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        """What the sublayer sees."""
+        """Returns the input of the sublayer: `norm(x)` with the norm first, `x` if not."""
         return self.norm(x) if self.norm_first and self.norm is not None else x
 
     def __call__(
@@ -159,7 +172,17 @@ class Residual(nnx.Module):
         sublayer: Callable[[Array], Array],
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch D"]:
-        """`x` with what the sublayer makes of it, after dropout."""
+        """Applies the sublayer, dropout, the residual sum and the norm.
+
+        Args:
+            x: vectors `[*batch, D]`.
+            sublayer: a function from `[*batch, D]` to `[*batch, D]`.
+            dropout_key: if None, nothing is dropped.
+
+        Returns:
+            `[*batch, D]`.
+        """
+        # Dropout before the sum, so that the residual path itself is never dropped (Vaswani 2017, section 5.4).
         made = drop(sublayer(self.inner(x)), self.dropout_rate, dropout_key)
         total = x + made if self.use_residual else made
         return total if self.norm_first or self.norm is None else self.norm(total)
@@ -168,27 +191,31 @@ class Residual(nnx.Module):
 def _feed(
     network: FeedForward | MixtureOfExperts, x: Array, at: Coordinates, dropout_key: PRNGKeyArray | None
 ) -> Array:
-    """The network of each token; padding takes no room in an expert."""
+    """Applies the feed-forward network to each token. Padding takes no capacity of an expert."""
     if isinstance(network, FeedForward):
         return network(x, dropout_key=dropout_key)
     return network(x, real=jnp.broadcast_to(at.segment, x.shape[:-1]) != 0, dropout_key=dropout_key)
 
 
 class EncoderBlock(nnx.Module):
-    """Self attention and a feed-forward network (Vaswani 2017, figure 1, left); with a causal mask, a language model's.
+    """Self-attention and a feed-forward network (Vaswani 2017, figure 1, left).
 
-    The same call serves training and a cached step; they differ in where the keys and values live:
+    With a causal mask it is the block of a decoder-only language model. The same call serves training and cached steps.
+    Only the source of keys and values differs:
 
     - training: `block(x, at)`
     - a step: `cache, kv = block.extend(cache, x, at); block(x, at, kv)`
 
     Args:
         config: sizes and choices.
-        mask: who may look at whom.
-        rotary_base: of RoPE in the self attention; None for no rotation.
-        stride: of memory-compressed attention; None for attention to every token.
+        mask: which keys each token may attend to. If None, all of them, including padding.
+        rotary_base: base of RoPE in the self-attention (Su 2021). If None, nothing is rotated.
+        stride: stride of memory-compressed attention (Liu 2018). If None, tokens attend to every token.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters; not kept.
+        rngs: initialises the parameters and is not kept.
+
+    Raises:
+        ValueError: sizes or rates of `config` do not fit.
     """
 
     def __init__(
@@ -207,7 +234,7 @@ class EncoderBlock(nnx.Module):
         self.feed_forward_residual = Residual(config, param_dtype=param_dtype, rngs=rngs)
 
     def extend(self, cache: Cache, x: Float[Array, "B T D"], at: Coordinates) -> tuple[Cache, KeyColumns]:
-        """The cache with the tokens `x` `[B, T, D]`, and what they attend to."""
+        """Appends the tokens `x` `[B, T, D]` to the cache. Returns the cache and what they attend to."""
         return self.attention.extend(cache, self.attention_residual.inner(x), at)
 
     def __call__(
@@ -219,9 +246,17 @@ class EncoderBlock(nnx.Module):
         score_mod: ScoreMod | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch T D"]:
-        """`[*batch, T, D]` to `[*batch, T, D]`: the tokens attend to `kv`, by default to each other.
+        """Applies the block.
 
-        Without a dropout key nothing drops. A `score_mod` modifies the scores of the self attention.
+        Args:
+            x: tokens `[*batch, T, D]`.
+            at: their coordinates.
+            kv: keys and values to attend to. Defaults to those of `x` itself.
+            score_mod: modifies the scores of the self-attention, as in `seqattn.attend`.
+            dropout_key: if None, nothing is dropped.
+
+        Returns:
+            `[*batch, T, D]`.
         """
         keys = split(dropout_key, 4)
 
@@ -235,28 +270,31 @@ class EncoderBlock(nnx.Module):
     def weights(
         self, x: Float[Array, "*batch T D"], at: Coordinates, *, score_mod: ScoreMod | None = None
     ) -> Float[Array, "*batch N T S"]:
-        """Where each token looks among the others; `[*batch, N, T, S]`."""
+        """Returns the self-attention weights `[*batch, N, T, S]` of the same call."""
         inner = self.attention_residual.inner(x)
         return self.attention.weights(inner, at, self.attention.project(inner, at), score_mod=score_mod)
 
 
 class DecoderBlock(nnx.Module):
-    """Self attention, attention to a memory, and a feed-forward network (Vaswani 2017, figure 1, right).
+    """Self-attention, cross-attention and a feed-forward network (Vaswani 2017, figure 1, right).
 
-    The same call serves training and a cached step; they differ in where the keys and values live:
+    The same call serves training and cached steps. Only the source of keys and values differs:
 
     - training: `block(x, at, block.project(x, at), memory)`
     - a step: `cache, kv = cache.append(block.project(x, at)); block(x, at, kv, memory)`
 
-    with `memory = block.remember(encoded, source_at)`, once for a source.
+    Compute `memory = block.remember(encoded, source_at)` once per source.
 
     Args:
         config: sizes and choices.
-        mask: who may look at whom inside the target.
-        memory_mask: which source tokens a target token may look at.
-        rotary_base: of RoPE in the self attention; None for no rotation.
+        mask: which target tokens each target token may attend to.
+        memory_mask: which source tokens each target token may attend to.
+        rotary_base: base of RoPE in the self-attention (Su 2021). If None, nothing is rotated.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters; not kept.
+        rngs: initialises the parameters and is not kept.
+
+    Raises:
+        ValueError: sizes or rates of `config` do not fit.
     """
 
     def __init__(
@@ -277,11 +315,11 @@ class DecoderBlock(nnx.Module):
         self.feed_forward_residual = Residual(config, param_dtype=param_dtype, rngs=rngs)
 
     def project(self, x: Float[Array, "*batch T D"], at: Coordinates) -> KeyValue:
-        """Keys and values of the target tokens `x` for the self attention."""
+        """Computes the keys and values `[*batch, T, K, H]` of the target tokens for the self-attention."""
         return self.attention.project(self.attention_residual.inner(x), at)
 
     def remember(self, encoded: Float[Array, "*batch S D"], at: Coordinates) -> KeyValue:
-        """Keys and values of the encoded source for the attention to it."""
+        """Computes the keys and values `[*batch, S, K, H]` of the encoded source for the cross-attention."""
         return self.memory_attention.project(encoded, at)
 
     def __call__(
@@ -294,9 +332,18 @@ class DecoderBlock(nnx.Module):
         score_mod: ScoreMod | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch T D"]:
-        """`[*batch, T, D]` to `[*batch, T, D]`. Without a dropout key nothing drops.
+        """Applies the block.
 
-        A `score_mod` modifies the scores of the self attention.
+        Args:
+            x: target tokens `[*batch, T, D]`.
+            at: their coordinates.
+            kv: keys and values of the target, from `project` or a cache.
+            memory: keys and values of the source, from `remember`.
+            score_mod: modifies the scores of the self-attention, as in `seqattn.attend`.
+            dropout_key: if None, nothing is dropped.
+
+        Returns:
+            `[*batch, T, D]`.
         """
         keys = split(dropout_key, 6)
         x = self.attention_residual(
@@ -316,6 +363,6 @@ class DecoderBlock(nnx.Module):
         *,
         score_mod: ScoreMod | None = None,
     ) -> Float[Array, "*batch N T S"]:
-        """Where each target token looks in the source, in the same call; `[*batch, N, T, S]`."""
+        """Returns the cross-attention weights `[*batch, N, T, S]` of the same call."""
         x = self.attention_residual(x, lambda inner: self.attention(inner, at, kv, score_mod=score_mod))
         return self.memory_attention.weights(self.memory_residual.inner(x), at, memory)

@@ -1,4 +1,4 @@
-"""What layers tell of a call beside its output, without leaving a trace in the model."""
+"""Collects auxiliary values that layers report in a call, without storing them in the model."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -12,15 +12,26 @@ Output = TypeVar("Output")
 def captured(
     call: Callable[..., Output], kinds: Sequence[type[nnx.Variable]], model: nnx.Module, *args: Any, **kwargs: Any
 ) -> tuple[Output, list[Any]]:
-    """`call(model, *args, **kwargs)`, and what the layers of the model sowed inside it, for each kind of variable."""
-    # flax marks each module that it captures from, refuses to where a transformation closes over the model, and after
-    # an error leaves the marks: later calls would store their tracers in it. A copy has none of this.
+    """Runs `call(model, *args, **kwargs)` and collects what its layers sow.
+
+    Args:
+        call: the function to run. It gets a copy of the model.
+        kinds: the kinds of variables to collect.
+        model: the model whose layers report.
+        *args: further arguments of `call`.
+        **kwargs: further arguments of `call`.
+
+    Returns:
+        The output of `call`, and the sown values for each kind of variable.
+    """
+    # Flax marks each module that it captures from. It cannot do so if a transformation closes over the model, and it
+    # leaves the marks after an error, so that later calls would store tracers in the model. A copy avoids both.
     copy = jax.tree.map(lambda leaf: leaf, model)
     output, *sown = nnx.capture(call, *kinds)(copy, *args, **kwargs)
     return output, sown
 
 
 def tell(module: nnx.Module, kind: type[nnx.Variable], make: Callable[[], Any]) -> None:
-    """Sows what `make` gives where somebody captures; anywhere else flax would store it in the module."""
+    """Sows the value of `make()` if a caller captures. Without a capture, Flax would store it in the module."""
     if hasattr(module, "__captures__"):
         module.sow(kind, "told", make())

@@ -1,4 +1,4 @@
-"""Memory-compressed attention: keys and values of several tokens become one (Liu 2018, section 4.2.4)."""
+"""Memory-compressed attention: a strided convolution merges the keys and values of several tokens (Liu 2018)."""
 
 import dataclasses
 import math
@@ -22,22 +22,30 @@ from seqattn.pytrees import pytree
 from seqattn.sizes import may_exceed
 
 RULES = (ParameterRule("*_filter", Kind.MATRIX),)
-"""`[stride, heads, in, out]`, small."""
+"""The filters are `[stride, heads, in, out]`: too small to split over devices."""
 
 
 class MemoryCompressedAttention(MultiHeadAttention):
-    """Causal attention to a strided convolution of keys and values: S tokens are S / stride keys.
+    """Causal attention to a strided convolution of keys and values (Liu 2018, section 4.2.4).
 
-    The kernel is as wide as the stride (Liu 2018: 3). Blocks are counted from the start of each text, and the key of a
-    block lies at the position of its last token: so with a mask of `Causal() & SameSegment()` a token sees exactly
-    the blocks that are complete where it stands, itself included, and no future leaks, packed or not. The tokens of a
-    block that is not complete yet are seen by no later token here: other layers, of local attention, see them. A
-    token before the end of its text's first block sees nothing and gets zeros.
+    S tokens give S / stride keys. The kernel is as wide as the stride (Liu 2018 uses 3). Blocks are counted from the
+    start of each text. The key of a block has the position of the block's last token. With the mask `Causal() &
+    SameSegment()` a token therefore sees exactly the blocks that are complete at its position, including one that it
+    completes itself. No information from the future leaks, with or without packed documents.
+
+    In this layer, later tokens do not see the tokens of an incomplete block; layers with local attention see them. A
+    token before the end of its text's first block sees nothing, and its output is zeros.
 
     Args:
-        model_dim, num_heads, **options: as of `MultiHeadAttention`; the mask should be causal.
-        stride: tokens of a block.
-        rngs: initialises the parameters; not kept. A fresh convolution is the mean of its block.
+        model_dim: D, the size of input and output.
+        num_heads: N, the number of query heads.
+        stride: number of tokens per block.
+        param_dtype: dtype of the parameters.
+        rngs: initialises the parameters and is not kept. The convolution starts as the mean of its block.
+        **options: other arguments of `MultiHeadAttention`. The mask should be causal.
+
+    Raises:
+        ValueError: `stride` is below 1, or `MultiHeadAttention` rejects the other sizes.
 
     >>> from seqattn.masks import Causal, SameSegment
     >>> mask = Causal() & SameSegment()
@@ -61,33 +69,51 @@ class MemoryCompressedAttention(MultiHeadAttention):
         check_sizes(stride=stride)
         super().__init__(model_dim, num_heads, param_dtype=param_dtype, rngs=rngs, **options)
         self.stride = stride
-        # Two arrays: one under two parameters could not be donated.
+        # Two separate arrays: JAX cannot donate one buffer that two parameters share.
         self.key_filter = nnx.Param(_mean_of_block(stride, self.num_kv_heads, self.head_dim, param_dtype))
         self.value_filter = nnx.Param(_mean_of_block(stride, self.num_kv_heads, self.head_dim, param_dtype))
 
     def project(self, x: Float[Array, "*batch S D"], at: Coordinates) -> KeyValue:
-        """A key and a value `[*batch, S // stride, K, H]` for each complete block of tokens `x` `[*batch, S, D]`."""
+        """Computes one key and one value per complete block.
+
+        Args:
+            x: tokens `[*batch, S, D]`.
+            at: their coordinates.
+
+        Returns:
+            Keys and values `[*batch, S // stride, K, H]`. Entries without a complete block are padding.
+        """
         kv = self._unrotated(x, at)
         batch = x.shape[:-2]
-        rows = math.prod(batch)  # not -1, which is unknown where there are no tokens
+        rows = math.prod(batch)  # -1 would be ambiguous for an array without elements
         flat = jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape(rows, *leaf.shape[len(batch) :]), kv)
         return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), self.compress(flat))
 
     def compress(self, kv: KeyValue) -> KeyValue:
-        """The complete blocks of tokens `[B, S, K, H]` in any order, as keys and values `[B, S // stride, K, H]`.
+        """Merges complete blocks of tokens.
 
-        The tokens' keys are not rotated yet. Fewer blocks than there is room for leave padding.
+        Args:
+            kv: unrotated keys and values `[B, S, K, H]`, in any order.
+
+        Returns:
+            Keys and values `[B, S // stride, K, H]`, rotated. Entries without a complete block are padding.
         """
         tokens, complete = _blocks(kv.at, self.stride)
+        # At the position of its last token, a causal mask hides the block from every query before its end.
         ends = jax.tree.map(lambda field: jnp.take_along_axis(field, tokens[..., -1], axis=1), kv.at)
         at = Coordinates(ends.position, jnp.where(complete, ends.segment, jnp.zeros_like(ends.segment)))
         key = _convolve(kv.key, tokens, complete, self.key_filter[...])
         value = _convolve(kv.value, tokens, complete, self.value_filter[...])
-        # Rotated after the convolution: it does not commute with rotations, and scores should know distances alone.
+        # Rotate after the convolution. The two do not commute, and scores should depend on distances only.
         return KeyValue(self._rotated(key, at), value, at)
 
     def extend(self, cache: Cache, x: Float[Array, "B T D"], at: Coordinates) -> tuple[Cache, KeyColumns]:
-        """The cache with the tokens `x`, and the blocks that are complete with them."""
+        """Appends the tokens `x` `[B, T, D]` to the cache and returns it with all complete blocks.
+
+        Raises:
+            TypeError: the cache is not a `CompressedCache`.
+            ValueError: the cache has no room for a new block.
+        """
         if not isinstance(cache, CompressedCache):
             raise TypeError(f"memory-compressed attention needs a CompressedCache, got {type(cache).__name__}")
         return cache.add(self._unrotated(x, at), self.compress)
@@ -96,12 +122,12 @@ class MemoryCompressedAttention(MultiHeadAttention):
 @pytree
 @dataclasses.dataclass(frozen=True)
 class CompressedCache(Cache):
-    """The complete blocks of each row, and the latest tokens, of which the next block will be made.
+    """Cache of the complete blocks of each row, and of the latest tokens, from which the next block is made.
 
     Attributes:
-        recent: the `stride` latest tokens.
-        columns: block b of hypothesis j in slot `j * blocks + b`.
-        overflowed: `[B]`, whether blocks were lost.
+        recent: the `stride` latest tokens, with unrotated keys.
+        columns: the blocks; block b of hypothesis j is in slot `j * blocks + b`.
+        overflowed: `[B]`, True if blocks of the row were lost.
     """
 
     recent: RingCache
@@ -112,25 +138,34 @@ class CompressedCache(Cache):
     def empty(
         batch: int, size: int, num_kv_heads: int, head_dim: int, *, stride: int, dtype: DTypeLike = jnp.float32
     ) -> "CompressedCache":
-        """Room for `size` tokens a row, of which every `stride` take one slot."""
+        """Creates an empty cache with room for `size` tokens per row.
+
+        Args:
+            batch: B, the number of rows.
+            size: number of tokens per row. The cache has `size // stride` block slots, at least 1.
+            num_kv_heads: K, the number of key heads.
+            head_dim: H, the size of a head.
+            stride: number of tokens per block.
+            dtype: dtype in which keys and values are stored.
+        """
         heads: dict[str, Any] = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": dtype}
         blocks = size // stride
-        # One slot at least, also of a symbolic size: what is lost shows in nothing where there is nothing to look at.
+        # Keep at least one slot, also for a symbolic size: overflow shows as NaN only if there is a key to attend to.
         columns = KeyColumns.empty(batch, blocks + may_exceed(1, blocks), value_dim=head_dim, **heads)
         return CompressedCache(RingCache.empty(batch, stride, **heads), columns, jnp.zeros(batch, bool))
 
     @property
     def beams(self) -> int:
-        """Hypotheses of a row."""
+        """Number of hypotheses per row."""
         return self.recent.beams
 
     @property
     def blocks(self) -> int:
-        """How many blocks a hypothesis has room for."""
+        """Number of blocks that a hypothesis has room for."""
         return self.columns.size // self.beams
 
     def append(self, new: KeyValue) -> tuple[Cache, KeyColumns]:
-        """Refused: how blocks are made is known to `MemoryCompressedAttention`, which calls `add`.
+        """Not supported: only `MemoryCompressedAttention` knows how to make blocks, and it calls `add`.
 
         Raises:
             TypeError: always.
@@ -138,11 +173,20 @@ class CompressedCache(Cache):
         raise TypeError("a CompressedCache grows by MemoryCompressedAttention.extend, not by append")
 
     def add(self, new: KeyValue, compress: Callable[[KeyValue], KeyValue]) -> tuple["CompressedCache", KeyColumns]:
-        """The cache with the tokens `new` `[B, T, K, H]`, one a hypothesis where there are several, and all blocks.
+        """Appends tokens and makes the blocks that they complete.
+
+        Args:
+            new: unrotated keys and values `[B, T, K, H]`. If there are several hypotheses, one token per hypothesis.
+            compress: merges tokens into blocks, as `MemoryCompressedAttention.compress`.
+
+        Returns:
+            The next cache, and all blocks.
 
         Raises:
-            ValueError: there is no room for a block. Inside `jit`, where that cannot be raised, the row is NaN.
+            ValueError: there is no room for a block. Inside `jit` nothing can be raised: the outputs of the row are
+                NaN.
         """
+        # A block may begin before the new tokens. The ring holds the `stride` latest tokens, so it holds its beginning.
         recent, seen = self.recent.append(new)
         batch, beams = self.overflowed.shape[0], self.beams
 
@@ -152,28 +196,34 @@ class CompressedCache(Cache):
         def together(x: Array) -> Array:
             return x.reshape(batch, x.shape[1] * beams, *x.shape[2:])
 
+        # `compress` knows rows only. As rows of their own, hypotheses cannot contribute tokens to each other's blocks.
         made = jax.tree.map(together, compress(jax.tree.map(apart, seen.rows())))
         fresh = KeyColumns.of(made, self.columns.key.dtype)
+        # The position of a block's last token gives its number, so a block that is already stored is rewritten in
+        # place.
         index, real = fresh.at.position // self.recent.window, fresh.at.segment != 0
         lost = (real & (index >= self.blocks)).any(axis=-1)
         if not isinstance(lost, jax.core.Tracer) and lost.any():
             raise ValueError(f"the tokens make more blocks than the {self.blocks} that the cache has room for")
+        # Incomplete blocks and blocks past the end get an index that the scatter drops.
         first = jnp.repeat(self.blocks * jnp.arange(beams, dtype=jnp.int32), fresh.size // beams)
         slot = jnp.where(real & (index < self.blocks), first[None] + index, self.columns.size)
         overflowed = self.overflowed | lost
         columns = self.columns.scatter(slot, fresh)
         cache = CompressedCache(recent, columns, overflowed)
+        # Hypotheses share coordinates, so the mask cannot separate their blocks.
         own = jnp.repeat(jnp.eye(beams, dtype=bool), self.blocks, axis=1)
         visible = None if beams == 1 else jnp.broadcast_to(own, (batch, *own.shape))
+        # Inside `jit` the loss of a block cannot raise. NaN outputs make it visible.
         finite = columns.finite & ~overflowed[:, None]
         return cache, dataclasses.replace(columns, finite=finite, visible=visible)
 
     def branch(self, beam_size: int) -> "CompressedCache":
-        """A cache of `beam_size` hypotheses a row, all as this one."""
+        """Returns a cache with `beam_size` hypotheses per row, each a copy of this one."""
         return CompressedCache(self.recent.branch(beam_size), self.columns.repeat(beam_size), self.overflowed)
 
     def select(self, parent: Int[Array, "B beams"]) -> "CompressedCache":
-        """Hypothesis j of a row goes on from hypothesis `parent[:, j]`: a copy of its blocks."""
+        """Makes hypothesis j of a row continue from hypothesis `parent[:, j]`, by copying its blocks."""
         return CompressedCache(self.recent.select(parent), self.columns.select(parent), self.overflowed)
 
 
@@ -182,16 +232,23 @@ def _mean_of_block(stride: int, num_kv_heads: int, head_dim: int, dtype: DTypeLi
 
 
 def _blocks(at: Coordinates, stride: int) -> tuple[Int[Array, "B blocks stride"], Bool[Array, "B blocks"]]:
-    """Which tokens `[B, S // stride, stride]` each block is made of, and whether there is such a block."""
+    """Finds the tokens of each complete block.
+
+    Returns:
+        Indices `[B, S // stride, stride]` of the tokens of each block, and `[B, S // stride]`, whether the block
+        exists.
+    """
     position, segment = jnp.asarray(at.position), jnp.asarray(at.segment)
-    # Tokens of a text side by side, in its order; padding may stand anywhere between them.
+    # Sort the tokens of each text by position, since padding or other texts may lie between them.
     order = jnp.lexsort((position, segment), axis=-1).astype(jnp.int32)
     position, segment = (jnp.take_along_axis(x, order, axis=-1) for x in (position, segment))
+    # A token ends a block if its position is the last of a block and the token `stride - 1` places before it has the
+    # matching position and segment: then no token of the block is missing.
     first = jnp.arange(position.shape[-1], dtype=jnp.int32) - (stride - 1)
     inside = jnp.maximum(first, 0)
     whole = (position - position[:, inside] == stride - 1) & (segment == segment[:, inside]) & (segment != 0)
     ends = whole & (first >= 0)[None] & (position % stride == stride - 1)
-    # Those that end a block first, in order.
+    # The number of blocks depends on the data, but shapes may not. A stable sort puts the block ends first, in order.
     last = jnp.argsort(~ends, axis=-1, stable=True).astype(jnp.int32)[:, : position.shape[-1] // stride]
     tokens = jnp.maximum(last[..., None] + jnp.arange(1 - stride, 1, dtype=jnp.int32)[None, None], 0)
     rows = jnp.arange(order.shape[0])[:, None, None]
@@ -205,6 +262,7 @@ def _convolve(
     weight: Float[Array, "stride K H H"],
 ) -> Float[Array, "B blocks K H"]:
     windows = x[jnp.arange(x.shape[0])[:, None, None], tokens]
+    # Missing blocks gather arbitrary tokens, maybe NaN, which must not reach the gradient of the filter.
     windows = jnp.where(complete[..., None, None, None], windows, jnp.zeros_like(windows))
     weight = weight.astype(x.dtype)
     made = jnp.einsum("bnjkh,jkhv->bnkv", windows, weight, preferred_element_type=accumulator(x.dtype))

@@ -1,4 +1,4 @@
-"""Images as sequences of vectors: by convolutions, or patch by patch."""
+"""Image encoders: convolutions or patches turn an image into a sequence of vectors."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from seqattn.nn.parameter_rule import INTO, Kind, ParameterRule
 from seqattn.positions import sinusoidal
 
 RULES = (
-    # `[height, width, in, out]`, small.
+    # `[height, width, in, out]`: too small to split.
     ParameterRule("*convolutions/*/kernel", Kind.MATRIX),
     ParameterRule("image/output/kernel", Kind.MATRIX, INTO),
 )
@@ -28,12 +28,20 @@ _STRIDE = 2
 
 
 def sinusoidal_grid(rows: int, columns: int, dim: int) -> Float[Array, "S dim"]:
-    """Sinusoidal vectors of the places of a grid, row by row; float32 (Parmar 2018, "Image Transformer", section 3).
+    """Sinusoidal vectors of the cells of a grid, row by row (Parmar 2018, "Image Transformer", section 3).
 
-    The first half of a vector tells the row, the second half the column.
+    The first half of a vector encodes the row, the second half the column.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        dim: size of a vector. Must be a multiple of 4.
+
+    Returns:
+        Float32 vectors `[rows * columns, dim]`.
 
     Raises:
-        ValueError: `dim` is no multiple of 4.
+        ValueError: `dim` is not a multiple of 4.
 
     >>> import numpy as np
     >>> print(np.asarray(sinusoidal_grid(2, 3, 4)).round(2))
@@ -52,40 +60,42 @@ def sinusoidal_grid(rows: int, columns: int, dim: int) -> Float[Array, "S dim"]:
 
 @dataclasses.dataclass(frozen=True)
 class OverImage:
-    """Layer norm over all places and channels of an image: no image of a batch depends on another (Ba 2016).
+    """Layer norm over all places and channels of an image (Ba 2016). Images of a batch stay independent.
 
-    A norm of each place alone would make the noise of blank paper as loud as what is drawn.
+    A separate norm for each place would amplify the noise of blank paper to the strength of the drawing.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class OverBatch:
-    """Batch norm of each channel over all places of the images of a batch (Ioffe 2015, section 3.2).
+    """Batch norm of each channel over all places of all images of a batch (Ioffe 2015, section 3.2).
 
-    In training the images of a batch are not independent, and each device and each piece of a batch has statistics of
-    its own; evaluation uses running ones.
+    In training the images of a batch are not independent. Each device and each micro-batch has its own statistics.
+    Evaluation uses running statistics.
     """
 
     momentum: float = 0.9
-    """How much of the running statistics stays at each update."""
+    """Fraction of the running statistics kept at each update, in [0, 1)."""
 
 
 class ConvolutionalEncoder(nnx.Module):
-    """A vector for each place of an image, by 3 x 3 convolutions that each halve its height and width.
+    """Encodes an image of any size by 3 x 3 convolutions with stride 2.
 
-    Each convolution is followed by a norm and a ReLU; a linear layer and the place in the grid come last. So the
-    encoder takes images of any size.
+    Each convolution halves height and width. A norm and a ReLU follow it. A linear layer maps each remaining place to a
+    vector, and sinusoidal vectors of its row and column are added (the encoder of Xu 2015, section 3.1.1, trained from
+    scratch).
 
     Args:
-        model_dim: D, a multiple of 4.
-        channels: of each convolution.
-        image_channels: of the images: 1 for grey ones.
-        norm: of what a convolution gives.
+        model_dim: D, the size of the vectors. Must be a multiple of 4.
+        channels: output channels of each convolution.
+        image_channels: channels of the images; 1 for grey.
+        norm: the norm after each convolution.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters; not kept.
+        rngs: initialises the parameters and is not kept.
 
     Raises:
-        ValueError: sizes below 1, no convolution, a model_dim that is no multiple of 4, or a momentum not in [0, 1).
+        ValueError: a size is below 1, `channels` is empty, `model_dim` is not a multiple of 4, or the momentum is not
+            in [0, 1).
 
     >>> encoder = ConvolutionalEncoder(8, channels=(3, 5), rngs=nnx.Rngs(0))
     >>> encoder.grid(13, 30), encoder(jnp.ones((2, 13, 30))).shape
@@ -126,7 +136,7 @@ class ConvolutionalEncoder(nnx.Module):
         self.output = Linear(channels[-1], model_dim, **sizes)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the places that an image of this size has vectors for."""
+        """Returns the rows and columns of places for an image of this size in pixels."""
         scale = _STRIDE ** len(self.convolutions)
         return -(-height // scale), -(-width // scale)
 
@@ -137,15 +147,19 @@ class ConvolutionalEncoder(nnx.Module):
         real: Bool[Array, " B"] | None = None,
         by_batch: bool = False,
     ) -> Float[Array, "B S D"]:
-        """Vectors of S = rows * columns places, row by row; images without an axis of channels are grey.
+        """Encodes images.
 
         Args:
-            images: the images.
-            real: which of them are not padding, and count in the statistics of a batch; all of them by default.
-            by_batch: batch norm is by the statistics of these images, as in training, not by running ones.
+            images: `[B, height, width, channels]`, or `[B, height, width]` for grey images.
+            real: `[B]`, True for images that are not padding and count in batch statistics. Defaults to all.
+            by_batch: if True, batch norm uses the statistics of these images, as in training. If False, running
+                statistics.
+
+        Returns:
+            Vectors `[B, S, D]` of S = rows * columns places, row by row.
 
         Raises:
-            ValueError: the images have other channels than `image_channels`.
+            ValueError: the images do not have `image_channels` channels.
         """
         x = _with_channels(images, self.image_channels)
         real = jnp.ones(x.shape[:1], bool) if real is None else real
@@ -161,19 +175,20 @@ class ConvolutionalEncoder(nnx.Module):
 
 
 class PatchEncoder(nnx.Module):
-    """A vector for each patch of an image: its pixels through one linear layer (Dosovitskiy 2020, equation 1).
+    """Encodes each patch of an image by one linear layer over its pixels (Dosovitskiy 2020, equation 1).
 
-    Patches do not overlap. The place in the grid is added as sines and cosines, so that images may have any size.
+    Patches do not overlap. Sinusoidal vectors of row and column are added, instead of the paper's learned ones, so
+    images may have any size.
 
     Args:
-        model_dim: D, a multiple of 4.
+        model_dim: D, the size of the vectors. Must be a multiple of 4.
         patch: height and width of a patch in pixels.
-        image_channels: of the images: 1 for grey ones.
+        image_channels: channels of the images; 1 for grey.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters; not kept.
+        rngs: initialises the parameters and is not kept.
 
     Raises:
-        ValueError: sizes below 1, or a model_dim that is no multiple of 4.
+        ValueError: a size is below 1, or `model_dim` is not a multiple of 4.
 
     >>> encoder = PatchEncoder(8, patch=(4, 5), rngs=nnx.Rngs(0))
     >>> encoder.grid(12, 30), encoder(jnp.ones((2, 12, 30))).shape
@@ -196,7 +211,7 @@ class PatchEncoder(nnx.Module):
         self.output = Linear(pixels, model_dim, param_dtype=param_dtype, rngs=rngs)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of the patches of an image of this size.
+        """Returns the rows and columns of patches for an image of this size in pixels.
 
         Raises:
             ValueError: the image is not a whole number of patches.
@@ -206,22 +221,29 @@ class PatchEncoder(nnx.Module):
         return height // self.patch[0], width // self.patch[1]
 
     def __call__(self, images: Float[Array, "B height width *channels"]) -> Float[Array, "B S D"]:
-        """Vectors of S = rows * columns patches, row by row; images without an axis of channels are grey.
+        """Encodes images.
+
+        Args:
+            images: `[B, height, width, channels]`, or `[B, height, width]` for grey images.
+
+        Returns:
+            Vectors `[B, S, D]` of S = rows * columns patches, row by row.
 
         Raises:
-            ValueError: the images are not a whole number of patches, or have other channels than `image_channels`.
+            ValueError: the images are not a whole number of patches, or do not have `image_channels` channels.
         """
         x = _with_channels(images, self.image_channels)
         rows, columns = self.grid(*x.shape[1:3])
         height, width = self.patch
         x = x.reshape(x.shape[0], rows, height, columns, width * self.image_channels)
+        # Bring the pixels of a patch together: [B, rows, columns, height, width * channels].
         x = jnp.swapaxes(x, 2, 3)
         return _placed(self.output(x.reshape(x.shape[0], rows, columns, height * width * self.image_channels)))
 
 
 def _check_grid_dim(dim: int) -> None:
     if dim < 4 or dim % 4:
-        raise ValueError(f"model_dim ({dim}) must be a multiple of 4: row and column take sines and cosines each")
+        raise ValueError(f"model_dim ({dim}) must be a multiple of 4: sine and cosine, for row and column")
 
 
 def _with_channels(images: Array, channels: int) -> Float[Array, "B height width C"]:
@@ -233,7 +255,7 @@ def _with_channels(images: Array, channels: int) -> Float[Array, "B height width
 
 
 def _placed(x: Float[Array, "B rows columns D"]) -> Float[Array, "B S D"]:
-    """The vectors in a row, each with its place in the grid."""
+    """Flattens the grid to a sequence and adds the vector of each place's row and column."""
     batch, rows, columns, dim = x.shape
     places = sinusoidal_grid(rows, columns, dim).astype(x.dtype)
     return x.reshape(batch, rows * columns, dim) + places[None]

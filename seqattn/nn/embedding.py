@@ -1,4 +1,4 @@
-"""Tables of vectors: tokens with tied logits, and learned positions."""
+"""Embedding tables: tokens with tied logits, and learned positions."""
 
 import math
 
@@ -16,42 +16,56 @@ from seqattn.nn.linear import product
 from seqattn.nn.parameter_rule import OUT_OF, Kind, ParameterRule
 
 RULES = (
-    # `[V, D]`: a table's rows are also the columns of the logits. Learned positions have few rows.
+    # `[V, D]`: the rows of a token table are also the columns of the logits. Learned positions have few rows, so only
+    # their columns are split.
     ParameterRule("*embedding/table", Kind.TABLE, OUT_OF, outputs=-2),
     ParameterRule("*table", Kind.TABLE, P(None, "fsdp"), outputs=-2),
 )
 
 
 def look_up(table: Float[Array, "V D"], index: Int[Array, "*batch"], name: str) -> Float[Array, "*batch D"]:
-    """Rows of a table. An index outside it is never clamped or wrapped.
+    """Gathers rows of a table. An index outside the table is never clamped or wrapped.
+
+    Args:
+        table: `[V, D]`.
+        index: `[*batch]`.
+        name: what the indices are, for the error message.
+
+    Returns:
+        `[*batch, D]`.
 
     Raises:
-        ValueError: an index is not in `[0, V)`. Inside `jit`, where that cannot be raised, its row is NaN.
+        ValueError: an index is not in `[0, V)`. Inside `jit`, where nothing can be raised, its row is NaN.
     """
     if not isinstance(index, jax.core.Tracer):
         _check_inside(np.asarray(index), len(table), name)
-    # In fewer bits the number of rows would wrap around.
+    # A narrower integer could not hold `len(table)`, which would wrap around.
     index = index.astype(jnp.int32) if index.dtype.itemsize < 4 else index
+    # `jnp.take` counts negative indices from the end. Past the end they are filled with NaN instead.
     inside = jnp.where(index < 0, len(table), index)
     return jnp.take(table, inside, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 def _check_inside(index: np.ndarray, size: int, name: str) -> None:
-    # In NumPy, since inside `jit` even the minimum of an array from outside would be traced.
+    # In NumPy: inside `jit`, `jnp.min` of a concrete array would be traced.
     if index.size and not 0 <= index.min() <= index.max() < size:
         raise ValueError(f"{name} must be in [0, {size}), got {index.min()} to {index.max()}")
 
 
 class TokenEmbedding(nnx.Module):
-    """A vector for each token, and logits by the same table (Press 2017; Vaswani 2017, section 3.4).
+    """Token embedding, with logits from the same table (Press 2017; Vaswani 2017, section 3.4).
 
-    One owner holds the table, so that tied weights stay one parameter through `jit`, saving and loading.
+    One module owns the table, so tied weights stay one parameter through `jit`, saving and loading.
 
     Args:
-        vocab_size: V.
-        model_dim: D. The vectors are drawn with variance 1 / D and multiplied by `sqrt(D)` on the way in.
+        vocab_size: V, the number of tokens.
+        model_dim: D, the size of a vector. The table is drawn with variance 1 / D, and embeddings are multiplied by
+            `sqrt(D)`.
         param_dtype: dtype of the table.
-        rngs: initialises the table; not kept.
+        rngs: initialises the table and is not kept.
+
+    Raises:
+        ValueError: a size is below 1.
 
     >>> embedding = TokenEmbedding(11, 6, rngs=nnx.Rngs(0))
     >>> x = embedding(jnp.array([[5, 8, 9]]))
@@ -67,27 +81,34 @@ class TokenEmbedding(nnx.Module):
         self.table = nnx.Param(init(rngs.params(), (vocab_size, model_dim), param_dtype))
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
-        """The scaled vectors of tokens `[*batch]`; a token outside the table raises (inside `jit`: NaN)."""
+        """Returns the scaled vectors `[*batch, D]` of tokens `[*batch]`.
+
+        Raises:
+            ValueError: a token is not in `[0, V)`. Inside `jit`, where nothing can be raised, its vector is NaN.
+        """
         table = self.table[...]
         return look_up(table, tokens, "tokens") * jnp.asarray(math.sqrt(table.shape[-1]), table.dtype)
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """The product of `x` `[*batch, D]` with every vector of the table; `[*batch, V]`."""
+        """Returns the product of `x` `[*batch, D]` with every vector of the table, `[*batch, V]`."""
         table = self.table[...].astype(x.dtype)
         if x.size == table.shape[1]:
-            # The CPU would transpose the table at every call for the product of a single row with it.
+            # For a single row, the CPU would transpose the whole table at every call.
             return (table @ x.reshape(-1)).reshape(*x.shape[:-1], len(table))
         return product(x, table.T)
 
 
 class PositionEmbedding(nnx.Module):
-    """A learned vector for each position (Gehring 2017; Vaswani 2017, table 3 row E).
+    """Learned vector for each position (Gehring 2017; Vaswani 2017, table 3, row E).
 
     Args:
-        max_length: positions 0 to `max_length - 1` exist; any other is an error, never clamped.
-        model_dim: D.
+        max_length: positions 0 to `max_length - 1` exist. Any other position is an error, never clamped.
+        model_dim: D, the size of a vector.
         param_dtype: dtype of the table.
-        rngs: initialises the table (normal, standard deviation 0.02); not kept.
+        rngs: initialises the table (normal, standard deviation 0.02) and is not kept.
+
+    Raises:
+        ValueError: a size is below 1.
     """
 
     def __init__(
@@ -98,9 +119,10 @@ class PositionEmbedding(nnx.Module):
         self.table = nnx.Param(init(rngs.params(), (max_length, model_dim), param_dtype))
 
     def __call__(self, position: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
-        """The vectors of positions `[*batch]`.
+        """Returns the vectors `[*batch, D]` of positions `[*batch]`.
 
         Raises:
-            ValueError: a position is outside the table. Inside `jit`, where that cannot be raised, its vector is NaN.
+            ValueError: a position is not in `[0, max_length)`. Inside `jit`, where nothing can be raised, its vector is
+                NaN.
         """
         return look_up(self.table[...], position, "positions")

@@ -1,4 +1,4 @@
-"""The position-wise network between attentions."""
+"""The position-wise feed-forward network of a Transformer block."""
 
 import enum
 
@@ -14,37 +14,40 @@ from seqattn.nn.linear import Linear
 from seqattn.nn.parameter_rule import INTO, OUT_OF, Kind, ParameterRule
 
 RULES = (
-    # Hidden layers `[D, F]` are split, and come together again.
+    # `tensor` splits the hidden layer F; the output layer sums over it.
     ParameterRule("*feed_forward/output/kernel", Kind.MATRIX, OUT_OF),
     ParameterRule("*feed_forward/*/kernel", Kind.MATRIX, INTO),
 )
 
 
 class Activation(enum.Enum):
-    """The nonlinearity of a feed-forward network; GELU is the tanh approximation (Hendrycks 2016)."""
+    """Nonlinearity of a feed-forward network. GELU is the tanh approximation (Hendrycks 2016)."""
 
     RELU = "relu"
     GELU = "gelu"
     SILU = "silu"
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The activation of each element."""
+        """Applies the activation to each element."""
         return {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}[self.value](x)
 
 
 class FeedForward(nnx.Module):
-    """`W2 act(W1 x + b1) + b2` (Vaswani 2017, equation 2); gated: `W2 (act(Wg x + bg) * (W1 x + b1)) + b2`.
+    """Position-wise feed-forward network `W2 act(W1 x + b1) + b2` (Vaswani 2017, equation 2).
 
-    The gated forms are those of Shazeer 2020: GELU gives GEGLU, SILU gives SwiGLU.
+    If gated, `W2 (act(Wg x + bg) * (W1 x + b1)) + b2` (Shazeer 2020): GELU gives GEGLU, SILU gives SwiGLU.
 
     Args:
         model_dim: D, the size of input and output.
-        hidden_dim: F, the size between the two layers.
+        hidden_dim: F, the size of the hidden layer.
         activation: the nonlinearity.
-        gated: multiply the hidden layer by an activated gate.
-        dropout_rate: of the hidden layer, where a call has a dropout key.
+        gated: if True, multiplies the hidden layer by an activated gate.
+        dropout_rate: dropout rate of the hidden layer, in [0, 1). Applies only in calls with a dropout key.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters (Xavier uniform); not kept.
+        rngs: initialises the parameters (Xavier uniform) and is not kept.
+
+    Raises:
+        ValueError: a size is below 1, or the dropout rate is not in [0, 1).
 
     >>> network = FeedForward(4, 8, activation=Activation.GELU, gated=True, rngs=nnx.Rngs(0))
     >>> network(jnp.ones((2, 3, 4))).shape
@@ -77,7 +80,7 @@ class FeedForward(nnx.Module):
     def __call__(
         self, x: Float[Array, "*batch D"], *, dropout_key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch D"]:
-        """`[*batch, D]` to `[*batch, D]`. Without a dropout key nothing drops."""
+        """Maps `[*batch, D]` to `[*batch, D]`. Without a dropout key, nothing is dropped."""
         if self.gate is None:
             hidden = self.activation(self.hidden(x))
         else:

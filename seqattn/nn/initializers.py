@@ -1,6 +1,6 @@
-"""Initial weights drawn in float32 at least, whatever the dtype of the parameters.
+"""Initializers that draw in float32 or wider, whatever the dtype of the parameters.
 
-`jax.random` draws in the dtype asked for. In bfloat16 a uniform number has 7 random bits, so a normal weight would have
+`jax.random` draws in the requested dtype. A bfloat16 uniform number has 7 random bits, so a normal weight would have
 one of 128 values, none beyond 2.9 standard deviations, with a mean of -0.015 standard deviations.
 """
 
@@ -16,9 +16,9 @@ from seqattn.precision import accumulator
 
 
 def drawn_wide(initializer: Initializer) -> Initializer:
-    """The same initializer, which draws in float32 at least and rounds to the dtype asked for.
+    """Wraps an initializer so that it draws in float32 or wider and then rounds to the requested dtype.
 
-    So a bfloat16 or float16 parameter is the float32 one, rounded. Float32 and float64 ones are as without this.
+    A bfloat16 or float16 parameter is the float32 parameter, rounded. Float32 and float64 parameters do not change.
 
     >>> import jax
     >>> normal, key = drawn_wide(jax.nn.initializers.normal()), jax.random.key(0)
@@ -28,7 +28,7 @@ def drawn_wide(initializer: Initializer) -> Initializer:
     """
 
     def draw(key: PRNGKeyArray, shape: Sequence[Any], dtype: Any = None, out_sharding: Any = None) -> Array:
-        # Few initializers of users know of shardings.
+        # Many custom initializers do not accept `out_sharding`.
         options = {} if out_sharding is None else {"out_sharding": out_sharding}
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits >= 32:
             return initializer(key, shape, dtype, **options)
@@ -38,13 +38,13 @@ def drawn_wide(initializer: Initializer) -> Initializer:
 
 
 lecun_normal = drawn_wide(nnx.initializers.lecun_normal())
-"""Normal, cut at two standard deviations, with variance 1 / fan_in (LeCun 1998): Flax's for kernels."""
+"""Normal, truncated at two standard deviations, with variance 1 / fan_in (LeCun 1998). Flax's default for kernels."""
 xavier_uniform = drawn_wide(nnx.initializers.xavier_uniform())
 """Uniform with variance 2 / (fan_in + fan_out) (Glorot 2010, equation 12)."""
 orthogonal = drawn_wide(nnx.initializers.orthogonal())
-"""Orthogonal rows or columns (Saxe 2013): Flax's for recurrent kernels."""
+"""Orthogonal rows or columns (Saxe 2013). Flax's default for recurrent kernels."""
 
 
 def normal(stddev: float) -> Initializer:
-    """Normal with mean 0."""
+    """Normal with mean 0 and standard deviation `stddev`."""
     return drawn_wide(nnx.initializers.normal(stddev))

@@ -1,4 +1,4 @@
-"""Keys and values with the coordinates of their tokens: training and encoder memory; and as columns, for steps."""
+"""Keys and values with the coordinates of their tokens: `KeyValue` for whole texts, `KeyColumns` for cached steps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,13 +21,13 @@ from seqattn.sizes import known_size, may_exceed
 @pytree
 @dataclasses.dataclass(frozen=True)
 class KeyValue:
-    """What queries attend to.
+    """Keys and values that queries attend to.
 
     Attributes:
         key: `[*batch, S, K, H]`.
         value: `[*batch, S, K, V]`.
         at: coordinates `[*batch, S]`; padding has segment 0.
-        of_cache: whether these are slots of a cache, some of which were maybe never written.
+        of_cache: True if these are the slots of a cache, some of which may never have been written.
     """
 
     key: Array
@@ -37,13 +37,13 @@ class KeyValue:
 
 
 _NEVER = -(2**30)
-"""The position of a slot of a cache that was never written; half of the range, as masks take differences."""
+"""Position of a cache slot that was never written. Half of the int32 range, since masks subtract positions."""
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Written(Mask):
-    """The slots of a cache that were written."""
+    """Mask that admits the written slots of a cache."""
 
     def __call__(self, query: Coordinates, key: Coordinates) -> Truth:
         return key.position != _NEVER
@@ -55,16 +55,17 @@ class Written(Mask):
 @pytree
 @dataclasses.dataclass(frozen=True)
 class KeyColumns:
-    """What the queries of a step attend to, laid out so that a step neither copies nor checks what it reads.
+    """Keys and values laid out for decoding steps, which read them without copying or checking.
 
     Attributes:
-        key: `[B, K, H, S]`, a column for each token.
+        key: `[B, K, H, S]`, one column per token.
         value: `[B, K, S, V]`.
-        at: coordinates `[B, S]`. A slot of a cache that was never written is padding (segment 0), at a position that
-            no token has, by which `Written` tells it from padding that was written.
-        finite: `[B, S]`, False where key or value were not finite, which then are 0 here.
-        visible: `[B, T, S]`, whose keys are whose where that is not a matter of coordinates: queries that stand for
-            hypotheses of one text see their own keys in a pool. None where each query may see every key.
+        at: coordinates `[B, S]`. A cache slot that was never written is padding (segment 0) at a reserved position, by
+            which `Written` distinguishes it from written padding.
+        finite: `[B, S]`, False for a token whose key or value had a non-finite entry. Its key and value are stored as
+            0.
+        visible: `[B, T, S]`, which keys each query may see in addition to the mask, or None for no such limit.
+            Hypotheses of one text share coordinates but see only their own keys of the pool.
     """
 
     key: Array
@@ -75,25 +76,32 @@ class KeyColumns:
 
     @staticmethod
     def of(kv: KeyValue, dtype: DTypeLike | None = None) -> "KeyColumns":
-        """Keys and values `[B, S, K, H]` as columns, of `dtype` or of their own.
+        """Converts keys and values `[B, S, K, H]` to columns.
+
+        Args:
+            kv: keys and values with exactly one batch dimension.
+            dtype: dtype of the columns. Defaults to the dtypes of `kv`.
 
         Raises:
-            ValueError: there is not one batch dim.
+            ValueError: `kv` does not have exactly one batch dimension.
         """
         if kv.key.ndim != 4:
             raise ValueError(f"columns have one batch dim: key must be [B, S, K, H], got {kv.key.shape}")
-        # Cast before: what is finite may be too large for fewer bits.
+        # Cast first: a finite float32 value may overflow to infinity in a smaller dtype.
         given = [x if dtype is None else x.astype(dtype) for x in (kv.key, kv.value)]
+        # A masked weight is 0, but 0 times NaN is NaN. Zeros keep such a token harmless while it is masked, and the
+        # flag makes the output NaN where it is visible.
         finite = jnp.isfinite(given[0]).all(axis=(-2, -1)) & jnp.isfinite(given[1]).all(axis=(-2, -1))
         key, value = (jnp.where(finite[..., None, None], x, jnp.zeros_like(x)) for x in given)
         at = jax.tree.map(lambda field: jnp.broadcast_to(field, finite.shape), kv.at)
+        # In these layouts neither matrix product of a step has to transpose what it reads.
         return KeyColumns(key.transpose(0, 2, 3, 1), value.swapaxes(1, 2), at, finite)
 
     @staticmethod
     def empty(
         batch: int, size: int, num_kv_heads: int, head_dim: int, *, value_dim: int, dtype: DTypeLike
     ) -> "KeyColumns":
-        """`size` slots, all padding.
+        """Creates `size` slots that are all padding.
 
         Raises:
             ValueError: `size` is negative.
@@ -107,19 +115,22 @@ class KeyColumns:
 
     @property
     def size(self) -> int:
-        """S."""
+        """S, the number of slots."""
         return self.at.shape[-1]
 
     def rows(self) -> KeyValue:
-        """The same as `KeyValue`, with NaN where they were not finite."""
+        """Returns the same keys and values as a `KeyValue`, with NaN for the tokens that were not finite."""
         return KeyValue(*rows_of(Columns(self.key, self.value, self.finite)), self.at, of_cache=True)
 
     def write(self, new: "KeyColumns", slot: Int[Array, ""] | int | np.integer) -> "KeyColumns":
-        """These with `new` written from `slot` on, in all rows: one slice of each array, in place where it can be.
+        """Returns these columns with `new` written from `slot` on, in all rows.
+
+        Updates one slice per array, in place if XLA can.
 
         Raises:
-            ValueError: the new tokens do not fit, or shapes differ. Inside `jit`, where the former cannot be raised,
-                they are written over the last slots as what was not finite: the loss of data shows in the output.
+            ValueError: the new tokens do not fit, or shapes differ. Inside `jit` a traced `slot` cannot raise: tokens
+                that do not fit overwrite the last slots and are marked non-finite, so the loss shows as NaN in the
+                output.
         """
         self.check_like(new)
         known, last = not isinstance(slot, jax.core.Tracer), self.size - new.size
@@ -127,35 +138,41 @@ class KeyColumns:
             place = f" at slot {slot}" if known else ""
             raise ValueError(f"{new.size} tokens do not fit{place} into a cache of {self.size}")
         first = jnp.asarray(slot)
+        # `dynamic_update_slice` clamps the start, and would overwrite older tokens silently. Mark the new ones.
         fits = (first >= 0) & (first <= last)
         marked = dataclasses.replace(new, finite=new.finite & fits)
-        # Without the barrier XLA would make the update a second time for its reader, from a copy of the old array.
+        # Without the barrier XLA fuses the update into its reader and repeats it there, from a copy of the old array.
         return lax.optimization_barrier(self.over_slots(_slices(slot), marked))
 
     def then(self, new: "KeyColumns") -> "KeyColumns":
-        """These with `new` behind them."""
+        """Returns these columns followed by `new`."""
         self.check_like(new)
         return self.over_slots(lambda old, fresh, axis: jnp.concatenate([old, fresh], axis=axis), new)
 
     def scatter(self, slot: Int[Array, "B T"], new: "KeyColumns") -> "KeyColumns":
-        """These with token t of row b in slot `slot[b, t]`; one behind the end is dropped."""
+        """Returns these columns with token t of row b in slot `slot[b, t]`. Drops tokens whose slot is past the end."""
         row = jnp.arange(slot.shape[0])[:, None]
 
         def put(old: Array, fresh: Array, axis: int) -> Array:
+            # Advanced indices around slices put the indexed axes first, so the tokens of `fresh` move to axis 1.
             between = (slice(None),) * (axis - 1)
             return old.at[(row, *between, slot)].set(jnp.moveaxis(fresh, axis, 1), mode="drop")
 
         return self.over_slots(put, new)
 
     def repeat(self, beam_size: int) -> "KeyColumns":
-        """These for each of `beam_size` hypotheses, one behind the other."""
+        """Returns these columns `beam_size` times along the slots, one copy per hypothesis."""
         return self.over_slots(lambda x, axis: jnp.concatenate([x] * beam_size, axis=axis))
 
     def select(self, parent: Int[Array, "B beams"]) -> "KeyColumns":
-        """Of hypotheses that lie one behind the other, those of `parent[:, j]` for each j: a copy."""
+        """Copies, for each j, the columns of hypothesis `parent[:, j]`.
+
+        Hypotheses follow one another along the slots, with an equal number of slots each.
+        """
         beams = parent.shape[1]
 
         def take(x: Array, axis: int) -> Array:
+            # Split the slots into hypotheses, so that one gather moves whole blocks of slots.
             apart = x.reshape(*x.shape[:axis], beams, x.shape[axis] // beams, *x.shape[axis + 1 :])
             index = jnp.expand_dims(parent, [i for i in range(apart.ndim) if i not in (0, axis)])
             return jnp.take_along_axis(apart, index, axis=axis).reshape(x.shape)
@@ -163,7 +180,7 @@ class KeyColumns:
         return self.over_slots(take)
 
     def over_slots(self, function: Callable[..., Array], *others: "KeyColumns") -> "KeyColumns":
-        """`function(x, *others, axis)` of each array, with the axis of its slots; `visible` is left out."""
+        """Applies `function(x, *others, axis)` to each array, where `axis` is its slot axis. Drops `visible`."""
 
         def each(name: str, axis: int) -> Array:
             old = getattr(self, name)
@@ -174,7 +191,11 @@ class KeyColumns:
         return KeyColumns(each("key", 3), each("value", 2), Coordinates(position, segment), each("finite", 1))
 
     def check_like(self, new: "KeyColumns") -> None:
-        """Raises ValueError unless all dims but the length agree: a smaller head would leave the rest of its slot."""
+        """Checks that all dimensions of `new` except the number of slots match.
+
+        Raises:
+            ValueError: a dimension differs. A smaller head would fill only part of its slot.
+        """
         for name, axis in (("key", 3), ("value", 2), ("finite", 1)):
             old, fresh = list(getattr(self, name).shape), list(getattr(new, name).shape)
             if old[:axis] + old[axis + 1 :] != fresh[:axis] + fresh[axis + 1 :]:
@@ -182,7 +203,7 @@ class KeyColumns:
 
 
 def _may_be_within(slot: int, last: int) -> bool:
-    """Whether a slot is from 0 to `last`, or may be where it is a symbolic dimension."""
+    """Whether `slot` is in `[0, last]`, or may be for a symbolic dimension."""
     return may_exceed(slot, -1) and may_exceed(last + 1, slot)
 
 

@@ -1,13 +1,15 @@
-"""Linear layers whose gradients a CPU computes without transposing what it need not.
+"""Linear layers whose gradients avoid unnecessary transposes on CPU.
 
-Which of the two forms is compiled follows the platform that a program is compiled for.
+XLA's CPU matrix product reads a transposed left operand in place only if it has two dimensions, and its sums over rows
+are slow. Gradients of parameters need both. So the layer merges the leading dimensions, and computes the gradient of a
+bias as a product with ones.
 
-XLA's CPU products read their left side by columns only where it has two dims, and sums over rows are slow there. The
-gradients of parameters are both: so leading dims become one, and the gradient of a bias is a product with ones. On two
-cores that takes a seventh off an update of a Transformer of 3 + 3 layers of 256 and a vocabulary of 8,000 (64 texts of
-32 tokens), and a quarter off one of 4 + 4 layers of 128 and a vocabulary of 10,000 (256 texts of 16).
+On two cores this makes an update of a Transformer of 3 + 3 layers of 256 and a vocabulary of 8,000 (64 texts of 32
+tokens) a seventh faster. An update of one of 4 + 4 layers of 128 and a vocabulary of 10,000 (256 texts of 16) is a
+quarter faster.
 
-Several CPU devices are there to try what a mesh of others will do, and get the same program as these.
+The platform that a program is compiled for selects the form. With several devices, the plain form is used on every
+platform: several CPU devices emulate a mesh of accelerators, and should compile the same program.
 """
 
 import functools
@@ -31,13 +33,21 @@ RULES = (
     ParameterRule("*hidden/kernel", Kind.MATRIX, INTO),
     ParameterRule("*input/kernel", Kind.MATRIX, INTO),
 )
-"""Of linear layers by their usual names, and of every bias."""
+"""Rules for every bias, and for linear layers under their usual names."""
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear`: its parameters, its values and its derivatives, of which those of parameters are faster on a CPU.
+    """`nnx.Linear` whose parameter gradients are faster on CPU.
 
-    Its arguments are those of `nnx.Linear`. Parameters below float32 are drawn in float32 and rounded.
+    Parameters, values and derivatives equal those of `nnx.Linear`. Parameters with fewer bits than float32 are drawn in
+    float32 and rounded.
+
+    Args:
+        in_features: D, the size of the input.
+        out_features: F, the size of the output.
+        kernel_init: initialises the kernel `[D, F]`.
+        bias_init: initialises the bias `[F]`.
+        **options: other arguments of `nnx.Linear`.
 
     >>> layer = Linear(3, 5, rngs=nnx.Rngs(0))
     >>> layer(jnp.ones((2, 7, 3))).shape
@@ -57,8 +67,9 @@ class Linear(nnx.Linear):
         super().__init__(in_features, out_features, **options)
 
     def __call__(self, inputs: Float[Array, "*batch D"], out_sharding: object = None) -> Float[Array, "*batch F"]:
-        """`inputs @ kernel + bias`; `out_sharding` as in `nnx.Linear`."""
+        """Returns `inputs @ kernel + bias`, `[*batch, F]`. For `out_sharding` see `nnx.Linear`."""
         asked = (self.precision, self.preferred_element_type, out_sharding)
+        # Options such as a precision or a sharding are left to `nnx.Linear`, which implements them.
         plain = self.dot_general is jax.lax.dot_general and asked == (None, None, None)
         if not (plain and _has_rows(inputs)):
             return super().__call__(inputs, out_sharding)
@@ -69,16 +80,18 @@ class Linear(nnx.Linear):
 
 
 def product(x: Float[Array, "*batch D"], kernel: Float[Array, "D F"]) -> Float[Array, "*batch F"]:
-    """`x @ kernel`."""
+    """Returns `x @ kernel`, `[*batch, F]`, in the form that suits the platform."""
     if x.ndim < 3 or not _has_rows(x):
         return x @ kernel
+    # Concrete arrays name their platform. Under tracing it is unknown until compilation, and `_product` offers both
+    # forms.
     if (platform := platform_of((x, kernel))) is not None:
         return _products(platform)(x, kernel)
     return _product(x, kernel)
 
 
 def _has_rows(x: Array) -> bool:
-    """Whether leading dims may become one: there is a lone device, and they are not split over a mesh by name."""
+    """Whether leading dimensions may be merged: there is a single device, and no mesh axis splits them."""
     return jax.device_count() == 1 and not any(jax.typeof(x).sharding.spec)
 
 
@@ -86,18 +99,20 @@ def _products(platform: str) -> Callable[[Array, Array], Array]:
     return _product_by_rows if platform == "cpu" else jnp.matmul
 
 
-# Compiled apart, so that layers of one shape are traced once.
+# Jitted separately, so that layers of one shape are traced once.
 @jax.jit
 def _product(x: Float[Array, "*batch D"], kernel: Float[Array, "D F"]) -> Float[Array, "*batch F"]:
     return by_platform({name: _products(name) for name in all_platforms()}, x, kernel)
 
 
 def _product_by_rows(x: Float[Array, "*batch D"], kernel: Float[Array, "D F"]) -> Float[Array, "*batch F"]:
+    """Computes the product over one merged batch dimension, whose gradient the CPU needs not transpose."""
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
 
 
 @jax.custom_jvp
 def _shifted(y: Float[Array, "*batch F"], bias: Float[Array, "F"]) -> Float[Array, "*batch F"]:
+    """Returns `y + bias`. Its derivative uses `_repeated`, so that the gradient of the bias is a product."""
     return y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
@@ -109,7 +124,7 @@ def _shifted_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) ->
 
 @functools.partial(jax.jit, static_argnums=1)
 def _repeated(x: Float[Array, "F"], batch: tuple[int, ...]) -> Float[Array, "*batch F"]:
-    """`x` at each place of a batch. The transpose is a sum, which a CPU computes as a product."""
+    """Broadcasts `x` over a batch. The transpose is a sum over the batch, which the CPU computes as a product."""
 
     def by_product(x: Array) -> Array:
         rows = math.prod(batch)

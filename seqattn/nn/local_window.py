@@ -1,4 +1,4 @@
-"""Local attention: a query looks at the source positions around one of them (Luong 2015, section 3.2)."""
+"""Local attention: a query attends to a window of source positions (Luong 2015, section 3.2)."""
 
 import dataclasses
 
@@ -22,10 +22,14 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class Monotonic:
-    """Token t of the target looks around position t of the source: local-m (Luong 2015, section 3.2)."""
+    """Local-m: target token t attends to a window around source position t (Luong 2015, section 3.2).
+
+    Raises:
+        ValueError: `radius` is not an integer of at least 0.
+    """
 
     radius: int = 10
-    """Source positions to either side that it may look at."""
+    """Number of source positions on either side of the center."""
 
     def __post_init__(self) -> None:
         check_integer("the radius of local attention", self.radius, 0)
@@ -33,31 +37,37 @@ class Monotonic:
 
 @dataclasses.dataclass(frozen=True)
 class Predictive:
-    """The decoder's state says around which source position to look: local-p (Luong 2015, equations 9 and 10).
+    """Local-p: the decoder state predicts the center of the window (Luong 2015, equations 9 and 10).
 
-    Weights are multiplied by a Gaussian around that position, of standard deviation `radius / 2`.
+    Weights are multiplied by a Gaussian around the center, with standard deviation `radius / 2`.
+
+    Raises:
+        ValueError: `radius` is not an integer of at least 1.
     """
 
     radius: int = 10
-    """Source positions to either side that it may look at."""
+    """Number of source positions on either side of the center."""
 
     def __post_init__(self) -> None:
         check_integer("the radius of local attention with a Gaussian of half its width", self.radius, 1)
 
 
 class LocalWindow(nnx.Module):
-    """Which source positions each query may look at, and how much of their weights it keeps.
+    """Computes which source positions each query may attend to, and the factor on their weights.
 
-    The center `p` of a query at position t is `t` (`Monotonic`) or `S * sigmoid(v . tanh(W q))` (`Predictive`), where
-    S is how many tokens the source of the row really has. Positions at a distance of at most the radius are seen;
-    that padding is not is the matter of a mask.
+    The center p of a query at position t is `t` (`Monotonic`) or `S * sigmoid(v . tanh(W q))` (`Predictive`, Luong
+    2015, equation 9), where S is the number of real tokens of the row's source. A query sees positions at a distance of
+    at most `radius` from its center. A separate mask must hide padding.
 
     Args:
-        local: which center, and the radius.
+        local: how to find the center, and the radius.
         query_dim: Q, the size of decoder states.
-        hidden_dim: F, the hidden layer of `Predictive`.
+        hidden_dim: F, the size of the hidden layer of `Predictive`.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters (Xavier uniform); not kept.
+        rngs: initialises the parameters (Xavier uniform) and is not kept.
+
+    Raises:
+        ValueError: a size is below 1.
 
     >>> at, source_at = Coordinates.range(2), Coordinates.range(4)
     >>> window = LocalWindow(Monotonic(radius=1), 5, 7, rngs=nnx.Rngs(0))
@@ -87,21 +97,37 @@ class LocalWindow(nnx.Module):
     def __call__(
         self, query: Float[Array, "*batch T Q"], at: Coordinates, source_at: Coordinates
     ) -> tuple[Bool[Array, "*batch T S"], Float[Array, "*batch T S"] | None]:
-        """Who is seen, and by what to multiply the weights (float32 at least; None for 1), `[*batch, T, S]`."""
+        """Computes the window of each query.
+
+        Args:
+            query: decoder states `[*batch, T, Q]`.
+            at: their coordinates, whose positions count decoder steps.
+            source_at: coordinates `[*batch, S]` of the source.
+
+        Returns:
+            `[*batch, T, S]`, True for visible positions, and the factors `[*batch, T, S]` on the attention weights
+            (float32 or wider), or None for factors of 1.
+        """
         position = jnp.broadcast_to(source_at.position, (*query.shape[:-2], source_at.shape[-1]))
         center = self.center(query, at, source_at)
         distance = position[..., None, :].astype(center.dtype) - center[..., :, None]
+        # Luong 2015, equation 10: the window has a sharp edge, so only the Gaussian gives the center a gradient.
         share = None if self.weight is None else jnp.exp(-(distance**2) / (2 * (self.radius / 2) ** 2))
         return jnp.abs(distance) <= self.radius, share
 
     def center(
         self, query: Float[Array, "*batch T Q"], at: Coordinates, source_at: Coordinates
     ) -> Float[Array, "*batch T"]:
-        """The source position `[*batch, T]` around which each query looks (Luong's p_t), float32 at least."""
+        """The center of each query's window (p_t of Luong 2015).
+
+        Returns:
+            Source positions `[*batch, T]`, float32 or wider.
+        """
         high = accumulator(query.dtype)
         if self.weight is None or self.projection is None:
             return jnp.broadcast_to(at.position, query.shape[:-1]).astype(high)
-        # In float32, as a small float knows no integers above a few hundred.
+        # In float32, since bfloat16 cannot represent all integers above 256.
         logits = (jnp.tanh(query @ self.weight[...].T) @ self.projection[...]).astype(high)
+        # Count real tokens only, so that padding does not move the center.
         size = jnp.sum(jnp.broadcast_to(source_at.segment, (*query.shape[:-2], source_at.shape[-1])) != 0, axis=-1)
         return size[..., None].astype(high) * nnx.sigmoid(logits)

@@ -1,4 +1,4 @@
-"""Multi-head attention as parameters around `attend`: project once, attend as often as needed."""
+"""Multi-head attention: projections around `attend`. Project keys and values once, attend as often as needed."""
 
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreMod
 
 RULES = (
-    # Heads `[D, N * H]` are split, and come together again.
+    # `tensor` splits the heads of `[D, N * H]`; the output projection sums over them.
     ParameterRule("*attention/output/kernel", Kind.MATRIX, OUT_OF),
     ParameterRule("*attention/*/kernel", Kind.MATRIX, INTO),
 )
@@ -34,30 +34,32 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 class MultiHeadAttention(nnx.Module):
-    """Queries of `x` attend to keys and values, in `num_heads` subspaces (Vaswani 2017, section 3.2.2).
+    """Multi-head attention over given keys and values (Vaswani 2017, section 3.2.2).
 
-    The keys and values come from `project`, and it is the caller who says where they live:
+    `project` computes the keys and values, and the caller decides where to keep them:
 
-    - self attention: `attention(x, at, attention.project(x, at))`
-    - a cached step: `cache, kv = cache.append(attention.project(x, at)); attention(x, at, kv)` (nn/cache.py)
-    - cross attention: `memory = attention.project(encoded, source_at)` once, then `attention(x, at, memory)`
+    - self-attention: `attention(x, at, attention.project(x, at))`
+    - a cached step: `cache, kv = cache.append(attention.project(x, at)); attention(x, at, kv)` (see `Cache`)
+    - cross-attention: `memory = attention.project(encoded, source_at)` once, then `attention(x, at, memory)`
 
     Args:
         model_dim: D, the size of input and output.
-        num_heads: N, query heads.
-        num_kv_heads: K, key heads shared by groups of query heads (Ainslie 2023); N where not given.
-        head_dim: H; `model_dim / num_heads` where not given.
-        mask: who may look at whom; None lets every query see every key, padding included.
-        rotary_base: RoPE on queries and keys (Su 2021) with this base; None for no rotation.
-        qk_norm: RMS norm of each query and key head (Dehghani 2023).
-        use_bias: biases of the four projections.
-        dropout_rate: of the attention weights, where a call has a dropout key.
-        implementation: as in `seqattn.attend`.
+        num_heads: N, the number of query heads.
+        num_kv_heads: K, the number of key heads. Groups of N / K query heads share one (grouped-query attention,
+            Ainslie 2023; multi-query attention for K = 1, Shazeer 2019). Defaults to N.
+        head_dim: H, the size of a head. Defaults to `model_dim / num_heads`.
+        mask: which keys each query may attend to. If None, every query sees every key, including padding.
+        rotary_base: base of the rotary embedding of queries and keys (RoPE, Su 2021). If None, they are not rotated.
+        qk_norm: if True, applies an RMS norm to each query and key head (Dehghani 2023).
+        use_bias: if True, the four projections have biases.
+        dropout_rate: dropout rate of the attention weights, in [0, 1). Applies only in calls with a dropout key.
+        implementation: the kernel, as in `seqattn.attend`. If None, the library chooses one.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters (Xavier uniform); not kept.
+        rngs: initialises the parameters (Xavier uniform) and is not kept.
 
     Raises:
-        ValueError: heads do not divide, an odd head_dim is to be rotated, or a rate is not a probability.
+        ValueError: a size is below 1, the numbers of heads do not divide, `head_dim` is odd with rotations, or the
+            dropout rate is not in [0, 1).
 
     >>> from seqattn.masks import Causal, SameSegment
     >>> attention = MultiHeadAttention(8, num_heads=2, mask=Causal() & SameSegment(), rngs=nnx.Rngs(0))
@@ -94,7 +96,7 @@ class MultiHeadAttention(nnx.Module):
             check_even("head_dim", self.head_dim, " to be rotated, a pair of features at a time")
             angular_frequencies(self.head_dim, base=rotary_base)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        # A mask that captures arrays is data for NNX; one of static sizes must not become a leaf of the module.
+        # A mask that captures arrays is data for NNX. A mask of static sizes must not become a leaf of the module.
         self.mask = nnx.data(mask) if jax.tree.leaves(mask) else mask
         self.rotary_base, self.dropout_rate, self.implementation = rotary_base, dropout_rate, implementation
 
@@ -110,12 +112,27 @@ class MultiHeadAttention(nnx.Module):
         self.key_norm = nnx.RMSNorm(self.head_dim, param_dtype=param_dtype, rngs=rngs) if qk_norm else None
 
     def project(self, x: Float[Array, "*batch S D"], at: Coordinates) -> KeyValue:
-        """Keys and values `[*batch, S, K, H]` of the tokens `x` `[*batch, S, D]` at their coordinates."""
+        """Computes keys and values, with keys normalised and rotated as configured.
+
+        Args:
+            x: tokens `[*batch, S, D]`.
+            at: their coordinates.
+
+        Returns:
+            Keys and values `[*batch, S, K, H]`.
+        """
         kv = self._unrotated(x, at)
         return KeyValue(self._rotated(kv.key, kv.at), kv.value, kv.at)
 
     def extend(self, cache: Cache, x: Float[Array, "B T D"], at: Coordinates) -> tuple[Cache, KeyColumns]:
-        """The cache with the tokens `x` `[B, T, D]`, and what they attend to."""
+        """Appends the tokens `x` `[B, T, D]` to the cache.
+
+        Returns:
+            The next cache, and the keys and values that the tokens attend to.
+
+        Raises:
+            ValueError: the tokens do not fit into the cache.
+        """
         return cache.append(self.project(x, at))
 
     def __call__(
@@ -127,14 +144,27 @@ class MultiHeadAttention(nnx.Module):
         score_mod: ScoreMod | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch T D"]:
-        """What the tokens `x` `[*batch, T, D]` find in `kv`; `[*batch, T, D]`. Without a dropout key nothing drops.
+        """Attends from tokens to keys and values.
 
-        Few tokens read the columns of a cache as they lie. A `score_mod` modifies the scores, as in `seqattn.attend`.
+        Args:
+            x: tokens `[*batch, T, D]`, from which the queries are computed.
+            at: their coordinates.
+            kv: the keys and values of `project`, or the columns of a cache, which decoding steps read without copying.
+            score_mod: modifies the scores, as in `seqattn.attend`.
+            dropout_key: if None, nothing is dropped.
+
+        Returns:
+            The attention output after the output projection, `[*batch, T, D]`.
+
+        Raises:
+            ValueError: shapes do not fit, or `implementation` is unknown.
+            NotImplementedError: the named implementation cannot serve this call.
         """
         query = self._rotated(self._heads(self.query(x), self.query_norm), at)
         dropout = None if dropout_key is None else Dropout(self.dropout_rate, dropout_key)
         options: dict[str, Any] = {"dropout": dropout, "implementation": self.implementation}
         if isinstance(kv, KeyColumns):
+            # The columns go to the kernel as they are: a step must not copy the whole cache.
             options |= _located(_of_slots(self.mask, at, kv, self.num_heads), at, kv.at, score_mod)
             output = attend_columns(query, Columns(kv.key, kv.value, kv.finite), **options)
         else:
@@ -151,7 +181,7 @@ class MultiHeadAttention(nnx.Module):
         dropout_key: PRNGKeyArray | None = None,
         platform: str | None = None,
     ) -> Explanation:
-        """Which kernel the same call takes, and why not another; `platform` is as in `seqattn.explain`."""
+        """Explains which kernel the same call runs, and why not another. For `platform` see `seqattn.explain`."""
         dropout = None if dropout_key is None else Dropout(self.dropout_rate, dropout_key)
 
         def call(x: Array) -> Call:
@@ -173,12 +203,15 @@ class MultiHeadAttention(nnx.Module):
         *,
         score_mod: ScoreMod | None = None,
     ) -> Float[Array, "*batch N T S"]:
-        """The attention weights of the same call, for looking at; `[*batch, N, T, S]`."""
+        """Returns the attention weights `[*batch, N, T, S]` of the same call, for inspection.
+
+        Materialises all weights, unlike a call.
+        """
         query = self._rotated(self._heads(self.query(x), self.query_norm), at)
         if isinstance(kv, KeyColumns):
             mask: Mask | Array | None = _of_slots(self.mask, at, kv, self.num_heads)
             key = kv.rows().key
-            if key.dtype != query.dtype:  # a cache may have a dtype of its own
+            if key.dtype != query.dtype:  # a cache may store another dtype than the model computes in
                 wider = np.promote_types(accumulator(query.dtype), accumulator(key.dtype))
                 query, key = query.astype(wider), key.astype(wider)
             return attention_weights(query, key, **_located(mask, at, kv.at, score_mod))
@@ -202,12 +235,12 @@ class MultiHeadAttention(nnx.Module):
 def with_implementation(
     model: Model, implementation: str | None, of: type[MultiHeadAttention] = MultiHeadAttention
 ) -> Model:
-    """A model like `model` whose attention modules run an implementation of `seqattn.attend`; `model` stays as it is.
+    """Returns a model like `model` whose attention modules run the given implementation. `model` does not change.
 
     Args:
-        model: any module; its parameters are shared, not copied.
+        model: any module. The copy shares its parameters.
         implementation: as in `seqattn.attend`.
-        of: the kind of attention that changes.
+        of: the class of attention modules to change.
 
     >>> attention = MultiHeadAttention(8, num_heads=2, rngs=nnx.Rngs(0))
     >>> with_implementation(attention, "reference").implementation, attention.implementation
@@ -221,22 +254,23 @@ def with_implementation(
 
 
 def _of_slots(mask: Mask | None, at: Coordinates, kv: KeyColumns, num_heads: int) -> Mask | Array:
-    """The mask over the slots of a cache; an array where queries stand for hypotheses, which see their own slots."""
+    """Returns the mask over cache slots; an array if queries are hypotheses, which see only their own slots."""
     written = _among_written(mask)
     if kv.visible is None:
         return written
     q_at, kv_at = (jax.tree.map(jnp.atleast_2d, each) for each in (at, kv.at))
+    # Which hypothesis owns which slot is not a function of coordinates, so the mask must become dense here.
     return written.over(q_at, kv_at, batch=kv.visible.shape[0], num_heads=num_heads) & kv.visible[:, None]
 
 
 def _among_written(mask: Mask | None) -> Mask:
-    """The mask, but a slot that was never written is no key, whatever the mask says of padding."""
+    """Restricts the mask to written slots: an unwritten slot is no key, whatever the mask says about padding."""
     return Written() if mask is None else mask & Written()
 
 
 def _located(
     mask: Mask | Array | None, q_at: Coordinates, kv_at: Coordinates, score_mod: ScoreMod | None
 ) -> dict[str, Any]:
-    """Mask, score modification and, where these read them, coordinates: the arguments of `attend`."""
+    """Collects the arguments of `attend`: mask, score modification, and coordinates if one of these reads them."""
     read = isinstance(mask, Mask) or (score_mod is not None and ScoreMod.of(score_mod).uses_coordinates)
     return {"mask": mask, "score_mod": score_mod} | ({"q_at": q_at, "kv_at": kv_at} if read else {})

@@ -1,4 +1,4 @@
-"""Batch normalisation: by the statistics of a batch in training, by running ones in evaluation."""
+"""Batch normalisation: with the statistics of a batch in training, with running statistics in evaluation."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -23,21 +23,20 @@ RULES = (
     ParameterRule("*norms/*/mean", Kind.STATISTIC),
     ParameterRule("*norms/*/variance", Kind.STATISTIC),
 )
-"""Those of flax's norms, too."""
+"""These also match the norms of Flax."""
 
 Model = TypeVar("Model", bound=nnx.Module)
 
 
 class Statistic(nnx.Param):
-    """The kind of variable for what is measured in training, not learned.
+    """The kind of variable for statistics, which are measured in training and not learned.
 
-    It is a parameter wherever parameters are saved, restored, averaged or counted. Its gradient is zero;
-    `move_statistics` moves it.
+    It is a parameter for saving, restoring, averaging and counting. Its gradient is zero; `move_statistics` updates it.
     """
 
 
 class Measured(nnx.Intermediate):
-    """The kind of variable as which a `BatchNorm` sows its `BatchSums`: see `measurements`."""
+    """The kind of variable under which a `BatchNorm` sows its `BatchSums`; see `measurements`."""
 
 
 @pytree
@@ -46,15 +45,15 @@ class BatchStatistics:
     """Mean and variance of each feature.
 
     Attributes:
-        mean: `[D]`, float32 at least.
-        variance: `[D]`, of a whole population: divided by the number of elements.
+        mean: `[D]`, float32 or wider.
+        variance: `[D]`, the population variance: divided by the number of elements.
     """
 
     mean: Array
     variance: Array
 
     def moved(self, batch: "BatchStatistics", momentum: float = 0.99) -> "BatchStatistics":
-        """These running statistics after another batch: `momentum` of the old, the rest of the new ones."""
+        """Returns `momentum * self + (1 - momentum) * batch`, the running statistics after one more batch."""
         return BatchStatistics(
             momentum * self.mean + (1 - momentum) * batch.mean,
             momentum * self.variance + (1 - momentum) * batch.variance,
@@ -64,14 +63,14 @@ class BatchStatistics:
 @pytree
 @dataclasses.dataclass(frozen=True)
 class BatchSums:
-    """What a batch adds to the running statistics of a norm; those of several batches may be added up.
+    """Sums that a batch adds to the running statistics of a norm. The sums of several batches can be added.
 
-    They are about the running mean, since the mean of squares less the square of the mean cancels.
+    They are taken about the running mean. Sums of squares about zero would cancel when the mean is subtracted.
 
     Attributes:
-        count: how many elements, `[1]`.
-        first: the sum of their distances from the running mean, `[D]`.
-        second: the sum of the squares of these, `[D]`.
+        count: `[1]`, the number of elements.
+        first: `[D]`, the sum of the differences from the running mean.
+        second: `[D]`, the sum of the squares of these differences.
     """
 
     count: Any
@@ -80,21 +79,23 @@ class BatchSums:
 
 
 class BatchNorm(nnx.Module):
-    """Each feature with mean 0 and variance 1 over the batch, then scaled and shifted (Ioffe 2015, algorithm 1).
+    """Batch normalisation with padding (Ioffe 2015, algorithm 1).
 
-    Evaluation uses running statistics (algorithm 2, but for its factor m / (m - 1) of the variance of m elements, as in
-    Flax). A call changes nothing: `measurements` gives what it measured, and `move_statistics` a model that has moved.
-    Padding counts for nothing.
+    Each feature gets mean 0 and variance 1 over the batch, then a trained scale and shift. Evaluation uses running
+    statistics (algorithm 2, without its factor m / (m - 1) on the variance, as in Flax). A call does not change the
+    module: `measurements` collects the sums of a call, and `move_statistics` returns a model with updated statistics.
+    Padding does not count.
 
     Args:
         dim: D, the number of features.
         epsilon: added to the variance.
-        momentum: how much stays of the running statistics at each move.
-        param_dtype: dtype of scale and shift; statistics are float32 at least.
-        rngs: as every module takes them; scale starts at 1 and shift at 0, running mean at 0 and variance at 1.
+        momentum: fraction of the running statistics kept at each update, in [0, 1).
+        param_dtype: dtype of scale and shift. Statistics are float32 or wider.
+        rngs: accepted as in every module; nothing is random. Scale starts at 1, shift at 0, the running mean at 0 and
+            the running variance at 1.
 
     Raises:
-        ValueError: `dim` is below 1, `epsilon` negative or not finite, or `momentum` not in [0, 1).
+        ValueError: `dim` is below 1, `epsilon` is negative or not finite, or `momentum` is not in [0, 1).
 
     >>> norm, x = BatchNorm(2, rngs=nnx.Rngs(0)), jnp.array([[1.0, 0.0], [3.0, 4.0], [jnp.nan, 7.0]])
     >>> real = jnp.array([True, True, False])
@@ -128,7 +129,7 @@ class BatchNorm(nnx.Module):
 
     @property
     def running(self) -> BatchStatistics:
-        """The running statistics, by which evaluation normalises; no gradient reaches them."""
+        """The running statistics for evaluation, without gradients."""
         return BatchStatistics(lax.stop_gradient(self.mean[...]), lax.stop_gradient(self.variance[...]))
 
     def __call__(
@@ -139,16 +140,21 @@ class BatchNorm(nnx.Module):
         statistics: BatchStatistics | None = None,
         axis_name: str | None = None,
     ) -> tuple[Float[Array, "*batch D"], BatchStatistics]:
-        """`x` normalised, zeros where it is not real; and the statistics used.
+        """Normalises `x`.
 
         Args:
-            x: `[*batch, D]`; what is not real may hold anything.
-            real: `[*batch]`, True for elements that count.
-            statistics: to normalise by; None for those of this batch. A batch without elements has mean and variance 0.
-            axis_name: of a mapped axis of devices whose batches are to count as one.
+            x: `[*batch, D]`. Padding may hold any values.
+            real: `[*batch]`, True for elements that are not padding.
+            statistics: statistics to normalise with. If None, those of this batch; a batch without elements has mean
+                and variance 0.
+            axis_name: mapped axis of devices over which to combine batches into one, as in `jax.lax.psum`.
+
+        Returns:
+            The normalised `[*batch, D]`, with zeros for padding, and the statistics used.
         """
         high = accumulator(x.dtype)
         present = jnp.broadcast_to(real[..., None], x.shape)
+        # Padding may hold NaN, and 0 times NaN is NaN in sums and gradients.
         clean = jnp.where(present, x, jnp.zeros_like(x)).astype(high)
         if statistics is None:
             batch = statistics = _measure(clean, present, axis_name)
@@ -162,27 +168,39 @@ class BatchNorm(nnx.Module):
         return jnp.where(present, y, jnp.zeros_like(y)).astype(x.dtype), statistics
 
     def _sums(self, batch: BatchStatistics, count: Array) -> BatchSums:
+        """Turns the statistics of a batch into sums about the running mean, which add up without cancellation."""
         running = self.running.mean
         away = batch.mean.astype(running.dtype) - running
         count = count.astype(running.dtype)
         return BatchSums(count, count * away, count * (batch.variance.astype(running.dtype) + away**2))
 
     def _moved(self, sums: BatchSums) -> BatchStatistics:
+        """Returns the running statistics after a batch with these sums."""
         running, count = self.running, jnp.maximum(sums.count, 1)
         away = sums.first / count
+        # Var = E[(x - r)^2] - (mean - r)^2 about the running mean r. Rounding may make it slightly negative.
         variance = jnp.maximum(sums.second / count - away**2, 0)
         moved = running.moved(BatchStatistics(running.mean + away, variance), self.momentum)
-        # Without elements they stay, bit by bit.
+        # Without elements the statistics stay the same, bit for bit.
         return jax.tree.map(lambda new, old: jnp.where(sums.count > 0, new, old), moved, running)
 
 
 def measurements(
     call: Callable[..., Output], model: nnx.Module, *args: Any, **kwargs: Any
 ) -> tuple[Output, list[BatchSums]]:
-    """`call(model, *args, **kwargs)`, and what each batch norm of the model measured inside it, in their order.
+    """Runs `call(model, *args, **kwargs)` and collects the sums that each batch norm measured.
 
-    A norm that was called several times adds up what it measured; one that was not called, or with given statistics,
-    has a count of 0. As with `routings`, `call` gets a copy of the model.
+    A norm that ran several times adds its sums. A norm that did not run, or ran with given statistics, has a count of
+    0. As with `routings`, `call` gets a copy of the model.
+
+    Args:
+        call: the function to run.
+        model: the model whose batch norms report.
+        *args: further arguments of `call`.
+        **kwargs: further arguments of `call`.
+
+    Returns:
+        The output of `call`, and one `BatchSums` per batch norm, in the order of their paths in the model.
 
     >>> norm = BatchNorm(1, momentum=0.5, rngs=nnx.Rngs(0))
     >>> train = lambda norm, x: norm(x, jnp.ones(len(x), bool))[0]
@@ -196,7 +214,7 @@ def measurements(
 
 
 def measurements_among(sown: Any, model: nnx.Module) -> list[BatchSums]:
-    """The sums that the batch norms of a model sowed; see `measurements`."""
+    """Extracts from sown values the sums of a model's batch norms; see `measurements`."""
     told = dict(nnx.to_flat_state(sown))
     found = []
     for path, module in nnx.iter_modules(model):
@@ -210,10 +228,14 @@ def measurements_among(sown: Any, model: nnx.Module) -> list[BatchSums]:
 
 
 def move_statistics(model: Model, sums: Sequence[BatchSums]) -> Model:
-    """A copy of a model whose batch norms have moved their running statistics towards what `measurements` gave.
+    """Returns a copy of a model with the running statistics of its batch norms updated.
+
+    Args:
+        model: the model. It does not change.
+        sums: the sums of `measurements`, one per batch norm.
 
     Raises:
-        ValueError: there are not as many sums as norms.
+        ValueError: the number of sums is not the number of batch norms.
     """
     copy = jax.tree.map(lambda leaf: leaf, model)
     norms = [module for _, module in nnx.iter_modules(copy) if isinstance(module, BatchNorm)]
@@ -226,10 +248,10 @@ def move_statistics(model: Model, sums: Sequence[BatchSums]) -> Model:
 
 
 def _measure(x: Float[Array, "*batch D"], present: Array, axis_name: str | None) -> BatchStatistics:
-    """Mean and variance over all but the last axis of what is present; the rest of `x` is zero."""
+    """Mean and population variance of present elements, over all axes but the last. Other elements of `x` are 0."""
     count = jnp.maximum(_total(present.astype(x.dtype), axis_name), 1)
     mean = _total(x, axis_name) / count
-    # About the mean, since the mean of squares less the square of the mean cancels.
+    # Two passes: E[x^2] - E[x]^2 would cancel if the mean is large.
     away = jnp.where(present, x - mean.reshape((1,) * (x.ndim - 1) + mean.shape), jnp.zeros_like(x))
     return BatchStatistics(mean, _total(away**2, axis_name) / count)
 

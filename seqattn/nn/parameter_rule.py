@@ -1,7 +1,7 @@
-"""What is known of a parameter beside its numbers: how devices split it, whether it decays, which axis has its outputs.
+"""Rules about parameters: how devices split them, whether weight decay applies, and which axis holds the outputs.
 
-Each file of modules that have parameters says it in its `RULES`; `seqattn.models.parameter_rules` has them all. The
-rules are about paths, since a tree of parameters, or of what an optimizer keeps of them, has no modules any more.
+Each file that defines modules with parameters states its rules in `RULES`; `seqattn.models.parameter_rules` collects
+them. Rules match paths, because a tree of parameters or of optimizer state no longer has modules.
 """
 
 import dataclasses
@@ -10,36 +10,36 @@ import enum
 from jax.sharding import PartitionSpec as P
 
 INTO, OUT_OF = P("fsdp", "tensor"), P("tensor", "fsdp")
-"""How a kernel `[in, out]` is split whose outputs are computed in parts, and one that brings parts together again."""
+"""Splits of a kernel `[in, out]`: INTO parts of its outputs, and OUT_OF parts of its inputs, which it sums."""
 
 
 class Kind(enum.Enum):
-    """What a parameter is to an optimizer."""
+    """How an optimizer treats a parameter."""
 
     VECTOR = "vector"
-    """A bias or a gain, also where several are stacked: it does not decay."""
+    """A bias or a gain, or a stack of them. No weight decay."""
     MATRIX = "matrix"
-    """It maps hidden vectors to hidden vectors, or a stack of such: it decays, and Muon orthogonalises it."""
+    """Maps hidden vectors to hidden vectors, or a stack of such matrices. Weight decay; Muon orthogonalises it."""
     TABLE = "table"
-    """Vectors by a number: tokens, positions, distances. It decays."""
+    """Vectors looked up by index: tokens, positions, distances. Weight decay."""
     LOGITS = "logits"
-    """A matrix whose outputs are logits. It decays."""
+    """A matrix whose outputs are logits. Weight decay."""
     STATISTIC = "statistic"
-    """Measured in training: no optimizer moves it, and it does not decay."""
+    """Measured in training, not learned. No optimizer update and no weight decay."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterRule:
-    """What is known of the parameters of some paths.
+    """Rule for the parameters whose paths match a pattern.
 
     Attributes:
-        glob: of whole paths, such as "encoder/0/attention/query/kernel", in which `*` stands for any characters, "/"
-            too.
-        kind: what it is to an optimizer.
-        split: the mesh axes of each dim, from the first one on; dims beyond it are not split. `fsdp` splits a parameter
-            to save memory, `tensor` for what is computed with it, and `expert` by the experts of a mixture.
-        outputs: the axis of the outputs: -1 for `[in, out]`, -2 for `[out, in]` and for tables `[V, D]`, as if their
-            rows made logits.
+        glob: pattern for whole paths such as "encoder/0/attention/query/kernel". `*` matches any characters, including
+            "/".
+        kind: how an optimizer treats the parameter.
+        split: mesh axes of the leading dimensions; further dimensions are not split. `fsdp` splits a parameter to save
+            memory, `tensor` splits the computation with it, and `expert` splits the experts of a mixture.
+        outputs: axis of the outputs: -1 for `[in, out]`, and -2 for `[out, in]` and for tables `[V, D]`, whose rows
+            give logits.
     """
 
     glob: str

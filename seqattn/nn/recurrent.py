@@ -1,4 +1,4 @@
-"""Recurrent layers over sequences with padding anywhere, on Flax's cells."""
+"""Recurrent layers over sequences with padding anywhere, built on the cells of Flax."""
 
 import enum
 from typing import Any
@@ -17,18 +17,18 @@ from seqattn.nn.initializers import lecun_normal, orthogonal
 from seqattn.nn.parameter_rule import Kind, ParameterRule
 
 RULES = (
-    # Split over `tensor`, the gates of one token would have to be collected before the next token is read.
+    # A split over `tensor` would need to gather the gates of each token before the next step.
     ParameterRule("*/cell/*/kernel", Kind.MATRIX, P("fsdp")),
 )
 
 Carry = Any
-"""The state of a cell: one array `[*batch, H]`, or for an LSTM two (cell, hidden)."""
+"""State of a cell: one array `[*batch, H]`, or two for an LSTM (cell, hidden)."""
 
 
 class Cell(enum.Enum):
-    """The recurrence of a layer: simple (Elman 1990), GRU (Cho 2014), LSTM (Hochreiter 1997).
+    """Recurrent cell: simple (Elman 1990), GRU (Cho 2014) or LSTM (Hochreiter 1997).
 
-    The GRU resets behind the product with its weights and has a bias inside its reset gate, as PyTorch's and cuDNN's.
+    The GRU follows PyTorch and cuDNN: the reset gate multiplies the recurrent product, including its bias.
     """
 
     SIMPLE = "simple"
@@ -37,7 +37,7 @@ class Cell(enum.Enum):
 
 
 class Direction(enum.Enum):
-    """Which way an encoder reads; BACKWARD is Sutskever's reversed source, BOTH joins the two halves."""
+    """Reading direction of an encoder. BACKWARD reverses the source (Sutskever 2014); BOTH concatenates two halves."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -45,9 +45,9 @@ class Direction(enum.Enum):
 
 
 class _GRUCell(nnx.GRUCell):
-    """Flax's cell with the bias that it lacks: `n = tanh(W_in x + b_in + r * (W_hn h + b_hn))`, b_hn `hidden_bias`.
+    """Flax's GRU cell with its missing bias b_hn: `n = tanh(W_in x + b_in + r * (W_hn h + b_hn))`.
 
-    Flax's linen and PyTorch have it, so that their weights can be used. It starts at zero.
+    `hidden_bias` is b_hn. Flax Linen and PyTorch have it, so their weights can be loaded. It starts at zero.
     """
 
     def __init__(self, in_features: int, hidden_features: int, *, param_dtype: DTypeLike, **options: Any) -> None:
@@ -55,7 +55,7 @@ class _GRUCell(nnx.GRUCell):
         self.hidden_bias = nnx.Param(jnp.zeros(hidden_features, param_dtype))
 
     def __call__(self, carry: Array, inputs: Array) -> tuple[Array, Array]:
-        """The next state, as state and as output."""
+        """Returns the next state twice: as the state and as the output."""
         r_in, z_in, n_in = jnp.split(self.dense_i(inputs), 3, axis=-1)
         r_hidden, z_hidden, n_hidden = jnp.split(self.dense_h(carry), 3, axis=-1)
         r, z = self.gate_fn(r_in + r_hidden), self.gate_fn(z_in + z_hidden)
@@ -72,17 +72,17 @@ _CELLS = {Cell.SIMPLE: nnx.SimpleCell, Cell.GRU: _GRUCell, Cell.LSTM: nnx.Optimi
 class Recurrent(nnx.Module):
     """One recurrent layer.
 
-    Padding (segment 0) is stepped over: it holds the state, gives zeros, and what it contains has no influence. So a
-    text of length 0 ends in the initial state, and reading backward starts at the last real token. Where a new
-    segment begins inside a row, the state starts again.
+    Padding (segment 0) is skipped: the state is held, the output is zeros, and the content of padding has no influence.
+    A text of length 0 ends in the initial state, and reading backward starts at the last real token. If a new segment
+    begins inside a row, the state restarts.
 
     Args:
-        input_dim: D.
+        input_dim: D, the size of the input.
         hidden_dim: H, the size of state and output.
-        cell: the recurrence.
-        backward: read from the last token to the first.
+        cell: the recurrent cell.
+        backward: if True, reads from the last token to the first.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters; not kept.
+        rngs: initialises the parameters and is not kept.
 
     Raises:
         ValueError: a size is below 1.
@@ -105,36 +105,48 @@ class Recurrent(nnx.Module):
     ) -> None:
         check_sizes(input_dim=input_dim, hidden_dim=hidden_dim)
         self.hidden_dim, self.backward, self.is_lstm = hidden_dim, backward, cell is Cell.LSTM
-        # Without dtype=None flax's simple cell computes in float32 whatever its parameters are.
+        # With dtype=None the cells promote the dtypes of inputs and parameters; Flax's simple cell defaults to float32.
         options: dict[str, Any] = {"dtype": None, "param_dtype": param_dtype, "rngs": rngs}
         options |= {"kernel_init": lecun_normal, "recurrent_kernel_init": orthogonal}
         self.cell = _CELLS[cell](input_dim, hidden_dim, **options)
 
     def start(self, batch: tuple[int, ...]) -> Carry:
-        """The initial state: zeros `[*batch, H]` in the dtype of the parameters."""
+        """Returns the initial state: zeros `[*batch, H]` in the dtype of the parameters."""
         zeros = jnp.zeros((*batch, self.hidden_dim), self.cell.dense_h.kernel.dtype)
         return (zeros, zeros) if self.is_lstm else zeros
 
     def step(self, carry: Carry, x: Float[Array, "*batch D"]) -> tuple[Carry, Float[Array, "*batch H"]]:
-        """One token: the next state and the output."""
+        """Reads one token `[*batch, D]` per row. Returns the next state and the output `[*batch, H]`."""
         return self.cell(carry, x)
 
     def __call__(
         self, x: Float[Array, "*batch T D"], at: Coordinates, carry: Carry = None
     ) -> tuple[Float[Array, "*batch T H"], Carry]:
-        """Outputs `[*batch, T, H]` and the last state `[*batch, H]` for tokens `x` at their coordinates."""
+        """Reads a sequence.
+
+        Args:
+            x: tokens `[*batch, T, D]`.
+            at: their coordinates.
+            carry: the state to start from. Defaults to `start`.
+
+        Returns:
+            Outputs `[*batch, T, H]`, and the last state `[*batch, H]`.
+        """
         initial = self.start(x.shape[:-2]) if carry is None else carry
-        # The state keeps one dtype over all steps, also where those of tokens and parameters differ.
+        # A scan needs one dtype for the state, although tokens and parameters may differ.
         dtype = jnp.result_type(x, self.cell.dense_h.kernel[...], *jax.tree.leaves(initial))
         initial = jax.tree.map(lambda state: state.astype(dtype), initial)
         segment = jnp.broadcast_to(at.segment, x.shape[:-1])
+        # Padding may hold NaN, which the masked step would still carry into the gradients of the weights.
         x = jnp.where(segment[..., None] != 0, x, jnp.zeros_like(x))
 
         def advance(state: tuple[Carry, Array], token: tuple[Array, Array]) -> tuple[tuple[Carry, Array], Array]:
             (held, last), (vector, now) = state, token
+            # `last` is the segment of the latest real token, so padding inside a text does not restart the state.
             new_text = (now != 0) & (last != 0) & (now != last)
             held = _select(new_text, initial, held)
             moved, output = self.step(held, vector)
+            # The cell also runs on padding, as all rows step together. Its results are discarded.
             output = jnp.where(now[..., None] != 0, output, jnp.zeros_like(output))
             return (_select(now != 0, moved, held), jnp.where(now != 0, now, last)), output
 
@@ -149,20 +161,22 @@ def _select(where: Array, new: Carry, old: Carry) -> Carry:
 
 
 class RecurrentEncoder(nnx.Module):
-    """Several recurrent layers, each reading forward, backward, or both ways.
+    """Stack of recurrent layers, each reading forward, backward or both ways.
 
     Args:
-        input_dim: D.
-        hidden_dim: H, the size of output and state; reading both ways gives each direction half of it.
-        num_layers: how many layers.
-        cell: the recurrence.
-        direction: which way to read.
-        dropout_rate: of each layer's input but the first, where a call has a dropout key (Zaremba 2014).
+        input_dim: D, the size of the input.
+        hidden_dim: H, the size of output and state. With `Direction.BOTH` each direction has half of it (Bahdanau 2014,
+            section 3.2).
+        num_layers: number of layers.
+        cell: the recurrent cell.
+        direction: reading direction.
+        dropout_rate: dropout rate of the input of each layer except the first, in [0, 1) (Zaremba 2014). Applies only
+            in calls with a dropout key.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters; not kept.
+        rngs: initialises the parameters and is not kept.
 
     Raises:
-        ValueError: hidden_dim is odd for reading both ways, num_layers is below 1, or a rate is not a probability.
+        ValueError: `hidden_dim` is odd with `Direction.BOTH`, a size is below 1, or the dropout rate is not in [0, 1).
     """
 
     def __init__(
@@ -194,11 +208,21 @@ class RecurrentEncoder(nnx.Module):
     def __call__(
         self, x: Float[Array, "*batch T D"], at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "*batch T H"], list[Carry]]:
-        """Outputs `[*batch, T, H]` and the last state `[*batch, H]` of each layer."""
+        """Encodes a sequence.
+
+        Args:
+            x: tokens `[*batch, T, D]`.
+            at: their coordinates.
+            dropout_key: if None, nothing is dropped.
+
+        Returns:
+            Outputs `[*batch, T, H]` of the last layer, and the last state `[*batch, H]` of each layer.
+        """
         carries = []
         for index, (layer, key) in enumerate(zip(self.layers, split(dropout_key, len(self.layers)), strict=True)):
             x = drop(x, self.dropout_rate, key) if index else x
             results = [direction(x, at) for direction in layer]
             x = jnp.concatenate([output for output, _ in results], axis=-1)
+            # The states of both directions together have the size H that a decoder layer starts from.
             carries.append(jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-1), *[c for _, c in results]))
         return x, carries

@@ -1,4 +1,4 @@
-"""The attention of recurrent decoders: one head, over any score of `seqattn.scores`, global or local."""
+"""Single-head attention for recurrent decoders, with any score of `seqattn.scores`, global or local."""
 
 import enum
 
@@ -28,7 +28,7 @@ RULES = (
 
 
 class Score(enum.Enum):
-    """How alike a decoder state and an encoder state are; each is the function of that name in `seqattn.scores`."""
+    """Score of a decoder state and an encoder state. Each is the function of the same name in `seqattn.scores`."""
 
     DOT = "dot"
     SCALED_DOT = "scaled_dot"
@@ -39,24 +39,25 @@ class Score(enum.Enum):
 
 
 class ScoredAttention(nnx.Module):
-    """A context for each decoder state: the encoder states weighted by the softmax of their scores.
+    """Attention of decoder states over encoder states, with a choice of scores (Bahdanau 2014; Luong 2015, section 3).
 
-    Whatever of a score depends on the key alone is computed once, in `project`.
+    The context of a decoder state is the sum of the encoder states, weighted by the softmax of their scores. `project`
+    computes once the part of the score that depends on the key alone.
 
     Args:
-        score: which score.
+        score: the score.
         query_dim: Q, the size of decoder states.
         key_dim: D, the size of encoder states.
-        hidden_dim: F, the hidden layer of the concat and additive scores and of `Predictive`; `key_dim` where not
-            given.
-        mask: which encoder states may be attended to.
-        local: look around one source position only (Luong 2015, section 3.2), and at all that the mask allows where
-            not given. The position of a query is then the step of the decoder.
+        hidden_dim: F, the size of the hidden layer of the concat and additive scores and of `Predictive`. Defaults to
+            `key_dim`.
+        mask: which encoder states may be attended to. Defaults to `NotPadding()`.
+        local: if given, attends to a window around one source position (Luong 2015, section 3.2). The position of a
+            query must then be the step of the decoder. If None, attends to everything that the mask allows.
         param_dtype: dtype of the parameters.
-        rngs: initialises the parameters (Xavier uniform); not kept.
+        rngs: initialises the parameters (Xavier uniform) and is not kept.
 
     Raises:
-        ValueError: a dot product of different sizes, or a size below 1.
+        ValueError: a dot score with `query_dim` different from `key_dim`, or a size below 1.
 
     >>> attention = ScoredAttention(Score.ADDITIVE, query_dim=3, key_dim=4, rngs=nnx.Rngs(0))
     >>> memory = attention.project(jnp.ones((2, 5, 4)), Coordinates.from_lengths([5, 0], 5))
@@ -81,7 +82,7 @@ class ScoredAttention(nnx.Module):
         check_sizes(query_dim=query_dim, key_dim=key_dim, hidden_dim=hidden_dim)
         if score in (Score.DOT, Score.SCALED_DOT) and query_dim != key_dim:
             raise ValueError(f"{score.value} needs query_dim ({query_dim}) equal to key_dim ({key_dim}); use general")
-        # NotPadding asks nothing of positions, which in source and target are not comparable.
+        # NotPadding does not read positions: those of source and target are not comparable.
         self.score, self.mask = score, NotPadding() if mask is None else mask
         self.query_weight, self.key_weight, self.projection = _draw(
             score, (query_dim, key_dim, hidden_dim), param_dtype, rngs
@@ -90,9 +91,17 @@ class ScoredAttention(nnx.Module):
         self.window = None if local is None else LocalWindow(local, *sizes, param_dtype=param_dtype, rngs=rngs)
 
     def project(self, encoded: Float[Array, "*batch S D"], at: Coordinates) -> KeyValue:
-        """The memory of encoder states `[*batch, S, D]`: their values, and what scores need of them as keys."""
+        """Computes the memory of encoder states.
+
+        Args:
+            encoded: encoder states `[*batch, S, D]`.
+            at: their coordinates.
+
+        Returns:
+            The states as values `[*batch, S, 1, D]`, and as keys the part of the score that depends on them alone.
+        """
         at = jax.tree.map(lambda field: jnp.broadcast_to(field, encoded.shape[:-1]), at)
-        # Padding may hold anything, also NaN, and its key enters sums before the mask removes it.
+        # Padding may hold NaN, which would enter sums and gradients before the mask removes it.
         encoded = jnp.where(at.segment[..., None] != 0, encoded, jnp.zeros_like(encoded))
         key = encoded if self.key_weight is None else encoded @ self.key_weight[...].T
         return KeyValue(key[..., None, :], encoded[..., None, :], at)
@@ -100,11 +109,18 @@ class ScoredAttention(nnx.Module):
     def __call__(
         self, query: Float[Array, "*batch T Q"], at: Coordinates, memory: KeyValue
     ) -> tuple[Float[Array, "*batch T D"], Float[Array, "*batch T S"]]:
-        """Contexts `[*batch, T, D]` and weights `[*batch, T, S]` of decoder states `[*batch, T, Q]`.
+        """Attends from decoder states to the memory.
 
-        The weights of a query sum to 1, to less with `Predictive`, and to 0 where it sees nothing.
+        Args:
+            query: decoder states `[*batch, T, Q]`.
+            at: their coordinates.
+            memory: the result of `project`.
+
+        Returns:
+            Contexts `[*batch, T, D]` and weights `[*batch, T, S]`. The weights of a query sum to 1; with `Predictive`
+            to less than 1, and for a query with no visible key to 0.
         """
-        # As in `project`: a masked score is 0 in the backward pass, but 0 times NaN is not.
+        # As in `project`: a masked score has gradient 0, but 0 times NaN is NaN.
         real = jnp.broadcast_to(at.segment, query.shape[:-1])[..., None] != 0
         query = jnp.where(real, query, jnp.zeros_like(query))
         scored, share = self._scored(query, memory)[..., None, :, :], None
@@ -112,20 +128,23 @@ class ScoredAttention(nnx.Module):
             context, weights = attend_scores(scored, memory.value, mask=self.mask, q_at=at, kv_at=memory.at)
         else:
             seen, share = self.window(query, at, memory.at)
+            # A window may depend on the query's content, not on coordinates alone, so the mask becomes a dense
+            # array.
             allowed = jnp.broadcast_to(self.mask.dense(at, memory.at, num_heads=1), scored.shape)
             context, weights = attend_scores(scored, memory.value, mask=allowed & seen[..., None, :, :])
         context, weights = context[..., 0, :], weights[..., 0, :, :]
+        # Luong 2015, equation 10: the Gaussian multiplies the softmax, without renormalising it.
         return (context, weights) if share is None else _narrowed(weights * share, memory.value[..., 0, :])
 
     def _scored(self, query: Float[Array, "*batch T Q"], memory: KeyValue) -> Float[Array, "*batch T S"]:
-        """The score of every query with every key."""
+        """Returns the score of every query with every key, `[*batch, T, S]`."""
         if self.query_weight is not None:
             query = query @ self.query_weight[...].T
         over_pairs = jax.vmap(jax.vmap(self._pair, in_axes=(None, 0)), in_axes=(0, None))
         return jnp.vectorize(over_pairs, signature="(t,q),(s,q)->(t,s)")(query, memory.key[..., 0, :])
 
     def _pair(self, query: Float[Array, "F"], key: Float[Array, "F"]) -> Float[Array, ""]:
-        """The score of one query and one key, each already through its matrix."""
+        """Score of one query and one key, each already multiplied by its matrix."""
         if self.projection is not None:
             return scores.perceptron(query, key, self.projection[...])
         scaled = self.score in (Score.SCALED_DOT, Score.SCALED_GENERAL)
@@ -135,7 +154,10 @@ class ScoredAttention(nnx.Module):
 def _narrowed(
     weights: Float[Array, "*batch T S"], value: Float[Array, "*batch S D"]
 ) -> tuple[Float[Array, "*batch T D"], Float[Array, "*batch T S"]]:
-    """The values weighted anew, and the weights, which are NaN already where a visible value is not finite."""
+    """Recomputes the contexts from narrowed weights.
+
+    The weights are already NaN for a query that sees a non-finite value, so such values are replaced by 0 here.
+    """
     finite = jnp.where(jnp.isfinite(value), value, jnp.zeros_like(value)).astype(weights.dtype)
     return jnp.matmul(weights, finite, precision=jax.lax.Precision.HIGHEST).astype(value.dtype), weights
 
@@ -143,7 +165,7 @@ def _narrowed(
 def _draw(
     score: Score, dims: tuple[int, int, int], param_dtype: DTypeLike, rngs: nnx.Rngs
 ) -> tuple[nnx.Param | None, nnx.Param | None, nnx.Param | None]:
-    """The query's matrix, the key's matrix and the projection of a score; None for what it does not have."""
+    """Draws the query matrix, the key matrix and the projection of a score; None for those that it does not have."""
     query_dim, key_dim, hidden_dim = dims
 
     def draw(*shape: int) -> Array:
@@ -154,6 +176,7 @@ def _draw(
     if score in (Score.GENERAL, Score.SCALED_GENERAL):
         return None, nnx.Param(draw(query_dim, key_dim)), None
     if score is Score.CONCAT:
+        # W [q; k] = W_q q + W_k k. Drawn as one matrix, the halves have its Xavier scale.
         both = draw(hidden_dim, query_dim + key_dim)
         query_weight, key_weight = both[:, :query_dim], both[:, query_dim:]
     else:

@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_refused():
     own_table = dataclasses.replace(TRANSFORMER, share_embeddings=False)
     with pytest.raises(ValueError, match="share_embeddings must be True"):
         Captioner(CaptionerConfig(V, CONVOLUTIONAL, own_table), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"source_at \(3, 5\) must be of 2 x 3 = 6 places"):
+    with pytest.raises(ValueError, match=r"source_at \(3, 5\) must have 2 x 3 = 6 places"):
         _model("convolutions_transformer").encode(
             _images("convolutions_transformer"), Coordinates.from_lengths([5, 5, 5], 5)
         )

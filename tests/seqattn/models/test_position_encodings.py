@@ -148,7 +148,7 @@ MODELS = {
         (Rotary(), {"model_dim": 6, "num_heads": 2}, r"dim \(3\) must be even"),
         (Learned(0), {}, r"max_length \(0\) must be an integer of at least 1"),
         (RelativeKeys(0), {}, r"max_distance \(0\) must be an integer of at least 1"),
-        (BucketBiases(32, 8), {}, r"max_distance \(8\) must exceed the (8|16) distances that have a bucket of their"),
+        (BucketBiases(32, 8), {}, r"max_distance \(8\) must exceed (8|16), the number of distances with a bucket of"),
         (BucketBiases(1, 8), {}, r"num_buckets \(1\) must be (even and at least 4|at least 2)"),
     ],
     ids=str,

@@ -192,7 +192,7 @@ def test_param_dtype_reaches_every_parameter():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention": None}, "input_feeding feeds what was attended to: it needs an attention, got attention=None"),
+        ({"attention": None}, "input_feeding feeds the attentional vector: it needs an attention, got attention=None"),
         (
             {"attention": None, "input_feeding": False, "local": Monotonic(3)},
             r"local narrows an attention: it needs one, got attention=None and local=Monotonic\(radius=3\)",

@@ -182,10 +182,10 @@ def test_no_layers_change_nothing():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pattern": ()}, r"pattern must name what at least one layer sees, got \(\)"),
+        ({"pattern": ()}, r"pattern must name what at least one layer attends to, got \(\)"),
         ({"num_layers": 0, "block": BlockConfig(num_heads=0)}, r"num_heads \(0\) must be an integer of at least 1"),
         ({"num_layers": -1}, r"num_layers \(-1\) must be an integer of at least 0"),
-        ({"causal": False, "pattern": (Full(), Compressed())}, "compressed attention is causal"),
+        ({"causal": False, "pattern": (Full(), Compressed())}, "compressed attention needs causal=True"),
         ({"pattern": (Compressed(0),)}, r"stride \(0\) must be an integer of at least 1"),
         ({"pattern": (Local(0),)}, r"the size of a block \(0\) must be an integer of at least 1"),
         ({"pattern": (Window(0),)}, r"the size of a sliding window \(0\)"),

@@ -193,12 +193,12 @@ def test_a_cache_of_a_length_that_is_not_known_at_trace_time_branches_too():
 
 def test_what_makes_no_sense_is_refused():
     cache = branch(StaticCache.empty(B, 4, K, H), 2)
-    with pytest.raises(NotImplementedError, match="a PagedCache has its 2 beams already, got 3 more"):
+    with pytest.raises(NotImplementedError, match="a PagedCache already has 2 beams, got 3 more"):
         branch(cache, 3)
-    with pytest.raises(ValueError, match="the cache has 2 hypotheses a row, got one token or parent for each of 3"):
+    with pytest.raises(ValueError, match="the cache has 2 hypotheses per row, got tokens or parents for 3"):
         select(cache, jnp.zeros((B, 3), jnp.int32))
     three = jax.tree.map(lambda x: jnp.concatenate([x, x[:, :1]], axis=1), _token())
-    with pytest.raises(ValueError, match="the cache has 2 hypotheses a row, got one token or parent for each of 3"):
+    with pytest.raises(ValueError, match="the cache has 2 hypotheses per row, got tokens or parents for 3"):
         cache.append(three)
     with pytest.raises(ValueError, match="does not fit the cache's"):
         RingCache.empty(B, 3, K + 1, H).append(_token())

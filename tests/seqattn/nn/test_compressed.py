@@ -325,7 +325,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(TypeError, match=r"grows by MemoryCompressedAttention\.extend, not by append"):
         CompressedCache.empty(B, T, K, H, stride=STRIDE).append(attention.project(x, at))
     cache = CompressedCache.empty(B, T, K, H, stride=STRIDE).branch(BEAMS)
-    with pytest.raises(ValueError, match="the cache has 2 hypotheses a row"):
+    with pytest.raises(ValueError, match="the cache has 2 hypotheses per row"):
         cache.select(jnp.zeros((B, 3), jnp.int32))
 
 
