@@ -83,5 +83,5 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         plot.main(Arguments((first, empty)))
     with pytest.raises(ValueError, match=r"nowhere holds no metrics.jsonl; train: "):
         plot.main(Arguments((first, tmp_path / "nowhere")))
-    with pytest.raises(ValueError, match="--text is for the pictures of one run"):
+    with pytest.raises(ValueError, match="--text needs exactly one run, got 2"):
         plot.main(Arguments((first, empty), text=("a",)))

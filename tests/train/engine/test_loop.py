@@ -168,7 +168,7 @@ def test_c11_other_versions_are_told(finished, tiny, monkeypatch, caplog):
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "99" if name == "grain" else version(name))
     loop.prepare(dataclasses.replace(tiny, run=finished))
-    assert f"grain {version('grain')}, now 99: other versions may compute" in caplog.text
+    assert f"grain {version('grain')}, now 99: another version may change" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from train.update.optimizer import AdamW, Momentum, Muon, Optimizer
 from train.update.schedules import Constant, InverseSquareRoot, InverseTime, Noam
 
 STEPS = 12  # of the tiny experiment, which is evaluated after 5 and 10
-EVALUATIONS = r"evaluations of the run \({}\), by steps \(12\) and evaluate_every \({}\)"
+EVALUATIONS = r"evaluations of the run \({}\), from steps \(12\) and evaluate_every \({}\)"
 
 
 @pytest.fixture
