@@ -77,7 +77,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     first, second, empty = (tmp_path / name for name in ("a/run", "b/run", "c/empty"))
     with pytest.raises(ValueError, match="two runs have the same name"):
         plot.main(Arguments((first, second)))
-    with pytest.raises(ValueError, match="at least one folder"):
+    with pytest.raises(ValueError, match="at least one run folder"):
         plot.main(Arguments(()))
     with pytest.raises(ValueError, match="empty holds no loss"):
         plot.main(Arguments((first, empty)))
