@@ -27,9 +27,9 @@ class RunLock:
     Args:
         folder: the run folder; created if it is missing.
 
-    Raises (when entered):
-        ValueError: another process, or another lock in this process, holds the folder; the message names the holder.
-        OSError: the folder cannot be created or written to.
+    Raises:
+        ValueError: on entry, another process, or another lock in this process, holds the folder; the message names it.
+        OSError: on entry, the folder cannot be created or written to.
     """
 
     def __init__(self, folder: Path) -> None:

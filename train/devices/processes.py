@@ -34,7 +34,7 @@ _HEARTBEAT = 100
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes that train together. Defaults to the tasks of a SLURM or Open MPI job, or else a single process."""
+    """The processes that train together. Defaults to the tasks of a SLURM or Open MPI job, elsewhere to one process."""
 
     coordinator: str | None = None
     """Host and port of process 0, such as 10.0.0.1:1234. None for JAX_COORDINATOR_ADDRESS or the cluster's value."""

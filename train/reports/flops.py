@@ -76,7 +76,7 @@ def _inner(params: dict[str, Any]) -> Iterator[Any]:
 def peak(device: jax.Device) -> tuple[float, str]:
     """Returns the peak rate of a device in FLOP/s and its source in words.
 
-    The rate comes from the data sheet for known devices, or else from timing a matrix product.
+    For known devices the rate comes from the data sheet, for others from timing a matrix product.
     """
     for name, figure in _PEAKS.items():
         if device.device_kind.startswith(name):

@@ -50,7 +50,7 @@ class Summary:
             f"{self.updates} updates of {1e3 * self.seconds / self.updates:,.1f} ms: devices computed "
             f"{self.computing:.1%} of the time; the loop waited for batches {self.waiting:.1%} and started updates "
             f"{self.starting:.1%} of it",
-            f"of what was computed: {kinds}",
+            f"operations by time: {kinds}",
         ]
 
 

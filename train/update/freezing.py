@@ -44,8 +44,8 @@ def freeze(optimizer: optax.GradientTransformation, patterns: Sequence[str]) -> 
         optimizer: makes the updates of the trainable parameters.
         patterns: glob patterns for whole paths, as in `train.update.parameters.matching`.
 
-    Raises (when the state is created):
-        ValueError: a pattern matches no path, or every path is matched.
+    Raises:
+        ValueError: by `init`, if a pattern matches no path or every path is matched.
 
     >>> optimizer = freeze(optax.sgd(1.0), ["query/*"])
     >>> params = {"query": {"bias": jnp.ones(2)}, "bias": jnp.ones(2)}

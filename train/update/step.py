@@ -125,8 +125,8 @@ def make_update(
         A pure function `update(state, batch, axis_name=None) -> (state, metrics)`. With `axis_name`, losses and
         gradients are summed over that axis of `jax.pmap`.
 
-    Raises (when traced):
-        ValueError: the rows of the batch are not a multiple of `pieces`.
+    Raises:
+        ValueError: by `update` at trace time, if the rows of the batch are not a multiple of `pieces`.
     """
     settings = _Settings(seed, label_smoothing, pieces, compute_dtype, decay, patience)
 
