@@ -101,7 +101,7 @@ def make_update(
 ) -> Update:
     """Makes the function that computes one update from the gradient of the mean loss.
 
-    The dropout mask depends only on the seed and the step, so a resumed run drops the same units. Losses and label
+    Dropout masks depend only on seed, step and device, so a resumed run drops the same units. Losses and label
     counts are summed over micro-batches and devices before the division, so every label has the same weight.
 
     If the loss or the gradient norm is not finite, the update is skipped: parameters, optimizer state and average stay
