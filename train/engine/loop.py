@@ -238,7 +238,7 @@ def _protect_best(session: Session, history: list[Row]) -> None:
 
 def _go_back_to_best(session: Session, history: list[Row], say: Callable[[str], None]) -> None:
     """Restores the best intact checkpoint and makes it the latest one."""
-    # Verified anew, since the file may have been damaged after it was written.
+    # Verified again, since a file may have been damaged after it was written.
     session.checkpoints.read_again()
     # Process 0 chooses for all, since others may see other files or none.
     patience, whole = Patience(history), session.checkpoints.steps
