@@ -1,1 +1,1 @@
-"""Training: text, files, devices and clocks around the functions and modules of seqattn."""
+"""Training, evaluation and export of the models of seqattn: data, optimizers, checkpoints, devices and commands."""

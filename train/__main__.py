@@ -1,4 +1,7 @@
-"""`python -m train EXPERIMENT [--overrides]` trains, or resumes, an experiment: a name or a file; --list names them."""
+"""Trains or resumes an experiment: `python -m train EXPERIMENT [--overrides]`.
+
+EXPERIMENT is a name or a file. `--list` shows the names.
+"""
 
 import os
 import sys
@@ -19,19 +22,27 @@ _FLAGS = (
     tyro.conf.ConsolidateSubcommandArgs,
     tyro.conf.CascadeSubcommandArgs,
     tyro.conf.EnumChoicesFromValues,
-    # A nested `--no-...` is refused where the subcommand of its default is not written out.
+    # tyro rejects a nested `--no-...` unless the subcommand of its default is given too, so flags take True or False.
     tyro.conf.FlagConversionOff,
 )
 
 
 def parse(arguments: Sequence[str] | None = None) -> "Experiment":
-    """The experiment that a command line names, with its overrides; that of this process by default."""
+    """Parses a command line to an experiment with its overrides.
+
+    Args:
+        arguments: the words of the command line; by default those of this process.
+
+    Raises:
+        SystemExit: a flag is unknown or its value invalid, or the command line asks for help.
+        ValueError: the file holds no experiment, or a setting is out of its range.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and _is_path(arguments[0]):
         return _from_file(Path(arguments[0]), arguments[1:])
     defaults = {name: catalogue.named(name) for name in catalogue.names()}
     kinds = tyro.extras.subcommand_type_from_defaults(defaults, catalogue.sentences())
-    about = "Trains, or resumes, one of the experiments, or that of a FILE.py; --list names them, a line each."
+    about = "Trains or resumes an experiment, given by name or as FILE.py. --list shows the names, one per line."
     return tyro.cli(kinds, prog="python -m train", description=about, config=_FLAGS, args=arguments)
 
 
@@ -47,20 +58,20 @@ def _from_file(file: Path, overrides: Sequence[str]) -> "Experiment":
     experiment = catalogue.from_file(file)
     about = catalogue.first_sentence(sys.modules[str(file.resolve())].__doc__ or "")
     with warnings.catch_warnings():
-        # A task of the file is none of those that the annotation of the field names: it becomes a choice more.
+        # A task defined in the file is not in the annotation of the field; tyro adds it as another choice.
         warnings.filterwarnings("ignore", ".*does not match any type in Union")
         prog = f"python -m train {file}"
         return tyro.cli(Experiment, prog=prog, description=about, default=experiment, config=_FLAGS, args=overrides)
 
 
 def main() -> int:
-    """Reads the command line and trains; returns the exit code."""
+    """Parses the command line and trains; returns the exit code."""
     if sys.argv[1:] == ["--list"]:
         listed = catalogue.sentences()
         width = max(map(len, listed))
         print("\n".join(f"{name:{width}}  {sentence}" for name, sentence in listed.items()))
         return 0
-    from train.engine import loop  # slow to import: a signal meanwhile must find `environment.command` at work
+    from train.engine import loop  # slow to import: `environment.command` must already handle signals meanwhile
 
     return loop.train(parse())
 

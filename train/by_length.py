@@ -1,4 +1,4 @@
-"""Exact match against the length of the source: `python -m train.by_length RUN [RUN ...] --plot FILE`."""
+"""Plots exact match against source length: `python -m train.by_length RUN [RUN ...] --plot FILE`."""
 
 import dataclasses
 from collections import defaultdict
@@ -18,16 +18,27 @@ from train.reports.plots import line_chart
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(OwnCode):
-    """How often runs of one task write their reference, by the length of the source, in one picture."""
+    """Compares runs of one task by exact match on the test split, for each length of the source, in one plot."""
 
     run: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of the runs, which share their test split."""
+    """Run folders; their runs must have the same test split."""
     plot: Path
-    """Where to draw, as PNG and SVG."""
+    """Path of the plot; written as PNG and SVG."""
 
 
 def by_length(folder: Path) -> dict[int, float]:
-    """The share of the test split's examples that are written exactly, for each number of characters of the source."""
+    """Computes exact match on the test split for each source length.
+
+    Args:
+        folder: the run folder.
+
+    Returns:
+        From the number of characters in the source to the share of exact outputs, 0 to 1, in ascending order.
+
+    Raises:
+        ValueError: the run has no sequence-to-sequence model, or its data changed.
+        FileNotFoundError: the folder holds no checkpoint.
+    """
     trained = run.load(folder)
     exported.check_serves(trained, "by_length", objectives.SequenceToSequence)
     split = trained.splits()["test"]
@@ -39,12 +50,12 @@ def by_length(folder: Path) -> dict[int, float]:
 
 
 def main(arguments: Arguments) -> None:
-    """Prints a row for each length, and where the picture is."""
+    """Prints a tab-separated row for each length, then the paths of the plot."""
     stem = arguments.plot.with_suffix("") if arguments.plot.suffix in (".png", ".svg") else arguments.plot
     names = [folder.name for folder in arguments.run]
     if len(set(names)) < len(names):
         raise ValueError(
-            f"two runs of {', '.join(map(str, arguments.run))} have the same name, by which lines are told"
+            f"two runs of {', '.join(map(str, arguments.run))} have the same name, which must label their lines"
         )
     lines = {folder.name: by_length(folder) for folder in arguments.run}
     print("length", *lines, sep="\t")

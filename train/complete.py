@@ -1,4 +1,4 @@
-"""How a language model goes on with a text: `python -m train.complete RUN "def __init__(self"`."""
+"""Continues texts with a language model: `python -m train.complete RUN "def __init__(self"`."""
 
 import dataclasses
 import sys
@@ -17,20 +17,20 @@ from train.inference.completer import Completer
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(OwnCode):
-    """Goes on with texts, or with each line of standard input, by the latest model of a run."""
+    """Continues texts, or each line of standard input, with the latest model of a run."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Run folder, or folder of an exported model."""
     text: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Texts to go on with; without any, lines of standard input, once it has ended."""
+    """Texts to continue. Without any, reads all of standard input and continues each line."""
     length: int = 200
-    """Tokens to add, at most."""
+    """Maximum number of tokens to add."""
     temperature: float = 0.8
-    """0 for the most probable token each time; above, samples."""
+    """Sampling temperature: divides the logits. 0 always takes the most probable token."""
     top_p: float = 0.95
-    """Samples are of the most probable tokens that together have this probability."""
+    """Nucleus sampling: sample from the fewest tokens whose probabilities sum to this. 1 for all tokens."""
     seed: int = 0
-    """Of the samples."""
+    """Random seed of the samples."""
 
 
 def main(arguments: Arguments) -> None:

@@ -1,4 +1,4 @@
-"""What one run is: frozen dataclasses, written to JSON and read back without loss."""
+"""The configuration of a run: frozen dataclasses that convert to JSON and back without loss."""
 
 import dataclasses
 import functools
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     AnyTask = Task
 else:
     AnyTask = functools.reduce(operator.or_, every_task())
-"""Any task that can be trained on; `task:dates` and so on on the command line."""
+"""Any task; `task:dates` and so on on the command line."""
 
 FROM_TOKENIZER = 0
-"""As the `vocab_size` of a model: take the size of the tokenizer's vocabulary."""
+"""The `vocab_size` of a model that takes the size of the tokenizer's vocabulary."""
 
 FROM_DATA = 0
-"""As the `num_labels` of a model: as many as the training split has."""
+"""The `num_labels` of a model that takes the number of labels in the training split."""
 
 
 Model = (
@@ -58,80 +58,81 @@ Model = (
         tyro.conf.subcommand("encoder", default=EncoderConfig(FROM_TOKENIZER, head=TokenLabels(FROM_DATA))),
     ]
 )
-"""Any model that can be trained; `model:seq2seq` and so on on the command line."""
+"""Any trainable model; `model:seq2seq` and so on on the command line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything that decides a run."""
+    """The settings of a training run."""
 
     task: Annotated[AnyTask, SubclassesOf(Task)]
-    """Where examples come from."""
+    """Task: the source of the examples."""
     model: Model
-    """Which model; a vocab_size of 0 is taken from the tokenizer."""
+    """Model. A vocab_size of 0 takes the size of the tokenizer's vocabulary."""
     run: Path
-    """Folder of the run: checkpoints, metrics.jsonl, samples, pictures. The same command again resumes there."""
+    """Run folder for checkpoints, metrics.jsonl, samples and pictures. The same command again resumes the run."""
     tokenizer: Characters | ByteLevelBPE | SavedTokenizer = Characters()
-    """How text becomes tokens; trained on the training split."""
+    """Tokenizer, trained on the training split."""
     batches: Batches = Batches()
-    """How examples become batches."""
+    """Batch size and grouping of the examples."""
     optimizer: Optimizer = Optimizer()
-    """How gradients become updates."""
+    """Optimization algorithm, learning-rate schedule and clipping."""
     steps: int = 1000
-    """Updates in all."""
+    """Total number of updates."""
     evaluate_every: int = 250
-    """Updates between two evaluations; each also saves a checkpoint."""
+    """Updates between evaluations on the validation split. Each evaluation also saves a checkpoint."""
     evaluate_examples: int = 500
-    """Most examples of the validation split to evaluate on."""
+    """Maximum number of validation examples per evaluation."""
     log_every: int = 10
-    """Updates between two rows of metrics."""
+    """Updates between rows of metrics."""
     tensorboard: bool = False
-    """Also write metrics for TensorBoard, into the folder `tensorboard` of the run; needs tensorboardX."""
+    """Also write metrics for TensorBoard to RUN/tensorboard; needs tensorboardX."""
     wandb: str | None = None
-    """Also log metrics to this project of Weights & Biases; needs wandb, and a network."""
+    """Also log metrics to this Weights & Biases project; needs wandb and a network."""
     profile: str | None = None
-    """Trace these updates, such as 20:25, into the folder `profile` of the run, and tell where their time went."""
+    """Profile these updates, FIRST:LAST such as 20:25: write a trace to RUN/profile and print a summary."""
     keep_checkpoints: int = 2
-    """Latest checkpoints that stay."""
+    """Number of latest checkpoints to keep."""
     keep_best: int = 0
-    """Checkpoints with the lowest validation losses that stay, too."""
+    """Number of checkpoints with the lowest validation losses to keep as well."""
     average: int = 1
-    """Judge the test split by the mean of the parameters of so many of the latest checkpoints (Vaswani 2017, 6.1)."""
+    """Evaluate the test split with the mean of the parameters of this many latest checkpoints (Vaswani 2017, 6.1)."""
     beam_size: int = 1
-    """Hypotheses of each text of the test split."""
+    """Beam-search hypotheses per text of the test split; 1 is greedy decoding."""
     patience: int | None = None
-    """Stop once so many evaluations in a row have not lowered the validation loss, and go back to the best one."""
+    """Early stopping: stop after this many consecutive evaluations without a new lowest validation loss, and restore
+    the best checkpoint. None for no early stopping."""
     initializer: Uniform | Normal | Xavier | Kaiming | None = None
-    """Draw every matrix anew by this; None for what each layer has of its own."""
+    """Initializer for all matrices. None keeps the default initializer of each layer."""
     word_vectors: Path | None = None
-    """A text file of word2vec or GloVe: the tokens that it has begin with its vectors."""
+    """Text file in word2vec or GloVe format. Embeddings of tokens in it start from its vectors."""
     start_from: Path | None = None
-    """A run whose tokenizer is taken over, and of its latest checkpoint all parameters with the same path and shape."""
+    """Run folder to start from: takes its tokenizer, and all parameters of its latest checkpoint whose path and shape
+    match."""
     frozen: tuple[str, ...] = ()
-    """Patterns of paths, such as `embedding/*`: parameters that training leaves as they are."""
+    """Parameters that training does not change, as glob patterns of their paths, such as `embedding/*`."""
     parallel: Parallel = Replicated()
-    """How updates are spread over devices."""
+    """How updates are distributed over devices."""
     processes: Processes = Processes()
-    """Who trains together, on one machine or several."""
+    """Processes that train together, on one machine or several."""
     label_smoothing: float = 0.0
-    """Epsilon of Szegedy 2016, of the training loss alone."""
+    """Epsilon of label smoothing in the training loss (Szegedy 2016); 0 for none."""
     pieces: int = 1
-    """Compute each batch in so many pieces and add their gradients: less memory, the same update."""
+    """Micro-batches per batch. Their gradients are added: less memory, the same update."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What losses and gradients are computed in; parameters and their sums stay float32."""
+    """Dtype of the forward and backward pass. Parameters and sums of gradients stay float32."""
     ema: float | None = None
-    """Decay of a moving average of the parameters, such as 0.999: it is what is evaluated and translated with."""
+    """Decay per update of an exponential moving average of the parameters, such as 0.999. Evaluation and translation
+    use the average. None for no average."""
     max_skipped: int = 10
-    """An update that is not finite is left out; stop after so many in a row."""
+    """Stop after this many consecutive skipped updates. An update is skipped if its loss or gradient is not finite."""
     bleu: bool = False
-    """Also measure BLEU and chrF, with sacrebleu."""
+    """Also compute BLEU and chrF with sacrebleu."""
     accept_changes: bool = False
-    """Let a run go on with other steps, optimizer, batches, smoothing, pieces, dtype, patience, evaluations or seed.
-
-    What is otherwise is told, and written into its checkpoints.
-    """
+    """Resume with changed settings. Changed steps, optimizer, batches, label_smoothing, pieces, compute_dtype, seed,
+    patience or evaluations require this flag. Changes are logged and recorded in the checkpoints."""
     seed: int = 0
-    """Decides parameters, order of examples and dropout; 0 to 2**32 - 1."""
+    """Random seed of initial parameters, order of examples and dropout: 0 to 2**32 - 1."""
 
     def __post_init__(self) -> None:
         counts = (
@@ -152,16 +153,16 @@ class Experiment:
         check_seed(self.seed)
         if self.patience is not None and not 1 <= self.patience < self.keep_checkpoints:
             raise ValueError(
-                f"patience ({self.patience}) must be at least 1 and below keep_checkpoints ({self.keep_checkpoints}): "
-                "the best checkpoint must still be there"
+                f"patience ({self.patience}) must be at least 1 and below keep_checkpoints ({self.keep_checkpoints}), "
+                "so that the best checkpoint is kept"
             )
         check_integer("keep_best", self.keep_best, 0)
         saved = min(self.keep_checkpoints, math.ceil(self.steps / self.evaluate_every))
         if self.average > saved:
             raise ValueError(
-                f"average ({self.average}) must be at most the number of checkpoints at the end ({saved}), by "
+                f"average ({self.average}) must be at most the number of checkpoints at the end ({saved}), from "
                 f"keep_checkpoints ({self.keep_checkpoints}), steps ({self.steps}) and evaluate_every "
-                f"({self.evaluate_every}); --average 1 takes the last one alone"
+                f"({self.evaluate_every}); --average 1 takes only the last one"
             )
         if self.ema is not None:
             check_number("ema", self.ema, above=0, below=1, hint=", or None for no average")
@@ -170,15 +171,15 @@ class Experiment:
             if self.start_from is not None and getattr(self, name) is not None:
                 raise ValueError(
                     f"{name} ({getattr(self, name)}) and start_from ({self.start_from}) exclude each other: the "
-                    "parameters of the run to start from would win wherever they fit"
+                    "parameters of that run would replace the others wherever they fit"
                 )
 
 
 def encode(value: Any) -> Any:
-    """A config as JSON values; dataclasses, enums and paths carry the name of their type.
+    """Converts a config to JSON values; dataclasses, enums and paths include the name of their type.
 
     Raises:
-        TypeError: naming a field whose value is not of its annotation.
+        TypeError: the value of a field does not match its annotation; the message names the field.
 
     >>> encode(TokenLabels(3))
     {'type': 'TokenLabels', 'num_labels': 3}
@@ -187,11 +188,18 @@ def encode(value: Any) -> Any:
 
 
 def decode(values: Any, kind: Any = Experiment) -> Any:
-    """The inverse of `encode`, for a config of this kind.
+    """Converts JSON values back to a config; the inverse of `encode`.
+
+    A missing field takes its default. Defaults of new fields keep the behavior of older versions, so older configs
+    stay valid.
+
+    Args:
+        values: JSON values from `encode`.
+        kind: the type of the config.
 
     Raises:
-        ValueError: an unknown type, or fields that are unknown, mistyped, or missing where they have no default: a
-            field that was added since takes its default, which keeps what a model of an older version computes.
+        ValueError: a type or a field is unknown, a value does not match its annotation, or a field without a default is
+            missing.
 
     >>> decode({"type": "TokenLabels", "num_labels": 3}, TokenLabels)
     TokenLabels(num_labels=3)
@@ -200,13 +208,13 @@ def decode(values: Any, kind: Any = Experiment) -> Any:
         return from_json(values, kind)
     except UnknownType as error:
         raise ValueError(
-            f"{error}; if that is a task of your own, name the file of its experiment (--experiment FILE), or put the "
+            f"{error}; if this is a task of your own, give the file of its experiment (--experiment FILE), or put the "
             "file of the task into train/tasks/"
         ) from error
 
 
 def differences(first: Any, second: Any, path: str = "") -> list[str]:
-    """The fields in which two encoded configs differ, with both values.
+    """Lists the fields in which two encoded configs differ, with both values.
 
     >>> differences(encode(TokenLabels(3)), encode(TokenLabels(5)))
     ['num_labels: 3 and 5']

@@ -1,4 +1,4 @@
-"""How good a model is on a split: `python -m train.evaluate RUN --split test`."""
+"""Evaluates a model on a split of its data: `python -m train.evaluate RUN --split test`."""
 
 import dataclasses
 from pathlib import Path
@@ -15,23 +15,23 @@ from train.experiments.catalogue import OwnCode
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(OwnCode):
-    """Measures the latest model of a run on one of its splits, as training does at its end."""
+    """Evaluates the latest model of a run on one of its splits, as training does at its end."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Run folder."""
     split: Literal["train", "validation", "test"] = "test"
-    """Which examples."""
+    """Split to evaluate on."""
     examples: int | None = None
-    """At most this many of them, from the first on; all by default."""
+    """Maximum number of examples, from the start of the split. All by default."""
     average: int | None = None
-    """Measure the mean of the parameters of so many of the latest checkpoints (Vaswani 2017, section 6.1); by default
-    of as many as the run's figures are of."""
+    """Average the parameters of this many latest checkpoints (Vaswani 2017, section 6.1). By default as many as for
+    the results of the run."""
     beam_size: int | None = None
-    """Hypotheses of each text; by default as many as the run's figures are of."""
+    """Number of beam-search hypotheses per text; 1 is greedy decoding. By default as for the results of the run."""
 
 
 def main(arguments: Arguments) -> None:
-    """Prints the figures, one a line."""
+    """Prints the scores, one per line."""
     if arguments.beam_size is not None:
         check_integer("--beam-size", arguments.beam_size, 1)
     trained = run.load(arguments.run, average=arguments.average)

@@ -1,8 +1,8 @@
-"""A trained model for others: `python -m train.export RUN DIR`, and with `--push-to NAME` on the Hugging Face hub.
+"""Exports a trained model: `python -m train.export RUN DIR`, with `--push-to NAME` also to the Hugging Face hub.
 
-`DIR` holds what `train.hub.exported` says: config, parameters as safetensors, tokenizer, model card and digests;
-nothing that the model does not need, such as checkpoints and the state of the optimizer. With `--stablehlo` also
-`forward.stablehlo`: logits under teacher forcing as a program for CPUs, NVIDIA GPUs and TPUs, which needs no seqattn.
+`DIR` gets the files of `train.hub.exported`: config, parameters as safetensors, tokenizer, model card and digests, but
+no checkpoints and no optimizer state. `--stablehlo` adds `forward.stablehlo`, a program for CPUs, NVIDIA GPUs and TPUs
+that computes the logits under teacher forcing without seqattn.
 """
 
 import dataclasses
@@ -26,28 +26,29 @@ from train.tasks import RenderedText
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(OwnCode):
-    """Writes a trained model as a folder that anybody can read without running code of yours."""
+    """Exports a trained model to a folder that others can load without running code of yours."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Run folder."""
     folder: tyro.conf.Positional[Path]
-    """Where to; new or empty."""
+    """Destination folder; must be new or empty."""
     average: int | None = None
-    """Average the parameters of so many of the latest checkpoints; by default of those that the figures are of."""
+    """Average the parameters of this many latest checkpoints. By default as many as for the results of the run."""
     license: str | None = None
-    """Licence of the parameters, as the hub names it: apache-2.0, cc-by-4.0, ..."""
+    """License of the parameters, by its identifier on the hub: apache-2.0, cc-by-4.0, ..."""
     stablehlo: bool = False
     """Also write forward.stablehlo, which computes logits without seqattn."""
     stablehlo_shape: tuple[int, int] = (8, 64)
-    """Rows of its batches and tokens of its texts, where the model cannot be compiled for any number of them."""
+    """Batch size and tokens per text of forward.stablehlo. Only used if the model cannot be compiled for variable
+    sizes."""
     push_to: str | None = None
     """Also upload the folder to the Hugging Face hub, as USER/MODEL."""
     private: bool = False
-    """Only you see it there."""
+    """Make the model private on the hub; needs --push-to."""
 
 
 def main(arguments: Arguments) -> None:
-    """Writes the folder, says where it is, and uploads it where that is asked for."""
+    """Writes the folder, prints its files, and uploads it if `push_to` is given."""
     _check(arguments)
     trained = run.load(arguments.run, average=arguments.average)
     exported.check_task(trained, arguments.experiment)
@@ -74,12 +75,12 @@ def main(arguments: Arguments) -> None:
 
 
 def _check(arguments: Arguments) -> None:
-    """Refuses what no model is needed to see."""
+    """Checks the arguments before the model is loaded."""
     rows, tokens = arguments.stablehlo_shape
     check_integer("--stablehlo-shape, rows", rows, 1)
     check_integer("--stablehlo-shape, tokens", tokens, 1)
     if arguments.private and arguments.push_to is None:
-        raise ValueError("--private says who sees a model on the hub: it needs --push-to")
+        raise ValueError("--private is for a model on the hub: it needs --push-to")
     if arguments.push_to is not None:
         huggingface_hub.utils.validate_repo_id(arguments.push_to)
     if arguments.stablehlo:
@@ -88,28 +89,33 @@ def _check(arguments: Arguments) -> None:
 
 
 def push(folder: Path, name: str, *, private: bool) -> str:
-    """Uploads an exported folder, the files of the export alone, and returns where it is.
+    """Uploads an exported model to the Hugging Face hub.
+
+    Only the files of the export are uploaded.
 
     Args:
-        folder: the folder.
-        name: USER/MODEL.
-        private: refuse where others could see it.
+        folder: the exported folder.
+        name: the name on the hub, USER/MODEL.
+        private: create the repository as private, and refuse an existing public one.
+
+    Returns:
+        The URL of the model.
 
     Raises:
-        ValueError: the hub cannot be reached or refuses, or would show to everybody what should be private.
+        ValueError: the hub is unreachable or refuses, or `private` is given and the existing repository is public.
     """
     files = [CARD, SUMS, *exported.check_digests(folder)]
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(name, private=private or None, exist_ok=True)
-        # One that was there before stays what it was.
+        # An existing repository keeps its visibility.
         if private and not api.model_info(name).private:
-            raise ValueError(f"{name} is there already, and public: make it private on the hub, or give another name")
+            raise ValueError(f"{name} exists and is public: make it private on the hub, or give another name")
         api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, commit_message="seqattn: export")
     except (OSError, huggingface_hub.errors.HTTPError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise ValueError(
-            f"{folder} is written, but could not be uploaded: {reason.rstrip('.')}. Where a token is missing, hf auth "
+            f"{folder} is written, but could not be uploaded: {reason.rstrip('.')}. If a token is missing, run hf auth "
             f"login; then: hf upload {name} {folder}"
         ) from error
     return f"https://huggingface.co/{name}"

@@ -1,4 +1,4 @@
-"""The pictures of a run, or several runs in one: `python -m train.plot RUN [RUN ...]`."""
+"""Plots learning curves and attention of a run, or compares several: `python -m train.plot RUN [RUN ...]`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,18 @@ from train.reports.plots import compared_curves, learning_curves
 
 
 def draw(trained: Run, texts: Sequence[str] = ()) -> list[Path]:
-    """Learning curves, and what the model does with each text: by default with the first few of the test split."""
+    """Draws the learning curves of a run, and the model's attention or outputs for some texts, into its folder.
+
+    Args:
+        trained: the run.
+        texts: source texts; by default the first few examples of the test split.
+
+    Returns:
+        The paths of the pictures.
+
+    Raises:
+        ValueError: without texts, the data changed since training.
+    """
     folder = trained.folder / "attention"
     paths = list(learning_curves(read_metrics(trained.folder / "metrics.jsonl"), trained.folder / "curves"))
     if not texts:
@@ -31,10 +42,17 @@ def draw(trained: Run, texts: Sequence[str] = ()) -> list[Path]:
 
 
 def compare(folders: Sequence[Path], path_stem: Path) -> list[Path]:
-    """The learning curves of several runs in one picture.
+    """Draws the learning curves of several runs in one picture.
+
+    Args:
+        folders: the run folders, at most eight.
+        path_stem: the path of the picture without a suffix.
+
+    Returns:
+        The paths of the PNG and the SVG.
 
     Raises:
-        ValueError: two runs have the same name, or are too many, or one has no metrics.
+        ValueError: two folders have the same name, there are too many runs, or a run has no metrics.
     """
     rows = {}
     for folder in folders:
@@ -48,23 +66,23 @@ def compare(folders: Sequence[Path], path_stem: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Arguments(OwnCode):
-    """Draws learning curves and attention maps of a run into its folder, or the curves of several in one picture."""
+    """Draws learning curves and attention maps of a run into its folder, or compares the curves of several runs."""
 
     run: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of the runs."""
+    """Run folders. With several, their learning curves go into one plot."""
     text: tuple[str, ...] = ()
-    """Texts to draw the attention of; without any, the first few of the test split."""
+    """Texts for the attention maps of a single run. By default the first few examples of the test split."""
     to: Path = Path("compared")
-    """Where several runs are drawn, as PNG and SVG."""
+    """Path of the plot that compares several runs; written as PNG and SVG."""
 
 
 def main(arguments: Arguments) -> None:
     """Prints the path of each picture."""
     if not arguments.run:
-        raise ValueError("give at least one folder of a run")
+        raise ValueError("give at least one run folder")
     if len(arguments.run) > 1:
         if arguments.text:
-            raise ValueError(f"--text is for the pictures of one run, and here are {len(arguments.run)}")
+            raise ValueError(f"--text needs exactly one run, got {len(arguments.run)}")
         stem = arguments.to.with_suffix("") if arguments.to.suffix in (".png", ".svg") else arguments.to
         paths = compare(arguments.run, stem)
     else:

@@ -1,10 +1,12 @@
-"""Text to text with a trained model: `python -m train.translate RUN [TEXT ...]`.
+"""Translates texts with a trained model: `python -m train.translate RUN [TEXT ...]`.
 
-Standard output holds translations and nothing else, in the order of the texts, each as soon as it is known: a line for
-each text, or, with `--n_best N` above 1, exactly N lines, the best first: score, tab, translation. The score is the log
-probability in nats after the length penalty. An empty text has an empty translation, with the score 0; where fewer
-than N were found, the score is -inf; where the model's logits were not finite, it is nan and the translation [FAILED].
-A line break inside a translation becomes a space.
+Standard output has only translations, in the order of the texts, each as soon as it is known: one line per text. With
+`--n_best N` above 1, each text has exactly N lines, best first: score, tab, translation. The score is the log
+probability in nats after the length penalty.
+
+An empty text has an empty translation with the score 0. If fewer than N hypotheses were found, the rest have the score
+-inf. If the model's logits were not finite, the score is nan and the translation is [FAILED]. Line breaks inside a
+translation become spaces.
 """
 
 import os
@@ -60,7 +62,10 @@ _BATCHES_READ = 16
 
 
 def penalty_of(text: str) -> LengthPenalty:
-    """The length penalty that a user writes: "none", or a kind, and a number behind a colon.
+    """Parses a length penalty: "none", "average", "gnmt", or one of the latter two with ":NUMBER".
+
+    Raises:
+        ValueError: the text is none of these.
 
     >>> penalty_of("gnmt:0.7"), penalty_of("average"), penalty_of("none")
     (GNMT(alpha=0.7), AverageLength(power=1.0), NoPenalty())
@@ -91,77 +96,81 @@ _PENALTY = tyro.constructors.PrimitiveConstructorSpec[LengthPenalty](
 
 @dataclass(frozen=True)
 class Arguments(OwnCode):
-    """Translates texts, or standard input line by line, with the latest model of a run: the most probable token first,
-    a beam of hypotheses (--beam_size), or at random (any of --temperature, --top_k, --top_p, --min_p, --seed)."""
+    """Translates texts, or standard input line by line, with the latest model of a run.
+
+    Decodes greedily by default, with beam search if --beam_size is above 1, and by sampling if any of --temperature,
+    --top_k, --top_p, --min_p or --seed is given.
+    """
 
     run: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    """Run folder, or folder of an exported model."""
     text: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Texts to translate; without any, lines of standard input."""
+    """Texts to translate. Without any, translates the lines of standard input."""
     beam_size: int = 1
-    """Hypotheses of a text; 1 is greedy."""
+    """Number of beam-search hypotheses per text; 1 is greedy decoding."""
     length_penalty: Annotated[LengthPenalty, _PENALTY] = AverageLength(1.0)
-    """How the hypotheses of a beam compare: log probability / length ** POWER, / ((5 + length) / 6) ** ALPHA (Wu 2016),
-    or as it is."""
+    """Score of the hypotheses of a beam: average:POWER is log probability / length ** POWER, gnmt:ALPHA is log
+    probability / ((5 + length) / 6) ** ALPHA (Wu 2016), none is the log probability."""
     stopping: Stopping = Stopping.EXACT
-    """When a beam is done: as soon as so many have ended, when a better one is unlikely, or when there can be none."""
+    """When beam search ends: as soon as enough hypotheses have finished, when a better one is unlikely, or when none
+    can be better."""
     n_best: int = 1
-    """Translations of a text, at most beam_size; above 1 so many lines for each text: score, tab, translation."""
+    """Translations per text, at most beam_size. Above 1, each text has this many lines: score, tab, translation."""
     max_length: int | None = None
-    """Most tokens of a translation, its end counted; by default twice as many as the text has, and some
-    more; never more than the model has learned positions."""
+    """Maximum number of tokens in a translation, including the end token. By default a little over twice the
+    tokens of the text; never more than the learned positions of the model."""
     min_length: int = 0
-    """Fewest tokens of a translation, its end counted."""
+    """Minimum number of tokens in a translation, including the end token."""
     temperature: float | None = None
-    """Sample with the logits divided by this: below 1 what is probable becomes more so."""
+    """Sample with the logits divided by this. Below 1, probable tokens become more probable."""
     top_k: int | None = None
-    """Sample from so many most probable tokens."""
+    """Sample from the k most probable tokens."""
     top_p: float | None = None
-    """Sample from the fewest tokens that are so probable together."""
+    """Sample from the fewest tokens whose probabilities sum to at least this (nucleus sampling)."""
     min_p: float | None = None
-    """Sample from tokens that are at least so probable, as a share of the most probable one."""
+    """Sample from tokens with at least this share of the probability of the most probable token."""
     seed: int | None = None
-    """Sample with this seed, 0 to 2**32 - 1; 0 where another of these flags is given."""
+    """Sample with this random seed, 0 to 2**32 - 1. Default when sampling: 0."""
     repetition_penalty: float | None = None
-    """Above 1 makes tokens less probable that were said before."""
+    """Above 1, makes tokens that were already generated less probable."""
     no_repeat_ngram: int | None = None
-    """Never say so many tokens in a row twice."""
+    """Never generate the same sequence of this many tokens twice."""
     batch_size: int = 64
-    """Most texts translated together."""
+    """Maximum number of texts translated together."""
     average: int | None = None
-    """Translate with the mean of the parameters of so many of the latest checkpoints (Vaswani 2017, section 6.1); by
-    default of as many as the run's figures are of."""
+    """Average the parameters of this many latest checkpoints (Vaswani 2017, section 6.1). By default as many as for
+    the results of the run."""
     plot: Path | None = None
-    """Draw where the model looks while it translates the texts of the command line: FILE.png and FILE.svg, and all
-    heads beside it; FILE-1 and so on of several texts."""
+    """Draw the attention for the texts of the command line to FILE.png and FILE.svg, and all heads to files beside
+    them. Several texts are numbered: FILE-1, FILE-2, ..."""
 
 
 def search_of(arguments: Arguments) -> Search:
-    """How translations are found.
+    """Returns the search method that the arguments select: greedy, beam search or sampling.
 
     Raises:
-        ValueError: a value out of its range, or flags that exclude each other.
+        ValueError: a value is out of its range, or flags exclude each other.
     """
     beam = Beam(arguments.beam_size, arguments.n_best, arguments.length_penalty, arguments.stopping)
     for name in ("length_penalty", "stopping") if beam.size == 1 else ():
         if getattr(arguments, name) != getattr(Arguments, name):
-            raise ValueError(f"--{name} is of a beam of hypotheses, and beam_size is 1: it would do nothing")
+            raise ValueError(f"--{name} is for beam search, and beam_size is 1: it would have no effect")
     values = {name: getattr(arguments, name) for name in (*_FILTERS, "seed")}
     given = [name for name, value in values.items() if value is not None]
     if not given:
         return Greedy() if beam.size == 1 else beam
     if beam.size > 1:
         flags = ", ".join(f"--{name}" for name in given)
-        raise ValueError(f"{flags}: sampling has one hypothesis, beam_size ({beam.size}) must be 1")
+        raise ValueError(f"{flags}: sampling keeps one hypothesis, so beam_size ({beam.size}) must be 1")
     check_seed(arguments.seed or 0)
     return Sample(tuple(_made(name, _FILTERS[name], values[name]) for name in given if name in _FILTERS))
 
 
 def processors_of(arguments: Arguments) -> tuple[LogitsProcessor, ...]:
-    """What translations may hold.
+    """Returns the logits processors that the arguments select: repetition penalty, n-gram ban, minimum length.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value is out of its range.
     """
     made: list[LogitsProcessor] = []
     if arguments.repetition_penalty is not None:
@@ -181,14 +190,14 @@ def _made(name: str, kind: Callable[[Any], LogitsProcessor], value: Any) -> Logi
 
 
 def _check(arguments: Arguments) -> None:
-    """Refuses what no model is needed to see."""
+    """Checks the arguments before the model is loaded."""
     longest, plot = arguments.max_length, arguments.plot
     given = {"batch_size": arguments.batch_size, "average": arguments.average, "max_length": longest}
     check_sizes(**{name: value for name, value in given.items() if value is not None})
     if longest is not None and arguments.min_length > longest:
         raise ValueError(f"min_length ({arguments.min_length}) must be at most max_length ({longest})")
     if plot is not None and not arguments.text:
-        raise ValueError("--plot draws the texts of the command line, and there is none; standard input is not drawn")
+        raise ValueError("--plot needs texts on the command line; it does not draw standard input")
     if plot is not None and not plot.name:
         raise ValueError(f"--plot ({plot}) must name a file")
 
@@ -202,7 +211,7 @@ def main(arguments: Arguments) -> int:
     exported.check_task(trained, arguments.experiment)
     config = trained.model.config
     if arguments.plot is not None and isinstance(config, Seq2SeqConfig) and config.attention is None:
-        raise ValueError(f"--plot: the model of {arguments.run} has no attention (its attention is None): no map")
+        raise ValueError(f"--plot: the model of {arguments.run} has no attention to draw (its attention is None)")
     translator = Translator(
         *(trained.model, trained.tokenizer),
         batch_size=arguments.batch_size,
@@ -220,8 +229,8 @@ def main(arguments: Arguments) -> int:
                     progress.update(number)
                 if arguments.plot is not None:
                     best.append(outputs[0].text)
-    except BrokenPipeError:  # who reads the translations has enough of them
-        # The interpreter flushes standard output once more when it ends.
+    except BrokenPipeError:  # the reader of the pipe has closed it, such as `head`
+        # The interpreter flushes standard output at exit, which would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     if arguments.plot is not None:
@@ -236,7 +245,10 @@ def _print(outputs: list[Output]) -> None:
 
 
 def _draw(trained: Run | Exported, texts: Sequence[str], outputs: Sequence[str], file: Path) -> None:
-    """Says on standard error where the maps are, or that there is none: of an empty text, or where the model failed."""
+    """Draws attention maps and prints their paths on standard error.
+
+    There is nothing to draw for an empty text, or if the model failed.
+    """
     stem = file.with_suffix("") if file.suffix in (".png", ".svg") else file
     for number, (text, output) in enumerate(zip(texts, outputs, strict=True), 1):
         path_stem = stem if len(texts) == 1 else stem.with_name(f"{stem.name}-{number}")
@@ -252,7 +264,7 @@ def _chunks(arguments: Arguments) -> Iterable[Sequence[str]]:
 
 
 def _progress(texts: Sequence[str]) -> AbstractContextManager[Progress | None]:
-    """A bar on standard error, where it is a terminal, translations go elsewhere, and their number is known."""
+    """A progress bar on standard error if that is a terminal, standard output is not, and the number is known."""
     if not sys.stderr.isatty() or sys.stdout.isatty():
         return nullcontext()
     total = len(texts) or lines_left(standard_input())

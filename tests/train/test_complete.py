@@ -152,6 +152,6 @@ def test_the_experiment_of_another_task_of_the_same_name_is_refused_by_every_com
         export: {"folder": tmp_path / "exported"},
         plot: {"run": (other.folder,), "text": ("x",)},
     }.get(command, {})
-    with pytest.raises(ValueError, match=r"the examples are not those that .* or the --experiment that it was trained"):
+    with pytest.raises(ValueError, match=r"the data changed since .* the --experiment that it was trained with"):
         command.main(command.Arguments(**{"run": other.folder, "experiment": file} | given))
     assert not (tmp_path / "exported").exists()

@@ -116,7 +116,7 @@ def test_c14_a_flipped_bit_in_the_texts_of_a_run_is_noticed(tiny, tmp_path):
     for name in ("source", "target"):
         for position in (0, -3):
             flip(tmp_path / name, position)
-            with pytest.raises(ValueError, match=rf"the examples are not those that {tmp_path / 'run'} was trained on"):
+            with pytest.raises(ValueError, match=rf"the data changed since {tmp_path / 'run'} was trained"):
                 loop.prepare(experiment)
             flip(tmp_path / name, position)
     loop.prepare(experiment).checkpoints.close()
@@ -134,7 +134,7 @@ def test_c14_a_flipped_bit_in_the_tokenizer_of_a_run_is_noticed(short, tmp_path)
         path for path in (short.run / "checkpoints").rglob("*") if path.is_file() and b"vocab" in path.read_bytes()
     )
     flip(file, file.read_bytes().index(b"vocab"))
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is as it was written"):
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
         loop.prepare(short)
 
 

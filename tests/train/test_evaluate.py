@@ -102,7 +102,7 @@ def test_references_in_another_unicode_form_still_match():
 
 def test_c12_a_split_of_other_examples_is_not_judged(trained):
     assert len(trained.splits()["test"]) == 5
-    with pytest.raises(ValueError, match=r"the examples are not those that .* was trained with"):
+    with pytest.raises(ValueError, match=r"the data changed since .* was trained"):
         dataclasses.replace(trained, data="0" * 64).splits()
 
 

@@ -106,7 +106,7 @@ def test_a_folder_that_holds_something_is_refused_before_the_run_is_read(written
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"private": True}, "--private says who sees a model on the hub: it needs --push-to"),
+        ({"private": True}, "--private is for a model on the hub: it needs --push-to"),
         ({"stablehlo_shape": (8, 0)}, r"--stablehlo-shape, tokens \(0\) must be an integer of at least 1"),
         ({"push_to": "a/b/c"}, "a/b/c"),
     ],
@@ -337,7 +337,7 @@ def test_without_being_asked_nothing_is_sent(trained, tmp_path, monkeypatch):
 def test_what_should_be_private_is_not_sent_to_a_public_place(copy, monkeypatch):
     hub = Hub(private=False)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
-    with pytest.raises(ValueError, match="me/model is there already, and public"):
+    with pytest.raises(ValueError, match="me/model exists and is public"):
         export.push(copy, "me/model", private=True)
     assert [call[0] for call in hub.calls] == ["create_repo"]
 

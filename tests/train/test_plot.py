@@ -77,11 +77,11 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     first, second, empty = (tmp_path / name for name in ("a/run", "b/run", "c/empty"))
     with pytest.raises(ValueError, match="two runs have the same name"):
         plot.main(Arguments((first, second)))
-    with pytest.raises(ValueError, match="at least one folder"):
+    with pytest.raises(ValueError, match="at least one run folder"):
         plot.main(Arguments(()))
     with pytest.raises(ValueError, match="empty holds no loss"):
         plot.main(Arguments((first, empty)))
     with pytest.raises(ValueError, match=r"nowhere holds no metrics.jsonl; train: "):
         plot.main(Arguments((first, tmp_path / "nowhere")))
-    with pytest.raises(ValueError, match="--text is for the pictures of one run"):
+    with pytest.raises(ValueError, match="--text needs exactly one run, got 2"):
         plot.main(Arguments((first, empty), text=("a",)))

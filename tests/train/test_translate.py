@@ -74,10 +74,10 @@ def test_a_translation_stays_on_its_line(capsys):
         ({"beam_size": 0}, r"beam_size \(0\) must be an integer of at least 1"),
         ({"beam_size": 2, "n_best": 3}, r"n_best \(3\) must be an integer from 1 to beam_size \(2\)"),
         ({"n_best": 2, "top_k": 5}, r"n_best \(2\) must be an integer from 1 to beam_size \(1\)"),
-        ({"beam_size": 2, "seed": 1}, r"--seed: sampling has one hypothesis, beam_size \(2\) must be 1"),
-        ({"beam_size": 2, "top_k": 1, "top_p": 0.5}, r"--top_k, --top_p: sampling has one hypothesis"),
-        ({"length_penalty": GNMT(0.6)}, r"--length_penalty is of a beam .* beam_size is 1: it would do nothing"),
-        ({"stopping": Stopping.LIKELY, "top_k": 5}, r"--stopping is of a beam .* beam_size is 1: it would do nothing"),
+        ({"beam_size": 2, "seed": 1}, r"--seed: sampling keeps one hypothesis, so beam_size \(2\) must be 1"),
+        ({"beam_size": 2, "top_k": 1, "top_p": 0.5}, r"--top_k, --top_p: sampling keeps one hypothesis"),
+        ({"length_penalty": GNMT(0.6)}, r"--length_penalty is for beam search, .* it would have no effect"),
+        ({"stopping": Stopping.LIKELY, "top_k": 5}, r"--stopping is for beam search, .* it would have no effect"),
         ({"temperature": -1.0}, r"--temperature: temperature \(-1\) must be at least 0 and finite"),
         ({"top_k": 0}, r"--top_k: count \(0\) must be an integer of at least 1"),
         ({"top_p": 1.5}, r"--top_p: .* \(1.5\) must be in \[0, 1\]"),
@@ -90,7 +90,7 @@ def test_a_translation_stays_on_its_line(capsys):
         ({"min_length": 5, "max_length": 4}, r"min_length \(5\) must be at most max_length \(4\)"),
         ({"average": 0}, r"average \(0\) must be an integer of at least 1"),
         ({"batch_size": 0}, r"batch_size \(0\) must be an integer of at least 1"),
-        ({"plot": "map.png", "text": ()}, "--plot draws the texts of the command line, and there is none"),
+        ({"plot": "map.png", "text": ()}, "--plot needs texts on the command line"),
         ({"plot": "."}, r"--plot \(\.\) must name a file"),
     ],
 )
@@ -157,7 +157,7 @@ def test_a_model_without_attention_has_no_map(finished, tmp_path, monkeypatch, c
     trained = run.load(finished)
     blind = SimpleNamespace(config=Seq2SeqConfig(9, attention=None, input_feeding=False))
     monkeypatch.setattr(run, "load", lambda *_, **__: dataclasses.replace(trained, model=blind))
-    with pytest.raises(ValueError, match=r"has no attention .*: no map"):
+    with pytest.raises(ValueError, match=r"has no attention to draw"):
         translate.main(Arguments(finished, TEXTS, plot=tmp_path / "map"))
     assert capsys.readouterr().out == ""
 

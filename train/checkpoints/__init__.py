@@ -1,1 +1,1 @@
-"""What a run folder keeps, and how it is known to be whole."""
+"""Run folders: checkpoints, their digests, locking, and loading a trained model."""

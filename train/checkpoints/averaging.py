@@ -1,6 +1,6 @@
-"""The mean of checkpoints: parameters of the last few are averaged before the model is used.
+"""Checkpoint averaging: the mean of the parameters of the last few checkpoints.
 
-Source: Vaswani et al. 2017, "Attention is all you need", section 6.1 (5 checkpoints of base models, 20 of big ones).
+Source: Vaswani et al. 2017, "Attention is all you need", section 6.1 (5 checkpoints for base models, 20 for big ones).
 """
 
 from collections.abc import Iterable
@@ -12,20 +12,23 @@ import numpy as np
 
 
 def average(trees: Iterable[Any]) -> Any:
-    """The mean of parameter trees, leaf by leaf, in the dtypes of the leaves; sums are kept in float64.
+    """Computes the mean of parameter trees, leaf by leaf.
 
-    Only one tree and the sums are in memory at a time where the trees come from a generator. One tree comes back
-    bitwise.
+    Sums are kept in float64, the result has the dtypes of the leaves. If the trees come from a generator, only one tree
+    and the sums are in memory at a time. A single tree is returned unchanged.
 
     >>> average([{"kernel": jnp.array([1.0, 2.0])}, {"kernel": jnp.array([2.0, 4.0])}])
     {'kernel': Array([1.5, 3. ], dtype=float32)}
 
     Args:
-        trees: of one structure, shapes and dtypes.
+        trees: pytrees of arrays with the same structure, shapes and dtypes.
+
+    Returns:
+        A pytree of the same structure, shapes and dtypes.
 
     Raises:
-        ValueError: there is no tree, they differ in structure, shape or dtype, or in a leaf of integers, of which
-            there is no mean.
+        ValueError: there is no tree; the trees differ in structure, shape or dtype; or an integer leaf, which has no
+            mean, differs between them.
     """
     rest = iter(trees)
     first = next(rest, None)
@@ -50,17 +53,17 @@ def _is_inexact(leaf: Any) -> bool:
 
 
 def _wide(leaf: Any) -> np.ndarray:
-    """In float64, or complex128: no smaller float loses a bit in it."""
+    """Converts to float64 or complex128, which hold every smaller float exactly."""
     return np.asarray(leaf).astype(np.complex128 if jnp.iscomplexobj(leaf) else np.float64)
 
 
 def _check_same(first: Any, tree: Any) -> None:
     if jax.tree.structure(first) != jax.tree.structure(tree):  # type: ignore[operator]
-        raise ValueError("trees of different structure have no mean")
+        raise ValueError("trees of different structures have no mean")
     for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(tree), strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if (one.shape, one.dtype) != (other.shape, other.dtype):
             here, there = f"{one.dtype}{list(one.shape)}", f"{other.dtype}{list(other.shape)}"
             raise ValueError(f"{name} has no mean: it is {here} in one tree and {there} in another")
         if not _is_inexact(one) and not np.array_equal(one, other):
-            raise ValueError(f"{name} has no mean: it is of {one.dtype} and differs")
+            raise ValueError(f"{name} has no mean: its dtype is {one.dtype} and its values differ")

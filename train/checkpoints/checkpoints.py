@@ -1,9 +1,11 @@
-"""Checkpoints of a run: parameters, optimizer, step, resolved config and tokenizer, by Orbax.
+"""Checkpoints of a run, written by Orbax: parameters, optimizer state, step, resolved config and tokenizer.
+
+::
 
     checkpoints/1200/              the state after 1200 updates, as Orbax commits it, with the texts as its metadata
-    checkpoints/1200/digests.json  the sha256 of each of its files: a step counts if all are as they were written
+    checkpoints/1200/digests.json  the SHA-256 of each file; a step is valid if all of them match
 
-What else may be there, and why a process may be killed at any moment, says `train.checkpoints.folders`.
+`train.checkpoints.folders` describes the other folders there, and why a process may be killed at any moment.
 """
 
 import errno
@@ -31,32 +33,33 @@ log = logging.getLogger(__name__)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_OS_ERROR = re.compile(r"os_error_code='([0-9]+)'")  # in what TensorStore raises, which is a ValueError
+_OS_ERROR = re.compile(r"os_error_code='([0-9]+)'")  # in the message of TensorStore, which raises ValueError
 
 
 class MissingStep(FileNotFoundError):
-    """There is no such step: it was never saved, or the process that trains has removed it, maybe while it was read."""
+    """Raised if a step does not exist: it was never saved, or the training process removed it, maybe during a read."""
 
 
 class Checkpoints:
-    """The checkpoints of a run, a folder for each step; the latest few are kept.
+    """The checkpoints of a run, one folder for each step; keeps the latest few. A context manager.
 
-    Steps are written in the background; every method waits until the last one is. What counts are the steps that
-    verify: each is read and compared with its digests once, and anew after `read_again`. Nothing is written or removed
-    before the first `save`, so that others may read a run while it is trained. Close it: what is being written when
-    Python ends is lost.
+    Steps are written in the background; every method waits for the last save first. Only valid steps count: each is
+    verified against its digests once, and again after `read_again`. Nothing is written or removed before the first
+    `save`, so others may read a run while it trains. Must be closed: a save that is still running when Python exits is
+    lost.
 
-    With several processes (`jax.distributed`) each calls the same methods in the same order: every process writes its
-    part of the arrays, process 0 all the rest, and process 0 decides which steps there are.
+    With several processes (`jax.distributed`), each must call the same methods in the same order. Every process writes
+    its part of the arrays. Process 0 writes everything else and decides which steps are valid.
 
     Args:
-        folder: where the steps are; made if it is missing.
-        keep: how many of the latest regular steps stay.
-        is_regular: whether a step would have been saved without an interruption; others stay while they are the newest.
+        folder: the folder of checkpoints; created if it is missing.
+        keep: the number of latest regular steps to keep.
+        is_regular: tells whether an uninterrupted run would have saved a step. Other steps are kept only while they are
+            the newest.
 
     Raises:
-        ValueError: keep is below 1.
-        OSError: the folder cannot be made.
+        ValueError: `keep` is below 1.
+        OSError: the folder cannot be created.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, is_regular: Callable[[int], bool] = lambda step: True) -> None:
@@ -69,28 +72,32 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest step that verifies, None where there is none; newer ones that do not are named in a warning."""
+        """The newest valid step; None if there is none. Logs newer damaged steps."""
         return next(iter(self._verified(1)), None)
 
     @property
     def steps(self) -> list[int]:
-        """All steps that verify, oldest first; those that do not are named in a warning."""
+        """All valid steps, oldest first. Logs damaged steps."""
         return sorted(self._verified(None))
 
     def save(self, state: TrainState, texts: dict[str, str]) -> None:
-        """Writes a step with texts (resolved config, tokenizer, digest of the data); a step already there stays.
+        """Saves a state in the background, unless its step is saved already.
 
-        Returns when the state is copied: its buffers may be given away. The writing goes on in the background.
+        Returns as soon as the state is copied; its buffers may then be donated.
+
+        Args:
+            state: the state; `state.step` names the checkpoint.
+            texts: texts to save with it, by name: resolved config, tokenizer, digest of the data.
 
         Raises:
-            OSError: the save before this one failed, and this call saved nothing: it may be made again.
-            ValueError: leaves of the state hold no numbers, or their names cannot be told apart, or be those of files.
+            OSError: the previous save failed. This call saved nothing and may be repeated.
+            ValueError: a leaf of the state is empty, or the names of leaves are not unique or not valid file names.
         """
         self.wait()
         step, leaves = int(state.step), _named(state)
         empty = [name for name, leaf in leaves.items() if leaf.size == 0]
-        if empty:  # it would raise, and leave a thread that keeps Python from ending
-            raise ValueError(f"Orbax saves no arrays without numbers, and these are: {', '.join(empty)}")
+        if empty:  # Orbax would raise and leave a thread that keeps Python from exiting
+            raise ValueError(f"Orbax cannot save empty arrays: {', '.join(empty)}")
         if self._has(step):
             return
         if is_first():
@@ -99,7 +106,7 @@ class Checkpoints:
         folder = self._folders.saving(step, attempt)
         begin: Callable[[], Any] = functools.partial(_begin, folder, _copied(leaves), texts)
         if jax.process_count() > 1:
-            # Processes that write together agree on it by collectives, which must not come between those of training.
+            # Orbax coordinates processes with collectives, which must not interleave with those of training.
             try:
                 written = begin()
             except (OSError, ValueError) as error:
@@ -108,10 +115,11 @@ class Checkpoints:
         self._saving = step, self._background.submit(self._finish, step, folder, begin)
 
     def wait(self) -> None:
-        """Returns when the last save is on disk with its digests.
+        """Waits until the last save is on disk with its digests.
 
         Raises:
-            OSError: it failed; the message says why and what to do. Older steps stay, and the step may be saved again.
+            OSError: the save failed; the message gives the reason and a remedy. Older steps are kept, and the step may
+                be saved again.
         """
         if self._saving is None:
             return
@@ -123,45 +131,49 @@ class Checkpoints:
             raise self._failure(step, error) from error
 
     def texts(self, step: int | None = None) -> dict[str, str]:
-        """The texts of a step, by default of the latest.
+        """Reads the texts of a step, by default the latest.
 
         Raises:
-            MissingStep: there is no such step, or it does not verify.
+            MissingStep: the step does not exist or is damaged.
         """
         return self._read(self._resolve(step), ocp.checkpointables_metadata).custom_metadata or {}
 
     def read_again(self) -> None:
-        """What is asked next is answered by the files of now: any of them may have been damaged since it was read."""
+        """Verifies every step again when it is next needed, since files may have been damaged since the last time."""
         self.wait()
         self._folders.forget_verdicts()
 
     def protect(self, *steps: int) -> None:
-        """From now on these steps stay too, however many come after them; others that were protected no longer."""
+        """Keeps these steps from removal, however many follow. Replaces the steps of earlier calls."""
         self._protected = frozenset(steps)
 
     def forget_after(self, step: int) -> None:
-        """Removes all later steps.
+        """Removes all steps after this one.
 
         Raises:
-            ValueError: the step is not there, or does not verify, so nothing might be left.
+            ValueError: the step does not exist or is damaged. Nothing is removed, since no valid step might be left.
         """
         self.wait()
         if not self._has(step):
-            raise ValueError(f"{self.folder} holds no step {step}, so the later ones stay")
+            raise ValueError(f"{self.folder} holds no step {step}, so later ones are kept")
         if is_first():
             self._folders.remove_after(step)
-        any_process(False)  # all go on together
+        any_process(False)  # a barrier: no process may look before the steps are removed
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
-        """A state, by default the latest; `like` gives its structure, and where its arrays lie.
+        """Restores a state, bitwise as it was saved.
 
-        `like` may hold shapes in place of arrays (`jax.ShapeDtypeStruct` with a sharding). What is to be on several
-        devices is read onto them, on however many it was when it was saved. The numbers are the same bitwise; what is
-        computed from them on another number of devices need not be.
+        The number of devices may differ from that of the saving run. Computations on another number of devices need not
+        be bitwise the same.
+
+        Args:
+            like: gives the structure, shapes, dtypes and shardings. It may hold `jax.ShapeDtypeStruct` with a sharding
+                in place of arrays. An array over several devices is read directly onto them.
+            step: the step, by default the latest.
 
         Raises:
-            ValueError: names, shapes or dtypes differ; the message lists which.
-            MissingStep: there is no such step, or it does not verify.
+            ValueError: names, shapes or dtypes differ; the message lists the differences.
+            MissingStep: the step does not exist or is damaged.
         """
         step, wanted = self._resolve(step), _named(like)
         saved = self._read(step, ocp.checkpointables_metadata).metadata["state"]
@@ -173,10 +185,10 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), [jax.numpy.asarray(loaded[name]) for name in wanted])
 
     def close(self) -> None:
-        """Waits for the last save; nothing can be saved afterwards.
+        """Waits for the last save. Nothing can be saved afterwards.
 
         Raises:
-            OSError: that save failed.
+            OSError: the last save failed.
         """
         try:
             self.wait()
@@ -188,21 +200,21 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if kind is not None and jax.process_count() > 1:
-            self._background.shutdown()  # the others are elsewhere and cannot be asked
+            self._background.shutdown()  # no agreement: the other processes may not have failed and run other code
         else:
             self.close()
 
     def _finish(self, step: int, folder: Path, begin: Callable[[], Any]) -> None:
-        """What is done of a save in the background."""
+        """The part of a save that runs in the background."""
         try:
             begin().result()
             if is_first():
                 self._folders.add(step, folder)
                 self._folders.prune(self._keep, self._protected, self._is_regular)
         except Exception as error:
-            if is_first():  # gives its space back
+            if is_first():  # frees the disk space of the failed save
                 self._folders.sweep()
-            if isinstance(error, RuntimeError):  # Python ends before it was closed, and nobody will ask
+            if isinstance(error, RuntimeError):  # Python exits before `close`, so no caller will see the error
                 log.error("%s", self._failure(step, error))
             raise
 
@@ -229,23 +241,23 @@ class Checkpoints:
             if exists(path):
                 raise
             reason = error
-        # What is removed is renamed first; Orbax may find half of it, and say nothing.
+        # The training process may have removed the step during the read. Orbax may then return a part without an error.
         if not exists(path):
             raise MissingStep(f"{path} was removed while it was read; try again") from reason
         return found
 
     def _failure(self, step: int, error: BaseException) -> OSError:
         whole = sorted(self._folders.newest()) if is_first() else []
-        kept = f"steps {', '.join(map(str, whole))} stay" if whole else "no older step is lost"
+        kept = f"steps {', '.join(map(str, whole))} are kept" if whole else "no older step is lost"
         code, named = getattr(error, "errno", None), _OS_ERROR.search(str(error))
         code = int(named[1]) if code is None and named else code
         reason = str(error) or type(error).__name__ if code is None else os.strerror(code)
-        advice = "free some space" if code in _FULL else "make it writable" if code in _CLOSED else "mend that"
-        return OSError(f"{self.folder}: step {step} could not be saved ({reason}); {kept}; {advice}, then go on")
+        advice = "free some space" if code in _FULL else "make it writable" if code in _CLOSED else "fix that"
+        return OSError(f"{self.folder}: step {step} could not be saved ({reason}); {kept}; {advice}, then resume")
 
 
 def _begin(folder: Path, leaves: dict[str, Any], texts: dict[str, str]) -> Any:
-    """Has Orbax write, which takes some 0.3 ms a leaf before it returns."""
+    """Starts an asynchronous save by Orbax, which takes about 0.3 ms per leaf before it returns."""
     with _context():
         return ocp.save_checkpointables_async(folder, {"state": leaves}, custom_metadata=texts)
 
@@ -253,13 +265,13 @@ def _begin(folder: Path, leaves: dict[str, Any], texts: dict[str, str]) -> Any:
 def _context() -> ocp.Context:
     context = ocp.Context()
     context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE
-    # Otherwise the threads that wait for a folder which cannot be made keep Python from ending.
+    # If a folder cannot be created, asynchronous creation leaves waiting threads that keep Python from exiting.
     context.asynchronous.create_directories_asynchronously = False
     return context
 
 
 def agreed_numbers(numbers: list[int]) -> list[int]:
-    """The numbers of process 0, in all processes; all must ask."""
+    """Returns the numbers of process 0 in every process. All processes must call it."""
     if jax.process_count() == 1:
         return numbers
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
@@ -268,13 +280,14 @@ def agreed_numbers(numbers: list[int]) -> list[int]:
 
 
 def _copied(leaves: dict[str, Any]) -> dict[str, Any]:
-    """On the host what this process has as a whole, so that later updates do not touch it; the rest as it is."""
+    """Copies to the host the arrays that this process holds completely; leaves the others as they are."""
+    # The next update is donated the buffers on the devices while the background thread still writes.
     whole = {name: leaf for name, leaf in leaves.items() if getattr(leaf, "is_fully_addressable", True)}
     return leaves | jax.device_get(whole)
 
 
 def _place(leaf: Any) -> Any:
-    """What Orbax reads a leaf as: an array on the devices where its like lies, or one of NumPy."""
+    """The target of Orbax for a leaf: an array over the same devices, or a NumPy array for a single device."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None or len(sharding.device_set) == 1:
         return np.empty(leaf.shape, leaf.dtype)
@@ -285,7 +298,7 @@ def _named(state: TrainState) -> dict[str, Any]:
     """The leaves of a state by flat names: the keys on their paths, joined by '-'.
 
     Raises:
-        ValueError: a name cannot be that of a file, or is that of another leaf too.
+        ValueError: a name is not a valid file name, or two leaves have the same name.
     """
     return dict(zip(_names(jax.tree.structure(state)), jax.tree.leaves(state), strict=True))
 
@@ -300,12 +313,14 @@ def _names(structure: Any) -> tuple[str, ...]:
                 f"the leaf {keys} cannot be saved: a key must not be empty or hold '.', '/' or a backslash"
             )
         if (name := "-".join(keys)) in names:
-            raise ValueError(f"the leaf {keys} cannot be saved: another one has its name, {name!r}")
+            raise ValueError(f"the leaf {keys} cannot be saved: another leaf has the same name, {name!r}")
         names[name] = None
     return tuple(names)
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """A line for each leaf whose shape or dtype differs, or that one of both states lacks."""
+
     def describe(leaf: Any) -> str:
         return "missing" if leaf is None else f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
 

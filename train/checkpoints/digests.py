@@ -1,10 +1,10 @@
-"""A digest of every file of a folder, so that what was written is known again.
+"""Digests of the files in a folder, to detect damage.
 
-`write` puts a manifest, `digests.json`, beside the files:
+`write` puts a manifest, `digests.json`, beside the files::
 
     {"files": {"state/d/ab12": {"sha256": "9f86d0...", "size": 1234}, ...}, "version": 1}
 
-Paths are relative to the folder. The manifest is on disk as a whole or not at all, and after all files that it names.
+Paths are relative to the folder. The manifest is written atomically, after all the files that it names.
 """
 
 import hashlib
@@ -21,19 +21,20 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def write(folder: Path) -> None:
-    """Writes the manifest of all files that are in a folder, and those below it.
+    """Writes the manifest of all files in a folder and its subfolders.
 
     Raises:
-        ValueError: the folder holds something that is neither a file nor a folder, such as a symbolic link.
-        OSError: a file cannot be read, or the manifest not written.
+        ValueError: the folder holds something other than files and folders, such as a symbolic link.
+        OSError: a file cannot be read, or the manifest cannot be written.
     """
+    # An old manifest would describe the new files as damaged.
     (folder / MANIFEST).unlink(missing_ok=True)
     files = {}
     for name, entry in _entries(folder):
         if not entry.is_file(follow_symlinks=False):
             raise ValueError(f"{folder / name} {_kind(entry)}")
         with (folder / name).open("rb+") as file:
-            os.fsync(file.fileno())  # no manifest names a file that a power failure can still take
+            os.fsync(file.fileno())  # a power failure must not lose a file that the manifest names
         files[name] = {"sha256": _sha256(folder / name), "size": entry.stat(follow_symlinks=False).st_size}
     for below in {(folder / name).parent for name in files}:
         flush(below)
@@ -47,12 +48,15 @@ def write(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """The first thing that is wrong with a folder: the file and what it is; None where all is as it was written.
+    """Compares a folder with its manifest.
 
-    Whatever is there, nothing outside of the folder is read. Sizes are compared before any file is.
+    Reads nothing outside the folder, whatever it contains. Compares all sizes before it reads any file.
+
+    Returns:
+        A description of the first problem, with the name of the file; None if every file is intact.
     """
     if folder.is_symlink() or not folder.is_dir():
-        return "it is no folder of its own"
+        return "it is not a folder"
     try:
         files = _read(folder / MANIFEST)
         found = dict(_entries(folder))
@@ -60,17 +64,17 @@ def damage(folder: Path) -> str | None:
         wrong = _strange(found, files)
         if wrong is None:
             wrong = next((name for name in sorted(files) if _sha256(folder / name) != files[name]["sha256"]), None)
-            wrong = None if wrong is None else f"{wrong}: its bytes are not those that were written"
+            wrong = None if wrong is None else f"{wrong}: its content changed after it was written"
     except (OSError, ValueError) as error:
         return str(error)
     return wrong
 
 
 def flush(folder: Path) -> None:
-    """Makes what was renamed in a folder outlast a power failure, where the file system can."""
+    """Flushes a folder to disk, so that renames in it survive a power failure, if the file system supports that."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
+    except OSError:  # Windows cannot open folders
         return
     try:
         os.fsync(descriptor)
@@ -79,6 +83,7 @@ def flush(folder: Path) -> None:
 
 
 def _strange(found: dict[str, os.DirEntry[str]], files: dict[str, Any]) -> str | None:
+    """The first file that is missing, additional, of another kind or of another size."""
     for name, entry in sorted(found.items()):
         if not entry.is_file(follow_symlinks=False):
             return f"{name} {_kind(entry)}"
@@ -89,12 +94,12 @@ def _strange(found: dict[str, os.DirEntry[str]], files: dict[str, Any]) -> str |
             return f"{name} was not there when it was written"
         size, wanted = found[name].stat(follow_symlinks=False).st_size, files[name]["size"]
         if size != wanted:
-            return f"{name} has {size} bytes, and was written with {wanted}"
+            return f"{name} has {size} bytes, but was written with {wanted}"
     return None
 
 
 def _entries(folder: Path, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """What is in a folder and below it, but for the folders themselves; symbolic links are not followed."""
+    """All entries of a folder and its subfolders except folders, by relative path. Does not follow symbolic links."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
@@ -117,10 +122,10 @@ def _content(files: dict[str, Any]) -> bytes:
 
 
 def _read(manifest: Path) -> dict[str, Any]:
-    """The files of a manifest.
+    """Reads the files of a manifest.
 
     Raises:
-        ValueError: it is not there, or not byte for byte as `write` writes it.
+        ValueError: the manifest is missing, or differs from the bytes that `write` would write.
     """
     if manifest.is_symlink():
         raise ValueError(f"{MANIFEST} is a symbolic link")
@@ -131,11 +136,12 @@ def _read(manifest: Path) -> dict[str, Any]:
     content = manifest.read_bytes()
     try:
         files = json.loads(content)["files"]
+        # Encoded again: any changed byte shows, even one that JSON ignores.
         whole = content == _content(files) and all(map(_is_file, files.values()))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         whole = False
     if not whole:
-        raise ValueError(f"{MANIFEST}: its bytes are not those that were written")
+        raise ValueError(f"{MANIFEST}: its content changed after it was written")
     return files
 
 

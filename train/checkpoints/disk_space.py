@@ -1,4 +1,4 @@
-"""Whether a disk has room for the checkpoints of a run, before it is trained."""
+"""Checks before training that the disk has room for the checkpoints of a run."""
 
 import logging
 import shutil
@@ -12,17 +12,17 @@ log = logging.getLogger(__name__)
 
 
 def estimate(state: TrainState) -> int:
-    """How many bytes a checkpoint of a state takes, if they do not compress."""
+    """Estimates the size of a checkpoint in bytes, without compression."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def check_space(folder: Path, state: TrainState, keep: int) -> None:
-    """Warns where a disk has no room for the checkpoints of a run: those that stay, and the one being written.
+    """Warns if the disk lacks room for the checkpoints of a run: the ones to keep, and one being written.
 
     Args:
-        folder: of the checkpoints, as in `Checkpoints`; the steps that it holds already need no more room.
-        state: what is saved.
-        keep: how many stay.
+        folder: the folder of checkpoints, as in `Checkpoints`. Checkpoints already in it need no more room.
+        state: the state to save, of arrays or shapes.
+        keep: the number of checkpoints to keep.
     """
     folder = folder.absolute()
     held = sum(path.name.isdecimal() for path in folder.iterdir()) if folder.is_dir() else 0
@@ -30,7 +30,7 @@ def check_space(folder: Path, state: TrainState, keep: int) -> None:
     size, free = estimate(state), shutil.disk_usage(there).free
     if free < count * size:
         log.warning(
-            "%s: %d checkpoints of %s MB are to come, and the disk has %s MB free: free some space, keep fewer with "
-            "--keep-checkpoints, or give another folder with --run",
+            "%s: the run will save %d checkpoints of %s MB, but the disk has only %s MB free: free some space, keep "
+            "fewer with --keep-checkpoints, or give another folder with --run",
             *(folder, count, f"{size / 1e6:,.1f}", f"{free / 1e6:,.1f}"),
         )

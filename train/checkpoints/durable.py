@@ -1,11 +1,15 @@
-"""Files that a kill leaves whole."""
+"""Atomic writes of files."""
 
 import os
 from pathlib import Path
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Writes a file such that a kill, or a machine without power, leaves either the old or the new one."""
+    """Writes a file atomically: after a kill or a power failure it has either the old or the new content.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     fresh = path.with_name(path.name + ".new")
     with fresh.open("wb") as file:
         file.write(content)

@@ -1,11 +1,13 @@
-"""The numbered folders of checkpoints: which of them count, which stay, and what is in the way.
+"""The numbered folders of checkpoints: verification, retention and cleaning up.
 
-    1200/           written as a whole; it counts if each of its files is as its digests say (digests.py)
-    .saving-1300-7/ being written, in the attempt of that number; it gets the number of its step last
-    .removed-900/   being removed
-    damaged-1200/   stood where step 1200 was written again
+::
 
-So a process may be killed at any moment: a numbered folder is whole, or was damaged by something else.
+    1200/           a complete checkpoint; it is valid if all files match their digests (digests.py)
+    .saving-1300-7/ a checkpoint being written, by attempt 7; it is renamed to its step at the end
+    .removed-900/   a checkpoint being removed
+    damaged-1200/   the former folder 1200, moved aside when step 1200 was saved again
+
+A process may be killed at any moment: a numbered folder is always complete, unless something else damages it.
 """
 
 import logging
@@ -23,13 +25,15 @@ _STEP, _UNFINISHED = re.compile(r"0|[1-9][0-9]*"), re.compile(r"\.(saving|remove
 
 
 class StepFolders:
-    """The steps in a folder; each is read and compared with its digests once, but for `forget_verdicts`.
+    """The checkpoints in a folder, one subfolder for each step.
+
+    Each step is verified against its digests once, and again after `forget_verdicts`.
 
     Args:
-        folder: where the steps are; made if it is missing. Nothing else is written or removed unless a method says so.
+        folder: the folder of checkpoints; created if it is missing. Only the methods that say so write or remove files.
 
     Raises:
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be created.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,24 +44,27 @@ class StepFolders:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(
-                f"{folder} cannot be made ({error.strerror}); make the folder above it writable, or give another one "
-                "with --run"
+                f"{folder} cannot be created ({error.strerror}); make its parent folder writable, or give another "
+                "folder with --run"
             ) from error
 
     def path(self, step: int) -> Path:
-        """Where a step is, or would be."""
+        """The folder of a step, whether it exists or not."""
         return self.folder / str(step)
 
     def saving(self, step: int, attempt: int) -> Path:
-        """Where a step is written before it counts; what a failed attempt goes on to write must not meet the next."""
+        """The temporary folder in which an attempt writes a step.
+
+        Each attempt has its own: threads of a failed attempt may still write while the next one runs.
+        """
         return self.folder / f".saving-{step}-{attempt}"
 
     def has(self, step: int) -> bool:
-        """Whether a step is there and verifies."""
+        """Whether a step exists and is valid."""
         return exists(self.path(step)) and self._damage_of(step) is None
 
     def newest(self, count: int | None = None) -> list[int]:
-        """So many steps that verify, or all, newest first; newer ones that do not are named in a warning, once."""
+        """The newest `count` valid steps, newest first; all by default. Logs each newer damaged step once."""
         found: list[int] = []
         passed: list[int] = []
         for step in self._listed():
@@ -65,44 +72,57 @@ class StepFolders:
                 break
             if self._damage_of(step) is None:
                 found.append(step)
-            elif not exists(self.path(step)):  # the process that trains removed it while it was read here
+            elif not exists(self.path(step)):  # the training process removed it while this one read it
                 del self._damage[step]
             elif step not in self._said:
                 passed.append(step)
         for step in passed:
             older = max((whole for whole in found if whole < step), default=None)
-            onward = "there is no older one" if older is None else f"going on from step {older}"
+            onward = "there is no older one" if older is None else f"using step {older}"
             log.warning("%s: step %d is damaged (%s): %s", self.folder, step, self._damage[step], onward)
         self._said.update(passed)
         return found
 
     def add(self, step: int, fresh: Path) -> None:
-        """Gives a step that was written to a folder its digests and its number; what has this number is moved away.
+        """Completes a step: writes digests to its temporary folder and renames it.
+
+        An existing folder of this step is moved aside.
+
+        Args:
+            step: the step.
+            fresh: the temporary folder, as from `saving`.
 
         Raises:
-            OSError: it cannot be read back, or not be given its number.
-            ValueError: it holds something that is neither a file nor a folder.
+            OSError: the files cannot be read back, or the folder cannot be renamed.
+            ValueError: the folder holds something other than files and folders.
         """
         path, aside = self.path(step), self.folder / f"damaged-{step}"
+        # Before the rename: a numbered folder without digests would count as damaged.
         digests.write(fresh)
         if exists(path):
             _delete(aside)
             path.rename(aside)
-            log.warning("%s: step %d is saved again; what was there before is in %s", self.folder, step, aside.name)
+            log.warning("%s: step %d is saved again; its former folder is now %s", self.folder, step, aside.name)
         fresh.rename(path)
         digests.flush(self.folder)
         self._damage[step] = None
 
     def forget_verdicts(self) -> None:
-        """Has all steps read and compared with their digests anew, when they are asked for."""
+        """Forgets which steps are valid, so that each is verified again when it is next needed."""
         self._damage.clear()
 
     def prune(
         self, keep: int, protected: Collection[int], is_regular: Callable[[int], bool] = lambda step: True
     ) -> None:
-        """Removes steps but for the newest of all, the newest regular ones, so many, that verify, and protected ones.
+        """Removes old steps.
 
-        What does not verify stays, unless it is older than all of these.
+        Keeps the newest valid step, the newest `keep` valid regular steps, and protected steps. A damaged step stays
+        too, unless it is older than all of these.
+
+        Args:
+            keep: the number of regular steps to keep.
+            protected: steps to keep in any case.
+            is_regular: tells whether an uninterrupted run would have saved a step.
         """
         whole = self.newest()
         kept = {*whole[:1], *[step for step in whole if is_regular(step)][:keep]}
@@ -111,13 +131,13 @@ class StepFolders:
                 self._remove(step)
 
     def remove_after(self, step: int) -> None:
-        """Removes all later steps."""
+        """Removes all steps after this one."""
         for later in self._listed():
             if later > step:
                 self._remove(later)
 
     def sweep(self) -> None:
-        """Removes what a killed process, or a failure, left unfinished."""
+        """Removes the unfinished folders of killed processes and failed saves."""
         for path in self.folder.iterdir():
             if _UNFINISHED.fullmatch(path.name):
                 _delete(path)
@@ -133,13 +153,13 @@ class StepFolders:
 
     def _remove(self, step: int) -> None:
         path = self.path(step)
-        if path.is_symlink() or not (path / digests.MANIFEST).is_file():  # whatever it is, it is not ours
+        if path.is_symlink() or not (path / digests.MANIFEST).is_file():  # not a folder that this class wrote
             return
         self._damage.pop(step, None)
         removed = self.folder / f".removed-{step}"
         _delete(removed)
         try:
-            # Moved away first: a step that is half removed must not count as one.
+            # Renamed first: a half-removed folder must not count as a checkpoint.
             path.rename(removed)
         except OSError as error:
             log.warning("%s cannot be removed (%s)", path, error)
@@ -148,12 +168,12 @@ class StepFolders:
 
 
 def exists(path: Path) -> bool:
-    """Whether anything has this name, be it a symbolic link to nothing."""
+    """Whether a path exists in any form, including a broken symbolic link."""
     return os.path.lexists(path)
 
 
 def _delete(path: Path) -> None:
-    """Removes whatever has this name, if anything has; where it cannot, a warning says so."""
+    """Removes a file or folder if it exists; logs a warning if that fails."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

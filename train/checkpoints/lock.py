@@ -1,7 +1,7 @@
-"""One process trains in a run folder at a time.
+"""A lock on run folders, so that only one process trains in a folder at a time.
 
-The lock is advisory and on an open file, `.lock`, so that it ends with the process that holds it, whatever ends it.
-The file itself stays; it says who held the lock last. Readers take no lock.
+The lock is advisory and held on an open file, `.lock`. The system releases it when the process ends, however it ends.
+The file stays and names the last holder. Readers take no lock.
 """
 
 import contextlib
@@ -20,21 +20,22 @@ log = logging.getLogger(__name__)
 
 
 class RunLock:
-    """Holds a run folder for this process while the context lasts.
+    """A context manager that locks a run folder for this process.
 
-    Where the file system cannot lock, a warning says so and training goes on.
+    If the file system cannot lock, it logs a warning and training continues.
 
     Args:
-        folder: the run folder; made if it is missing.
+        folder: the run folder; created if it is missing.
 
-    Raises (when entered):
-        ValueError: another process, or another lock of this one, holds the folder; the message says which.
-        OSError: the folder cannot be made or written to.
+    Raises:
+        ValueError: on entry, another process, or another lock in this process, holds the folder; the message names it.
+        OSError: on entry, the folder cannot be created or written to.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        # The library says neither who holds a lock nor what to do about it; its soft lock outlives a killed process.
+        # No fallback: the soft lock of the library survives a killed process. `_sign` records the holder, which the
+        # library does not name.
         self._lock = FileLock(
             folder / NAME, timeout=0, preserve_lock_file=True, fallback_to_soft=False, on_acquired=_sign
         )
@@ -48,9 +49,9 @@ class RunLock:
                 "another folder with --run"
             ) from error
         except OSError as error:
-            if error.filename is None:  # of a file that is open: only to lock it has failed
+            if error.filename is None:  # the file could be opened; only the lock failed
                 reason = error.strerror
-                log.warning("%s cannot be locked (%s): let no other process train there", self._folder, reason)
+                log.warning("%s cannot be locked (%s): do not let another process train there", self._folder, reason)
                 return self
             raise OSError(
                 f"{self._folder} cannot be written to ({error.strerror}); make it writable, or give another folder "
@@ -63,19 +64,19 @@ class RunLock:
 
 
 def _sign(descriptor: int) -> None:
-    """Writes who holds the lock into its file."""
+    """Writes the holder of the lock into the lock file."""
     since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
-    # Who the lock belongs to is only said; a full disk does not keep anybody from resuming.
+    # The record is only informative: a full disk must not prevent training from resuming.
     with contextlib.suppress(OSError):
         os.truncate(descriptor, 0)
         os.write(descriptor, json.dumps(holder).encode())
 
 
 def _holder(file: Path) -> str:
-    """Who wrote the lock, as far as the file says it."""
+    """Describes the holder of the lock, as far as the file names it."""
     try:
         row = json.loads(file.read_text("utf-8"))
         return f"process {row['process']} on {row['host']} since {row['since']}"
-    except (OSError, ValueError, TypeError, KeyError):  # it has only just been taken
+    except (OSError, ValueError, TypeError, KeyError):  # the holder has not written its record yet
         return "another process"

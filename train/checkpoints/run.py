@@ -1,4 +1,4 @@
-"""A run folder: what training writes there, and what translating and evaluating read."""
+"""Run folders: loading a trained model, and rules for resuming with other settings."""
 
 import contextlib
 import dataclasses
@@ -24,10 +24,10 @@ from train.update.freezing import freeze
 from train.update.step import start
 
 PARAMETERS = "model.safetensors"
-"""What the folder of an exported model holds, and no run folder."""
+"""A file that only the folder of an exported model has, and no run folder."""
 
 RESULTS = "results.json"
-"""What a run that came to its end has found on the test split."""
+"""The file for the results of a finished run on the test split."""
 
 _TRIES = 5
 
@@ -36,30 +36,30 @@ _SHOWN = (
     *("keep_best", "max_skipped", "parallel", "processes", "accept_changes"),
 )
 _FREE = (*_SHOWN, "evaluate_every", "evaluate_examples", "keep_checkpoints")
-"""Fields in which a resumed run may differ: they change what is shown and kept, not the parameters.
+"""Fields that a resumed run may change freely: they affect what is shown and kept, not the parameters.
 
-On another number of devices dropout, rounding and, where their rows do not divide, batches are others.
+Another number of devices changes dropout and rounding, and the batches if their rows do not divide.
 """
 _CHANGEABLE = (
     *("steps", "optimizer", "batches", "label_smoothing", "pieces", "compute_dtype", "seed"),
     *("patience", "keep_checkpoints", "evaluate_every", "evaluate_examples"),
 )
-"""Those that may differ where the user says so, at the price of a run that no single command repeats."""
+"""Fields that a resumed run may change with `--accept-changes`. No single command can repeat such a run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A trained model as it lies in a run folder.
+    """A trained model loaded from a run folder.
 
     Attributes:
         folder: the run folder.
-        experiment: its resolved config.
-        tokenizer: its tokenizer.
-        labels: the labels of a model that gives labels, in the order of their ids.
-        step: updates that the parameters have seen.
-        model: the model with these parameters.
-        data: the digest of the examples.
-        average: of how many checkpoints its parameters are the mean.
+        experiment: the resolved config.
+        tokenizer: the tokenizer of the run.
+        labels: the labels of a classifier or tagger in the order of their ids; empty for other models.
+        step: number of updates of the parameters.
+        model: the model with the trained parameters.
+        data: the digest of the examples, as from `fingerprint`.
+        average: number of checkpoints in the mean of the parameters; 1 for the latest alone.
     """
 
     folder: Path
@@ -72,31 +72,38 @@ class Run:
     average: int = 1
 
     def splits(self) -> dict[str, Dataset]:
-        """The examples of its task, by split.
+        """Loads the examples of the task, by split.
 
         Raises:
-            ValueError: they are others than those of its training, by which it may have seen those of another split.
+            ValueError: the data changed since training, so splits may leak: the model may have seen test examples.
         """
         splits = self.experiment.task.load()
         if fingerprint(splits) != self.data:
             raise ValueError(
-                f"the examples are not those that {self.folder} was trained with, so that no split is known to be "
-                "unseen; bring back the data, or the --experiment that it was trained by, or train anew in another "
-                "folder"
+                f"the data changed since {self.folder} was trained, so its test split may contain training examples; "
+                "restore the data, give the --experiment that it was trained with, or train again in another folder"
             )
         return splits
 
 
 def build(config: Model, *, seed: int) -> nnx.Module:
-    """The model of a config, with parameters drawn from the seed."""
+    """Builds the model of a config, with parameters drawn from the seed."""
     return model_type(config)(config, rngs=nnx.Rngs(params=seed))
 
 
 def resolve(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...]) -> Experiment:
-    """The experiment with the size of the vocabulary and the number of labels filled in.
+    """Fills in the size of the vocabulary and the number of labels.
+
+    Args:
+        experiment: the experiment; its model may have `FROM_TOKENIZER` and `FROM_DATA`.
+        tokenizer: the tokenizer of the run.
+        labels: the labels in the training split.
+
+    Returns:
+        The experiment with a model config of fixed sizes.
 
     Raises:
-        ValueError: the model's table is smaller than the vocabulary, or its labels are not as many as there are.
+        ValueError: the model's `vocab_size` is below that of the tokenizer, or `num_labels` differs from the data.
     """
     model = experiment.model
     if model.vocab_size == FROM_TOKENIZER:
@@ -114,7 +121,7 @@ def resolve(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...
 
 
 def fingerprint(splits: Mapping[str, Dataset]) -> str:
-    """A digest of every text of every split, in order."""
+    """Computes a SHA-256 digest of all texts of all splits, in order, in hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(splits):
         for column in ("source", "target"):
@@ -124,34 +131,42 @@ def fingerprint(splits: Mapping[str, Dataset]) -> str:
 
 
 def to_text(experiment: Experiment) -> str:
-    """The resolved config as JSON."""
+    """Converts a resolved config to JSON text."""
     return json.dumps(encode(experiment), indent=2, ensure_ascii=False)
 
 
 def shared(experiment: Experiment) -> str:
-    """As JSON what all processes of a run must have been given alike: all but who they are, and where files lie."""
+    """The settings that all processes of a run must share, as JSON: all but `processes` and paths of files."""
     return json.dumps(_without_paths(encode(dataclasses.replace(experiment, processes=Processes())), "a path"))
 
 
 def changes(folder: Path, saved: str, experiment: Experiment) -> list[str]:
-    """What decides the parameters and is otherwise in the experiment than in a saved config, where that is accepted.
+    """Lists the changed settings that affect the parameters, compared with a saved config.
 
-    Where the files of a task lie does not: their texts have a digest.
+    The paths of a task's files do not count, since their texts have a digest.
+
+    Args:
+        folder: the run folder, for the message.
+        saved: the config in the latest checkpoint, as JSON.
+        experiment: the resolved experiment.
+
+    Returns:
+        A line for each change with both values; empty if there is none.
 
     Raises:
-        ValueError: something is otherwise that is not accepted; the message names it.
+        ValueError: a setting changed that may not change, or changed settings lack `--accept-changes`.
     """
-    # Decoded first: what was added since has its default there.
+    # Decoded and encoded again, so that fields added since then have their defaults.
     before, now = encode(decode(json.loads(saved))), encode(experiment)
     before["task"], now["task"] = _without_paths(before["task"]), _without_paths(now["task"])
-    # With patience it is the evaluations that decide where training stops.
+    # With patience, evaluations decide when training stops, so their settings affect the parameters.
     free = _FREE if experiment.patience is None else _SHOWN
     wrong = [line for line in differences(before, now) if re.split(r"[.:]", line)[0] not in free]
     others = [line for line in wrong if re.split(r"[.:]", line)[0] not in _CHANGEABLE]
     if wrong and (others or not experiment.accept_changes):
-        changeable = "" if others else ", or --accept-changes True to go on otherwise"
+        changeable = "" if others else ", or --accept-changes True to resume with changed settings"
         raise ValueError(
-            f"{folder} holds a run with another configuration (there and here):\n  "
+            f"{folder} holds a run with other settings (there and here):\n  "
             + "\n  ".join(wrong)
             + f"\nGive the same flags to resume it, or another folder with --run{changeable}"
         )
@@ -159,7 +174,7 @@ def changes(folder: Path, saved: str, experiment: Experiment) -> list[str]:
 
 
 def _without_paths(value: Any, instead: str | None = None) -> Any:
-    """An encoded config with something else in place of every path."""
+    """Replaces every path in an encoded config."""
     if isinstance(value, dict):
         inner = {name: _without_paths(item, instead) for name, item in value.items()}
         return instead if value.get("type") == "Path" else inner
@@ -167,14 +182,20 @@ def _without_paths(value: Any, instead: str | None = None) -> Any:
 
 
 def regular(steps: Iterable[int], experiment: Experiment) -> list[int]:
-    """Of saved steps those that a run saves that is never interrupted."""
+    """The steps that an uninterrupted run would have saved too."""
     return [step for step in steps if step % experiment.evaluate_every == 0 or step == experiment.steps]
 
 
 def judged_by(folder: Path, step: int) -> tuple[int, int]:
-    """By the mean of how many checkpoints, and how many hypotheses, a run judged the test split after so many updates.
+    """The settings of a run's results on the test split.
 
-    1 and 1 where it did not: it goes on, or was stopped.
+    Args:
+        folder: the run folder.
+        step: the number of updates of its latest checkpoint.
+
+    Returns:
+        The number of averaged checkpoints and the number of hypotheses per text; `(1, 1)` if the run has no results
+        for this step, because it was stopped or still trains.
     """
     file = folder / RESULTS
     found = json.loads(file.read_text("utf-8")) if file.exists() else {}
@@ -182,21 +203,24 @@ def judged_by(folder: Path, step: int) -> tuple[int, int]:
 
 
 def load(folder: Path, *, average: int | None = None) -> Run:
-    """The latest model of a run folder, also while it is being trained.
+    """Loads the latest model of a run folder, even while the run is training.
 
     Args:
         folder: the run folder.
-        average: the parameters are the mean of those of so many of the latest checkpoints; by default of as many as the
-            run's figures are of, so far as there are so many that verify, and the latest alone before it has figures.
+        average: the number of latest checkpoints to average. By default as many as for the run's results, or fewer if
+            some of them are damaged; only the latest checkpoint if the run has no results yet.
+
+    Returns:
+        The model with config, tokenizer and labels.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
-        ValueError: average is below 1, or the folder holds fewer checkpoints.
+        ValueError: `average` is below 1 or above the number of valid checkpoints, or the folder is an exported model.
     """
     if average is not None:
         check_integer("average", average, 1)
     for _ in range(_TRIES - 1):
-        # Training goes on meanwhile: what it has removed is followed by something newer.
+        # A run that is training may remove a checkpoint while it is read here. By then it has saved a newer one.
         with contextlib.suppress(MissingStep):
             return _load(folder, average)
     return _load(folder, average)
@@ -214,17 +238,18 @@ def _load(folder: Path, average: int | None) -> Run:
     experiment: Experiment = decode(json.loads(checkpoints.texts(latest)["config"]))
     if average is None:
         wanted = judged_by(folder, latest)[0]
-        # What was damaged since is in no mean; a warning has named it.
+        # Checkpoints damaged since then are left out; a warning has named them.
         average = 1 if wanted == 1 else max(1, min(wanted, len(regular(checkpoints.steps, experiment))))
     steps = [latest] if average == 1 else regular(checkpoints.steps, experiment)[-average:]
     if len(steps) < average:
         raise ValueError(
-            f"average ({average}) must be at most {len(steps)}, the number of checkpoints that {folder} holds; more of "
-            "them stay with --keep-checkpoints"
+            f"average ({average}) must be at most {len(steps)}, the number of checkpoints that {folder} holds; keep "
+            "more with --keep-checkpoints"
         )
     texts = checkpoints.texts(steps[-1])
     optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
     graph, fresh = start(build(experiment.model, seed=0), optimizer, average=experiment.ema is not None)
+    # A generator, so that only one state is in memory at a time.
     states = (checkpoints.restore(fresh, step) for step in steps)
     params = averaging.average(state.params if state.average is None else state.average for state in states)
     checkpoints.close()

@@ -1,1 +1,1 @@
-"""One program over many devices and processes."""
+"""Training over several devices and processes."""

@@ -1,8 +1,8 @@
-"""What the process needs before JAX computes: a CPU backend that computes rightly, and a cache of compiled programs.
+"""Process setup before JAX computes: a workaround for wrong results on CPU, and a cache of compiled programs.
 
-jaxlib from 0.10.2 on hands reductions on the CPU to YNNPACK. A matrix product followed by a reduction can then come out
+From jaxlib 0.10.2 on, XLA uses YNNPACK for reductions on the CPU. A matrix product followed by a reduction can then be
 wrong without an error (https://github.com/jax-ml/jax/issues/39103), and reductions of high rank can crash
-(https://github.com/jax-ml/jax/issues/39257). Keeping reductions away from it mends both and leaves the fast products.
+(https://github.com/jax-ml/jax/issues/39257). Excluding reductions from YNNPACK avoids both and keeps its fast products.
 """
 
 import hashlib
@@ -18,30 +18,31 @@ from pathlib import Path
 from typing import NoReturn
 
 _FLAG = "--xla_cpu_experimental_ynn_fusion_type"
-# 0.10.2, 0.11.0, 0.11.1, 0.11.2 and 0.12.0.1 were seen to compute wrongly and to know the flag. XLA ends the process on
-# a flag that it does not know, so later versions are left alone; a test in test_environment.py tells if they are wrong.
+# Checked: 0.10.2, 0.11.0, 0.11.1, 0.11.2 and 0.12.0.1 give wrong results and know the flag. XLA aborts on unknown
+# flags, so later versions run without it; a test in test_environment.py fails if they give wrong results.
 _FIRST, _BEYOND = (0, 10, 2), (0, 13)
 
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _LESS = (
-    "For less, in a new run: --batches.tokens, or --pieces for the same update in parts; --model.block.remat True; "
-    "--compute-dtype bfloat16; --batches.max-length"
+    "To use less memory in a new run: fewer --batches.tokens, or more --pieces for the same update; "
+    "--model.block.remat True; --compute-dtype bfloat16; a lower --batches.max-length"
 )
 
 
 def configure() -> None:
-    """Sets `XLA_FLAGS` for the installed jaxlib. Call it before the first computation: XLA reads the variable once.
+    """Sets `XLA_FLAGS` for the installed jaxlib.
 
-    A value that the user gave to the same flag stays.
+    Must be called before the first computation, since XLA reads the variable once. If the user has set the same flag,
+    its value is kept.
     """
     os.environ["XLA_FLAGS"] = xla_flags(os.environ.get("XLA_FLAGS", ""), importlib.metadata.version("jaxlib"))
 
 
 def keep_programs() -> None:
-    """Has JAX keep compiled programs in the user's cache folder, for the next run of the same ones.
+    """Enables JAX's persistent compilation cache, in the user's cache folder.
 
-    `JAX_COMPILATION_CACHE_DIR` names another folder, or, empty, none. What cannot be used is told, and done without.
-    Call it before the first compilation.
+    `JAX_COMPILATION_CACHE_DIR` names another folder; an empty value disables the cache. If the folder cannot be used,
+    prints the reason and continues without a cache. Must be called before the first compilation.
     """
     if _CACHE in os.environ:
         if not os.environ[_CACHE]:
@@ -50,25 +51,25 @@ def keep_programs() -> None:
         return
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        # A home may be shared by machines, and a program of one use instructions that another lacks.
+        # Machines may share a home folder, and a program compiled on one may use instructions that another lacks.
         folder = base / "seqattn" / "xla" / _processor()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (OSError, RuntimeError) as error:  # the latter where there is no home
-        print(f"compiled programs are not kept: {error}", file=sys.stderr)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        print(f"compiled programs are not cached: {error}", file=sys.stderr)
         return
     os.environ[_CACHE] = str(folder)
     _tell_jax(str(folder))
 
 
 def _tell_jax(folder: str | None) -> None:
-    if "jax" in sys.modules:  # it has read its variables
+    if "jax" in sys.modules:  # it has already read the environment
         sys.modules["jax"].config.update("jax_compilation_cache_dir", folder)
 
 
 def _processor() -> str:
-    """A name for what this processor can do."""
+    """A name for the instruction set of this processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:
@@ -78,7 +79,14 @@ def _processor() -> str:
 
 
 def command(main: Callable[[], int | None]) -> None:
-    """Runs the main function of a command and ends the process; what the user can mend is one sentence on stderr."""
+    """Runs the main function of a command and exits. Errors that the user can fix are one sentence on stderr.
+
+    The exit code is that of `main`, 2 for ValueError and OSError, 1 if a device runs out of memory, and 130 after
+    Ctrl-C.
+
+    Args:
+        main: the function; returns the exit code, or None for 0.
+    """
     configure()
     keep_programs()
     try:
@@ -86,18 +94,18 @@ def command(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         _leave(2)
-    except RuntimeError as error:  # of which XLA's are a kind
+    except RuntimeError as error:  # includes the errors of XLA
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).splitlines()[0]
         print(f"error: the device has too little memory: {reason}\n{_LESS}", file=sys.stderr)
         _leave(1)
-    except KeyboardInterrupt:  # outside of training steps, where there is nothing to save
+    except KeyboardInterrupt:  # outside the training loop, where there is nothing to save
         sys.exit(128 + signal.SIGINT)
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends a process that failed; one of several does not wait for the others, as JAX would for minutes."""
+    """Exits a failed process without waiting for other processes, as JAX would for minutes."""
     distributed = sys.modules.get("train.devices.processes")
     if distributed is not None:
         distributed.leave(code)
@@ -105,7 +113,11 @@ def _leave(code: int) -> NoReturn:
 
 
 def xla_flags(flags: str, jaxlib: str) -> str:
-    """The value of `XLA_FLAGS` that makes a version of jaxlib compute rightly, given the value that is there.
+    """Returns the value of `XLA_FLAGS` with which a version of jaxlib gives correct results.
+
+    Args:
+        flags: the current value.
+        jaxlib: the version of jaxlib.
 
     >>> xla_flags("--xla_dump_to=/tmp/hlo", jaxlib="0.10.2")
     '--xla_dump_to=/tmp/hlo --xla_cpu_experimental_ynn_fusion_type=-reduce'

@@ -1,7 +1,7 @@
-"""An update over the devices of all processes: what lies where, and which rows of a batch each process gives.
+"""Data and model parallelism: placement of the state, and distribution of an update over devices and processes.
 
-Each process gives its own rows of the same global batch, and what they are follows from the step alone. So all make
-equally many updates, and none waits for one that has no batch left.
+Each process provides its own rows of the same global batch, and these rows depend only on the step. So all processes
+make the same number of updates, and none waits for one that has run out of batches.
 """
 
 import abc
@@ -24,18 +24,18 @@ Batch = Mapping[str, np.ndarray]
 """This process's rows of a batch, as `train.data.batches` makes them: each array has its rows first."""
 
 _AXIS = "devices"
-# The devices that share out the experts share out the rows, too: every other layer would be computed by each of them.
+# The `expert` axis splits rows too. Otherwise its devices would all repeat the layers without experts.
 _ROWS = ("data", "fsdp", "expert")
 
 
 class Placed(abc.ABC):
-    """An update and the devices that make it.
+    """An update placed on devices.
 
     Attributes:
-        rows: the rows that this process gives are a multiple of it.
-        lengths: the lengths of source and target, padding counted, are multiples of it.
-        part: which part of the rows of each global batch this process gives: its index, and how many there are. Two
-            processes whose devices compute the same rows give the same.
+        rows: the number of rows that this process provides must be a multiple of this.
+        lengths: the padded lengths of source and target must be multiples of this.
+        part: the part of each global batch that this process provides: its index, and the number of parts. Two
+            processes whose devices compute the same rows provide the same part.
     """
 
     rows: int
@@ -44,99 +44,108 @@ class Placed(abc.ABC):
 
     @abc.abstractmethod
     def shardings(self, state: TrainState) -> Any:
-        """The tree of `state`, of arrays or of their shapes, with the sharding that each has once it is placed."""
+        """Returns the tree of `state`, of arrays or shapes, with the sharding of each placed array in its place."""
 
     @abc.abstractmethod
     def place(self, state: TrainState) -> TrainState:
-        """The state, the same in every process, on the devices."""
+        """Puts a state on the devices. It must be the same in every process."""
 
     @abc.abstractmethod
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """The state after one update, and its metrics. The old state is donated; one not yet placed is placed.
+        """Makes one update.
+
+        Args:
+            state: the state; placed first if necessary. Its buffers are donated.
+            batch: this process's rows of the batch, `[B, ...]` each.
+
+        Returns:
+            The state after the update, and the metrics.
 
         Raises:
-            ValueError: the batch does not divide among the devices.
+            ValueError: the rows or lengths of the batch do not divide among the devices.
         """
 
     @abc.abstractmethod
     def gather(self, tree: Any) -> Any:
-        """A part of the state, such as its parameters, whole on the first device of each process.
+        """Gathers a part of the state, such as the parameters, onto the first device of each process.
 
-        All processes must call it. Its arrays may be those of the state: they are gone after the next update.
+        All processes must call it. The result may share buffers with the state, so it is invalid after the next update.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class Replicated:
-    """Every device keeps the whole state and computes its share of each batch (`jax.pmap`).
+    """Data parallelism: every device keeps the whole state and computes its share of each batch (`jax.pmap`).
 
-    Each device drops by a key of its own, and an expert's room is counted in its share of the batch. Batch norm is by
-    the statistics of that share, and the running ones follow the whole batch.
+    Each device has its own dropout key. The capacity of experts and the statistics of batch norm are those of the
+    device's share; running statistics follow the whole batch.
     """
 
     def spread(self, update: Update, devices: Sequence[jax.Device] | None = None) -> Placed:
-        """`update` over devices, those of all processes by default."""
+        """Distributes `update` over devices, by default those of all processes."""
         return _Mapped(update, jax.devices() if devices is None else devices)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharded:
-    """One program over a mesh of all devices, split by the compiler (`jax.jit`); it computes what one device would.
+    """Data and model parallelism: one program over a mesh of all devices, partitioned by the compiler (`jax.jit`).
 
-    `train.devices.sharding` says how parameters are split.
+    It computes the same as one device. `train.devices.sharding` splits the parameters. The product of the axis sizes is
+    the number of devices.
     """
 
     data: int = 0
-    """Parts of the rows of a batch; 0 for what the other axes leave of the devices."""
+    """Data parallelism: number of parts of the rows of a batch. 0 for all devices that the other axes leave."""
     fsdp: int = 1
-    """Parts of the rows, and of each parameter with its moments, which is whole only while it is used (Rajbhandari
-    2020; Zhao 2023)."""
+    """Fully sharded data parallelism: parts of the rows, and of each parameter and its optimizer state, which is
+    gathered only while it is used (Rajbhandari 2020; Zhao 2023)."""
     tensor: int = 1
-    """Parts of heads, hidden layers and vocabulary (Shoeybi 2019)."""
+    """Tensor parallelism: parts of heads, hidden layers and vocabulary (Shoeybi 2019)."""
     sequence: int = 1
-    """Parts of each text."""
+    """Sequence parallelism: parts of each text."""
     expert: int = 1
-    """Parts of the rows, and of the experts of each mixture (Lepikhin 2020)."""
+    """Expert parallelism: parts of the rows, and of the experts of each mixture (Lepikhin 2020)."""
 
     def __post_init__(self) -> None:
         for name in AXES:
             check_integer(name, getattr(self, name), 0 if name == "data" else 1)
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """The mesh of devices, those of all processes by default.
+        """Makes the mesh over devices, by default those of all processes.
 
         Raises:
-            ValueError: the sizes of the axes do not multiply to the number of devices.
+            ValueError: the product of the axis sizes is not the number of devices.
         """
         devices = jax.devices() if devices is None else devices
         sizes = {name: getattr(self, name) for name in AXES}
         fixed = math.prod(size for size in sizes.values() if size)
         told = " x ".join(f"{name} ({size})" for name, size in sizes.items() if size)
         if self.data and fixed != len(devices):
-            raise ValueError(f"{told} = {fixed} must be the number of devices ({len(devices)}); data 0 is what is left")
+            raise ValueError(f"{told} = {fixed} must be the number of devices ({len(devices)}); data 0 takes the rest")
         if len(devices) % fixed:
             raise ValueError(f"{told} = {fixed} must divide the number of devices ({len(devices)})")
         shape = (self.data or len(devices) // fixed, *(sizes[name] for name in AXES[1:]))
         return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
     def spread(self, update: Update, devices: Sequence[jax.Device] | None = None) -> Placed:
-        """`update` over devices, those of all processes by default.
+        """Distributes `update` over devices, by default those of all processes.
 
         Raises:
-            ValueError: the sizes of the axes do not multiply to the number of devices, or processes would share rows.
+            ValueError: the product of the axis sizes is not the number of devices, or the rows of two processes overlap
+                only in part.
         """
         return _Compiled(update, self.mesh(devices))
 
 
 Parallel = Replicated | Sharded
-"""How an update is spread over devices: `spread(update)` gives what is `Placed` there."""
+"""Any way to distribute an update over devices: `spread(update)` returns a `Placed` update."""
 
 
 class _Mapped(Placed):
-    """`jax.pmap`: the state lies whole on each device, and each process sees only the copies that are its own."""
+    """`jax.pmap`: the state is replicated, and each process sees only the copies on its own devices."""
 
     def __init__(self, update: Update, devices: Sequence[jax.Device]) -> None:
-        # As pmap orders them: those of a process follow each other.
+        # The order of pmap: the devices of a process are adjacent.
         devices = sorted(devices, key=lambda device: device.process_index)
         local = [device for device in devices if device.process_index == jax.process_index()]
         self.rows, self.lengths, self.part = len(local), 1, (jax.process_index(), len(devices) // len(local))
@@ -159,13 +168,13 @@ class _Mapped(Placed):
 
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if getattr(state.step, "sharding", None) != self._everywhere:
-            # The state that comes out lies on all devices; one that goes in otherwise would be compiled for apart.
+            # An update returns a state on all devices. An input placed differently would be compiled for separately.
             state = self.place(state)
         shares = {name: self._shares(name, array) for name, array in batch.items()}
         return _one_at_a_time(self._several, self._mapped(state, shares))
 
     def _shares(self, name: str, array: np.ndarray) -> np.ndarray:
-        """`[B, ...]` as `[devices, B / devices, ...]`."""
+        """Reshapes `[B, ...]` to `[devices, B / devices, ...]`."""
         if len(array) % self.rows:
             raise ValueError(f"the batch's {len(array)} rows ({name}) must be a multiple of the {self.rows} devices")
         return array.reshape(self.rows, len(array) // self.rows, *array.shape[1:])
@@ -175,7 +184,7 @@ class _Mapped(Placed):
 
 
 class _Compiled(Placed):
-    """`jax.jit` over a mesh: arrays are global, and a process sees its shards of them."""
+    """`jax.jit` over a mesh: arrays are global, and each process sees its own shards."""
 
     def __init__(self, update: Update, mesh: Mesh) -> None:
         self._update, self._mesh = update, mesh
@@ -192,7 +201,8 @@ class _Compiled(Placed):
 
     def place(self, state: TrainState) -> TrainState:
         if self._compiled is None:
-            # Without `out_shardings` the compiler might split the new state in another way, and compile again for it.
+            # Without `out_shardings` the compiler might shard the new state differently, and the next update would
+            # compile again.
             out_shardings = (self.shardings(state), self._whole)
             self._compiled = jax.jit(self._with_whole_params, donate_argnums=0, out_shardings=out_shardings)
         return jax.tree.map(_put, state, self._shardings)
@@ -204,14 +214,14 @@ class _Compiled(Placed):
         return _one_at_a_time(self._mesh.size > 1, self._compiled(state, arrays))
 
     def _with_whole_params(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        # Left alone, the compiler brings together the activations of all rows where it could the parameters.
+        # Without this constraint the compiler may gather the activations of all rows in place of the parameters.
         whole = whole_over("fsdp", self._shardings.params)
         return self._update(
             dataclasses.replace(state, params=jax.lax.with_sharding_constraint(state.params, whole)), batch
         )
 
     def _global(self, name: str, array: np.ndarray) -> jax.Array:
-        """The global array of which this process has these rows."""
+        """Makes the global array from this process's rows."""
         _, count = self.part
         if len(array) % self.rows:
             sizes = " x ".join(f"{axis} ({self._mesh.shape[axis]})" for axis in _ROWS)
@@ -219,7 +229,7 @@ class _Compiled(Placed):
             raise ValueError(
                 f"the batch's {len(array)} rows ({name}) must be a multiple of {self.rows}, that is {sizes}{among}"
             )
-        # Of images, whose rows of pixels are neighbours, only whole ones are given to a device.
+        # Images stay whole: neighboring rows of pixels belong together, so the second axis is not split.
         spec = P(_ROWS, "sequence") if array.ndim == 2 else P(_ROWS)
         if array.ndim == 2 and array.shape[1] % self.lengths:
             raise ValueError(
@@ -233,7 +243,7 @@ class _Compiled(Placed):
 
 
 def _share(mesh: Mesh) -> tuple[int, tuple[int, int]]:
-    """Of the rows of a global batch, split over a mesh: how many shards a process has, and `Placed.part`."""
+    """The number of row shards of this process in a global batch over the mesh, and `Placed.part`."""
     total = math.prod(mesh.shape[axis] for axis in _ROWS)
     held: dict[int, set[int]] = {}
     for device, (shard,) in NamedSharding(mesh, P(_ROWS)).devices_indices_map((total,)).items():
@@ -242,32 +252,32 @@ def _share(mesh: Mesh) -> tuple[int, tuple[int, int]]:
     if sum(map(len, parts)) != total or len(set(map(len, parts))) != 1:
         axes = " x ".join(f"{axis} ({size})" for axis, size in mesh.shape.items())
         raise ValueError(
-            f"{axes} gives the {len(held)} processes rows that overlap; give data x fsdp x expert a size that is a "
-            "multiple or a divisor of their number"
+            f"with {axes} the rows of the {len(held)} processes overlap; data x fsdp x expert must be a multiple or a "
+            "divisor of their number"
         )
     mine = tuple(sorted(held[jax.process_index()]))
     return len(mine), (parts.index(mine), len(parts))
 
 
 def _put(leaf: Any, sharding: Sharding) -> jax.Array:
-    """An array on the devices of a sharding, some of which may be those of other processes, where it is the same."""
+    """Puts a replicated array on the devices of a sharding, possibly devices of other processes."""
     is_global = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     if sharding.is_fully_addressable or is_global:
         return jax.device_put(leaf, sharding)
-    # `jax.device_put` would send the array to all processes, to compare it.
+    # `jax.device_put` would send the whole array to all processes to compare it.
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _one_at_a_time(several: bool, made: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-    """What an update made; on several CPU devices once it is there.
+    """Waits for an update on several CPU devices; returns at once on other backends.
 
-    Updates that wait for each other there take the threads that the first of them needs to meet at a sum, and XLA ends
-    the process after 40 seconds (jaxlib 0.10.2: 300 updates of eight devices on two cores, three times of four).
+    Updates queued on CPU devices occupy the threads that the first one needs for its all-reduce. XLA then aborts after
+    40 seconds (jaxlib 0.10.2: 300 updates of eight devices on two cores, in three of four runs).
     """
     return jax.block_until_ready(made) if several and jax.default_backend() == "cpu" else made
 
 
 def _first_copies(tree: Any) -> Any:
-    """Arrays that lie whole on several devices, on the first one of this process alone."""
+    """The copies of replicated arrays on the first device of this process."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)

@@ -1,4 +1,4 @@
-"""Several processes that train together, each with devices of its own, through `jax.distributed`."""
+"""Training in several processes through `jax.distributed`, each with its own devices."""
 
 import dataclasses
 import functools
@@ -24,28 +24,27 @@ _TASKS = {
     "slurm": ("SLURM_NTASKS", "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"),
     "ompi": ("OMPI_COMM_WORLD_SIZE", "OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
 }
-"""The variables by which JAX finds these clusters; the first one says how many tasks there are."""
+"""The environment variables by which JAX detects these clusters. The first one is the number of tasks."""
 _DAY = 24 * 60 * 60
 _LAST_WORDS = 1.0
-"""Seconds that process 0 stays when all leave: without it JAX ends the others, who may have something to say."""
+"""Seconds that process 0 waits before it exits: JAX ends the others at once, which may still print their errors."""
 _HEARTBEAT = 100
-"""Seconds after which JAX takes a silent process for dead, at most."""
+"""Maximum number of seconds after which JAX treats a silent process as dead."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes that train together: by default the tasks of a SLURM or Open MPI job, elsewhere one alone."""
+    """The processes that train together. Defaults to the tasks of a SLURM or Open MPI job, elsewhere to one process."""
 
     coordinator: str | None = None
-    """Host and port of process 0, such as `10.0.0.1:1234`; None for `JAX_COORDINATOR_ADDRESS`, or what a cluster says.
-    """
+    """Host and port of process 0, such as 10.0.0.1:1234. None for JAX_COORDINATOR_ADDRESS or the cluster's value."""
     count: int | None = None
-    """How many processes; None for what a cluster says. With 1 this process is alone in a cluster, too."""
+    """Number of processes. None for the cluster's value. 1 trains alone, also inside a cluster."""
     index: int | None = None
-    """Which of them this one is, from 0; None for what a cluster says."""
+    """Index of this process, from 0. None for the cluster's value."""
     cluster: Literal["slurm", "ompi", "k8s", "mpi4py", "gketpu", "gcetpu"] | None = None
-    """Whom JAX asks for what is not given; None for SLURM or Open MPI where their variables tell of several tasks.
-    Kubernetes needs the package `kubernetes` and an indexed job with a headless service."""
+    """Cluster that JAX asks for missing values. None detects SLURM and Open MPI jobs with several tasks. Kubernetes
+    needs the package kubernetes and an indexed job with a headless service."""
     timeout: int = 300
     """Seconds to wait for the other processes."""
 
@@ -57,12 +56,12 @@ class Processes:
         check_integer("processes.timeout", self.timeout, 1)
 
     def connect(self) -> None:
-        """Meets the other processes; call it before JAX computes anything. One process alone has nothing to do.
+        """Connects the processes. Must be called before JAX uses a device; does nothing for a single process.
 
         Raises:
-            ValueError: something is missing, or what two processes say does not fit together.
-            TimeoutError: some process did not come in time.
-            OSError: the port of the coordinator is not free.
+            ValueError: a value is missing, or the values of two processes contradict each other.
+            TimeoutError: a process did not arrive within `timeout` seconds.
+            OSError: the port of the coordinator is in use.
         """
         found = self._resolved(os.environ)
         if found is None:
@@ -72,7 +71,7 @@ class Processes:
             raise ValueError(f"processes.index ({index}) must be in [0, {count})")
         host, port = _parsed(address)
         meet(host, port, count, index, timeout=self.timeout)
-        # Its handler of SIGTERM would take the place of ours (`train.engine.signals`).
+        # JAX's preemption service would replace the SIGTERM handler of `train.engine.signals`.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             address,
@@ -82,13 +81,13 @@ class Processes:
             cluster_detection_method="deactivate",
             initialization_timeout=self.timeout,
             heartbeat_timeout_seconds=min(self.timeout, _HEARTBEAT),
-            # Process 0 judges the test split while the others have nothing more to do.
+            # The others wait at the end while process 0 evaluates the test split.
             shutdown_timeout_seconds=_DAY,
         )
         sys.excepthook = functools.partial(_told_and_left, sys.excepthook)
 
     def _resolved(self, environment: Mapping[str, str]) -> tuple[str, int, int, Any] | None:
-        """Coordinator, count, index and local devices; None for one process alone."""
+        """Coordinator, count, index and local devices; None for a single process."""
         address = self.coordinator or environment.get(_ADDRESS)
         cluster = self.cluster or detected(environment)
         if self.count == 1 or (cluster is None and address is None and self.count is None and self.index is None):
@@ -105,7 +104,13 @@ class Processes:
 
 
 def detected(environment: Mapping[str, str]) -> str | None:
-    """The cluster whose variables tell of several tasks, of which this process is one; None where none does.
+    """Detects a SLURM or Open MPI job with several tasks from its environment variables.
+
+    Args:
+        environment: the environment variables of this process.
+
+    Returns:
+        "slurm" or "ompi"; None outside such a job.
 
     >>> task = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "a,b", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
     >>> print(detected(task | {"SLURM_NTASKS": "2"}), detected(task | {"SLURM_NTASKS": "1"}))
@@ -118,29 +123,29 @@ def detected(environment: Mapping[str, str]) -> str | None:
 
 
 def _asked(cluster: str, address: Any, count: Any, index: Any, timeout: int) -> tuple[Any, ...]:
-    """Coordinator, count, index and local devices, with what a cluster says of those that are None."""
-    # Not public, but what JAX itself would ask; a process alone does without.
+    """Coordinator, count, index and local devices, where the cluster fills in the values that are None."""
+    # A private module of JAX, but the one that JAX itself asks. Imported only for several processes.
     from jax._src.clusters import ClusterEnv
 
-    kind = {kind.name or "k8s": kind for kind in ClusterEnv._cluster_types}[cluster]  # JAX forgot the name of this one
+    kind = {kind.name or "k8s": kind for kind in ClusterEnv._cluster_types}[cluster]  # JAX gives this class no name
     if not kind.is_env_present():
         raise ValueError(f"processes.cluster ({cluster}) was not found: its variables, or a package, are missing")
     try:
         return ClusterEnv.auto_detect_unset_distributed_params(address, count, index, None, kind.name, timeout)
     except (RuntimeError, KeyError) as error:
-        raise ValueError(f"processes.cluster ({cluster}) does not tell what is needed: {error}") from error
+        raise ValueError(f"processes.cluster ({cluster}) lacks a value that is needed: {error}") from error
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this is process 0, which writes files and prints."""
     return jax.process_index() == 0
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a process that failed; where it is one of several, at once.
+    """Exits a failed process; immediately if it is one of several.
 
-    Else JAX would wait here for the others, for minutes, and they in the middle of an update for this one. So they
-    miss its heartbeat, and JAX ends them, too.
+    A normal exit would wait for the other processes for minutes, while they wait in an update for this one. After an
+    immediate exit they miss its heartbeat, and JAX ends them too.
     """
     if jax.distributed.is_initialized():
         sys.stdout.flush()
@@ -152,18 +157,18 @@ def leave(code: int) -> NoReturn:
 
 
 def _told_and_left(tell: Callable[..., object], *error: Any) -> NoReturn:
-    """What becomes of an error that nobody caught."""
+    """Handles an uncaught error: reports it and exits."""
     tell(*error)
     leave(1)
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process; all must ask. It waits for what the devices were given before."""
+    """Whether the flag is set in any process. All processes must call it; it waits for earlier work on the devices."""
     return flag if jax.process_count() == 1 else bool(_any(flag))
 
 
 def differing(texts: Mapping[str, str]) -> list[str]:
-    """The names of the texts that are not the same in all processes, the same answer in each; all must ask."""
+    """The names of the texts that differ between processes. All processes must call it, and all get the same answer."""
     if jax.process_count() == 1:
         return []
     names = sorted(texts)
@@ -173,10 +178,10 @@ def differing(texts: Mapping[str, str]) -> list[str]:
 
 
 class Agreement:
-    """A flag that may rise in any process, such as that a signal came, and that all see at the same call.
+    """Agreement of all processes on a flag that any of them may set, such as after a signal.
 
-    The answer is that to the call before: one to this call would come only when the devices are done with all that
-    they were given, and would make every step wait. Alone, a process hears at once what it says.
+    All processes see the flag at the same call. With several processes, a call returns the answer to the previous call:
+    waiting for its own answer would make every step wait for the devices. A single process gets its flag back at once.
 
     >>> agreed = Agreement()
     >>> agreed(False), agreed(True)
@@ -187,7 +192,7 @@ class Agreement:
         self._asked: jax.Array | None = None
 
     def __call__(self, flag: bool) -> bool:
-        """Whether the flag was set in any process in the call before; all processes call equally often."""
+        """Whether any process set the flag in the previous call. All processes must call it equally often."""
         if jax.process_count() == 1:
             return flag
         before, self._asked = self._asked, _any(flag)
@@ -198,19 +203,19 @@ def _any(flag: bool) -> jax.Array:
     sharding, reduce = _reduction()
     flags = jax.make_array_from_callback((jax.device_count(),), sharding, lambda _: np.array([flag]))
     answer = reduce(flags)
-    # On the CPU nothing keeps it and the next update in order: see `train.devices.parallel`.
+    # On the CPU nothing orders it and the next update: see `train.devices.parallel`.
     return jax.block_until_ready(answer) if jax.default_backend() == "cpu" else answer
 
 
 @functools.cache
 def _reduction() -> tuple[NamedSharding, Any]:
-    """Where the flags of all devices lie, and the function of them, compiled once."""
+    """The sharding of the flags over all devices, and their reduction, compiled once."""
     mesh = Mesh(np.array(jax.devices()), ("devices",))
     return NamedSharding(mesh, P("devices")), jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
 
 
 def _parsed(address: str) -> tuple[str, int]:
-    """Host and port of "host:port".
+    """Splits "host:port".
 
     >>> _parsed("[::1]:1234")
     ('::1', 1234)

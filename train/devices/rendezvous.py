@@ -1,8 +1,9 @@
-"""Where the processes of a training meet before JAX connects them.
+"""A rendezvous of the training processes before JAX connects them, for clear error messages.
 
-Where process 0 does not answer, or another process does not come, JAX ends all of them by SIGABRT with a trace of C++
-that does not say who is missing. Where processes count differently, or two have the same index, some of them train on
-or wait until then (measured with jax 0.10.2). So they meet first, at the same port, where each case is one sentence.
+If process 0 does not answer or another process is missing, JAX aborts all processes with a C++ trace that does not name
+the missing one. If processes disagree about their number, or two have the same index, some of them train alone or wait
+for the timeout (measured with jax 0.10.2). So the processes first meet at the same port, where each of these cases is
+an error of one sentence.
 """
 
 import contextlib
@@ -15,25 +16,25 @@ _GO = "go"
 _RETRY = 0.1
 """Seconds between two attempts to reach process 0."""
 _ANSWER = 2.0
-"""Seconds that whoever connects to process 0 has to say who it is."""
+"""Seconds that a new connection to process 0 has to identify itself."""
 _LINE = 4096
-"""Bytes of a message, at most."""
+"""Maximum length of a message in bytes."""
 
 
 def meet(host: str, port: int, count: int, index: int, *, timeout: float) -> None:
-    """Returns once all processes are there and agree on how many they are; process 0 listens at the port.
+    """Waits until all processes have arrived and agree on their number. Process 0 listens at the port.
 
     Args:
-        host: of process 0.
-        port: there.
-        count: how many processes.
-        index: which one this is.
+        host: the host of process 0.
+        port: the port on that host.
+        count: the number of processes.
+        index: the index of this process, from 0.
         timeout: seconds to wait.
 
     Raises:
-        ValueError: two processes have the same index, or count differently.
-        TimeoutError: process 0 or some other did not come.
-        OSError: the port is not free.
+        ValueError: two processes have the same index or different counts.
+        TimeoutError: process 0 or another process did not arrive in time.
+        OSError: the port is in use.
     """
     deadline = time.monotonic() + timeout
     if index == 0:
@@ -49,8 +50,8 @@ def _host_meeting(port: int, count: int, deadline: float, timeout: float) -> Non
         server = socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=count)
     except OSError as error:
         raise OSError(
-            f"port {port} of process 0 is not free ({os.strerror(error.errno or 0)}); end what uses it, or give all "
-            "processes another --processes.coordinator"
+            f"port {port} of process 0 is not free ({os.strerror(error.errno or 0)}); stop the program that uses it, "
+            "or give all processes another --processes.coordinator"
         ) from error
     guests: dict[int, socket.socket] = {}
     verdict: Exception | None = None
@@ -62,7 +63,7 @@ def _host_meeting(port: int, count: int, deadline: float, timeout: float) -> Non
                 _admit(guest, guests, count)
         except TimeoutError:
             absent = ", ".join(str(index) for index in range(1, count) if not _is_there(guests.get(index)))
-            verdict = TimeoutError(f"of {count} processes these did not come within {timeout:g} s: {absent}")
+            verdict = TimeoutError(f"of {count} processes these did not arrive within {timeout:g} s: {absent}")
         except ValueError as error:
             verdict = error
         for guest in guests.values():
@@ -73,10 +74,10 @@ def _host_meeting(port: int, count: int, deadline: float, timeout: float) -> Non
 
 
 def _admit(guest: socket.socket, guests: dict[int, socket.socket], count: int) -> None:
-    """Adds a process to those that came; whoever says nothing of the kind is sent away.
+    """Admits a process that identifies itself; closes other connections.
 
     Raises:
-        ValueError: it says what cannot be.
+        ValueError: the process has another count, or an index that is taken.
     """
     guest.settimeout(_ANSWER)
     words = (_heard(guest) or "").split()
@@ -103,7 +104,7 @@ def _join_meeting(host: str, port: int, count: int, index: int, deadline: float,
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection((host, port), timeout=left) as process_0:
-                # A little longer than process 0, which knows who is missing.
+                # A little longer than process 0 waits, since only process 0 can name the missing ones.
                 process_0.settimeout(left + _ANSWER)
                 _tell(process_0, f"{_HELLO} {count} {index}")
                 answer = _heard(process_0)
@@ -111,24 +112,24 @@ def _join_meeting(host: str, port: int, count: int, index: int, deadline: float,
                 return
             if answer:
                 raise ValueError(answer)
-            reason = "it hung up, as another program would" if answer == "" else "it waits, as if for others"
+            reason = "it closed the connection, as another program would" if answer == "" else "it waits for others"
         except OSError as error:
             reason = error.strerror or error
         time.sleep(_RETRY)
     raise TimeoutError(
-        f"process 0 does not let process {index} begin at {host}:{port} within {timeout:g} s ({reason}); start all "
+        f"process 0 at {host}:{port} did not let process {index} start within {timeout:g} s ({reason}); start all "
         "processes, and give them the same --processes.coordinator"
     )
 
 
 def _tell(other: socket.socket, line: str) -> None:
-    # Who is gone meanwhile will not hear, and JAX will miss it.
+    # If the other process has ended meanwhile, JAX will notice that it is missing.
     with contextlib.suppress(OSError):
         other.sendall(f"{line}\n".encode())
 
 
 def _heard(other: socket.socket) -> str | None:
-    """A line; "" from one who hangs up or sends something else, None from one who stays silent."""
+    """Receives a line; "" if the other side closes the connection or sends no text, None if it stays silent."""
     try:
         with other.makefile("rb") as file:
             return file.readline(_LINE).decode().strip()
@@ -139,7 +140,7 @@ def _heard(other: socket.socket) -> str | None:
 
 
 def _is_there(other: socket.socket | None) -> bool:
-    """Whether one who has nothing more to say still listens; a process that was killed does not, and may come anew."""
+    """Whether a waiting process is still connected. A killed process is not, and may be started again."""
     if other is None:
         return False
     other.setblocking(False)

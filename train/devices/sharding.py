@@ -1,4 +1,4 @@
-"""Which array of a state is split over which axes of a mesh, by the rules that stand beside the modules."""
+"""Shardings of a training state over a device mesh, from the parameter rules of the modules."""
 
 import logging
 import math
@@ -14,27 +14,28 @@ from seqattn.nn.parameter_rule import ParameterRule
 from train.update.parameters import paths
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
-"""The axes of a mesh. Parameters know three of them: `fsdp` splits them to save memory, `tensor` for what is computed
-with them, and `expert` by the experts of a mixture."""
+"""The mesh axes. Three of them split parameters: `fsdp` to save memory, `tensor` to split the computation too, and
+`expert` by the experts of a mixture."""
 
 log = logging.getLogger(__name__)
 
 
 def shardings(state: Any, mesh: Mesh, rules: Sequence[ParameterRule] = PARAMETER_RULES) -> Any:
-    """The tree of `state` with a `NamedSharding` in place of every array.
+    """Returns the tree of `state` with a `NamedSharding` in place of every array.
 
-    What the state holds beside `params` follows them: an array whose path ends in that of a parameter of the same
-    shape, such as a moment of Adam, is split like it; everything else lies whole on every device.
+    Other arrays follow the parameters: an array whose path ends with the path of a parameter of the same shape, such as
+    a moment of Adam, has its sharding. Everything else is replicated on all devices.
 
-    A dim that its axes do not divide is not split, and neither is a parameter without a rule; a warning names them.
+    A dimension that its mesh axes do not divide is not split, and neither is a parameter without a rule. A warning
+    names them.
 
     Args:
-        state: a `TrainState`, or anything with `params`, of arrays or of their shapes.
-        mesh: with the axes that the rules name.
-        rules: how parameters are split.
+        state: a `TrainState`, or any pytree with `params`, of arrays or shapes.
+        mesh: a mesh with the axes that the rules name.
+        rules: the rules that split parameters.
 
     Raises:
-        ValueError: a rule names more dims than a parameter has.
+        ValueError: a rule has more dimensions than a parameter.
 
     >>> import jax.numpy as jnp, optax
     >>> from train.update.step import TrainState
@@ -50,7 +51,7 @@ def shardings(state: Any, mesh: Mesh, rules: Sequence[ParameterRule] = PARAMETER
         specs[path], reasons = _spec(path, leaf.shape, mesh, rules)
         whole += reasons
     if whole:
-        log.warning("not split over the devices, but whole on each: %s", "; ".join(whole))
+        log.warning("not split over the devices, but replicated: %s", "; ".join(whole))
 
     def sharding(leaf: Any, path: str) -> NamedSharding:
         owner = _owner(path, params)
@@ -61,7 +62,7 @@ def shardings(state: Any, mesh: Mesh, rules: Sequence[ParameterRule] = PARAMETER
 
 
 def whole_over(axis: str, sharded: Any) -> Any:
-    """The same tree of shardings, in which no dim is split over an axis.
+    """Returns a tree of shardings in which no dimension is split over the given mesh axis.
 
     >>> mesh = jax.sharding.AbstractMesh((2, 4), ("fsdp", "tensor"))
     >>> tuple(whole_over("fsdp", NamedSharding(mesh, P("fsdp", "tensor"))).spec)
@@ -77,10 +78,10 @@ def whole_over(axis: str, sharded: Any) -> Any:
 
 
 def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[ParameterRule]) -> tuple[P, list[str]]:
-    """The axes of each dim, and what the rule wanted to split and could not."""
+    """The mesh axes of each dimension, and the reasons for dimensions that are not split."""
     rule = rule_of(path, rules)
     if rule is None:
-        # Where no axis of parameters splits anything, nothing is missing.
+        # Without a mesh axis that splits parameters, a missing rule changes nothing.
         split = any(size > 1 for name, size in mesh.shape.items() if name in ("fsdp", "tensor", "expert"))
         return P(), [f"{path}: no rule"] * split
     if len(rule.split) > len(shape):
@@ -95,13 +96,13 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Sequence[Paramet
 
 
 def _size(mesh: Mapping[str, int], names: str | tuple[str, ...] | None) -> int:
-    """Into how many parts axes split a dim."""
+    """The number of parts into which mesh axes split a dimension."""
     names = (names,) if isinstance(names, str) else names or ()
     return math.prod(mesh[name] for name in names)
 
 
 def _owner(path: str, params: Mapping[str, Any]) -> str | None:
-    """The parameter whose path a path ends in: of several the longest."""
+    """The parameter whose path is the longest suffix of a path; None if there is none."""
     parts = path.split("/")
     tails = ("/".join(parts[first:]) for first in range(len(parts)))
     return next((tail for tail in tails if tail in params), None)

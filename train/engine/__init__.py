@@ -1,1 +1,1 @@
-"""A training run: begun or resumed, its loop, its signals, and when it stops."""
+"""A training run: start or resume, training loop, signals and early stopping."""

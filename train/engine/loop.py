@@ -1,4 +1,4 @@
-"""Training: updates, rows of metrics, evaluations and checkpoints, until the end or a signal, and what came out."""
+"""The training loop: updates, metrics, evaluations and checkpoints, until the last step, early stopping or a signal."""
 
 import contextlib
 import json
@@ -34,50 +34,62 @@ _SAMPLES, _METRICS, _TRACEBACK = 3, "metrics.jsonl", "traceback.txt"
 
 
 def train(experiment: Experiment) -> int:
-    """Trains, or goes on where the run folder stopped; returns the exit code of the process.
+    """Trains an experiment, or resumes it from the latest checkpoint in its run folder.
 
-    Where an error came from stands in `traceback.txt` of the run folder, once there is one.
+    If an error ends the run, `traceback.txt` in the run folder has its traceback.
+
+    Args:
+        experiment: the experiment as the user gave it; `experiment.run` is the run folder.
+
+    Returns:
+        The exit code of the process: 0 at the end of the run, 130 or 143 after Ctrl-C or SIGTERM.
 
     Raises:
-        ValueError: the run folder holds something else or is being trained in, or the settings do not fit the data or
-            the devices, or updates are not finite any more.
+        ValueError: the run folder holds something else, or another process trains in it; the settings do not fit the
+            data or the devices; or the loss or gradient was not finite for `max_skipped` consecutive updates.
         OSError: a checkpoint could not be saved.
     """
+    # First of all: JAX must not use the devices before it knows the other processes.
     experiment.processes.connect()
+    # The lock is taken before anything is read, since another process could change the folder in between.
     with _locked(experiment.run), _noting_where(experiment.run):
         session = prepare(experiment)
         with Interrupts() as interrupts, session.checkpoints:
             stopped = _train(session, interrupts)
-            # What was saved last is waited for here.
+            # Inside the context of signals: a signal must not cut off the last checkpoint.
             session.checkpoints.wait()
+        # A signal during that wait stops the run too: evaluating the test split takes long.
         stopped = stopped or any_process(interrupts.received is not None)
         if not stopped:
             _finish(session)
             return 0
-        # Of several processes, maybe another one had the signal.
+        # With several processes, another one may have received the signal.
         print(f"stopped by {interrupts.name} after {int(session.state.step)} updates; the same command resumes")
         return interrupts.exit_code()
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds a run folder for process 0, or refuses all; a new one where nothing was written is removed again.
+    """Locks the run folder for process 0, or raises in all processes.
 
-    What a folder must not hold is asked of each process: it may be another one there.
+    A folder that was created here is removed again if nothing was written to it.
     """
     is_new, refusal = is_first() and not folder.exists(), None
     try:
         with ExitStack() as held:
             try:
+                # Every process checks: without a shared file system each sees its own folder.
                 check_folder(folder)
                 if is_first():
                     held.enter_context(lock.RunLock(folder))
             except (ValueError, OSError) as error:
                 refusal = error
+            # All processes stop together: one left alone would wait for the others at its first collective.
             if any_process(refusal is not None):
-                raise refusal or ValueError(f"another process does not train in {folder}: it says why")
+                raise refusal or ValueError(f"another process cannot train in {folder}; its message says why")
             yield
     finally:
+        # A refused experiment, such as one with a mistyped setting, leaves no empty folder behind.
         with contextlib.suppress(OSError):
             if is_new and [path.name for path in folder.iterdir()] == [lock.NAME]:
                 (folder / lock.NAME).unlink()
@@ -86,42 +98,52 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _noting_where(folder: Path) -> Iterator[None]:
-    """Writes down the traceback of an error, of which a command tells a sentence; that of one before is removed."""
+    """Writes the traceback of an error to a file, since the command prints only one sentence."""
     try:
+        # An old traceback would look like one of this run.
         with contextlib.suppress(OSError):
             (folder / _TRACEBACK).unlink(missing_ok=True)
         yield
     except Exception:
-        if (folder / "config.json").exists():  # else nothing was begun, and nothing is left behind
+        if (folder / "config.json").exists():  # without it the run never started, and leaves no files
             with contextlib.suppress(OSError):
                 (_logs(folder) / _TRACEBACK).write_text(traceback.format_exc(), "utf-8")
         raise
 
 
 def _train(session: Session, interrupts: Interrupts) -> bool:
-    """Whether a signal ended it."""
+    """Makes the updates that are left; returns True if a signal stopped them."""
     experiment, first = session.experiment, int(session.state.step)
     logs = _logs(experiment.run)
+    # With changed settings, evaluations after the checkpoint belong to updates that will not be repeated. They must not
+    # count for patience.
     if session.changed and is_first() and (logs / _METRICS).exists():
-        with MetricsFile(logs / _METRICS) as metrics:  # evaluations of what is not gone on with end nothing
+        with MetricsFile(logs / _METRICS) as metrics:
             metrics.truncate_after(first)
     history = _checks(session)
+    # A checkpoint is saved before its evaluation, so a run that was killed in between still owes one.
     missed = any_process(is_first() and _missed_validation(session, first, history))
+    # Before the first save, which prunes old checkpoints.
     _protect_best(session, history)
+    # The run may have been killed between its last evaluation and the return to the best checkpoint.
     if _is_over(session, history):
         _go_back_to_best(session, history, print)
         return False
+    # A finished run goes straight to its results, without a compilation.
     if first == experiment.steps and not missed:
         return False
     placed, agreed = session.placed, Agreement()
     with ExitStack() as files:
+        # All processes run the same code; only the first one is allowed to print.
         silent = None if is_first() else files.enter_context(open(os.devnull, "w", encoding="utf-8"))
         progress = files.enter_context(Progress(experiment.steps, initial_step=first, stream=silent))
         also = files.enter_context(_trackers(experiment, first + 1)).write
         metrics = files.enter_context(MetricsFile(logs / _METRICS, also=also))
         samples = files.enter_context(MetricsFile(logs / "samples.jsonl"))
         _greet(session, progress)
+        # Rows after the checkpoint come from updates that were lost; this session writes them again.
         metrics.truncate_after(first)
+        # Samples are written before the row of metrics, so an evaluation that was cut off may have left some.
         samples.truncate_after(first - missed)
         history = [row for row in history if row["step"] <= first]
         if missed:
@@ -133,27 +155,35 @@ def _train(session: Session, interrupts: Interrupts) -> bool:
         meter = Meter(experiment, session.objective, session.graph, metrics, progress, placed.part[1])
         profile = Profile(experiment.profile, logs / "profile", progress.print)
         files.callback(profile.close)
+        # The order of batches follows from the seed, so a resumed run skips to its place without reading the data.
         batches = iterate(session.batches, start=first)
         for step in range(first + 1, experiment.steps + 1):
             with profile.step(step, session.state) as finished:
                 with meter.waiting(), profile.waiting():
                     batch = next(batches)
                 with profile.starting():
+                    # JAX enqueues the update: the devices compute it while the loop prepares the next batch.
                     session.state, result = placed.update(session.state, batch)
                 finished(session.state)
+            # Only after a row, which has waited for the devices anyway: reading the counter at each step would stall.
             if meter.add(step, batch, session.state, result):
                 _check_skipped(session)
+            # All processes must stop after the same step, since they share the collectives of updates and saves.
             due, stopped = step % experiment.evaluate_every == 0, agreed(interrupts.received is not None)
-            # Saved before it is evaluated: an evaluation that fails loses no update.
+            # Saved before the evaluation, so that an evaluation that fails loses no update.
             if due or stopped or step == experiment.steps:
+                # A state that only skips updates must not replace an older checkpoint.
                 _check_skipped(session)
                 with meter.saving():
                     session.save()
+            # No evaluation after a signal: job managers kill a process that does not end soon.
             if stopped:
                 return True
             if due:
                 history.append(_validate(session, step, metrics, samples, progress))
+                # The time of the evaluation must not lower the reported throughput.
                 meter.restart()
+                # Before the next save, which could remove a checkpoint that has just become the best.
                 _protect_best(session, history)
                 if _is_over(session, history):
                     _go_back_to_best(session, history, progress.print)
@@ -162,13 +192,16 @@ def _train(session: Session, interrupts: Interrupts) -> bool:
 
 
 def _logs(folder: Path) -> Path:
-    """Where this process writes rows of metrics; the first one's are those of the run."""
+    """The folder for this process's metrics: the run folder for process 0, a subfolder for the others."""
+    # Processes may share a file system, and two writers would mix their rows.
     folder = folder if is_first() else folder / "processes" / str(jax.process_index())
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def _trackers(experiment: Experiment, first: int) -> Trackers:
+    """The trackers of the run in process 0, none in the others."""
+    # Every process has the same numbers; a tracker would show the run several times.
     if not is_first():
         return Trackers(experiment.run)
     wanted: dict[str, Any] = {"tensorboard": experiment.tensorboard, "wandb": experiment.wandb, "first": first}
@@ -176,45 +209,51 @@ def _trackers(experiment: Experiment, first: int) -> Trackers:
 
 
 def _checks(session: Session) -> list[Row]:
-    """What all evaluations of the validation split found."""
+    """The rows of all evaluations of the validation split so far."""
     file = _logs(session.experiment.run) / _METRICS
     return [row for row in read_metrics(file) if row["kind"] == "validation"] if file.exists() else []
 
 
 def _missed_validation(session: Session, step: int, history: list[Row]) -> bool:
-    """Whether a run was stopped between the checkpoint of a step and its evaluation."""
+    """Whether the run was stopped after it saved the checkpoint of a step and before it evaluated it."""
     if not step or step % session.experiment.evaluate_every:
         return False
+    # Without a metrics file no evaluation is known, so none is repeated.
     return (_logs(session.experiment.run) / _METRICS).exists() and all(row["step"] != step for row in history)
 
 
 def _is_over(session: Session, history: list[Row]) -> bool:
-    """Whether patience is at its end, in the eyes of process 0: another one may not have seen all evaluations."""
+    """Whether patience has run out."""
+    # Process 0 decides: only its metrics file is certain to hold all evaluations.
     return any_process(is_first() and Patience(history, session.experiment.patience).exhausted)
 
 
 def _protect_best(session: Session, history: list[Row]) -> None:
-    """Keeps the best checkpoints: an interrupted run saves more often than it evaluates, which would push them out."""
+    """Protects the best checkpoints from removal."""
     experiment = session.experiment
+    # An interrupted run saves more often than it evaluates, so patience below `keep_checkpoints` alone is not enough.
     kept = max(experiment.keep_best, experiment.patience is not None)
     session.checkpoints.protect(*Patience(history).best(kept))
 
 
 def _go_back_to_best(session: Session, history: list[Row], say: Callable[[str], None]) -> None:
-    """Makes the best checkpoint that is whole the latest, and its state that of the session."""
-    session.checkpoints.read_again()  # it may have been written long ago
+    """Restores the best intact checkpoint and makes it the latest one."""
+    # Verified again, since a file may have been damaged after it was written.
+    session.checkpoints.read_again()
+    # Process 0 chooses for all, since others may see other files or none.
     patience, whole = Patience(history), session.checkpoints.steps
     (step,) = agreed_numbers([next((step for step in patience.best() if step in whole), 0)] if is_first() else [0])
     if not step:
-        raise ValueError(f"{session.checkpoints.folder} holds none of the evaluated steps as it was written")
+        raise ValueError(f"{session.checkpoints.folder} holds no intact checkpoint of an evaluated step")
     session.go_back_to(step)
     loss, best = patience.loss(step), (patience.best(1) or [step])[0]
     said = "" if loss is None else f", {loss:.4f}"
-    lost = "" if best == step else f"; what was best, after {best}, is damaged or gone"
+    lost = "" if best == step else f"; the best checkpoint, after {best}, is damaged or gone"
     say(f"stopped early: the validation loss is lowest after {step} updates{said}{lost}")
 
 
 def _greet(session: Session, progress: Progress) -> None:
+    """Prints the sizes of model, data, vocabulary and devices."""
     leaves = jax.tree.leaves(session.state.params)
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     progress.print(
@@ -228,7 +267,8 @@ def _greet(session: Session, progress: Progress) -> None:
 
 
 def _check_skipped(session: Session) -> None:
-    """Raises ValueError after so many updates in a row that were left out."""
+    """Raises ValueError after `max_skipped` consecutive skipped updates."""
+    # Reading it waits for the devices. The update itself keeps the state unchanged meanwhile.
     in_a_row = int(session.state.skipped_in_a_row)
     if in_a_row < session.experiment.max_skipped:
         return
@@ -245,13 +285,14 @@ def _check_skipped(session: Session) -> None:
 
 
 def _validate(session: Session, step: int, metrics: MetricsFile, samples: MetricsFile, progress: Progress) -> Row:
-    """Scores on the validation split: the row that is written of them."""
+    """Evaluates the model on the validation split, writes samples and a row of metrics, and returns the row."""
     experiment = session.experiment
     split = session.splits["validation"]
     split = split.select(range(min(len(split), experiment.evaluate_examples)))
     scores = session.objective.evaluate(session.model, split)
     progress.print(f"step {step}  validation  " + _described(scores))
-    # The samples first: by its row of metrics an evaluation counts as done.
+    # Samples come first: once its row of metrics is written, an evaluation counts as done. With the step as the seed, a
+    # repeated evaluation shows the same samples.
     for index in np.random.default_rng(step).permutation(len(scores.outputs))[:_SAMPLES]:
         row = split[int(index)]
         samples.write({"step": step, **row, "output": scores.outputs[index]})
@@ -266,17 +307,19 @@ def _described(scores: Scores) -> str:
 
 
 def _finish(session: Session) -> None:
-    """Scores on the test split, pictures, and where everything is."""
+    """Evaluates the model on the test split, draws the pictures, and prints where the files are."""
     experiment, folder, test = session.experiment, session.experiment.run, session.splits["test"]
-    # What follows asks all processes. Any checkpoint may have been damaged since it was written. Going back to the best
-    # one leaves no later ones, and other settings before kept fewer.
+    # Until `is_first`, all processes take part: reading checkpoints needs all of them. A checkpoint may have been
+    # damaged since it was written.
     session.checkpoints.read_again()
+    # There may be fewer checkpoints than `average`: early stopping removes later ones, and earlier settings kept fewer.
     average = max(1, min(experiment.average, len(run.regular(session.checkpoints.steps, experiment))))
     model = run.load(folder, average=average).model if average > 1 else session.model
     if not is_first():
         return
     if average < experiment.average:
         print(f"the mean is of {average} checkpoints, not of {experiment.average}: {folder} holds no more")
+    # A new objective, since validation uses greedy decoding and the test split `beam_size` hypotheses.
     objective = objectives.make(
         experiment, session.objective.tokenizer, session.objective.labels, beam_size=experiment.beam_size
     )
@@ -285,12 +328,13 @@ def _finish(session: Session) -> None:
     results |= {"average": average, "beam_size": experiment.beam_size}
     if scores.signatures:
         results["sacrebleu"] = scores.signatures
+    # Results are written before the pictures, so that an error while drawing does not lose them.
     replace(folder / run.RESULTS, json.dumps(results, indent=2).encode())
     learning_curves(read_metrics(folder / _METRICS), folder / "curves")
     objective.draw(model, test, folder / "attention")
     print(f"test  {_described(scores)}")
     if "exact_match" in scores.numbers:
         share = scores.numbers["exact_match"]
-        print(f"test exact match {share:.2%} on {len(test)} examples that were never trained on")
+        print(f"test exact match {share:.2%} on {len(test)} held-out examples")
     names = (path.name + "/" * path.is_dir() for path in folder.iterdir() if path.name != lock.NAME)
     print(f"{folder}: " + ", ".join(sorted(names)))

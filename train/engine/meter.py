@@ -1,4 +1,4 @@
-"""What training says of itself: rows of metrics, and the shares of time that go into products and into waiting."""
+"""Metrics of training: losses, throughput, model FLOPs utilization and waiting times."""
 
 import time
 from collections.abc import Iterator
@@ -19,24 +19,29 @@ from train.update.step import TrainState
 
 
 class Meter:
-    """Rows of training metrics; numbers leave the devices only when a row is due, so that steps do not wait.
+    """Writes rows of training metrics. Numbers leave the devices only when a row is due, so steps do not wait.
 
-    `mfu`, model FLOPs utilisation, is 3 F U / (t P): F floating-point operations of all products that the loss of a
-    padded token makes, three times for forward and backward, U tokens without padding in t seconds, and P, what the
-    devices could do (`train.reports.flops`). F is that of the first batch, with every score of attention computed, in
-    packed rows those between different texts too: their MFU is not to be compared with that of one text a row.
+    A row has these numbers beside the metrics of the update (`train.update.step.Metrics`):
 
-    `data_wait` is the share of the time in which the loop waited for a batch, and `padding` that of the places in the
-    batches which hold none. `save_seconds` are those in which training waited for checkpoints since the row before: for
-    the copy of the state, and for a save that was still being written.
+    - `tokens_per_second`: tokens without padding, over all processes.
+    - `mfu`: model FLOPs utilization (Chowdhery 2022), `3 F U / (t P)`. F is the number of floating-point operations of
+      all products in the loss per padded token; the factor 3 covers forward and backward pass. U is the number of
+      tokens without padding in t seconds. P is the peak rate of the devices in FLOP/s (`train.reports.flops`). F is
+      measured on the first batch with every attention score computed, in packed rows also scores between different
+      texts. So the MFU of packed rows is not comparable with that of one text per row.
+    - `data_wait`: share of the time in which the loop waited for a batch.
+    - `padding`: share of the positions in the batches that hold no token.
+    - `save_seconds`: seconds since the row before in which training waited for checkpoints: for the copy of the state,
+      and for an earlier save still being written.
+    - `learning_rate`, and `skipped`: the number of skipped updates so far.
 
     Args:
-        experiment: says when a row is due, and the learning rate.
-        objective: counts tokens, and has the loss.
+        experiment: the resolved experiment; sets `log_every` and the learning-rate schedule.
+        objective: counts tokens and computes the loss.
         graph: the model's structure.
-        metrics: where rows go.
-        progress: what is shown.
-        parts: of how many parts of a batch this process has one.
+        metrics: the file for the rows.
+        progress: the display for the rows.
+        parts: number of parts into which processes split each batch; this process has one of them.
     """
 
     def __init__(
@@ -55,33 +60,44 @@ class Meter:
         self._operations: float | None = None
         device = jax.local_devices()[0]
         rate, source = peak(device)
-        # The devices of a CPU, of which tests and trials have several, share its cores.
+        # Several JAX devices on one CPU, as in tests, share its cores, so they count as one.
         count = jax.process_count() if device.platform == "cpu" else jax.device_count()
         self._peak = rate * count
         self._saved = 0.0
-        progress.print(f"mfu is of {count} x {source}")
+        progress.print(f"mfu is relative to {count} x {source}")
         self.restart()
 
     def restart(self) -> None:
-        """Begins to count tokens anew: what happened between two steps is not training time."""
+        """Restarts the clock and the token counts, so that time between two steps does not count as training."""
         self._tokens, self._places, self._waited, self._since = 0, 0, 0.0, time.monotonic()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """What happens within is waiting for a batch."""
+        """A context in which time counts as waiting for a batch."""
         begun = time.monotonic()
         yield
         self._waited += time.monotonic() - begun
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """What happens within is waiting for a checkpoint, between two steps; the next row has its seconds."""
+        """A context in which time counts as waiting for a checkpoint; the next row reports the seconds."""
         begun = time.monotonic()
         yield
         self._saved += time.monotonic() - begun
 
     def add(self, step: int, batch: Batch, state: TrainState, result: dict[str, jax.Array]) -> bool:
-        """Counts a batch, of which each part has as many tokens, more or less, as that here; whether a row was due."""
+        """Counts an update, and writes a row if one is due.
+
+        Args:
+            step: the number of the update, from 1.
+            batch: this process's part of the batch; the other parts are assumed to have as many tokens.
+            state: the state after the update.
+            result: the metrics of the update.
+
+        Returns:
+            True if a row was written.
+        """
+        # Extrapolated, since exact counts of other processes would need communication at every step.
         self._tokens += self._objective.count(batch) * self._parts
         self._places += self._objective.count(filled(batch)) * self._parts
         if self._operations is None:
@@ -89,6 +105,7 @@ class Meter:
         if step % self._experiment.log_every and step != self._experiment.steps:
             return False
         values = {name: float(value) for name, value in result.items() if name != "tokens"}  # waits for the devices
+        # Read after the wait: the updates since the last row are complete only now.
         seconds = max(time.monotonic() - self._since, 1e-9)
         speed = {
             "tokens_per_second": self._tokens / seconds,
@@ -96,6 +113,7 @@ class Meter:
             "data_wait": self._waited / seconds,
             "padding": 1 - self._tokens / max(1, self._places),
         }
+        # The schedule counts only updates that were made; its first one is 0.
         skipped = int(state.skipped)
         row = {"step": step, "kind": "train", "learning_rate": float(self._schedule(max(0, step - 1 - skipped)))}
         self._metrics.write({**row, **values, **speed, "save_seconds": self._saved, "skipped": skipped})
@@ -105,10 +123,10 @@ class Meter:
         return True
 
     def _of_a_token(self, params: Any, batch: Batch) -> float:
-        """The operations of the products of one padded token, forward."""
+        """Floating-point operations of all products in the forward pass, per padded token."""
 
         def loss(params: Any, batch: Any) -> Any:
-            # The tiles of others are a loop of a length that is not known.
+            # Other kernels loop over tiles; the number of iterations is not known at trace time, so cannot be counted.
             model = with_implementation(nnx.merge(self._graph, params), "reference")
             return self._objective.loss(model, batch, dropout_key=jax.random.key(0))
 

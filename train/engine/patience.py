@@ -1,4 +1,4 @@
-"""Early stopping: what the evaluations of a run say about going on."""
+"""Early stopping by the validation loss."""
 
 import dataclasses
 import math
@@ -8,11 +8,11 @@ from train.reports.metrics import Row
 
 @dataclasses.dataclass(frozen=True)
 class Patience:
-    """How long a run waits for a lower validation loss, and what its evaluations found so far.
+    """The evaluations of a run so far, and how many of them it waits for a lower validation loss.
 
     Attributes:
-        history: rows of all evaluations of the validation split, in order.
-        limit: evaluations in a row without a new lowest loss that end the run; None for any number.
+        history: the rows of all evaluations of the validation split, oldest first. Each has `step` and `loss` (nats).
+        limit: number of consecutive evaluations without a new lowest loss that ends the run; None for no limit.
 
     >>> losses = [3.0, 1.0, float("nan"), 2.0]
     >>> patience = Patience([{"step": 10 * (i + 1), "loss": loss} for i, loss in enumerate(losses)], limit=2)
@@ -25,22 +25,24 @@ class Patience:
 
     @property
     def exhausted(self) -> bool:
-        """Whether it is at its end."""
+        """Whether the run should stop."""
         return self.limit is not None and self.waited >= self.limit
 
     @property
     def waited(self) -> int:
-        """Evaluations since the lowest loss; 0 where no loss was finite."""
+        """Number of evaluations since the lowest loss; 0 if no loss was finite."""
         ranked = self._ranked()
         return len(self.history) - 1 - self.history.index(ranked[0]) if ranked else 0
 
     def best(self, count: int | None = None) -> list[int]:
-        """The steps of the lowest finite losses, the best first: `count` of them, or all."""
+        """The steps of the `count` lowest finite losses, best first; all of them by default."""
         return [row["step"] for row in self._ranked()[:count]]
 
     def loss(self, step: int) -> float | None:
-        """What the evaluation after a step found, if there was one."""
+        """The validation loss after a step, in nats; None without an evaluation there or if it was not finite."""
         return next((row["loss"] for row in self._ranked() if row["step"] == step), None)
 
     def _ranked(self) -> list[Row]:
+        # NaN compares false with everything, so it would end up anywhere in the order. The sort is stable: among equal
+        # losses the earliest is the best, and an evaluation that only ties does not reset the wait.
         return sorted((row for row in self.history if math.isfinite(row["loss"])), key=lambda row: row["loss"])

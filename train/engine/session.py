@@ -1,4 +1,7 @@
-"""What one process needs to train: an experiment brought to life, or refused before anything is compiled or written."""
+"""Prepares a training run in one process: checks it, loads data, and builds or restores model and optimizer.
+
+Mistakes in the settings are reported before anything is compiled or written.
+"""
 
 import dataclasses
 import hashlib
@@ -39,19 +42,19 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Session:
-    """An experiment in this process.
+    """A training run in this process.
 
     Attributes:
         experiment: the resolved experiment.
-        objective: what it is about, with its tokenizer and labels.
-        splits: examples by split.
-        batches: those of all updates, in order.
-        texts: what checkpoints hold beside numbers: config, tokenizer, digest of the data.
+        objective: the objective of the run, with its tokenizer and labels.
+        splits: examples by split: "train", "validation" and "test".
+        batches: the batches of all updates, in order.
+        texts: the texts in each checkpoint beside the arrays: config, tokenizer, digest of the data, labels, versions.
         graph: the model's structure.
-        placed: the update, over the devices.
-        state: parameters, optimizer and step, as far as they were trained.
-        checkpoints: of the run.
-        changed: it goes on with other settings than those of its latest checkpoint.
+        placed: the update, compiled for the devices.
+        state: the current state: parameters, optimizer state and step.
+        checkpoints: the checkpoints of the run.
+        changed: True if the settings differ from those of the latest checkpoint.
     """
 
     experiment: Experiment
@@ -67,43 +70,53 @@ class Session:
 
     @property
     def model(self) -> Any:
-        """The model with the parameters of now, or with their moving average where the run keeps one.
+        """The model with the current parameters, or with their moving average if the run keeps one.
 
-        With several processes all of them must ask.
+        With several processes, all of them must access it.
         """
+        # The average is what the run reports and exports, so evaluations must use it too.
         params = self.state.params if self.state.average is None else self.state.average
         return nnx.merge(self.graph, self.placed.gather(params))
 
     def save(self) -> None:
-        """Writes a checkpoint of now; what kept the one before from being written is told, and may be over.
+        """Saves a checkpoint of the current state; logs a failed earlier save and retries.
+
+        Returns when the state is copied. The file is written in the background.
 
         Raises:
-            OSError: this one cannot be written either, as far as that shows at once.
+            OSError: this checkpoint cannot be written either, as far as that is known at once.
         """
         try:
             self.checkpoints.save(self.state, self.texts)
         except OSError as error:
+            # The error is that of the save before, which ran in the background. Its cause may be gone, such as a full
+            # disk.
             log.warning("%s", error)
             self.checkpoints.save(self.state, self.texts)
 
     def go_back_to(self, step: int) -> None:
-        """Goes on from an earlier checkpoint, which becomes the latest: later ones are removed."""
+        """Restores an earlier checkpoint and removes the later ones, so that it becomes the latest.
+
+        Raises:
+            ValueError: the checkpoint is missing or damaged.
+        """
+        # Later ones go first: if the process is killed in between, the run still resumes from this one.
         self.checkpoints.forget_after(step)
         self.state = self.placed.place(self.checkpoints.restore(self.state))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Resolved:
-    """What the flags, the examples and the latest checkpoint say, before there is a model.
+    """The settings, examples and latest checkpoint of a run, before the model is built.
 
     Attributes:
         experiment: the resolved experiment.
-        objective: what it is about.
+        objective: the objective of the run.
         splits: examples by split.
-        texts: what checkpoints hold beside numbers.
-        checkpoints: those that the folder has; None before there are any.
-        saved: the texts of the latest checkpoint; None where the run begins.
-        changes: the settings that are others than those of the latest checkpoint.
+        texts: the texts in each checkpoint beside the arrays.
+        checkpoints: the checkpoints of the run folder; None for a new run.
+        saved: the texts of the latest checkpoint; None for a new run.
+        changes: the settings that differ from those of the latest checkpoint, with both values.
     """
 
     experiment: Experiment
@@ -117,14 +130,14 @@ class _Resolved:
 
 @dataclasses.dataclass(frozen=True)
 class _Begun:
-    """The model and what it is trained with.
+    """The model, its update and its batches.
 
     Attributes:
         graph: the model's structure.
-        state: parameters, optimizer and step, new or of the latest checkpoint.
-        placed: the update, over the devices.
-        batches: those of all updates, in order.
-        rows: what the rows of a batch are a multiple of, in words.
+        state: parameters, optimizer state and step, initial or from the latest checkpoint.
+        placed: the update, compiled for the devices.
+        batches: the batches of all updates, in order.
+        rows: the divisor of the number of rows in a batch, in words.
     """
 
     graph: nnx.GraphDef
@@ -135,11 +148,11 @@ class _Begun:
 
 
 def prepare(experiment: Experiment) -> Session:
-    """Examples, tokenizer, model and state; from the latest checkpoint where the run folder holds one.
+    """Prepares a run: examples, tokenizer, model and state, from the latest checkpoint if the run folder has one.
 
     Raises:
-        ValueError: the run folder holds something else, the settings do not fit the data or the devices, or one of them
-            would do nothing.
+        ValueError: the run folder holds something else, the settings do not fit the data, the devices or the
+            checkpoint, or a setting would have no effect.
     """
     resolved = _resolve(experiment)
     begun = _restore_or_start(resolved)
@@ -147,45 +160,51 @@ def prepare(experiment: Experiment) -> Session:
 
 
 def _resolve(experiment: Experiment) -> _Resolved:
-    """Reads the examples and the folder, and refuses what does not go together."""
+    """Reads the examples and the run folder, and checks that they fit together."""
     versions = json.dumps(_versions())
-    # Before anything that one process may do and another not.
+    # Before any branch that depends on the settings: processes in different branches would wait for each other.
     _check_processes({"settings": run.shared(experiment), "versions": versions})
     check_folder(experiment.run)
     without_effect.check_settings(experiment)
     splits = experiment.task.load()
-    # Process 0 decides: it may be ahead of another, or the only one that sees the folder.
+    # Process 0 decides: it may have created the folder already, or be the only one that sees it.
     is_begun = any_process(is_first() and (experiment.run / "checkpoints").is_dir())
     checkpoints = _checkpoints(experiment) if is_begun else None
     saved = None if checkpoints is None else _saved(checkpoints)
+    # The tokenizer comes before the model: its vocabulary sets the size of the embedding.
     objective = _objective(experiment, splits["train"], saved)
     experiment = run.resolve(experiment, objective.tokenizer, objective.labels)
     texts = _texts(experiment, objective, splits) | {"versions": versions}
+    # Each process has read its own files, which may differ.
     _check_processes({name: texts[name] for name in ("tokenizer", "data", "labels")})
     changes: list[str] = []
     if checkpoints is not None and saved is not None:
         changes = run.changes(experiment.run, saved["config"], experiment)
         done = checkpoints.latest or 0
         _check_steps(done, experiment)
+        # Recorded in every later checkpoint: the config alone no longer reproduces the run.
         texts["changes"] = _noted(saved.get("changes", ""), done, changes)
+        # Other data may have other splits, so the model may have trained on the new test examples.
         if saved["data"] != texts["data"]:
-            raise ValueError(
-                f"the examples are not those that {experiment.run} was trained on; give another folder with --run"
-            )
+            raise ValueError(f"the data changed since {experiment.run} was trained; give another folder with --run")
     return _Resolved(experiment, objective, splits, texts, checkpoints, saved, changes)
 
 
 def _restore_or_start(resolved: _Resolved) -> _Begun:
-    """The model as the latest checkpoint has it, or new; nothing is written, since what was changed may not fit."""
+    """Restores the model from the latest checkpoint, or builds a new one.
+
+    Nothing is written yet, since changed settings may not fit the checkpoint.
+    """
     experiment, objective = resolved.experiment, resolved.objective
     optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
     model: nnx.Module
     if resolved.saved is None:
         model = fresh(experiment, objective.tokenizer)
         graph, state = start(model, optimizer, average=experiment.ema is not None)
-        _check_processes({"what the model begins with": _digest(state.params)})
+        # Replicas that start from different parameters would never agree, and no error would show it.
+        _check_processes({"the initial parameters": _digest(state.params)})
     else:
-        # A run that goes on takes everything from its checkpoint: what it began with need not be there any more.
+        # Only shapes: the checkpoint replaces every array, and word vectors or `start_from` may be gone by now.
         model = nnx.eval_shape(lambda: run.build(experiment.model, seed=experiment.seed))
         graph, state = _shapes(model, optimizer, average=experiment.ema is not None)
     without_effect.check_parameters(experiment, state.params)
@@ -194,14 +213,16 @@ def _restore_or_start(resolved: _Resolved) -> _Begun:
     batches, rows = _batches(experiment, examples, placed), _rows(experiment, placed)
     if resolved.checkpoints is not None and resolved.saved is not None:
         _warn_of_differences(experiment.run, resolved.saved, rows)
+        # With shardings, each device reads its own part, and no device holds more than its share.
         state = resolved.checkpoints.restore(_spread(state, placed))
     return _Begun(graph, state, placed, batches, rows)
 
 
 def _place(resolved: _Resolved, begun: _Begun) -> Session:
-    """The state on the devices, and the run in its folder."""
+    """Places the state on the devices, and writes config and tokenizer to the run folder."""
     experiment, texts = resolved.experiment, resolved.texts | {"rows": begun.rows}
     folder, state = experiment.run, begun.placed.place(begun.state)
+    # Only now, after all checks: a refused run leaves its folder as it was.
     if is_first():
         folder.mkdir(parents=True, exist_ok=True)
         replace(folder / "tokenizer.json", texts["tokenizer"].encode())
@@ -223,7 +244,7 @@ def _place(resolved: _Resolved, begun: _Begun) -> Session:
 
 
 def _texts(experiment: Experiment, objective: Objective, splits: dict[str, Dataset]) -> dict[str, str]:
-    """What checkpoints hold beside numbers, of a resolved experiment."""
+    """The texts in each checkpoint beside the arrays, for a resolved experiment."""
     return {
         "config": run.to_text(experiment),
         "tokenizer": objective.tokenizer.to_json(),
@@ -233,20 +254,20 @@ def _texts(experiment: Experiment, objective: Objective, splits: dict[str, Datas
 
 
 def _rows(experiment: Experiment, placed: Placed) -> str:
-    """What the rows of a batch are a multiple of: other batches follow where that changes."""
+    """The divisor of the number of rows in a batch, in words. A resumed run sees other batches if it changes."""
     rows = str(placed.rows * placed.part[1] * experiment.pieces)
     return rows if placed.lengths == 1 else f"{rows} with lengths that are multiples of {placed.lengths}"
 
 
 def _warn_of_differences(folder: Path, saved: dict[str, str], rows: str) -> None:
-    """Says what may make a run that goes on compute other numbers than it would have."""
+    """Warns of differences that may keep a resumed run from repeating the original one bit by bit."""
     if saved.get("rows", rows) != rows:
         log.warning(
-            "%s: the rows of a batch, a multiple of %s, are one of %s here: other batches follow",
+            "%s: the number of rows in a batch was a multiple of %s and is now a multiple of %s: the batches change",
             *(folder, saved["rows"], rows),
         )
     if others := _other_versions(json.loads(saved.get("versions", "{}"))):
-        log.warning("%s: %s: other versions may compute other numbers, or order examples otherwise", folder, others)
+        log.warning("%s: %s: another version may change numbers or the order of examples", folder, others)
 
 
 def _checkpoints(experiment: Experiment) -> Checkpoints:
@@ -275,12 +296,14 @@ def _placed(
 
 
 def _objective(experiment: Experiment, split: Dataset, saved: dict[str, str] | None) -> Objective:
-    """What the experiment is about, with tokenizer and labels of the saved run, or of the split of a new one."""
+    """The objective, with tokenizer and labels from the checkpoint, or for a new run from the training split."""
+    # Not trained again: another version of the tokenizers library could give other ids to the same texts.
     if saved is not None:
         labels = tuple(json.loads(saved.get("labels", "[]")))
         return objectives.make(experiment, Tokenizer.from_json(saved["tokenizer"]), labels)
     kind = objectives.kind(experiment)
     if experiment.start_from is not None:
+        # Embeddings only make sense with the tokenizer that they were trained with.
         origin = run.load(experiment.start_from, average=1)
         without_effect.warn_of_tokenizer(experiment, origin.experiment.tokenizer)
         tokenizer = origin.tokenizer
@@ -290,19 +313,20 @@ def _objective(experiment: Experiment, split: Dataset, saved: dict[str, str] | N
 
 
 def _saved(checkpoints: Checkpoints) -> dict[str, str] | None:
-    """The texts of the latest checkpoint; None before the first, when nothing is lost by beginning anew."""
+    """The texts of the latest checkpoint; None if there is none yet."""
     if checkpoints.latest is not None:
         return checkpoints.texts()
+    # Damaged checkpoints are not overwritten by a new run without the user's knowledge.
     if any(path.name.isdecimal() for path in checkpoints.folder.iterdir()):
         raise ValueError(
-            f"no checkpoint in {checkpoints.folder} is as it was written; give another folder with --run, or remove "
-            "them to begin anew"
+            f"every checkpoint in {checkpoints.folder} is damaged; give another folder with --run, or remove them to "
+            "start again"
         )
     return None
 
 
 def check_folder(folder: Path) -> None:
-    """Raises ValueError where a path is no place for a run: a file, or a folder that holds something else."""
+    """Raises ValueError if a path cannot be a run folder: a file, an exported model, or a folder with other files."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder with --run")
     if exported.is_exported(folder):
@@ -313,16 +337,16 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_processes(texts: dict[str, str]) -> None:
-    """Raises ValueError, in all processes, where one of them trains something else: they would mix their gradients."""
+    """Raises ValueError in all processes if these texts differ between them."""
+    # Processes that train different models would add up unrelated gradients without an error.
     if others := differing(texts):
         raise ValueError(
-            f"the processes do not train the same: they differ in {', '.join(others)}; give all of them the same "
-            "flags, files and versions"
+            f"the processes differ in {', '.join(others)}; give all of them the same flags, files and versions"
         )
 
 
 def _digest(params: Any) -> str:
-    """A digest of parameters, where there are processes to compare."""
+    """A SHA-256 digest of parameters; of nothing if there is only one process, which has none to compare with."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params) if jax.process_count() > 1 else ():
         digest.update(np.asarray(leaf).tobytes())
@@ -332,13 +356,13 @@ def _digest(params: Any) -> str:
 def _shapes(
     model: nnx.Module, optimizer: optax.GradientTransformation, *, average: bool
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """`start` of a model of shapes: none of its arrays is made."""
+    """`start` for a model of shapes, without allocating arrays."""
     graph, params = nnx.split(model, nnx.Param)
     return graph, jax.eval_shape(lambda params: start(nnx.merge(graph, params), optimizer, average=average)[1], params)
 
 
 def _spread(shapes: TrainState, placed: Placed) -> TrainState:
-    """The shapes of a state with where each array is to lie, so that no device has to hold more than its share."""
+    """Adds to the shapes of a state the sharding of each array."""
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,
@@ -347,9 +371,9 @@ def _spread(shapes: TrainState, placed: Placed) -> TrainState:
 
 
 def _noted(before: str, done: int, changes: list[str]) -> str:
-    """What was changed on the way, a line each."""
+    """The history of changed settings, one per line; also logs the new ones."""
     if changes:
-        log.warning("goes on otherwise than before (there and here): %s", "; ".join(changes))
+        log.warning("resuming with changed settings (before and now): %s", "; ".join(changes))
     return before + "".join(f"after {done} updates: {change}\n" for change in changes)
 
 
@@ -370,7 +394,7 @@ def _batches(experiment: Experiment, rows: list[Example], placed: Placed) -> gra
 
 
 _VERSIONED = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "tokenizers")
-"""Packages that decide what is computed, or in which order."""
+"""Packages that affect the computed numbers or the order of examples."""
 
 
 def _versions() -> dict[str, str]:
@@ -378,23 +402,24 @@ def _versions() -> dict[str, str]:
 
 
 def _other_versions(saved: dict[str, str]) -> str:
-    """What is not as it was, in words."""
+    """The packages with another version than the saved one, in words."""
     others = {name: now for name, now in _versions().items() if saved.get(name, now) != now}
     return ", ".join(f"{name} {saved[name]}, now {now}" for name, now in others.items())
 
 
 def _examples(experiment: Experiment, objective: Objective, splits: dict[str, Dataset], model: Any) -> list[Example]:
-    """The examples of the training split.
+    """The examples of the training split, as token ids.
 
     Raises:
-        ValueError: a text of any split has a label that is not known, or more tokens than the model has learned
-            positions, by the longest of them.
+        ValueError: a text of any split has an unknown label, or more tokens than the model has learned positions.
     """
     limits = ", ".join(f"{flag} ({most})" for flag, most in _learned(experiment.model, "--model"))
     beyond: list[tuple[int, int, str]] = []
+    # Other splits are only needed to find unknown labels and texts beyond the learned positions.
     rows = {name: objective.examples(splits[name]) for name in splits if name == "train" or limits or objective.labels}
     for name, examples in rows.items():
         for source, target in examples if limits else ():
+            # Batches leave out training texts over their own limit, so the model never sees those.
             left_out = name == "train" and max(len(source), len(target)) > experiment.batches.max_length
             room, wanted = model.room(len(source)), max(1, len(target) - 1)
             if not left_out and room is not None and room < wanted:
@@ -409,7 +434,7 @@ def _examples(experiment: Experiment, objective: Objective, splits: dict[str, Da
 
 
 def _learned(config: Any, flag: str) -> Iterator[tuple[str, int]]:
-    """How many learned positions a config asks for, by the flags that say so."""
+    """The learned positions in a config: the command-line flag and the number of positions of each."""
     if isinstance(config, Learned):
         yield f"{flag}.max-length", config.max_length
     elif dataclasses.is_dataclass(config):

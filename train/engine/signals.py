@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, kept until the end of a step."""
+"""Handling of Ctrl-C and SIGTERM: the running step ends first, so that training can save a checkpoint."""
 
 import contextlib
 import os
@@ -15,14 +15,14 @@ _SAME = 0.5
 
 
 class Interrupts:
-    """Within `with Interrupts() as interrupts:` the first signal is only noted, a second ends the process at once.
+    """A context manager that only records the first signal; a second one ends the process at once.
 
-    Python runs handlers between its own instructions alone, so not while the main thread compiles or computes in XLA.
-    Signals are therefore also read by a thread of their own, which answers at once. What comes within half a second of
-    the first is taken for the same request: some who stop a process signal it and then its group.
+    Python runs signal handlers only between its own instructions, so not while the main thread compiles or computes in
+    XLA. Therefore a separate thread reads signals too, and answers at once. A signal within 0.5 seconds of the first
+    counts as the same request: some job managers signal the process and then its group.
 
     Attributes:
-        received: the signal that came, or None.
+        received: the first signal, or None.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Interrupts:
     def __enter__(self) -> Self:
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
-        # The number of every signal that has a handler, by the one of C, which runs whatever Python does.
+        # CPython's C handler writes the number of every handled signal here, even while the main thread is in XLA.
         self._woken = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=_watch, args=(self._read,), name="signals", daemon=True)
         self._watcher.start()
@@ -44,7 +44,7 @@ class Interrupts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            if handler is not None:  # one that was not set by Python cannot be set again
+            if handler is not None:  # a handler that was not set from Python cannot be restored
                 signal.signal(number, handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._woken)
         self._write.send(_END)
@@ -54,11 +54,11 @@ class Interrupts:
 
     @property
     def name(self) -> str:
-        """Of the signal; SIGTERM where another process received it."""
+        """Name of the signal; SIGTERM if another process received it."""
         return (self.received or signal.SIGTERM).name
 
     def exit_code(self) -> int:
-        """The code that shells expect of a process that this signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+        """The exit code for a process ended by this signal, as shells expect it: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + (self.received or signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -67,15 +67,16 @@ class Interrupts:
 
 
 def _watch(wire: socket.socket) -> None:
-    """Answers signals until the end is said."""
+    """Answers signals until the end marker arrives."""
     first = None
     while (heard := wire.recv(1)) != _END:
         number = heard[0]
-        if number not in _NUMBERS:  # one that somebody else has a handler for
+        if number not in _NUMBERS:  # a signal that other code handles
             continue
         if first is None:
             first = time.monotonic()
-            with contextlib.suppress(OSError):  # nobody may be there to read it
+            with contextlib.suppress(OSError):  # stderr may be closed
                 os.write(2, b"\nstopping after this step; once more quits at once\n")
         elif time.monotonic() - first > _SAME:
+            # Not sys.exit, which would only end this thread.
             os._exit(128 + number)

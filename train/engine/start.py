@@ -1,4 +1,4 @@
-"""The model that a run begins with: drawn from the seed, then filled with what was learned elsewhere."""
+"""The initial model of a run: drawn from the seed, then filled with pre-trained word vectors or parameters."""
 
 import logging
 from pathlib import Path
@@ -17,11 +17,19 @@ log = logging.getLogger(__name__)
 
 
 def fresh(experiment: Experiment, tokenizer: Tokenizer) -> nnx.Module:
-    """The model of a resolved experiment before its first update.
+    """Builds the model of a resolved experiment before its first update.
+
+    Args:
+        experiment: the resolved experiment.
+        tokenizer: its tokenizer, which names the rows of the embedding.
+
+    Returns:
+        The model, on the default device.
 
     Raises:
-        ValueError: nothing of the run to start from fits, or word vectors of another size or of no token.
+        ValueError: no parameter of `start_from` fits, or the word vectors have another size or cover no token.
     """
+    # Redrawing comes first: it would overwrite word vectors.
     model: Any = run.build(experiment.model, seed=experiment.seed)
     if experiment.initializer is not None:
         model = redraw(model, experiment.initializer, seed=experiment.seed)
@@ -31,7 +39,7 @@ def fresh(experiment: Experiment, tokenizer: Tokenizer) -> nnx.Module:
 
 
 def _put_vectors(model: Any, file: Path, tokenizer: Tokenizer) -> None:
-    # A token of byte-level BPE that begins a word is shown with the space before it.
+    # A token of byte-level BPE at the start of a word includes the space before it, which files of vectors lack.
     tokens = [token.removeprefix("␣") or token for token in tokenizer.tokens(list(range(tokenizer.vocab_size)))]
     words = model.decoder if isinstance(model, Captioner) else model
     table, found = load_table(file, tokens, words.embedding.table.shape[1])
@@ -44,16 +52,18 @@ def _put_vectors(model: Any, file: Path, tokenizer: Tokenizer) -> None:
 
 
 def _filled(model: nnx.Module, folder: Path) -> nnx.Module:
-    """The model with the parameters of the run in a folder, where path and shape are the same."""
+    """Copies the parameters of a run into a model wherever path and shape are equal."""
     params = nnx.state(model, nnx.Param)
     given = dict(nnx.to_flat_state(nnx.state(run.load(folder, average=1).model, nnx.Param)))
     flat, taken = [], 0
+    # Other parameters keep their initial values: a new head or a larger vocabulary is the reason to start elsewhere.
     for path, leaf in list(nnx.to_flat_state(params)):
         fits = path in given and given[path].shape == leaf.shape
         flat.append((path, given[path] if fits else leaf))
         taken += fits
+    # Nothing in common is a mistake in the command, not a choice.
     if not taken:
         raise ValueError(f"--start-from: no parameter of {folder} has a path and shape of this model")
-    log.warning("%s: %d of %d parameters begin with its values", folder, taken, len(flat))
+    log.warning("%s: %d of %d parameters start from its values", folder, taken, len(flat))
     nnx.update(model, nnx.from_flat_state(flat))
     return model

@@ -1,6 +1,6 @@
-"""Settings that would do nothing in a run: refused when it begins, or goes on.
+"""Refuses settings that would have no effect, when a run starts or resumes.
 
-Not where a config is made: a run of before can still be used.
+Constructing a config does not check this, so that runs of earlier versions can still be loaded.
 """
 
 import dataclasses
@@ -22,11 +22,12 @@ log = logging.getLogger(__name__)
 
 
 def check_settings(experiment: Experiment) -> None:
-    """Refuses what no model is needed to see.
+    """Checks the settings that can be judged without a model.
 
     Raises:
-        ValueError: naming the setting, and what it would need.
+        ValueError: a setting would have no effect; the message names it and what it needs.
     """
+    # Before examples are loaded, so that a mistake shows at once.
     _check_evaluations(experiment)
     _check_rates(experiment)
     optimizer, algorithm = experiment.optimizer, experiment.optimizer.algorithm
@@ -36,31 +37,33 @@ def check_settings(experiment: Experiment) -> None:
         raise ValueError(f"nesterov (True) looks ahead along the momentum, and momentum is {algorithm.momentum}")
     if experiment.profile is not None and parse_steps(experiment.profile)[1] == 1:
         raise ValueError(
-            f"profile ({experiment.profile}) would trace nothing: the first update, which compiles, is left out"
+            f"profile ({experiment.profile}) would trace nothing: the first update compiles and is left out"
         )
 
 
 def check_parameters(experiment: Experiment, params: Any) -> None:
-    """Refuses what the parameters of the model show; that all of them are frozen refuses `train.update.freezing`.
+    """Checks the settings that depend on the parameters of the model.
+
+    `train.update.freezing` refuses patterns that freeze every parameter.
 
     Args:
-        experiment: its optimizer is asked.
-        params: the parameters, or their shapes.
+        experiment: the resolved experiment.
+        params: the parameters, or their shapes, as an `nnx.State`.
 
     Raises:
-        ValueError: running statistics are frozen, which follow the batches; a pattern of Muon that matches no
-            parameter, or no matrix that is left to it.
+        ValueError: `frozen` matches running statistics, which follow the batches anyway; a pattern of Muon matches no
+            parameter; or no matrix is left to Muon.
     """
     _check_statistics(experiment, params)
     algorithm = experiment.optimizer.algorithm
     if not isinstance(algorithm, Muon):
         return
-    # The default names layers of all models.
+    # The default patterns cover the layers of all models, so no single model has all of them.
     check_patterns(params, [pattern for pattern in algorithm.adam if pattern not in Muon().adam])
     others = matching(params, (*algorithm.adam, *experiment.frozen))
     if not any(jax.tree.leaves(jax.tree.map(lambda matrix, other: matrix and not other, matrices(params), others))):
         raise ValueError(
-            f"Muon would orthogonalise no matrix: its adam ({', '.join(algorithm.adam)}) and frozen "
+            f"Muon would orthogonalize no matrix: its adam ({', '.join(algorithm.adam)}) and frozen "
             f"({', '.join(experiment.frozen)}) match all of them; AdamW does the same"
         )
 
@@ -71,24 +74,22 @@ def _check_statistics(experiment: Experiment, params: Any) -> None:
     rows = zip(names, chosen, variables, strict=True)
     if found := [name for name, is_frozen, variable in rows if is_frozen and isinstance(variable, Statistic)]:
         raise ValueError(
-            f"frozen ({', '.join(experiment.frozen)}) matches running statistics, which follow the batches all the "
-            f"same: {', '.join(found)}; freeze the rest by name, such as */kernel and */scale"
+            f"frozen ({', '.join(experiment.frozen)}) matches running statistics, which follow the batches "
+            f"anyway: {', '.join(found)}; freeze the rest by name, such as */kernel and */scale"
         )
 
 
 def warn_of_tokenizer(experiment: Experiment, taken_over: Any) -> None:
-    """Says that a tokenizer is not used beside that of the run to start from, unless it is the same or the default.
-
-    It is no error: it may be that of the experiment, which nobody wrote on the command line.
-    """
+    """Warns that `start_from` replaces the tokenizer of the experiment, unless it is the default or the same one."""
+    # A warning, not an error: the tokenizer may come from the experiment, not from the command line.
     if experiment.tokenizer not in (Characters(), taken_over):
         origin, given = experiment.start_from, experiment.tokenizer
-        log.warning("the tokenizer of %s (%s) is taken over, and not %s", origin, taken_over, given)
+        log.warning("the tokenizer is that of %s (%s), not %s", origin, taken_over, given)
 
 
 def _check_evaluations(experiment: Experiment) -> None:
     count = experiment.steps // experiment.evaluate_every
-    there = f"evaluations of the run ({count}), by steps ({experiment.steps}) and evaluate_every "
+    there = f"evaluations of the run ({count}), from steps ({experiment.steps}) and evaluate_every "
     there += f"({experiment.evaluate_every})"
     if experiment.patience is not None and experiment.patience >= count:
         raise ValueError(f"patience ({experiment.patience}) would never end: it must be below the {there}")

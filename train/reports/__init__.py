@@ -1,1 +1,1 @@
-"""What a run tells: metrics, progress, pictures, trackers, traces."""
+"""Reports of a run: metrics, progress, plots, trackers and profiles."""

@@ -1,4 +1,4 @@
-"""How much a computation computes, and what share of a device that is: model FLOPs utilisation (Chowdhery 2022)."""
+"""Counts floating-point operations and peak rates for model FLOPs utilization (Chowdhery 2022, appendix B)."""
 
 import math
 import time
@@ -18,16 +18,23 @@ _PEAKS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
-"""FLOP/s of dense products in bfloat16 by the beginning of a device's name, of the makers' data sheets."""
+"""Peak FLOP/s of dense bfloat16 products, by the prefix of a device's name, from the makers' data sheets."""
 _SIZE, _ROUNDS = 1024, 5
 
 
 def products(function: Callable[..., Any], *arguments: Any) -> int:
-    """The floating-point operations of all matrix products and convolutions that a function makes; nothing is computed.
+    """Counts the floating-point operations of all matrix products and convolutions of a function.
 
-    Each multiplication and each addition counts. A loop whose length is known counts as often as it runs, one whose
-    length is decided while it runs once, and of branches the largest. Backward, a product becomes two: an update
-    makes three times the products of its loss.
+    The function is traced, not computed. Multiplications and additions both count. A loop of static length counts all
+    its iterations, a loop of dynamic length one. Of several branches the most expensive one counts. The backward pass
+    has two products for each one of the forward pass, so an update has three times the operations of its loss.
+
+    Args:
+        function: a function that JAX can trace.
+        arguments: its arguments, arrays or shapes.
+
+    Returns:
+        The number of floating-point operations.
 
     >>> products(lambda x, y: x @ y, jnp.ones((2, 3)), jnp.ones((3, 5)))
     60
@@ -56,9 +63,9 @@ def _of_equation(equation: Any) -> int:
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:
-    """The programs that an equation runs: of a function of its own, or of a loop."""
+    """The inner programs of an equation, such as a called function or the body of a loop."""
     for name, value in params.items():
-        if name in ("fwd_jaxpr_thunk", "bwd", "jvp_jaxpr_fun"):  # they are run in place of the function, not beside it
+        if name in ("fwd_jaxpr_thunk", "bwd", "jvp_jaxpr_fun"):  # derivative rules run instead
             continue
         if isinstance(value, jax.extend.core.ClosedJaxpr):
             yield value.jaxpr
@@ -67,7 +74,10 @@ def _inner(params: dict[str, Any]) -> Iterator[Any]:
 
 
 def peak(device: jax.Device) -> tuple[float, str]:
-    """FLOP/s that a device could reach, and where the figure is from: its data sheet, or a product that is timed."""
+    """Returns the peak rate of a device in FLOP/s and its source in words.
+
+    For known devices the rate comes from the data sheet, for others from timing a matrix product.
+    """
     for name, figure in _PEAKS.items():
         if device.device_kind.startswith(name):
             return figure, f"{figure / 1e12:,.0f} TFLOP/s of the data sheet of {name}"

@@ -1,4 +1,4 @@
-"""Rows of numbers in a file, `metrics.jsonl`: written as they come, read again after a kill."""
+"""Metrics files, `metrics.jsonl`: one JSON object per line, readable after a kill."""
 
 import io
 import json
@@ -18,15 +18,15 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class MetricsFile:
-    """Rows of metrics as one flat JSON object a line, each handed to the system at once.
+    """Writes rows of metrics, one flat JSON object per line, without buffering. A context manager.
 
-    JSON has no word for what is not finite, so such numbers are written as the strings "NaN", "Infinity" and
-    "-Infinity"; `read_metrics` turns them back. An existing file is continued; a last line that a killed run left
-    unfinished is dropped.
+    JSON cannot express non-finite numbers, so they are written as the strings "NaN", "Infinity" and "-Infinity";
+    `read_metrics` converts them back. Appends to an existing file, after removing an incomplete last line of a killed
+    run.
 
     Args:
         path: the file.
-        also: is given each row, too, once it is written.
+        also: a function that is called with each row after it is written.
     """
 
     def __init__(
@@ -38,15 +38,18 @@ class MetricsFile:
         self._file = self._open()
 
     def _open(self) -> io.FileIO:
-        # Without a buffer: a row that a full disk does not take is not tried again when the file is closed.
+        # Unbuffered, so that a row that did not fit on a full disk is not written again when the file is closed.
         return self.path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends one row. Values are text, truth values, None, and Python, NumPy or JAX numbers.
+        """Appends one row.
+
+        Args:
+            row: values by name: strings, booleans, None, or Python, NumPy or JAX scalars.
 
         Raises:
-            TypeError: a value is none of these, such as an array of several numbers.
-            OSError: the disk does not take the row; the message names the file.
+            TypeError: a value has another type, such as an array of several numbers.
+            OSError: the row cannot be written; the message names the file.
         """
         rest = _line(row)
         try:
@@ -59,14 +62,14 @@ class MetricsFile:
             self._also(row)
 
     def truncate_after(self, step: int) -> None:
-        """Drops the rows of later steps: a run that resumes at `step` writes them again."""
+        """Removes the rows of later steps, which a run that resumes at `step` writes again."""
         kept = [row for row in read_metrics(self.path) if row.get("step", 0) <= step]
         self._file.close()
         replace(self.path, b"".join(map(_line, kept)))
         self._file = self._open()
 
     def close(self) -> None:
-        """Closes the file; nothing is written afterwards."""
+        """Closes the file. Nothing can be written afterwards."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -77,9 +80,10 @@ class MetricsFile:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
-    """All rows of a metrics file, oldest first, without a last line that a killed run left unfinished.
+    """Reads all rows of a metrics file, oldest first; ignores an incomplete last line of a killed run.
 
     Raises:
+        FileNotFoundError: the file does not exist.
         ValueError: a line is not a JSON object; the message names the file and the line.
     """
     finished, _, _ = Path(path).read_bytes().rpartition(b"\n")

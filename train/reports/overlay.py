@@ -1,4 +1,4 @@
-"""Attention drawn over the image that it looks at, as PNG and as SVG (Xu 2015, figure 3)."""
+"""Attention maps over images, as PNG and SVG (Xu 2015, figure 3)."""
 
 import math
 import os
@@ -23,22 +23,22 @@ def attention_over_image(
     *,
     title: str = "",
 ) -> tuple[Path, Path]:
-    """Draws the image, and once more for each target token with a red veil where the attention lies.
+    """Draws the image, and once more for each target token with its attention weights as a red overlay.
 
-    The veil is the denser the larger the weight; the largest of a token has the same red in every panel.
+    The opacity of the overlay is proportional to the weight; the largest weight of each token has the same opacity.
 
     Args:
-        image: grey `[height, width]`, dark where small, or colour `[height, width, 3]` as matplotlib takes it.
-        weights: `[T, rows, columns]` of places that together cover the image.
-        target_tokens: T texts.
-        path_stem: the pictures' path without a suffix.
-        title: stands above the picture.
+        image: gray `[height, width]`, from 0 for black to 255, or color `[height, width, 3]` as for matplotlib.
+        weights: attention weights `[T, rows, columns]` on a grid that covers the image.
+        target_tokens: the T target tokens as strings.
+        path_stem: the path of the picture without a suffix.
+        title: the title of the picture.
 
     Returns:
-        The paths of the PNG and of the SVG.
+        The paths of the PNG and the SVG.
 
     Raises:
-        ValueError: the weights are not of T tokens, or are empty.
+        ValueError: the weights are empty or do not have T maps.
     """
     pixels, places = np.asarray(image), np.asarray(weights, np.float64)
     if places.ndim != 3 or len(places) != len(target_tokens) or not places.size:

@@ -1,4 +1,4 @@
-"""Pictures of a run, each as PNG and as SVG: how it learned, and where its attention looked."""
+"""Plots of a run, each as PNG and SVG: learning curves, comparisons and attention maps."""
 
 import functools
 import math
@@ -20,23 +20,23 @@ from train.reports.style import BLUE, COLORS, FONT, GREY, ORANGE, STYLE, entitle
 Rows = Sequence[Mapping[str, Any]]
 Numbers = NDArray[np.float64]
 
-_CELL, _LABEL = 0.22, 0.12  # inches that a token takes, and that a label needs so as not to touch the next one
+_CELL, _LABEL = 0.22, 0.12  # inches per token, and minimum inches per label
 _LONGEST_LABEL = 14  # letters
 
 
 def learning_curves(metrics: Iterable[Mapping[str, Any]], path_stem: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Draws losses, scores and learning rate over the steps, each in a panel if there are numbers for it.
+    """Draws losses, scores and learning rate over the steps, each in its own panel if there are values for it.
 
     Args:
-        metrics: rows as in metrics.jsonl: of kind "train" with `loss` in nats per token and `learning_rate`, of kind
-            "validation" with `loss` and scores, `exact_match` from 0 to 1 and `bleu` from 0 to 100.
-        path_stem: the pictures' path without a suffix.
+        metrics: rows as in metrics.jsonl. Rows of kind "train" have `loss` in nats per token and `learning_rate`. Rows
+            of kind "validation" have `loss` and scores, such as `exact_match` from 0 to 1 and `bleu` from 0 to 100.
+        path_stem: the path of the picture without a suffix.
 
     Returns:
-        The paths of the PNG and of the SVG.
+        The paths of the PNG and the SVG.
 
     Raises:
-        ValueError: no row holds anything to draw.
+        ValueError: no row has a value to draw.
     """
     rows = list(metrics)
     wanted = [(_draw_losses, 3.0, ("loss",)), (_draw_scores, 2.0, _SCORES), (_draw_rate, 1.2, ("learning_rate",))]
@@ -57,17 +57,17 @@ def learning_curves(metrics: Iterable[Mapping[str, Any]], path_stem: str | os.Pa
 def compared_curves(
     runs: Mapping[str, Iterable[Mapping[str, Any]]], path_stem: str | os.PathLike[str]
 ) -> tuple[Path, Path]:
-    """Draws runs in one picture, a colour each: training and validation losses, and the scores that a run has.
+    """Draws several runs in one picture, one color each: training and validation losses, and scores.
 
     Args:
-        runs: from names to rows as `learning_curves` takes them, at most eight.
-        path_stem: the pictures' path without a suffix.
+        runs: rows of metrics as for `learning_curves`, by the name of the run; 1 to 8 runs.
+        path_stem: the path of the picture without a suffix.
 
     Returns:
-        The paths of the PNG and of the SVG.
+        The paths of the PNG and the SVG.
 
     Raises:
-        ValueError: there is no run, or too many, or one that holds nothing to draw.
+        ValueError: there are no runs or too many, or a run has no loss.
     """
     if not 1 <= len(runs) <= len(COLORS):
         raise ValueError(f"a picture compares 1 to {len(COLORS)} runs, got {len(runs)}")
@@ -102,20 +102,20 @@ def line_chart(
     y: str,
     limits: tuple[float, float] | None = None,
 ) -> tuple[Path, Path]:
-    """Draws a line for each name.
+    """Draws a line chart.
 
     Args:
-        lines: from names to heights by place, at most eight.
-        path_stem: the picture's path without a suffix.
-        x: what the places are.
-        y: what the heights are.
-        limits: lowest and highest height; what the lines need where not given.
+        lines: y values by x value for each line, by the name of the line; 1 to 8 lines.
+        path_stem: the path of the picture without a suffix.
+        x: the label of the x axis.
+        y: the label of the y axis.
+        limits: the lower and upper limit of the y axis; by default from the data.
 
     Returns:
-        The paths of the PNG and of the SVG.
+        The paths of the PNG and the SVG.
 
     Raises:
-        ValueError: there is no line, or too many.
+        ValueError: there are no lines or too many.
     """
     if not 1 <= len(lines) <= len(COLORS):
         raise ValueError(f"a chart takes 1 to {len(COLORS)} lines, got {len(lines)}")
@@ -140,22 +140,23 @@ def attention_map(
     *,
     title: str = "",
 ) -> tuple[Path, Path]:
-    """Draws attention weights as a heat map, source tokens from left to right, target tokens from top to bottom.
+    """Draws attention weights as a heat map: source tokens from left to right, target tokens from top to bottom.
 
-    Labels are thinned where they would touch. A letter that no installed font has is written as its code point, U+65E5.
+    Labels that would overlap are left out. A character that no installed font has is shown as its code point, such as
+    U+65E5.
 
     Args:
-        weights: `[T, S]`, or `[N, T, S]` for a grid with a map for each of N heads, all on one colour scale.
-        source_tokens: S texts.
-        target_tokens: T texts.
-        path_stem: the pictures' path without a suffix.
-        title: stands above the picture, in several lines if it is long.
+        weights: attention weights `[T, S]`, or `[N, T, S]` for a grid of N heads with a common color scale.
+        source_tokens: the S source tokens as strings.
+        target_tokens: the T target tokens as strings.
+        path_stem: the path of the picture without a suffix.
+        title: the title of the picture, wrapped if it is long.
 
     Returns:
-        The paths of the PNG and of the SVG.
+        The paths of the PNG and the SVG.
 
     Raises:
-        ValueError: the weights do not have the shape that the tokens call for, or are empty.
+        ValueError: the weights are empty, or their shape does not match the tokens.
     """
     heads = np.asarray(weights, np.float64)
     shape = (len(target_tokens), len(source_tokens))
@@ -215,7 +216,7 @@ def _series(rows: Rows, kind: str, name: str) -> tuple[Numbers, Numbers]:
 
 
 def _smooth(values: Numbers) -> Numbers:
-    """The mean over a window of a fiftieth of the run, centred, of what is finite in it."""
+    """The centered moving average of the finite values, over a window of a fiftieth of the run."""
     window = np.ones(2 * (len(values) // 100) + 1)
     finite = np.isfinite(values)
     counts = np.convolve(finite, window, "same")
@@ -260,12 +261,12 @@ def _label(token: str, missing: frozenset[str]) -> str:
 
 
 def _drawable(text: str, missing: frozenset[str]) -> str:
-    # A line break is written as in the labels, which come from the tokenizer.
+    # Line breaks are escaped as in the labels, which come from the tokenizer.
     return "".join(f"U+{ord(letter):04X}" if letter in missing else letter for letter in text.replace("\n", "\\n"))
 
 
 def _fonts(text: str) -> tuple[list[str], frozenset[str]]:
-    """The installed font families that a text needs, matplotlib's own first, and the letters that none of them has."""
+    """The installed font families that a text needs, matplotlib's own first, and the characters that they all lack."""
     installed = {font.name: font.fname for font in font_manager.fontManager.ttflist}
     families, missing = [FONT], {letter for letter in text if ord(letter) not in _charmap(installed[FONT])}
     for family in sorted(installed):
@@ -278,6 +279,6 @@ def _fonts(text: str) -> tuple[list[str], frozenset[str]]:
 
 @functools.cache
 def _charmap(path: str) -> frozenset[int]:
-    """The code points that a font file draws; none for the font of boxes that stand for letters without a picture."""
+    """The code points in a font file; none for the Last Resort font, which draws placeholder boxes."""
     font = font_manager.get_font(path)
     return frozenset() if "Last Resort" in font.family_name else frozenset(font.get_charmap())

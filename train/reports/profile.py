@@ -1,4 +1,4 @@
-"""Where the time of some updates went: a trace for the tools that show it, and a few lines that sum it up."""
+"""Profiles of updates: a trace for TensorBoard or Perfetto, and a summary of where the time went."""
 
 import re
 from collections import defaultdict
@@ -13,27 +13,27 @@ from jax.profiler import ProfileData, ProfileOptions, StepTraceAnnotation, Trace
 
 _STEP, _WAIT, _START = "update", "wait for the batch", "start the update"
 _PROGRAM = "ThunkExecutor::Execute (wait for completion)"
-"""What XLA's CPU client calls the run of a whole program, of which traces lack what no operation of it does: calls of
-libraries, threads that hand over."""
+"""The event of XLA's CPU client for the run of a whole program. It covers time that no operation in the trace covers,
+such as library calls and thread switches."""
 _KINDS = 8
 
 Span = tuple[float, float]
-"""Begin and end, in nanoseconds."""
+"""Start and end, in nanoseconds."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Where the time of some updates went.
+    """A summary of where the time of some updates went.
 
     Attributes:
-        updates: how many.
-        seconds: from the begin of the first to the end of the last, with whatever is done between them.
-        computing: share of the time in which any operation ran on the devices of this process, one that waits for other
-            devices too, or on CPU devices a program; the rest is overhead, of the loop or of XLA.
-        waiting: share of the time in which the loop waited for batches.
-        starting: share of the time in which it started updates, beside which devices compute; of several CPU devices
-            updates are waited for there, too.
-        kinds: share of each kind of operation in what all operations took, the largest first.
+        updates: number of updates.
+        seconds: seconds from the start of the first update to the end of the last.
+        computing: share of that time in which an operation ran on the devices of this process, including operations
+            that wait for other devices; on CPU devices also the run of a program. The rest is overhead of loop or XLA.
+        waiting: share of that time in which the loop waited for batches.
+        starting: share of that time in which the loop started updates, while devices compute. With several CPU devices
+            it includes the wait for updates.
+        kinds: kinds of operations with their shares of the time of all operations, largest first.
     """
 
     updates: int
@@ -44,24 +44,24 @@ class Summary:
     kinds: tuple[tuple[str, float], ...]
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The summary as readable lines."""
         kinds = ", ".join(f"{name} {share:.1%}" for name, share in self.kinds[:_KINDS])
         return [
             f"{self.updates} updates of {1e3 * self.seconds / self.updates:,.1f} ms: devices computed "
             f"{self.computing:.1%} of the time; the loop waited for batches {self.waiting:.1%} and started updates "
             f"{self.starting:.1%} of it",
-            f"of what was computed: {kinds}",
+            f"operations by time: {kinds}",
         ]
 
 
 class Profile:
-    """Traces the updates of a run from one step to another.
+    """Traces a range of updates of a run.
 
     Args:
-        steps: "20:25" for updates 20 to 25; None for no trace. The first one that this process makes is left out, since
+        steps: "20:25" for updates 20 to 25; None for no trace. The first update of this process is never traced, since
             it compiles.
-        folder: gets the trace, which TensorBoard shows and, its `.trace.json.gz`, https://ui.perfetto.dev.
-        say: is given lines for people.
+        folder: the folder for the trace. TensorBoard shows it, and https://ui.perfetto.dev its `.trace.json.gz`.
+        say: a function that is called with each line of output.
     """
 
     def __init__(self, steps: str | None, folder: Path, say: Callable[[str], None]) -> None:
@@ -73,10 +73,18 @@ class Profile:
 
     @contextmanager
     def step(self, step: int, state: Any) -> Iterator[Callable[[Any], Any]]:
-        """An update of a state; what is yielded is given the new one, and waits for it where the trace ends."""
+        """A context for one update.
+
+        Args:
+            step: the number of the update.
+            state: the state before it.
+
+        Yields:
+            A function to call with the new state. It waits for the state if the trace ends with this update.
+        """
         wanted, self._compiled = self._compiled and self._first <= step <= self._last, True
         if wanted and not self._traced:
-            jax.block_until_ready(state)  # of updates before
+            jax.block_until_ready(state)  # earlier updates must not run into the trace
             self._attempt(self._begin)
         if not self._open:
             yield lambda result: result
@@ -88,17 +96,17 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Ends a trace that has begun, also of a run that stops before its last update, and says what it shows."""
+        """Ends a running trace, even if the run stops before the last traced update, and reports the summary."""
         if self._open:
             self._open = False
             self._attempt(self._end)
         elif self._steps is not None and not self._traced:
-            self._say(f"none of the updates {self._steps} was traced: they were made before, or not at all")
+            self._say(f"none of the updates {self._steps} was traced: this session did not make them")
 
     def _begin(self) -> None:
         options = ProfileOptions()
-        options.python_tracer_level = 0  # each call of a function would be an event, and slow the loop
-        (self._folder / "plugins" / "profile").mkdir(parents=True, exist_ok=True)  # where it is written to
+        options.python_tracer_level = 0  # tracing every Python call would slow down the loop
+        (self._folder / "plugins" / "profile").mkdir(parents=True, exist_ok=True)  # the profiler writes there
         jax.profiler.start_trace(self._folder, profiler_options=options)
         self._open = True
 
@@ -109,24 +117,24 @@ class Profile:
             self._say(line)
 
     def _attempt(self, act: Callable[[], None]) -> None:
-        """Has a trace begin or end; where it cannot, says so, and training goes on without."""
+        """Starts or ends a trace. If that fails, reports the error and training continues without a trace."""
         try:
             act()
-        except Exception as error:  # of the disk, or of XLA
+        except Exception as error:  # a disk error or an XLA error
             self._say(f"updates {self._steps} are not traced: {type(error).__name__}: {error}")
             self._steps, self._first, self._last = None, 0, 0
 
     waiting = staticmethod(lambda: TraceAnnotation(_WAIT))
-    """What happens within is waiting for a batch."""
+    """A context that marks waiting for a batch in the trace."""
     starting = staticmethod(lambda: TraceAnnotation(_START))
-    """What happens within is starting an update."""
+    """A context that marks the start of an update in the trace."""
 
 
 def parse_steps(steps: str) -> tuple[int, int]:
-    """The first and the last step of "20:25".
+    """Parses a range of updates such as "20:25" to its first and last update, counted from 1.
 
     Raises:
-        ValueError: it is something else, or the last one is before the first.
+        ValueError: the text has another form, or the last update is before the first.
 
     >>> parse_steps("20:25")
     (20, 25)
@@ -139,12 +147,16 @@ def parse_steps(steps: str) -> tuple[int, int]:
 
 
 def newest(folder: Path) -> ProfileData:
-    """The latest trace in a folder that `jax.profiler` wrote to."""
+    """Loads the latest trace in a folder of `jax.profiler`.
+
+    Raises:
+        ValueError: the folder holds no trace.
+    """
     return ProfileData.from_file(str(max(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)))
 
 
 def summary(trace: ProfileData) -> Summary:
-    """What a trace says."""
+    """Summarizes a trace of updates."""
     whole: dict[str, list[Span]] = {name: [] for name in (_STEP, _WAIT, _START, _PROGRAM)}
     operations: list[Span] = []
     kinds: defaultdict[str, float] = defaultdict(float)
@@ -167,7 +179,7 @@ def summary(trace: ProfileData) -> Summary:
 
 
 def _operations(events: Iterable[Any], whole: dict[str, list[Span]]) -> Iterator[tuple[Span, str]]:
-    """The operations of devices among the events of a thread or stream; what they are part of is put under its name."""
+    """Yields the device operations among the events of a thread or stream; adds other known events to `whole`."""
     for event in events:
         span = event.start_ns, event.start_ns + event.duration_ns
         if event.name in whole:
@@ -177,8 +189,8 @@ def _operations(events: Iterable[Any], whole: dict[str, list[Span]]) -> Iterator
 
 
 def _own_times(operations: Iterable[tuple[Span, str]]) -> Iterator[tuple[str, float]]:
-    """What each operation took without those within it, as in a loop; they are in order of their begins."""
-    open_ones: list[tuple[float, str, float]] = []  # end, name, what is left of its time
+    """Yields the time of each operation without nested ones, as in a loop. Operations must be sorted by start."""
+    open_ones: list[tuple[float, str, float]] = []  # end, name, and time without nested operations
     for (begin, end), name in operations:
         while open_ones and open_ones[-1][0] <= begin:
             yield open_ones[-1][1], open_ones.pop()[2]
@@ -199,7 +211,7 @@ def _kind(name: str) -> str:
 
 
 def _covered(spans: Iterable[Span], begin: float, end: float) -> float:
-    """How much of the time from begin to end any of the spans covers.
+    """The length of the part of [begin, end] that any of the spans covers.
 
     >>> _covered([(0, 4), (3, 6), (8, 12)], 1, 10)
     7.0

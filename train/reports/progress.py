@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, plain lines elsewhere, while people wait."""
+"""Progress display: a bar on a terminal, plain lines elsewhere."""
 
 import io
 import math
@@ -15,17 +15,17 @@ import rich.text
 
 
 class Progress:
-    """A progress bar on a terminal, plain lines elsewhere; a context manager.
+    """A context manager that shows progress: a bar on a terminal, plain lines elsewhere.
 
-    The remaining time comes from this session's latest steps, at most 1000, and not from its first one, so that neither
-    the steps before a resumption nor the first compilation count.
+    The remaining time is estimated from at most 1000 latest steps of this session, without its first one. So neither
+    steps before a resume nor the first compilation count.
 
     Args:
-        total: steps of the whole run.
-        initial_step: steps that were done before this session.
-        seconds: between two plain lines, at the least.
-        stream: where to; standard output by default. From here on it shows what its encoding lacks as escapes.
-        clock: seconds that never run backwards.
+        total: number of steps in the whole run.
+        initial_step: number of steps done before this session.
+        seconds: minimum time between two plain lines, in seconds.
+        stream: the output stream, by default standard output. Characters outside its encoding are escaped from now on.
+        clock: a monotonic clock in seconds.
     """
 
     def __init__(
@@ -48,7 +48,12 @@ class Progress:
         self._task = self._bar.add_task("", total=total, completed=initial_step, text="")
 
     def update(self, step: int, **metrics: float) -> None:
-        """Shows that `step` steps are done. Metrics stay on show until they are given anew; they are Python numbers."""
+        """Shows that `step` steps are done.
+
+        Args:
+            step: number of steps done.
+            metrics: Python numbers to show. A metric that is not given keeps its last value.
+        """
         now = self._clock()
         self._metrics |= metrics
         text = "  ".join(map(_show, self._metrics.items()))
@@ -59,7 +64,7 @@ class Progress:
             self.print("  ".join(filter(None, [f"step {step}/{self._total}", text, eta])))
 
     def print(self, text: str) -> None:
-        """Prints lines, above the bar where there is one."""
+        """Prints lines, above the bar if there is one."""
         if self._is_bar:
             self._bar.console.print(rich.text.Text(text), soft_wrap=True)
         else:

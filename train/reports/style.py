@@ -1,6 +1,6 @@
-"""How all pictures look, those of runs and those of benchmarks, and how they are written.
+"""The common style of all plots, in runs and benchmarks.
 
-Figures are drawn without pyplot, which would keep them in global state and look for a screen.
+Figures do without pyplot, which would keep them in global state and look for a display.
 """
 
 import os
@@ -10,13 +10,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind people tell apart.
+# The palette of Okabe and Ito, which color-blind readers can distinguish.
 ORANGE, BLUE, GREY = "#D55E00", "#0072B2", "#555555"
 COLORS = (ORANGE, BLUE, "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", GREY)
 
 FONT = "DejaVu Sans"  # comes with matplotlib
 
-_LETTERS_AN_INCH = 10  # of a title
+_LETTERS_AN_INCH = 10  # in a title
 
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -28,16 +28,16 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "svg.hashsalt": "seqattn",  # the same picture gives the same file
 }
-"""For `matplotlib.rc_context`."""
+"""Settings for `matplotlib.rc_context`."""
 
 
 def entitle(figure: Figure, text: str) -> None:
-    """Writes a text above a picture, in several lines if it is long."""
+    """Sets the title of a figure, wrapped to its width."""
     figure.suptitle(textwrap.fill(text, int(_LETTERS_AN_INCH * figure.get_figwidth())))
 
 
 def save(figure: Figure, path_stem: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Writes a PNG and an SVG, whose paths are the stem with a suffix, and returns both paths."""
+    """Writes a figure as PNG and SVG, to the stem with a suffix, and returns both paths."""
     png, svg = Path(f"{os.fspath(path_stem)}.png"), Path(f"{os.fspath(path_stem)}.svg")
     figure.savefig(png, dpi=160)
     figure.savefig(svg, metadata={"Date": None})

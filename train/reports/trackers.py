@@ -1,6 +1,6 @@
-"""Rows of metrics for those who like to watch elsewhere: TensorBoard and Weights & Biases, where they are installed.
+"""Optional trackers of metrics: TensorBoard and Weights & Biases.
 
-They are never worth a run: what fails there is told once, and training goes on without. `metrics.jsonl` has all rows.
+A failing tracker never stops a run: it is logged once, and training continues without it. `metrics.jsonl` has all rows.
 """
 
 import importlib
@@ -16,18 +16,18 @@ from train.checkpoints.durable import replace
 log = logging.getLogger(__name__)
 
 Write = Callable[[dict[str, float], int], None]
-"""Takes numbers by name, and the step that they are of."""
+"""A function of numbers by name, and of their step."""
 
 
 class Trackers:
-    """Where rows of metrics go beside the file; a context manager.
+    """A context manager that passes rows of metrics to TensorBoard and Weights & Biases.
 
     Args:
         folder: the run folder; TensorBoard reads `folder/tensorboard`.
-        tensorboard: write for TensorBoard, by the package tensorboardX.
-        wandb: the project of Weights & Biases to log to, by the package wandb; None for none.
-        config: what the run is, for Weights & Biases.
-        first: the step of the next row; what TensorBoard was given of later ones by a run that was killed is void.
+        tensorboard: if True, writes for TensorBoard with the package tensorboardX.
+        wandb: the Weights & Biases project to log to, with the package wandb; None for none.
+        config: the settings of the run, for Weights & Biases.
+        first: the step of the next row. TensorBoard discards rows from this step on that a killed run wrote.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Trackers:
             self._begin("Weights & Biases", lambda: _wandb(folder, wandb, dict(config or {})))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Passes on the finite numbers of a row, by its kind: `train/loss`."""
+        """Passes on the finite numbers of a row, with names such as `train/loss` from its kind."""
         numbers = {
             f"{row['kind']}/{name}": float(value)
             for name, value in row.items()
@@ -93,11 +93,11 @@ def _tensorboard(folder: Path, first: int) -> tuple[Write, Callable[[], Any]]:
 
 def _wandb(folder: Path, project: str, config: dict[str, Any]) -> tuple[Write, Callable[[], Any]]:
     wandb = importlib.import_module("wandb")
-    # A run that goes on is the same one there, too; one in another folder of the same name is not.
+    # A resumed run continues the same tracked run. A folder of the same name elsewhere is another run.
     known = folder / "wandb-id"
     if not known.exists():
         replace(known, secrets.token_hex(8).encode())
-    # Who cannot be reached is not waited for.
+    # Training must not wait long for a server that is unreachable.
     settings = wandb.Settings(init_timeout=30)
     run = wandb.init(
         project=project,

@@ -1,1 +1,1 @@
-"""One update: gradients, the optimizer, what is frozen, how parameters begin."""
+"""One training update: gradients, optimizers, schedules, frozen parameters and initializers."""

@@ -1,4 +1,4 @@
-"""Parameters that training leaves as they are, chosen by the globs of their paths."""
+"""Frozen parameters: training does not change parameters whose paths match a pattern."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,14 +11,14 @@ from train.update.parameters import check_patterns, matching
 
 
 def frozen(params: Any, patterns: Sequence[str]) -> Any:
-    """The tree of `params` with True for every array that is frozen, else False.
+    """Returns the tree of `params` with True for every frozen array and False for every other one.
 
     Args:
-        params: a tree of arrays, such as the `nnx.State` of a model.
-        patterns: globs of whole paths, as in `train.update.parameters.matching`.
+        params: a pytree of arrays, such as the `nnx.State` of a model.
+        patterns: glob patterns for whole paths, as in `train.update.parameters.matching`.
 
     Raises:
-        ValueError: a pattern matches no path; the message names the paths most like it. Or all paths are matched.
+        ValueError: a pattern matches no path (the message names the most similar paths), or every path is matched.
 
     >>> params = {"encoder": {"kernel": jnp.ones((2, 3))}, "output": {"kernel": jnp.ones((3, 2))}}
     >>> frozen(params, ["encoder/*"])
@@ -35,17 +35,17 @@ def frozen(params: Any, patterns: Sequence[str]) -> Any:
 
 
 def freeze(optimizer: optax.GradientTransformation, patterns: Sequence[str]) -> optax.GradientTransformation:
-    """An optimizer that sees only the parameters that are not frozen; the others stay bitwise as they are.
+    """Wraps an optimizer so that it sees only trainable parameters; frozen ones stay bitwise the same.
 
-    Neither their gradients nor their values reach the optimizer: they do not decay, have no moments in its state, and
-    do not count in the norm that it clips. Without patterns it is the optimizer itself, with the same state.
+    Neither gradients nor values of frozen parameters reach the optimizer. They do not decay, have no moments in its
+    state, and do not count in the global norm for clipping. Without patterns, returns the optimizer itself.
 
     Args:
-        optimizer: what makes the updates of all others.
-        patterns: globs of whole paths, as in `train.update.parameters.matching`.
+        optimizer: makes the updates of the trainable parameters.
+        patterns: glob patterns for whole paths, as in `train.update.parameters.matching`.
 
-    Raises (when the state is made):
-        ValueError: a pattern matches no path, or all of them every path.
+    Raises:
+        ValueError: by `init`, if a pattern matches no path or every path is matched.
 
     >>> optimizer = freeze(optax.sgd(1.0), ["query/*"])
     >>> params = {"query": {"bias": jnp.ones(2)}, "bias": jnp.ones(2)}
@@ -54,15 +54,18 @@ def freeze(optimizer: optax.GradientTransformation, patterns: Sequence[str]) -> 
     {'bias': Array([0., 0.], dtype=float32), 'query': {'bias': Array([1., 1.], dtype=float32)}}
     """
 
+    # A partition would wrap the state, and runs without frozen parameters could not resume with their checkpoints.
     if not patterns:
         return optimizer
 
     def labels(params: Any) -> Any:
+        # A function, since the parameters are known only when optax creates the state.
         return jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "trained", frozen(params, patterns))
 
     return optax.partition({"trained": optimizer, "frozen": _nothing()}, labels)
 
 
 def _nothing() -> optax.GradientTransformation:
-    """Updates that change no bit when they are added: -0.0, since -0.0 + 0.0 is 0.0."""
+    """Makes updates that change no bit of a parameter."""
+    # -0.0 is the additive identity: a parameter of -0.0 plus 0.0 would become 0.0.
     return optax.stateless_with_tree_map(lambda update, _: jnp.full_like(update, -0.0))

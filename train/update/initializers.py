@@ -1,4 +1,4 @@
-"""Initial weights drawn anew, for any model: matrices by one rule, norms and biases as the model made them."""
+"""Initializers for the matrices of any model. Norms and biases keep the values that the model gave them."""
 
 import dataclasses
 import math
@@ -18,39 +18,49 @@ from seqattn.nn import MemoryCompressedAttention
 from train.update.parameters import matrices, paths
 
 Distribution = Literal["normal", "uniform"]
-"""The shape of a distribution; its variance comes from elsewhere."""
+"""The shape of a distribution; the initializer sets its variance."""
 Fan = Literal["fan_in", "fan_out"]
-"""What one output of a matrix is summed from, or what one input goes into."""
+"""`fan_in`: the number of inputs of one output; `fan_out`: the number of outputs of one input."""
 Model = TypeVar("Model", bound=nnx.Module)
 
 
 class Initializer(Protocol):
-    """A frozen dataclass of settings that can draw a matrix."""
+    """The interface of initializers: frozen dataclasses of settings that draw a matrix."""
 
     def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
-        """An array `[..., in, out]` whose axes `stack` count arrays of their own, and whose others are a window."""
+        """Draws an array of random weights.
+
+        Args:
+            key: a JAX random key.
+            shape: `[..., in, out]`.
+            stack: the leading axes that count independent matrices. The other leading axes are the window of a
+                convolution, which counts in both fans.
+
+        Returns:
+            A float32 array of this shape.
+        """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform:
-    """Uniform in [-scale, scale), whatever the size of the matrix (Sutskever 2014 has 0.08)."""
+    """Uniform in [-scale, scale), whatever the size of the matrix (Sutskever 2014, section 3.4, uses 0.08)."""
 
     scale: float = 0.08
-    """Largest weight."""
+    """Largest absolute weight."""
 
     def __post_init__(self) -> None:
         check_number("scale", self.scale, above=0)
 
     def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
-        """An array of this shape."""
+        """Draws an array of this shape."""
         del stack
         return jax.random.uniform(key, shape, minval=-self.scale, maxval=self.scale)
 
 
 @dataclasses.dataclass(frozen=True)
 class Normal:
-    """Normal with mean 0, whatever the size of the matrix (Devlin 2019 and Radford 2019 have 0.02)."""
+    """Normal with mean 0, whatever the size of the matrix (Devlin 2019 and Radford 2019 use 0.02)."""
 
     stddev: float = 0.02
     """Standard deviation."""
@@ -59,39 +69,39 @@ class Normal:
         check_number("stddev", self.stddev, above=0)
 
     def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
-        """An array of this shape."""
+        """Draws an array of this shape."""
         del stack
         return normal(self.stddev)(key, shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Xavier:
-    """Variance `2 gain**2 / (fan_in + fan_out)`: for the forward and the backward pass alike (Glorot 2010, eq. 12)."""
+    """Variance `2 gain**2 / (fan_in + fan_out)`: a compromise of forward and backward pass (Glorot 2010, eq. 12)."""
 
     distribution: Distribution = "uniform"
-    """Of the weights: normal, or uniform."""
+    """Distribution of the weights: normal or uniform."""
     gain: float = 1.0
-    """Multiplies every weight."""
+    """Factor that multiplies every weight."""
 
     def __post_init__(self) -> None:
         _check_one_of("distribution", self.distribution, Distribution)
         check_number("gain", self.gain, above=0)
 
     def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
-        """An array of this shape."""
+        """Draws an array of this shape."""
         return variance_scaling(self.gain**2, "fan_avg", self.distribution, batch_axis=stack)(key, shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kaiming:
-    """Variance `gain**2 / fan`: what a ReLU takes away is given back (He 2015, equations 10 and 14)."""
+    """Variance `gain**2 / fan`: keeps the variance through layers with ReLU (He 2015, equations 10 and 14)."""
 
     distribution: Distribution = "normal"
-    """Of the weights: normal, or uniform."""
+    """Distribution of the weights: normal or uniform."""
     mode: Fan = "fan_in"
-    """Which pass keeps its variance: fan_in the forward one, fan_out the backward one."""
+    """Pass whose variance is kept: fan_in for the forward pass, fan_out for the backward pass."""
     gain: float = math.sqrt(2)
-    """Multiplies every weight; the root of 2 is that of a ReLU."""
+    """Factor that multiplies every weight; the square root of 2 is for ReLU."""
 
     def __post_init__(self) -> None:
         _check_one_of("distribution", self.distribution, Distribution)
@@ -99,24 +109,31 @@ class Kaiming:
         check_number("gain", self.gain, above=0)
 
     def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
-        """An array of this shape."""
+        """Draws an array of this shape."""
         return variance_scaling(self.gain**2, self.mode, self.distribution, batch_axis=stack)(key, shape)
 
 
 def redraw(model: Model, initializer: Initializer, *, seed: int) -> Model:
-    """A copy of a model with every matrix drawn anew; norms, biases, other vectors, and what begins as zeros stay.
+    """Returns a copy of a model with all matrices redrawn. Vectors and matrices of zeros keep their values.
 
-    What is drawn is a function of seed, path and shape alone: a layer more changes no other layer. A matrix is
-    `[in, out]`, as jax.nn.initializers has it. The kernel of a flax convolution is `[*window, in, out]`, and its fans
-    count the window; so do those of the filters of compressed attention, `[stride, heads, in, out]`, which are one for
-    each head. A table of vectors `[V, D]` is `[out, in]`, as if its rows made logits, tied or not, and so are relative
-    keys and the matrices of a recurrent model's scores: their fan in is the size of a vector. Of any other array of
-    more axes, as of the weights of experts `[E, D, F]`, each `[D, F]` is one.
+    The weights depend only on seed, path and shape, so that an additional layer does not change the other layers. The
+    axes of a matrix decide its fans:
+
+    - A kernel is `[in, out]`, as in `jax.nn.initializers`.
+    - The kernel of a flax convolution is `[*window, in, out]`. Its fans include the window.
+    - The filters of memory-compressed attention are `[stride, heads, in, out]`, with the window `stride` and one matrix
+      for each head.
+    - An embedding `[V, D]` is `[out, in]`, as if its rows made logits, whether tied or not. So are relative keys and
+      the score matrices of a recurrent model. Their fan in is the size of a vector.
+    - Any other array with more axes is a stack of matrices, such as the weights of experts `[E, D, F]`.
 
     Args:
-        model: an `nnx.Module`, since only the modules say which kernels are convolutions; it is not changed.
-        initializer: how a matrix is drawn; it keeps its dtype.
+        model: an `nnx.Module`; it is not changed. Only modules, not their states, tell which kernels are convolutions.
+        initializer: draws each matrix. Matrices keep their dtypes.
         seed: any integer.
+
+    Returns:
+        A model of the same type and structure.
 
     >>> layer = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
     >>> redraw(layer, Uniform(0.08), seed=0).kernel.shape
@@ -126,11 +143,13 @@ def redraw(model: Model, initializer: Initializer, *, seed: int) -> Model:
     graph, params, *others = nnx.split(model, nnx.Param, ...)
 
     def anew(value: Array, name: str, is_matrix: bool) -> Array:
-        # What a model begins with as zeros does nothing at first, and is meant so: the noise of a gate.
+        # A layer that starts at zero is meant to have no effect at first, such as the noise of a gate.
         if not is_matrix or not value.any():
             return value
+        # Without a known window every leading axis counts matrices, as for the weights of experts.
         stack, rows = stacks.get(name, range(value.ndim - 2)), _rows(name, value.ndim)
         shape = value.shape if rows is None else (*value.shape[:rows], *value.shape[rows + 1 :], value.shape[rows])
+        # Drawn as [..., in, out], where initializers expect the fans; the axis of outputs moves back afterwards.
         matrix = initializer.draw(_key(seed, name), shape, stack)
         return (matrix if rows is None else jnp.moveaxis(matrix, -1, rows)).astype(value.dtype)
 
@@ -139,9 +158,10 @@ def redraw(model: Model, initializer: Initializer, *, seed: int) -> Model:
 
 
 def _stacks(model: nnx.Module) -> dict[str, Sequence[int]]:
-    """By the path of each array that has a window, the axes that count arrays of their own."""
+    """The axes that count independent matrices, by the path of each array with a window."""
     found: dict[str, Sequence[int]] = {}
     for path, module in nnx.iter_modules(model):
+        # The shape alone does not tell a window from a stack, so the modules are asked.
         if isinstance(module, nnx.Conv | nnx.ConvTranspose):
             found["/".join([*map(str, path), "kernel"])] = range(module.kernel[...].ndim - 2 - len(module.kernel_size))
         elif isinstance(module, MemoryCompressedAttention):
@@ -151,13 +171,14 @@ def _stacks(model: nnx.Module) -> dict[str, Sequence[int]]:
 
 
 def _rows(name: str, ndim: int) -> int | None:
-    """The axis that counts outputs where it is not the last: of relative keys `[layers, distances, (heads,) H]` 1."""
+    """The axis of outputs if it is not the last one: 1 for relative keys `[layers, distances, (heads,) H]`."""
     rule = rule_of(name)
+    # Without a rule the layout is that of flax, where outputs come last.
     return None if rule is None or rule.outputs == -1 else rule.outputs % ndim
 
 
 def _key(seed: int, path: str) -> Array:
-    # By a checksum, since Python's own hash of a text is another one in every process.
+    # A checksum, since Python's hash of a string differs from process to process.
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
 
 

@@ -1,4 +1,4 @@
-"""Settings of optimizers and schedules: each number follows the rule of its name."""
+"""Allowed ranges for the settings of optimizers and schedules, by the name of the setting."""
 
 from typing import Any
 
@@ -6,9 +6,14 @@ from seqattn.checks import check_number
 
 
 class Checked:
-    """Settings of which each number follows the rule of its name."""
+    """A base class for dataclasses of settings: checks every number against the range of its name.
+
+    Raises:
+        ValueError: a number is out of its range; the message names both.
+    """
 
     def __post_init__(self) -> None:
+        # One table for all classes: `beta1` has the same range in Adam, AdamW and Muon, and the same message.
         for name, limits in _LIMITS.items():
             if hasattr(self, name):
                 check_number(name, getattr(self, name), **limits)
@@ -25,4 +30,4 @@ _LIMITS: dict[str, dict[str, Any]] = {
     )
     for name in names
 }
-"""What a number must be, by its name."""
+"""Arguments of `check_number` by the name of the setting; bounds are inclusive except `above` and `below`."""

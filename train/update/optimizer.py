@@ -1,4 +1,4 @@
-"""Gradients to updates: an algorithm over a schedule, gradients clipped by their global norm."""
+"""Optimizers: an algorithm, a learning-rate schedule, and clipping of gradients by their global norm."""
 
 import dataclasses
 
@@ -15,104 +15,106 @@ from train.update.schedules import Constant, Cosine, InverseSquareRoot, InverseT
 
 @dataclasses.dataclass(frozen=True)
 class SGD:
-    """Stochastic gradient descent: the gradient times the learning rate (Robbins 1951)."""
+    """Stochastic gradient descent (Robbins 1951): subtracts the gradient times the learning rate."""
 
     def transformation(self, rate: optax.Schedule) -> optax.GradientTransformation:
-        """Gradients to updates."""
+        """Returns the optax transformation with this learning-rate schedule."""
         return optax.sgd(rate)
 
 
 @dataclasses.dataclass(frozen=True)
 class Momentum(Checked):
-    """A running sum of gradients times the learning rate (Polyak 1964; Sutskever 2013, equations 1 to 4)."""
+    """SGD with momentum (Polyak 1964; Sutskever 2013, equations 1 to 4): subtracts a decaying sum of gradients."""
 
     momentum: float = 0.9
-    """Decay of the sum of gradients."""
+    """Decay of the sum of gradients per update, in [0, 1)."""
     nesterov: bool = False
-    """Look ahead: add the gradient once more to the sum after it decayed once more (Nesterov 1983)."""
+    """Look ahead: use momentum * sum + gradient in place of the sum (Nesterov 1983). Needs a positive momentum."""
 
     def transformation(self, rate: optax.Schedule) -> optax.GradientTransformation:
-        """Gradients to updates."""
+        """Returns the optax transformation with this learning-rate schedule."""
         return optax.sgd(rate, momentum=self.momentum, nesterov=self.nesterov)
 
 
 @dataclasses.dataclass(frozen=True)
 class AdaGrad(Checked):
-    """Gradients over the root of the sum of all squared gradients so far (Duchi 2011)."""
+    """AdaGrad (Duchi 2011): divides gradients by the root of the sum of all squared gradients so far."""
 
     initial: float = 0.1
-    """What the sum starts from; 0 makes the first update of every weight as large as the learning rate."""
+    """Initial value of the sum. 0 makes the first update of every weight as large as the learning rate."""
     epsilon: float = 1e-7
-    """Added to the sum under the root."""
+    """Added to the sum under the root, against division by zero."""
 
     def transformation(self, rate: optax.Schedule) -> optax.GradientTransformation:
-        """Gradients to updates."""
+        """Returns the optax transformation with this learning-rate schedule."""
         return optax.adagrad(rate, initial_accumulator_value=self.initial, eps=self.epsilon)
 
 
 @dataclasses.dataclass(frozen=True)
 class Adam(Checked):
-    """Adam (Kingma 2015)."""
+    """Adam (Kingma 2015, algorithm 1), with the defaults of Vaswani 2017, section 5.3."""
 
     beta1: float = 0.9
-    """Decay of the mean of gradients."""
+    """Decay of the first moment, the moving average of gradients, in [0, 1)."""
     beta2: float = 0.98
-    """Decay of the mean of squared gradients."""
+    """Decay of the second moment, the moving average of squared gradients, in [0, 1)."""
     epsilon: float = 1e-9
-    """Added to the root of the latter."""
+    """Added to the root of the second moment, against division by zero."""
 
     def transformation(self, rate: optax.Schedule) -> optax.GradientTransformation:
-        """Gradients to updates."""
+        """Returns the optax transformation with this learning-rate schedule."""
         return optax.adam(rate, b1=self.beta1, b2=self.beta2, eps=self.epsilon)
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamW(Checked):
-    """Adam with decoupled weight decay on matrices, not on norms and biases (Loshchilov 2019)."""
+    """Adam with decoupled weight decay (Loshchilov 2019, algorithm 2). Only matrices decay, not norms and biases."""
 
     beta1: float = 0.9
-    """Decay of the mean of gradients."""
+    """Decay of the first moment, the moving average of gradients, in [0, 1)."""
     beta2: float = 0.98
-    """Decay of the mean of squared gradients."""
+    """Decay of the second moment, the moving average of squared gradients, in [0, 1)."""
     epsilon: float = 1e-9
-    """Added to the root of the latter."""
+    """Added to the root of the second moment, against division by zero."""
     weight_decay: float = 0.01
-    """Share of each weight taken away in an update, times the learning rate."""
+    """Each update subtracts learning rate * weight decay * weight; 0 for no decay."""
 
     def transformation(self, rate: optax.Schedule) -> optax.GradientTransformation:
-        """Gradients to updates."""
+        """Returns the optax transformation with this learning-rate schedule."""
         betas = {"b1": self.beta1, "b2": self.beta2, "eps": self.epsilon}
+        # Masked: decay would pull the scales of norms to 0, although their neutral value is 1.
         return optax.adamw(rate, **betas, weight_decay=self.weight_decay, mask=matrices)
 
 
 @dataclasses.dataclass(frozen=True)
 class Muon(Checked):
-    """Momentum of matrices, orthogonalised (Jordan 2024); everything else, tables and logits too, by AdamW.
+    """Muon (Jordan 2024): orthogonalized momentum for matrices, AdamW for vectors, embeddings and output layers.
 
-    An orthogonal matrix has the root mean square 1 / sqrt(its longer side); the update is scaled to a fixed one, so
-    that learning rate and weight decay of AdamW serve both (Liu 2025, equation 4). Of an array with more than two
-    axes, as of the weights of experts, the last two are a matrix.
+    The entries of an orthogonal matrix have the root mean square 1 / sqrt(longer side). Updates are scaled to a fixed
+    root mean square, so that matrices and AdamW share one learning rate and weight decay (Liu 2025, equation 4). In an
+    array of more than two axes, such as the weights of experts, the last two axes form a matrix.
     """
 
     momentum: float = 0.95
-    """Decay of the mean of gradients of matrices."""
+    """Decay of the moving average of the gradients of matrices, in [0, 1)."""
     root_mean_square: float = 0.2
-    """That of an update of a matrix, times the learning rate; 0.2 is about that of Adam."""
+    """Root mean square of the update of a matrix, before the learning rate. Adam's is about 0.2."""
     weight_decay: float = 0.01
-    """Share of each weight of a matrix taken away in an update, times the learning rate."""
+    """Each update subtracts learning rate * weight decay * weight from matrices; 0 for no decay."""
     adam: tuple[str, ...] = ("*table*", "output/kernel", "head/output/kernel", "decoder/output/kernel")
-    """Matrices that are left to AdamW, by globs of their paths: tables of vectors, and layers that give logits."""
+    """Matrices that AdamW updates, as glob patterns of their paths; by default embeddings and output layers."""
     beta1: float = 0.9
-    """AdamW's decay of the mean of gradients."""
+    """AdamW's decay of the first moment, in [0, 1)."""
     beta2: float = 0.98
-    """AdamW's decay of the mean of squared gradients."""
+    """AdamW's decay of the second moment, in [0, 1)."""
     epsilon: float = 1e-9
-    """Added to the root of the latter."""
+    """AdamW's addend to the root of the second moment, against division by zero."""
 
     def transformation(self, rate: optax.Schedule) -> optax.GradientTransformation:
-        """Gradients to updates."""
+        """Returns the optax transformation with this learning-rate schedule."""
         muon = optax.chain(
             optax.contrib.scale_by_muon(beta=self.momentum, weight_dimension_numbers=_last_two_axes),
+            # Before the decay: the scale is for the update, and the decay must not depend on the shape of a matrix.
             optax.stateless_with_tree_map(lambda update, _: self._scale(update.shape) * update),
             optax.add_decayed_weights(self.weight_decay),
             optax.scale_by_learning_rate(rate),
@@ -121,9 +123,11 @@ class Muon(Checked):
         return optax.partition({"muon": muon, "adam": adam}, self._labels)
 
     def _scale(self, shape: tuple[int, ...]) -> float:
+        # The root of the longer side undoes the size of an orthogonal matrix's entries, 1 / sqrt(longer side).
         return self.root_mean_square * max(shape[-2:]) ** 0.5
 
     def _labels(self, params: optax.Params) -> optax.Params:
+        # Embeddings and output layers are matrices too, but Jordan 2024 recommends AdamW for them.
         by_muon = jax.tree.map(
             lambda is_matrix, to_adam: is_matrix and not to_adam, matrices(params), matching(params, self.adam)
         )
@@ -131,52 +135,60 @@ class Muon(Checked):
 
 
 Algorithm = SGD | Momentum | AdaGrad | Adam | AdamW | Muon
-"""How steps are scaled: `transformation(rate)` makes the optax transformation."""
+"""Any optimization algorithm: `transformation(rate)` returns the optax transformation for a learning-rate schedule."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """How gradients become updates."""
+    """The optimizer of a run: clipping, then the algorithm with its learning-rate schedule."""
 
     algorithm: Algorithm = AdamW()
-    """How steps are scaled."""
+    """Optimization algorithm."""
     schedule: Constant | Noam | InverseSquareRoot | Cosine | InverseTime = Cosine()
-    """The learning rate over time."""
+    """Learning-rate schedule."""
     clip_norm: float | None = 1.0
-    """Most that the norm of all gradients together may be; None for no limit."""
+    """Maximum global norm of the gradients (Pascanu 2013); larger gradients are scaled down. None for no limit."""
 
     def make(self, steps: int) -> optax.GradientTransformation:
-        """The optax transformation for a run of `steps` updates.
+        """Returns the optax transformation for a run of `steps` updates.
 
-        Its state is float32 at least, whatever the dtype of the parameters; updates have that of the gradients.
+        Its state is float32 or wider, whatever the dtype of the parameters. Updates have the dtype of the gradients.
+
+        Raises:
+            ValueError: `clip_norm` is not positive, or the schedule does not fit `steps`.
         """
         if self.clip_norm is not None:
             check_number("clip_norm", self.clip_norm, above=0, finite=False, hint=", or None for no limit")
+        # The schedule counts inside the optimizer's state, so skipped updates do not advance it.
         update = self.algorithm.transformation(self.schedule.schedule(steps))
-        # With a limit or without one, the state has the same leaves: a run may go on with the other.
+        # The identity keeps the state's structure, so that a resumed run may add or drop the limit.
         limit = optax.identity() if self.clip_norm is None else optax.clip_by_global_norm(self.clip_norm)
+        # Clipping comes first: moments of unclipped gradients would remember an outlier for many updates.
         return _wide(optax.chain(limit, update))
 
 
 def _wide(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same with gradients, parameters and so its own state in float32 at least.
+    """Wraps a transformation so that it computes and keeps its state in float32 or wider.
 
-    Optax keeps second moments in the dtype of the parameters. In bfloat16 a decay of 0.999 is 1, so that they never
-    fall, and what one step adds to them is soon less than half of their last bit.
+    Optax keeps second moments in the dtype of the parameters. In bfloat16 a decay of 0.999 rounds to 1, so the moments
+    never fall, and the addend of one step is soon below half of their last bit.
     """
 
     def init(params: optax.Params) -> optax.OptState:
+        # Optax takes the dtype of the moments from these parameters.
         return transformation.init(widened(params))
 
     def update(
         gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         updates, state = transformation.update(widened(gradients), state, widened(params))
+        # Back to the dtypes of the gradients: the type of the state must not change from update to update.
         return jax.tree.map(lambda update, gradient: update.astype(gradient.dtype), updates, gradients), state
 
     return optax.GradientTransformation(init, update)
 
 
 def _last_two_axes(params: optax.Params) -> optax.Params:
-    """What Muon orthogonalises of each array; all axes but the last two count matrices."""
+    """The axes that Muon orthogonalizes in each array: the last two. Earlier axes are batch axes."""
+    # Optax's default takes every parameter for a single matrix, which stacked layers and experts are not.
     return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), params)

@@ -19,10 +19,10 @@ from seqattn.precision import widened
 from seqattn.pytrees import pytree
 
 Metrics = dict[str, jax.Array]
-"""Scalars: `loss` (mean over labels, nats), `tokens` (labels that counted), `gradient_norm` (before clipping).
+"""Scalars: `loss` (mean per label, in nats), `tokens` (number of labels in it), `gradient_norm` (before clipping).
 
-The norm is of the gradients of all parameters, also of those that are frozen, which the optimizer's clip does not see.
-With mixtures of experts also `dropped`, the share of choices for which an expert had no room.
+The norm covers the gradients of all parameters, including frozen ones. The optimizer clips without the frozen ones.
+Models with mixtures of experts add `dropped`: the share of routing choices that exceeded an expert's capacity.
 """
 
 
@@ -32,12 +32,12 @@ class TrainState:
     """Everything that an update changes.
 
     Attributes:
-        step: how many batches were seen, an int32 scalar.
+        step: number of batches seen, including those of skipped updates; an int32 scalar.
         params: the model's parameters, an `nnx.State`.
         opt_state: the state of the optax transformation.
-        skipped: how many of the updates were left out, an int32 scalar.
-        skipped_in_a_row: how many of the latest ones, an int32 scalar.
-        average: the exponential moving average of the parameters, float32 at least; None in a run without.
+        skipped: number of updates skipped so far, an int32 scalar.
+        skipped_in_a_row: number of consecutive skipped updates up to now, an int32 scalar.
+        average: the exponential moving average of the parameters, in float32 or wider; None if the run keeps none.
     """
 
     step: jax.Array
@@ -58,7 +58,7 @@ Loss = Callable[..., tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class _Settings:
-    """What `make_update` was told."""
+    """The settings of `make_update`."""
 
     seed: int
     label_smoothing: float
@@ -71,9 +71,18 @@ class _Settings:
 def start(
     model: nnx.Module, optimizer: optax.GradientTransformation, *, average: bool = False
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """The structure of a model, and the state before the first update; with an average of the parameters if asked."""
+    """Returns the structure of a model and the state before the first update.
+
+    Args:
+        model: the model with its initial parameters.
+        optimizer: the optimizer; its state is created here.
+        average: if True, the state also keeps an exponential moving average of the parameters.
+
+    Returns:
+        The graph definition of the model, and a `TrainState` at step 0.
+    """
     graph, params = nnx.split(model, nnx.Param)
-    # Wide, since in bfloat16 what a step adds to an average is lost.
+    # The average is kept in float32: the increment of one update is below the precision of bfloat16.
     copy = jax.tree.map(jnp.array, widened(params)) if average else None
     return graph, TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average=copy)
 
@@ -90,43 +99,56 @@ def make_update(
     decay: float | None = None,
     patience: int = 10,
 ) -> Update:
-    """The update of a model of this structure by the gradient of the mean loss.
+    """Makes the function that computes one update from the gradient of the mean loss.
 
-    The dropout of a step is a function of the seed and the step, so that a resumed run drops the same. Over an axis
-    of devices, and over the pieces of a batch, losses and labels are summed before they are divided: every label weighs
-    the same, wherever it is.
+    Dropout masks depend only on seed, step and device, so a resumed run drops the same units. Losses and label
+    counts are summed over micro-batches and devices before the division, so every label has the same weight.
 
-    An update whose loss or gradient is not finite is left out: parameters, optimizer and average stay, bit by bit.
+    If the loss or the gradient norm is not finite, the update is skipped: parameters, optimizer state and average stay
+    bitwise the same.
 
     Args:
-        graph: the model's structure.
-        optimizer: how gradients become updates.
-        loss: of a model and a batch.
-        seed: of dropout.
-        label_smoothing: epsilon of Szegedy 2016.
-        pieces: the batch is computed in so many pieces, one after the other: less memory, the same update.
-        compute_dtype: what the loss computes in; parameters stay what they are, and gradients, their sums and their
-            norm are float32 at least.
-        decay: of the exponential moving average of the parameters (Polyak 1992), at most: after n updates it is
-            (1 + n) / (10 + n) where that is less; None where the state has no average.
-        patience: after so many updates in a row that were left out, no other is made.
+        graph: the model's structure, as from `start`.
+        optimizer: turns gradients into updates.
+        loss: returns the summed loss and the number of labels of a batch; see `Loss`.
+        seed: the seed of dropout.
+        label_smoothing: epsilon of label smoothing (Szegedy 2016, section 7), in [0, 1).
+        pieces: number of micro-batches. They are computed one after the other and their gradients are added, which
+            needs less memory and gives the same update.
+        compute_dtype: the dtype of the forward and backward pass; None for the dtype of the parameters. Parameters keep
+            their dtype. Gradients, their sums and their norm are float32 or wider.
+        decay: the upper limit of the decay of the moving average (Polyak 1992). After n updates the decay is
+            `min(decay, (1 + n) / (10 + n))`. None if the state has no average.
+        patience: the number of consecutive skipped updates after which every further update is skipped too.
+
+    Returns:
+        A pure function `update(state, batch, axis_name=None) -> (state, metrics)`. With `axis_name`, losses and
+        gradients are summed over that axis of `jax.pmap`.
+
+    Raises:
+        ValueError: by `update` at trace time, if the rows of the batch are not a multiple of `pieces`.
     """
     settings = _Settings(seed, label_smoothing, pieces, compute_dtype, decay, patience)
 
     def update(
         state: TrainState, batch: dict[str, jax.Array], axis_name: str | None = None
     ) -> tuple[TrainState, Metrics]:
+        # The key follows from the step, not from a key in the state: a resumed run repeats the dropout of this step.
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+        # Devices see different rows, so they must not share a dropout mask.
         key = key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         sums, gradients = _add_pieces(graph, loss, settings, state.params, batch, key)
         # pmap differentiates each device's own sum, so the gradients are added here; inside shard_map with its default
         # check_vma=True the same line would count them once for each device.
         sums, gradients = (sums, gradients) if axis_name is None else jax.lax.psum((sums, gradients), axis_name)
+        # Divided once, by the labels of all devices: a mean of the devices' means would give more weight to labels on a
+        # device with fewer of them. The maximum avoids 0 / 0 for a batch without labels.
         labels = jnp.maximum(sums["count"], 1)
         gradients = jax.tree.map(lambda gradient: gradient / labels, gradients)
         metrics = {"loss": sums["total"] / labels, "tokens": sums["count"], "gradient_norm": optax.tree.norm(gradients)}
         if "dropped" in sums:
             metrics["dropped"] = sums["dropped"] / jnp.maximum(sums["choices"], 1)
+        # Running statistics follow the whole batch, so they move after the sums over micro-batches and devices.
         move = partial(_moved, graph, sums["measured"], state.params)
         return _applied(optimizer, settings, state, gradients, metrics, move), metrics
 
@@ -136,25 +158,28 @@ def make_update(
 def _add_pieces(
     graph: nnx.GraphDef, loss: Loss, settings: _Settings, params: Any, batch: dict[str, jax.Array], key: jax.Array
 ) -> tuple[dict[str, Any], Any]:
-    """Sums of losses and labels, and the gradient of the former, added over the pieces of a batch."""
+    """Sums of losses and labels, and the gradient of the summed loss, added over the micro-batches."""
     pieces = settings.pieces
+    # A scan of one step would keep an accumulator of the size of the gradients for nothing.
     if pieces == 1:
         return _sums_and_gradients(graph, loss, settings, params, batch, key)
 
     def add(total: Any, piece: tuple[dict[str, jax.Array], jax.Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, _sums_and_gradients(graph, loss, settings, params, *piece)), None
 
-    # Every so many rows, so that short and long texts are spread over the pieces.
+    # Micro-batch i takes rows i, i + pieces, ..., which spreads short and long texts over the micro-batches.
     split = {name: _pieces(name, array, pieces) for name, array in batch.items()}
     keys = jax.random.split(key, pieces)
+    # The accumulator needs the dtypes of the gradients, which are wider than the parameters for bfloat16.
     first = jax.eval_shape(lambda: _sums_and_gradients(graph, loss, settings, params, _first(split), keys[0]))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+    # A scan runs the micro-batches one after the other, so the activations of only one are in memory.
     total, _ = jax.lax.scan(add, zeros, (split, keys))
     return total
 
 
 def _pieces(name: str, array: jax.Array, pieces: int) -> jax.Array:
-    """`[B, ...]` as `[pieces, B / pieces, ...]`."""
+    """Reshapes `[B, ...]` to `[pieces, B / pieces, ...]`, one micro-batch for each index of the first axis."""
     if len(array) % pieces:
         raise ValueError(
             f"the batch's {len(array)} rows ({name}) must be a multiple of the {pieces} pieces of an update"
@@ -169,9 +194,10 @@ def _first(tree: Any) -> Any:
 def _sums_and_gradients(
     graph: nnx.GraphDef, loss: Loss, settings: _Settings, params: Any, batch: dict[str, jax.Array], key: jax.Array
 ) -> tuple[dict[str, Any], Any]:
-    """What a batch adds to the sums of an update, and the gradient of its summed loss."""
+    """The sums of one micro-batch, and the gradient of its summed loss."""
 
     def total_loss(params: Any) -> tuple[jax.Array, dict[str, Any]]:
+        # The cast is inside the differentiated function, so gradients have the dtype of the parameters.
         model = nnx.merge(graph, _cast(params, settings.compute_dtype))
         given = _cast(batch, settings.compute_dtype)
         options: dict[str, Any] = {"label_smoothing": settings.label_smoothing, "dropout_key": key}
@@ -181,16 +207,17 @@ def _sums_and_gradients(
             return total, sums
         sums["dropped"] = jnp.sum(jnp.stack([routing.dropped for routing in found]))
         sums["choices"] = jnp.sum(jnp.stack([routing.load.sum() for routing in found]))
-        # The loss of a routing is a mean over tokens, and is divided by the number of labels later.
+        # The balancing loss is a mean over tokens. The update divides by the number of labels later, so multiply by it.
         return total + count * sum(routing.loss for routing in found), sums
 
     (_, sums), gradients = jax.value_and_grad(total_loss, has_aux=True)(params)
-    # Sums over pieces and devices and the norm are wide, also where the parameters are not.
+    # Widened before they are added: sums in bfloat16 would lose the gradients of later micro-batches.
     return sums, widened(gradients)
 
 
 def _told(loss: Loss, model: nnx.Module, *args: Any, **options: Any) -> tuple[Any, list[Routing], list[BatchSums]]:
-    """A loss, and what mixtures of experts and batch norms tell beside it."""
+    """The loss, the routings of mixtures of experts, and the sums that batch norms measured."""
+    # Capturing intermediate values costs trace time, so models without these modules skip it.
     if not any(isinstance(module, MixtureOfExperts | BatchNorm) for _, module in nnx.iter_modules(model)):
         return loss(model, *args, **options), [], []
     losses, (routed, measured) = captured(loss, (Routed, Measured), model, *args, **options)
@@ -198,7 +225,10 @@ def _told(loss: Loss, model: nnx.Module, *args: Any, **options: Any) -> tuple[An
 
 
 def _cast(tree: Any, dtype: DTypeLike | None) -> Any:
-    """The tree in a dtype, but for statistics: what is measured is told as the distance from them."""
+    """Casts the floating-point leaves of a tree, except running statistics.
+
+    Batch norms report their measurements as distances from the running statistics, which must stay exact.
+    """
 
     def cast(leaf: Any) -> Any:
         wanted = not isinstance(leaf, Statistic) and jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -208,9 +238,10 @@ def _cast(tree: Any, dtype: DTypeLike | None) -> Any:
 
 
 def _moved(graph: nnx.GraphDef, measured: Sequence[BatchSums], before: Any, params: Any) -> Any:
-    """The parameters, with running statistics moved from where they were before, whatever an optimizer did."""
+    """The updated parameters, with running statistics moved from their values before the update."""
     if not measured:
         return params
+    # Statistics have no gradient, but weight decay or momentum may have changed them: take the old values.
     merged = jax.tree.map(
         lambda old, new: old if isinstance(old, Statistic) else new,
         before,
@@ -228,21 +259,27 @@ def _applied(
     metrics: Metrics,
     move: Callable[[Any], Any],
 ) -> TrainState:
-    """The state after a batch: updated, or left as it is where something is not finite."""
+    """The state after a batch: updated, or unchanged except for the counters if the loss or gradient is not finite."""
+    # Clipping is the first part of the optimizer (`Optimizer.make`), so the metrics have the norm before clipping.
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params, average = move(optax.apply_updates(state.params, updates)), state.average
     if settings.decay is not None:
-        # Else what the parameters were drawn as would be a part of the average for thousands of updates.
+        # A fixed decay near 1 would keep the initial parameters in the average for thousands of updates. Updates that
+        # were skipped do not count, since they left the average as it was.
         made = (state.step - state.skipped).astype(jnp.float32)
         decay = jnp.minimum(settings.decay, (1 + made) / (10 + made))
         average = optax.incremental_update(widened(params), average, 1 - decay)
+    # The norm is finite only if every gradient is, so two scalars cover all parameters.
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-    # Once patience is at its end nothing changes, until the host sees it: when it looks decides nothing.
+    # The host reads the counter only now and then. The state stops changing here, so the result does not depend on when
+    # the host reads it.
     sound = finite & (state.skipped_in_a_row < settings.patience)
     old = (state.params, state.opt_state, state.average)
+    # Selected on the devices, so that no step waits for the host. NaN in the values not taken does not spread.
     params, opt_state, average = jax.tree.map(
         lambda new, old: jnp.where(sound, new, old), (params, opt_state, average), old
     )
+    # The step counts skipped batches too: it selects the next batch and the dropout key.
     left_out = 1 - sound.astype(jnp.int32)
     in_a_row = jnp.where(sound, 0, state.skipped_in_a_row + left_out)
     return TrainState(state.step + 1, params, opt_state, state.skipped + left_out, in_a_row, average)

@@ -57,12 +57,12 @@ def test_one_tree_comes_back_bitwise():
     ("trees", "words"),
     [
         ([], "there is no tree to average"),
-        ([tree(0), {"layers": []}], "trees of different structure have no mean"),
+        ([tree(0), {"layers": []}], "trees of different structures have no mean"),
         ([tree(0), tree(1), tree(2) | {"scale": jnp.ones(2)}], r"scale .* float32\[\] in one tree and float32\[2\]"),
         ([tree(0), tree(1, jnp.bfloat16)], r"layers/0 .* float32\[5, 3\] in one tree and bfloat16\[5, 3\]"),
         (
             [tree(0), tree(1) | {"count": jnp.asarray([4, 3], jnp.int32)}],
-            "count has no mean: it is of int32 and differs",
+            "count has no mean: its dtype is int32 and its values differ",
         ),
     ],
 )

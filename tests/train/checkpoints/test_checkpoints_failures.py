@@ -91,7 +91,7 @@ def test_d2_d3_the_run_goes_on_from_the_newest_step_that_verifies(copy, caplog):
             assert checkpoints.latest == 4, file
             assert checkpoints.texts() == {"step": "4"}
             assert "step 8 is damaged" in caplog.text
-            assert "going on from step 4" in caplog.text
+            assert "using step 4" in caplog.text
             caplog.clear()
         file.write_bytes(content)
     assert Checkpoints(copy).latest == 8
@@ -123,7 +123,7 @@ def full_disk(monkeypatch):
 def test_d5_d6_a_save_that_failed_is_told_by_whatever_comes_next(name, copy, full_disk):
     checkpoints = Checkpoints(copy)
     checkpoints.save(small(12), {})
-    words = r"step 12 could not be saved \(No space left on device\); steps 4, 8 stay; free some space, then go on"
+    words = r"step 12 could not be saved \(No space left on device\); steps 4, 8 are kept; free some space, then resume"
     given = (small(16), {}) if name == "save" else ()
     with pytest.raises(OSError, match=words):
         getattr(checkpoints, name)(*given)
@@ -150,7 +150,7 @@ def test_d6_a_real_write_that_fails_leaves_the_older_steps_and_a_code(copy):
 
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
     try:
-        with pytest.raises(OSError, match=r"step 12 could not be saved \(File too large\); steps 4, 8 stay"):
+        with pytest.raises(OSError, match=r"step 12 could not be saved \(File too large\); steps 4, 8 are kept"):
             save()
         with pytest.raises(SystemExit) as ended:
             environment.command(save)
@@ -187,7 +187,7 @@ def test_d6_what_a_failed_attempt_writes_afterwards_does_not_meet_the_next(copy,
     assert names(copy) == ["12", "16"]
 
 
-@pytest.mark.parametrize(("code", "advice"), [(errno.EROFS, "make it writable"), (errno.EIO, "mend that")])
+@pytest.mark.parametrize(("code", "advice"), [(errno.EROFS, "make it writable"), (errno.EIO, "fix that")])
 def test_d14_a_folder_that_cannot_be_written_is_told_in_a_sentence(code, advice, copy, monkeypatch):
     def fail(*_, **__):
         raise OSError(code, os.strerror(code))
@@ -196,7 +196,7 @@ def test_d14_a_folder_that_cannot_be_written_is_told_in_a_sentence(code, advice,
     checkpoints = Checkpoints(copy)
     checkpoints.save(small(12), {})
     with pytest.raises(
-        OSError, match=rf"step 12 could not be saved .*{os.strerror(code)}.*; steps 4, 8 stay; {advice}"
+        OSError, match=rf"step 12 could not be saved .*{os.strerror(code)}.*; steps 4, 8 are kept; {advice}"
     ):
         checkpoints.close()
 
@@ -208,7 +208,7 @@ def test_d14_a_folder_that_cannot_be_made_is_told_and_keeps_no_thread(copy, monk
     monkeypatch.setattr(module.StepFolders, "saving", lambda folders, step, attempt: copy / "file" / str(step))
     checkpoints = Checkpoints(copy)
     checkpoints.save(small(12), {})
-    with pytest.raises(OSError, match=r"step 12 could not be saved \(Not a directory\); steps 4, 8 stay"):
+    with pytest.raises(OSError, match=r"step 12 could not be saved \(Not a directory\); steps 4, 8 are kept"):
         checkpoints.close()
     for thread in set(threading.enumerate()) - before:
         if not thread.daemon:

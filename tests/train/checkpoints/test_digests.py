@@ -50,7 +50,7 @@ def test_the_manifest_is_what_sha256sum_says(folder):
 def test_d3_a_flipped_bit_anywhere_in_a_file_is_noticed(name, folder):
     for position in range(0, len(FILES[name]), max(1, len(FILES[name]) // 7)):
         flip(folder / name, position)
-        assert digests.damage(folder) == f"{name}: its bytes are not those that were written"
+        assert digests.damage(folder) == f"{name}: its content changed after it was written"
         flip(folder / name, position)
     assert digests.damage(folder) is None
 
@@ -79,7 +79,7 @@ def test_d3_a_flipped_bit_anywhere_in_the_manifest_is_noticed(tmp_path):
 )
 def test_a_manifest_that_is_none_is_noticed(content, folder):
     (folder / "digests.json").write_bytes(content)
-    assert digests.damage(folder) == "digests.json: its bytes are not those that were written"
+    assert digests.damage(folder) == "digests.json: its content changed after it was written"
 
 
 def link(path, target):
@@ -92,15 +92,15 @@ def link(path, target):
     [
         (lambda folder: (folder / "a").unlink(), "a is missing"),
         (lambda folder: shutil.rmtree(folder / "below" / "further"), "below/further/c is missing"),
-        (lambda folder: os.truncate(folder / "a", 3), "a has 3 bytes, and was written with 10"),
-        (lambda folder: (folder / "d.json").write_bytes(b"{} and more"), "d.json has 11 bytes, and was written with 8"),
+        (lambda folder: os.truncate(folder / "a", 3), "a has 3 bytes, but was written with 10"),
+        (lambda folder: (folder / "d.json").write_bytes(b"{} and more"), "d.json has 11 bytes, but was written with 8"),
         (lambda folder: (folder / "below" / "new").touch(), "below/new was not there when it was written"),
         (lambda folder: link(folder / "a", folder / "d.json"), "a is a symbolic link"),
         (lambda folder: (folder / "below" / "loop").symlink_to(folder), "below/loop is a symbolic link"),
         (lambda folder: os.mkfifo(folder / "pipe"), "pipe is neither a file nor a folder"),
         (lambda folder: (folder / "digests.json").unlink(), "it was saved without digests: digests.json is missing"),
         (lambda folder: link(folder / "digests.json", folder / "a"), "digests.json is a symbolic link"),
-        (lambda folder: shutil.rmtree(folder), "it is no folder of its own"),
+        (lambda folder: shutil.rmtree(folder), "it is not a folder"),
     ],
 )
 def test_d2_d4_what_is_missing_cut_off_added_or_a_link_is_named(harm, words, folder):
@@ -113,7 +113,7 @@ def test_d4_a_copy_whose_file_is_a_link_to_the_same_bytes_does_not_count(folder,
     (folder / "a").symlink_to(tmp_path / "a")
     assert digests.damage(folder) == "a is a symbolic link"
     (tmp_path / "link").symlink_to(folder)
-    assert digests.damage(tmp_path / "link") == "it is no folder of its own"
+    assert digests.damage(tmp_path / "link") == "it is not a folder"
 
 
 def test_a_file_that_cannot_be_read_is_damage(folder, monkeypatch):

@@ -37,7 +37,7 @@ def test_d7_a_disk_without_room_is_warned_of_before_training(tmp_path, free, cap
     assert not caplog.records
     free(4 * SIZE - 1)
     check_space(folder, STATE, keep=3)
-    assert f"{folder}: 4 checkpoints of 0.0 MB are to come, and the disk has 0.0 MB free: free some" in caplog.text
+    assert f"{folder}: the run will save 4 checkpoints of 0.0 MB, but the disk has only 0.0 MB free" in caplog.text
     assert not folder.parent.exists()
 
 

@@ -48,8 +48,8 @@ def test_d2_a_damaged_newest_step_is_passed_over_and_named_once(folder, caplog):
     assert folders.newest(1) == folders.newest(1) == [4]
     words = [record.getMessage().partition(": ")[2] for record in caplog.records]
     assert words == [
-        "step 12 is damaged (file has 2 bytes, and was written with 5): going on from step 4",
-        "step 8 is damaged (file is missing): going on from step 4",
+        "step 12 is damaged (file has 2 bytes, but was written with 5): using step 4",
+        "step 8 is damaged (file is missing): using step 4",
     ]
     assert names(folder) == ["12", "4", "8"]
 
@@ -58,7 +58,7 @@ def test_d2_where_no_step_is_whole_there_is_none(folder, caplog):
     for step in ("4", "8", "12"):
         (folder / step / "file").write_text("wrong")
     assert StepFolders(folder).newest() == []
-    assert "step 4 is damaged (file: its bytes are not those that were written): there is no older one" in caplog.text
+    assert "step 4 is damaged (file: its content changed after it was written): there is no older one" in caplog.text
 
 
 def test_each_step_is_read_once_and_no_more_than_needed(folder, monkeypatch):
@@ -89,7 +89,7 @@ def test_d4_junk_copies_files_and_links_do_not_count(folder, tmp_path_factory, c
     for step in (13, 17):
         assert f"step {step} is damaged (it was saved without digests: digests.json is missing)" in caplog.text
     for step in (14, 15, 16):
-        assert f"step {step} is damaged (it is no folder of its own): going on from step 12" in caplog.text
+        assert f"step {step} is damaged (it is not a folder): using step 12" in caplog.text
     assert len(caplog.records) == 5
     assert names(folder) == before
 
@@ -105,7 +105,7 @@ def test_what_is_in_the_way_of_a_step_is_moved_aside(folder, caplog):
     assert content(folders, 12) == content(folders, 16) == "again"
     assert content(folders, 4) == (folder / "damaged-16" / "file").read_text() == "whole"
     assert (folder / "damaged-12" / "file").read_text() == "wrong"
-    assert "step 12 is saved again; what was there before is in damaged-12" in caplog.text
+    assert "step 12 is saved again; its former folder is now damaged-12" in caplog.text
     (folder / "12" / "file").write_text("wrong again")
     written(StepFolders(folder), 12, "third")
     assert (folder / "damaged-12" / "file").read_text() == "wrong again"
@@ -205,7 +205,7 @@ def test_d14_a_folder_that_cannot_be_made_is_refused_in_a_sentence(tmp_path, mon
     assert StepFolders(step_folders.Path("missing") / "checkpoints").folder == tmp_path / "missing" / "checkpoints"
     assert (tmp_path / "missing" / "checkpoints").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"file/checkpoints cannot be made \(Not a directory\); .*--run"):
+    with pytest.raises(OSError, match=r"file/checkpoints cannot be created \(Not a directory\); .*--run"):
         StepFolders(tmp_path / "file" / "checkpoints")
 
 

@@ -82,7 +82,7 @@ def test_e12_a_cache_folder_that_cannot_be_made_is_told_and_done_without(tmp_pat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     environment.keep_programs()
     assert CACHE not in os.environ
-    assert re.match(r"compiled programs are not kept: .*seqattn", capsys.readouterr().err)
+    assert re.match(r"compiled programs are not cached: .*seqattn", capsys.readouterr().err)
 
 
 def test_e12_a_user_without_a_home_has_no_cache(monkeypatch, capsys):

@@ -154,7 +154,7 @@ def test_e14_a_process_ends_with_one_sentence():
         lost, blocked = connecting(free_port(), 1, 2, 1), connecting(taken, 0, 2, 1)
         alike = [connecting(same, index, 3, 60) for index in (0, 1, 1)]
         ended = [(process.communicate(timeout=120)[1], process.returncode) for process in (lost, blocked, *alike)]
-    expected = ["does not let process 1 begin", "is not free", *["two processes have --processes.index 1"] * 3]
+    expected = ["did not let process 1 start", "is not free", *["two processes have --processes.index 1"] * 3]
     for (said, code), words in zip(ended, expected, strict=True):
         assert said.startswith("error: "), said
         assert words in said
@@ -291,7 +291,7 @@ def test_processes_that_would_share_rows_in_part_are_refused(monkeypatch):
     devices = [Process(place // 2, place) for place in range(6)]
     shards = {device: (slice(place // 3, place // 3 + 1),) for place, device in enumerate(devices)}
     monkeypatch.setattr(jax.sharding.NamedSharding, "devices_indices_map", lambda *_: shards)
-    with pytest.raises(ValueError, match="gives the 3 processes rows that overlap"):
+    with pytest.raises(ValueError, match="the rows of the 3 processes overlap"):
         Sharded(data=2).spread(lambda *_: None, jax.devices()[:2])
 
 

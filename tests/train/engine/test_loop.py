@@ -88,7 +88,7 @@ def test_d17_other_steps_are_accepted_and_told_where_the_user_says_so(finished, 
     other = dataclasses.replace(tiny, run=copy, steps=13, optimizer=free, accept_changes=True)
     assert loop.train(other) == 0
     said = "optimizer.clip_norm: 1.0 and None", "steps: 12 and 13"
-    assert "goes on otherwise than before (there and here): " + "; ".join(said) in caplog.text
+    assert "resuming with changed settings (before and now): " + "; ".join(said) in caplog.text
     checkpoints = Checkpoints(copy / "checkpoints")
     assert checkpoints.latest == 13
     assert checkpoints.texts()["changes"] == "".join(f"after 12 updates: {change}\n" for change in said)
@@ -120,7 +120,7 @@ def test_c12_other_examples_under_the_same_settings_are_refused(finished, tiny, 
     first = splits["test"][0] | {"source": "changed"}
     splits["test"] = splits["test"].map(lambda row, index: first if index == 0 else row, with_indices=True)
     monkeypatch.setattr(type(tiny.task), "load", lambda task: splits)
-    with pytest.raises(ValueError, match="the examples are not those"):
+    with pytest.raises(ValueError, match="the data changed since"):
         loop.prepare(dataclasses.replace(tiny, run=finished))
 
 
@@ -168,7 +168,7 @@ def test_c11_other_versions_are_told(finished, tiny, monkeypatch, caplog):
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "99" if name == "grain" else version(name))
     loop.prepare(dataclasses.replace(tiny, run=finished))
-    assert f"grain {version('grain')}, now 99: other versions may compute" in caplog.text
+    assert f"grain {version('grain')}, now 99: another version may change" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_d2_a_run_of_which_no_checkpoint_is_whole_is_not_begun_anew(finished, ti
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     (copy / "checkpoints" / "12" / "digests.json").unlink()
-    with pytest.raises(ValueError, match=r"no checkpoint in .*/copy/checkpoints is as it was written; .* --run"):
+    with pytest.raises(ValueError, match=r"every checkpoint in .*/copy/checkpoints is damaged; .* --run"):
         loop.train(dataclasses.replace(tiny, run=copy))
     assert [path.name for path in (copy / "checkpoints").iterdir()] == ["12"]
 

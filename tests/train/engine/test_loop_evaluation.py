@@ -116,7 +116,7 @@ def test_d2_a_run_whose_best_checkpoint_is_damaged_goes_back_to_the_next_best(
         interrupted(experiment, 7)
         (experiment.run / "checkpoints" / "4" / "digests.json").unlink()
         assert loop.train(experiment) == 0
-    assert "lowest after 6 updates, 1.0000; what was best, after 4, is damaged or gone" in capsys.readouterr().out
+    assert "lowest after 6 updates, 1.0000; the best checkpoint, after 4, is damaged or gone" in capsys.readouterr().out
     assert run.load(experiment.run).step == 6
 
 
@@ -138,7 +138,7 @@ def test_d2_a_best_checkpoint_that_was_damaged_since_it_was_written_is_not_gone_
     monkeypatch.setattr(Tagging, "evaluate", evaluate)
     with compiled_once():
         assert loop.train(experiment) == 0
-    assert "lowest after 6 updates, 1.0000; what was best, after 4, is damaged or gone" in capsys.readouterr().out
+    assert "lowest after 6 updates, 1.0000; the best checkpoint, after 4, is damaged or gone" in capsys.readouterr().out
     assert run.load(experiment.run).step == 6
 
 

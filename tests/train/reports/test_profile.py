@@ -95,7 +95,7 @@ def test_a_trace_that_cannot_be_written_is_only_told(traced, tmp_path):
 
 @pytest.mark.parametrize("steps", ["1:1", "8:9"])
 def test_updates_that_are_not_made_or_that_compile_are_not_traced(steps, traced, tmp_path):
-    assert traced(0, steps) == [f"none of the updates {steps} was traced: they were made before, or not at all"]
+    assert traced(0, steps) == [f"none of the updates {steps} was traced: this session did not make them"]
     assert not list(tmp_path.iterdir())
 
 
