@@ -116,9 +116,7 @@ class RenderedText(DrawnTask):
         for two in map("".join, itertools.product(self.alphabet, repeat=2)):
             # Two different strings with one NFC form would be the same text, perhaps in two splits.
             if not unicodedata.is_normalized("NFC", two):
-                raise ValueError(
-                    f"alphabet ({self.alphabet!r}) must only have characters that NFC keeps, but has {two!r}"
-                )
+                raise ValueError(f"alphabet ({self.alphabet!r}) must have characters that NFC keeps, but has {two!r}")
         if min(self.height, self.width) <= 2 * _MARGIN:
             raise ValueError(f"height ({self.height}) and width ({self.width}) must be more than {2 * _MARGIN} pixels")
         check_number("distortion", self.distortion, minimum=0, maximum=1)
