@@ -104,7 +104,7 @@ class Objective(abc.ABC):
         Args:
             model: the model.
             batch: the batch; see `train.data.batches.Batch`.
-            label_smoothing: the probability that is spread over all labels, 0 to 1.
+            label_smoothing: the probability that is spread evenly over all labels, in [0, 1).
             dropout_key: a random key; without one there is no dropout.
 
         Returns:

@@ -95,8 +95,7 @@ def _english(stemmed: bool) -> Any:
 
 
 def _scorer(**settings: Any) -> Any:
-    from rouge_score import (
-        rouge_scorer,
-    )  # imported here because it is slow: it imports nltk, but needs none of its data
+    # Imported here because it is slow: it imports nltk, though ROUGE-L needs none of its data.
+    from rouge_score import rouge_scorer
 
     return rouge_scorer.RougeScorer(["rougeL"], **settings)
