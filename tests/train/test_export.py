@@ -158,9 +158,8 @@ def test_the_card_says_how_it_was_trained_and_measured(written, trained):
     assert "- task: `Reverse(train_examples=101" in said
     assert "schedule=Constant(rate=0.01, warmup_steps=3)" in said
     assert str(trained.folder.parent) not in said
-    assert (
-        "measured with those parameters, not with the ones in this folder" in said
-    )  # of the last checkpoint, not of the mean
+    # The results are those of the last checkpoint, not of the mean.
+    assert "measured with those parameters, not with the ones in this folder" in said
 
 
 def test_figures_of_a_run_that_was_stopped_are_those_of_its_latest_evaluation(tmp_path):

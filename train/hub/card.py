@@ -57,8 +57,8 @@ def card(
     labels = f" Labels: {shown}." if made.labels else ""
     parts = [
         _header(name, objective.hub_task, type(model).__name__, type(experiment.task).__name__, results, license),
-        f"# {name}\n\n{objective.sentence} The model is a `{type(model).__name__}` with {count:,} parameters, made with "
-        f"seqattn (JAX, Flax NNX): {said}{labels}\n\nThe vocabulary has {made.tokenizer.vocab_size:,} tokens.",
+        f"# {name}\n\n{objective.sentence} The model is a `{type(model).__name__}` with {count:,} parameters, made "
+        f"with seqattn (JAX, Flax NNX): {said}{labels}\n\nThe vocabulary has {made.tokenizer.vocab_size:,} tokens.",
         _training(experiment, made.step, average),
         _figures(results, made.step, average),
         _limits(made, experiment),
@@ -193,8 +193,8 @@ def _figures(results: Results | None, step: int, average: int) -> str:
 
 def _limits(made: Exported, experiment: Experiment) -> str:
     lines = [
-        f"- The model was trained on examples of `{type(experiment.task).__name__}` only. Do not rely on its output for "
-        "other kinds of text, even if its probabilities are high.",
+        f"- The model was trained on examples of `{type(experiment.task).__name__}` only. Do not rely on its output "
+        "for other kinds of text, even if its probabilities are high.",
         "- Nothing checks that the output is correct or harmless.",
     ]
     limit = made.model.room(0) if "image" not in named(made.objective).given else None
@@ -291,9 +291,9 @@ def _program_usage(program: export.Exported) -> str:
         [*_PROGRAM, "given = {", *lines, "}", "logits = program.call(parameters, given)", "print(logits.shape)"]
     )
     return (
-        f"`forward.stablehlo` computes logits under teacher forcing on {', '.join(program.platforms)}. It does not need "
-        f"seqattn (`pip install jax flatbuffers safetensors`). Like any program, run it only if you trust its source. "
-        f"Its inputs are the parameters and {shapes}:\n\n```python\n{code}\n```"
+        f"`forward.stablehlo` computes logits under teacher forcing on {', '.join(program.platforms)}. It does not "
+        f"need seqattn (`pip install jax flatbuffers safetensors`). As with any program, run it only if you trust its "
+        f"source. Its inputs are the parameters and {shapes}:\n\n```python\n{code}\n```"
     )
 
 
