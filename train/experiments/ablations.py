@@ -3,7 +3,7 @@
 Command: `python -m train ablations`. To change one choice, add the flags below and another `--run`.
 Time: 43 to 88 s each on 2 CPU cores (AVX2, float32).
 Result (seed 0, 400 updates): exact match on 1,000 held-out strings, and the loss. Learning rates were chosen by hand,
-one or two for each optimizer. With one seed, differences of a few percent are not significant.
+one or two for each optimizer. With one seed, differences of a few percent are not significant. Accuracy, loss, flags::
 
     baseline (AdamW, norm first, RoPE)  94.4 %  0.046
     SGD                                 44.9 %  0.442  optimizer.algorithm:sgd --optimizer.schedule.peak 1.0

@@ -11,7 +11,7 @@ before the GRU had its second bias. Without attention, states of 192 instead of 
 attention, give 45.0 %, and four times as many updates give 62.5 % (seed 0, 1,500 and 6,000 updates).
 Other choices, also with the earlier GRU, after 500 updates (`--steps 500`), in about 57 to 80 s each. With one seed,
 the difference between 99 and 100 % is not significant. Luong's monotonic windows assume that source and target have
-the same order, but here the order is reversed:
+the same order, but here the order is reversed::
 
     dot                             99.2 %  --model.attention dot
     scaled dot                      88.1 %  --model.attention scaled_dot

@@ -9,7 +9,7 @@ Time: 3 min 6 s and 2 min 7 s on 2 CPU cores (AVX2, float32); other work took mo
 Result: 83.5 % accuracy on 115 held-out texts (seed 0, at most 200 updates), and 93.1 % on the characters of 1,572
 held-out lines (600 updates). The texts are docstrings of five packages of the Python 3.11 standard library, and the
 label is the package. The lines are docstring lines of the other files without their spaces, and the labels mark the
-ends of words, which are 18.3 % of the characters. This program writes both files:
+ends of words, which are 18.3 % of the characters. This program writes both files::
 
     import ast, pathlib, sysconfig
     library, kinds = pathlib.Path(sysconfig.get_path("stdlib")), ast.FunctionDef | ast.ClassDef | ast.Module

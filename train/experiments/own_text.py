@@ -9,7 +9,7 @@ runs/own_text_recurrent`, and with masked tokens `python -m train own_text model
 To continue a text: `python -m train.complete runs/own_text "Return the "`.
 Time: 4 min 22 s on 2 CPU cores (AVX2, float32); other work took more than half of the CPU time.
 Result: with the first command, perplexity 107.3 and 2.68 bits per character on 784 held-out paragraphs (seed 0, 200
-updates). The text is the docstrings of the Python 3.11 standard library. This program writes it:
+updates). The text is the docstrings of the Python 3.11 standard library. This program writes it::
 
     import ast, pathlib, sysconfig
     files = sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"))
