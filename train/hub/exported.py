@@ -184,6 +184,7 @@ def load(folder: Path, *, max_parameters: int = 1_000_000_000) -> Exported:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in _PICKLES:
             warnings.warn(f"{path} may hold a pickle, which can run code: it is not opened", stacklevel=2)
+    # Digests first, so that no damaged file is parsed.
     check_digests(folder)
     with _naming(folder / CONFIG):
         header = _header(json.loads(_text(folder, CONFIG)))

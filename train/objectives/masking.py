@@ -82,6 +82,7 @@ def hide(tokens: jax.Array, key: jax.Array, vocab_size: int) -> tuple[jax.Array,
     chosen = jax.random.bernoulli(which, _CHOSEN, tokens.shape)
     # One uniform number per token decides: hidden below 0.8, replaced below 0.9, unchanged from there on.
     share = jax.random.uniform(how, tokens.shape)
+    # A vocabulary may consist of special tokens only; the upper bound keeps the range from being empty.
     random = jax.random.randint(other, tokens.shape, len(SPECIAL_TOKENS), max(vocab_size, len(SPECIAL_TOKENS) + 1))
     replaced = jnp.where(share < _HIDDEN + _REPLACED, random.astype(tokens.dtype), tokens)
     hidden = jnp.where(share < _HIDDEN, jnp.full_like(tokens, Tokenizer.start_id), replaced)

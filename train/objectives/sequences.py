@@ -84,6 +84,7 @@ class SequenceToSequence(Objective):
         also `rouge_l_english` and `rouge_l_english_stemmed`, which can be compared with published values.
         """
         references = list(split["target"])
+        # ROUGE compares single lines. The limit also ends outputs of models that do not learn to stop.
         longest = _LINE if self._rouge else None
         options: dict[str, Any] = {"batch_size": batch_size, "search": self._search, "max_length": longest}
         outputs = Translator(model, self.tokenizer, **options)(list(split["source"]))

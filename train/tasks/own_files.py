@@ -84,6 +84,7 @@ class OwnFiles(Task):
             ValueError: a split is empty; the message has the counts of all three and the settings that decide what is
                 held out.
         """
+        # The order of these keys is the order of precedence: a text stays in the first split that has it.
         rows: dict[str, list[Pair]] = {"test": [], "validation": [], "train": []}
         for split, pairs in found.items():
             for pair in normalized(pairs):

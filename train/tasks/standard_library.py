@@ -90,12 +90,14 @@ class SourceTask(Task):
             FileNotFoundError: the root folder does not exist.
             ValueError: a split is empty.
         """
+        # The order of these keys is the order of precedence: a key stays in the first split that has it.
         found: dict[str, list[Example]] = {"test": [], "validation": [], "train": []}
         for file in read_source(self.root):
             found[file.split].extend(examples(file))
         seen: set[str] = set()
         chosen = {}
         for split, rows in found.items():
+            # Reversed twice: a dict keeps the last value of a key, and the first example of a key is wanted.
             distinct = {row.key: (row.source, row.target) for row in reversed(rows) if row.key not in seen}
             seen |= distinct.keys()
             pairs = list(reversed(distinct.values()))

@@ -131,6 +131,7 @@ def _json_values(text: str) -> Iterator[tuple[int, Any]]:
     for number in itertools.count():
         if at == len(text):
             return
+        # Count only the new part: counting from the start would be quadratic in the number of rows.
         line, counted = line + text.count("\n", counted, at), at
         try:
             value, end = decoder.raw_decode(text, at)
@@ -187,12 +188,13 @@ def _csv_lines(text: str, config: CsvConfig) -> Iterator[tuple[int, list[str]]]:
     settings: dict[str, Any] = {name: getattr(config, name) for name in _FORMAT}
     limit, line = csv.field_size_limit(), 1
     try:
+        # The default limit refuses long texts. It is global to the process, so it is restored below.
         csv.field_size_limit(max(limit, len(text)))
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=config.sep, strict=True, **settings)
         for values in reader:
             if values:
                 yield line, values
-            line = reader.line_num + 1
+            line = reader.line_num + 1  # of the next row: a quoted field may span several lines
     except csv.Error as error:
         raise ValueError(f"{line}: {error}") from error
     finally:

@@ -84,7 +84,7 @@ def normalized(pairs: Iterable[Pair]) -> list[Pair]:
 
 
 def _dataset(pairs: Sequence[Pair]) -> Dataset:
-    """In NFC: else no output could equal a reference that was typed in another form."""
+    """Makes a dataset with texts in NFC, so that outputs can equal references that were typed in another form."""
     source, target = zip(*normalized(pairs), strict=True)
     return Dataset.from_dict({"source": source, "target": target})
 

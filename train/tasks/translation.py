@@ -71,7 +71,7 @@ class TranslationTask(Task):
 
 def _hold_out(split: str, examples: int, pairs: Sequence[Pair], random: Generator) -> tuple[list[Pair], list[Pair]]:
     """Returns `examples` pairs of different sources, and the pairs without any of these sources."""
-    first_target = dict(reversed(pairs))
+    first_target = dict(reversed(pairs))  # reversed, as a dict keeps the last target of a source
     sources = list(first_target)
     if not 1 <= examples < len(sources):
         raise ValueError(
