@@ -100,7 +100,7 @@ def test_learned_positions_limit_each_text_for_itself():
     rooms = [6, 1, 9]
     assert found == [LETTERS.decode(by_steps(model, text, room)) for text, room in zip(texts, rooms, strict=True)]
     assert Completer(model, LETTERS, length=2)(texts)[0] == LETTERS.decode(by_steps(model, "abc", 2))
-    with pytest.raises(ValueError, match="a text of 10 tokens fills the model's 9 learned positions"):
+    with pytest.raises(ValueError, match="a text of 10 tokens fills the 9 learned positions of the model"):
         Completer(model, LETTERS)(["a", "abcdefgab"])
 
 

@@ -134,8 +134,8 @@ def test_checkpoints_are_averaged_where_that_is_asked_for_and_the_card_says_so(t
     for average in (None, 3, 2):
         export.main(Arguments(trained.folder, tmp_path / str(average), average=average))
         said = (tmp_path / str(average) / "README.md").read_text()
-        assert f"12 updates, the mean of the latest {average or 3} checkpoints" in said
-        assert ("They are of those parameters, not of the ones here" in said) == (average == 2)
+        assert f"12 updates; the parameters are the mean of the latest {average or 3} checkpoints" in said
+        assert ("measured with those parameters, not with the ones in this folder" in said) == (average == 2)
     assert asked == [None, 3, 2]
 
 
@@ -151,14 +151,15 @@ def test_the_card_is_one_for_the_hub(written):
 
 def test_the_card_says_how_it_was_trained_and_measured(written, trained):
     said = (written / "README.md").read_text()
-    of = "by the mean of the latest 3 checkpoints, with a beam of 5:"
+    of = "with the mean of the latest 3 checkpoints, with a beam of 5:"
     assert f"On the test split of 5 examples, after 12 updates, {of}" in said
-    assert f"bleu by sacrebleu: `{SIGNATURE}`" in said
+    assert f"sacrebleu signature of bleu: `{SIGNATURE}`" in said
     assert "- steps: `12`" in said
     assert "- task: `Reverse(train_examples=101" in said
     assert "schedule=Constant(rate=0.01, warmup_steps=3)" in said
     assert str(trained.folder.parent) not in said
-    assert "They are of those parameters, not of the ones here" in said  # of the last checkpoint, not of the mean
+    # The results are those of the last checkpoint, not of the mean.
+    assert "measured with those parameters, not with the ones in this folder" in said
 
 
 def test_figures_of_a_run_that_was_stopped_are_those_of_its_latest_evaluation(tmp_path):
@@ -238,7 +239,7 @@ def test_the_card_of_another_model_shows_how_it_is_used(name, trained, tmp_path,
     names, _ = executed(*BLOCKS.findall(said), monkeypatch)
     if labels:
         assert names["logits"].shape == (1, 3)
-        assert "Its labels: 'a', 'b c', \"'\"." in said
+        assert "Labels: 'a', 'b c', \"'\"." in said
     else:
         assert names["image"].shape == (1, 4, 9)
         assert names["found"].tokens.shape[0] == 1

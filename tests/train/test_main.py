@@ -148,7 +148,7 @@ def test_help_of_a_file_shows_its_own_settings(own_files, capsys):
 def test_a_file_in_this_folder_without_an_ending_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "noext").write_text(EXPERIMENT)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"noext is no Python file: its name must end in \.py"):
+    with pytest.raises(ValueError, match=r"noext is not a Python file: its name must end in \.py"):
         parse(["./noext"])
 
 

@@ -1,1 +1,1 @@
-"""Text to batches: tokenizer, packing, batches, word vectors."""
+"""From texts to batches: tokenizers, packing, batches, pretrained word vectors, standard input."""

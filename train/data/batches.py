@@ -1,4 +1,7 @@
-"""From examples to batches of few static shapes, in an order that is a function of the seed and the step alone."""
+"""From examples to batches of few static shapes, in an order that depends on the seed and the step only.
+
+Each shape is compiled once, so there must be few of them; padding costs time, so texts of similar length share a batch.
+"""
 
 import dataclasses
 import logging
@@ -13,50 +16,51 @@ from train.data.packing import capacities, pack
 from train.data.tokenizer import Tokenizer
 
 Example = tuple[list[int] | np.ndarray, list[int] | np.ndarray]
-"""Source ids with the end token, and target ids between start and end token.
+"""A pair of source ids with the end token and target ids between start and end token.
 
-A source may also be an image, `[height, width]` or `[height, width, channels]`: its rows of pixels count as tokens.
+A source may also be an image, `[height, width]` or `[height, width, channels]`. Its rows of pixels count as tokens.
 """
 
 Batch = dict[str, np.ndarray]
-"""`source [B, S]` and `target [B, T + 1]` int32, padded on the right, `source_length [B]` and `target_length [B]`.
+"""Int32 arrays: `source [B, S]`, `target [B, T + 1]`, padded on the right, `source_length [B]`, `target_length [B]`.
 
-Images keep their dtype, `source [B, height, width]`, and `source_length` is their height.
+Images keep their dtype, as `source [B, height, width]`; `source_length` is their height.
 
-A row that only fills the batch has source length 0 and target length 1: no label counts.
+A row that only fills the batch has source length 0 and target length 1, so it has no label.
 
-Packed batches hold the arrays of `train.data.packing.pack` instead, `[B, S]` and `[B, T]`.
+Packed batches contain the arrays of `train.data.packing.pack` instead, `[B, S]` and `[B, T]`.
 """
 
 log = logging.getLogger(__name__)
 
 _SHORT = 64
-"""Sources of fewer tokens are evaluated as if they had so many: one compilation for all of them."""
+"""Minimum padded length of sources in evaluation, so that all short sources share one compilation."""
 _TOKENS = 32_768
-"""Of the texts that are evaluated or decoded together, at most."""
+"""Maximum number of tokens that are evaluated or decoded together."""
 _PASSES = 10**9
-"""Over the examples, more than any training makes: of endless ones grain cannot mix batches of one row."""
+"""Passes over the examples, more than any training makes. grain cannot mix endless datasets of batches of one row."""
 _EDGES = 256
-"""Lengths at which buckets may begin and end, at most."""
+"""Maximum number of lengths at which buckets may begin and end, which bounds the table of `group_by_length`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """How examples become batches."""
+    """Settings of training batches."""
 
     tokens: int = 4096
-    """Most tokens of source and target in a batch, padding counted."""
+    """Maximum number of source and target tokens in a batch, including padding."""
     max_length: int = 256
-    """Training examples with more tokens on either side are left out, and counted."""
+    """Maximum number of tokens on each side of a training example; longer examples are left out, with a warning."""
     buckets: int = 4
-    """Most groups of examples of similar length, each with one static shape: one compilation a bucket.
+    """Maximum number of buckets of examples of similar length. Each bucket has one static shape and is compiled once.
 
-    They are those that need least padding.
+    The buckets are chosen to minimize padding.
     """
     packed: bool = False
-    """Several examples a row instead, of which none sees another, in rows of `max_length` tokens a side: least padding.
+    """If True, pack several examples into each row of `max_length` tokens per side, which leaves the least padding.
 
-    Which examples share a row stays the same in all passes. For Transformers, and for language models.
+    There are no buckets then. Examples of a row do not attend to each other, and share a row in all passes. Only for
+    Transformers and Transformer language models.
     """
 
     def __post_init__(self) -> None:
@@ -65,16 +69,22 @@ class Batches:
 
 
 def examples(pairs: Any, tokenizer: Tokenizer) -> list[Example]:
-    """The examples of a split (columns "source" and "target") as ids."""
+    """Encodes the examples of a split with the columns "source" and "target"."""
     start, end = [tokenizer.start_id], [tokenizer.end_id]
-    # Arrays take less memory than lists of numbers.
+    # Arrays need less memory than lists of numbers.
     sources = [np.array(ids + end, np.int32) for ids in tokenizer.encode_batch(pairs["source"])]
     targets = [np.array(start + ids + end, np.int32) for ids in tokenizer.encode_batch(pairs["target"])]
     return list(zip(sources, targets, strict=True))
 
 
 def collate(rows: Sequence[Example], shape: tuple[int, int, int] | None = None, pad_id: int = 0) -> Batch:
-    """One batch of `shape` (rows, source length, target length), by default that of the longest examples."""
+    """Pads examples to one batch.
+
+    Args:
+        rows: the examples.
+        shape: rows, source length and target length; by default those of the longest examples.
+        pad_id: id of the padding token.
+    """
     if shape is None:
         shape = (len(rows), max(len(source) for source, _ in rows), max(len(target) for _, target in rows))
     count, source_length, target_length = shape
@@ -100,27 +110,33 @@ def stream(
     lengths: int = 1,
     part: tuple[int, int] = (0, 1),
 ) -> grain.MapDataset:
-    """An endless sequence of training batches: `stream(...)[step]` is the batch of that step.
+    """Makes an endless sequence of training batches: `stream(...)[step]` is the batch of that step.
 
-    A run that resumes at a step therefore sees exactly what it would have seen, and has no other state to save.
-    Examples are shuffled anew in each pass over a bucket; buckets take turns in proportion to their batches.
+    A batch depends on the arguments and the step only. A run that resumes at a step therefore sees the same batches as
+    a run without a pause, and checkpoints need no state of the data. Each pass over a bucket has its own order.
+    Buckets alternate in proportion to their number of batches.
 
     Args:
-        config: how examples become batches.
+        config: settings of the batches.
         rows: the examples of the training split.
         seed: decides the order.
-        multiple: the rows of a part of a batch are a multiple of this, the number of devices.
-        lengths: lengths of source and target are multiples of this.
-        part: which part of the rows of every batch is made here, of how many: that of one process.
+        multiple: the number of rows per part is a multiple of this, the number of devices of a process.
+        lengths: source and target lengths are multiples of this.
+        part: index of this process and number of processes; each makes its part of the rows of every batch.
+
+    Returns:
+        A sequence of batches, indexed by the step.
 
     Raises:
-        ValueError: no example is short enough, or a batch has no room for `multiple` rows a part.
+        ValueError: no example is short enough, or a batch has no room for `multiple` rows per part.
     """
     short = [row for row in rows if max(len(row[0]), len(row[1])) <= config.max_length]
     if not short:
-        raise ValueError(f"none of {len(rows)} training examples has at most max_length ({config.max_length}) tokens")
+        raise ValueError(f"all {len(rows)} training examples are longer than max_length ({config.max_length}) tokens")
     if len(short) < len(rows):
-        log.warning("left out %d of %d examples: over %d tokens", len(rows) - len(short), len(rows), config.max_length)
+        log.warning(
+            "left out %d of %d examples: longer than %d tokens", len(rows) - len(short), len(rows), config.max_length
+        )
     if config.packed:
         return _stream_packed(config, short, seed=seed, multiple=multiple, lengths=lengths, part=part)
     parts, weights = [], []
@@ -129,9 +145,11 @@ def stream(
         shape = _shape(longest, config.tokens, multiple * part[1], lengths)
         mine = _part(shape[0], part)
 
+        # The default arguments bind the values of this bucket, as the function is called after the loop.
         def batch(chosen: Sequence[Example], shape: tuple[int, int, int] = shape, mine: slice = mine) -> Batch:
             return collate(chosen[mine], (mine.stop - mine.start, *shape[1:]))
 
+        # Shuffle before repeat: grain then reseeds each pass and still computes the element of any step directly.
         order = grain.MapDataset.source(bucket).seed(seed + index).shuffle().repeat(_PASSES)
         parts.append(order.batch(shape[0], batch_fn=batch))
         weights.append(len(bucket) / shape[0])
@@ -141,19 +159,20 @@ def stream(
 def _stream_packed(
     config: Batches, rows: Sequence[Example], *, seed: int, multiple: int, lengths: int, part: tuple[int, int]
 ) -> grain.MapDataset:
-    """`stream` of packed batches."""
+    """Makes the sequence of `stream` from packed rows."""
     count, *room = _shape(capacities(rows, config.max_length), config.tokens, multiple * part[1], lengths)
     mine = _part(count, part)
 
     def batch(chosen: Sequence[Batch]) -> Batch:
         return {name: np.stack([row[name] for row in chosen[mine]]) for name in chosen[0]}
 
+    # Rows are packed once, before shuffling. Packing anew in each pass would need state that grows with the step.
     order = grain.MapDataset.source(pack(rows, *room, seed=seed)).seed(seed).shuffle().repeat(_PASSES)
     return order.batch(count, batch_fn=batch)
 
 
 def filled(batch: Batch) -> Batch:
-    """The batch as if it had no padding."""
+    """Returns the batch with all padding counted as tokens, to measure the cost of its shape."""
     full = {
         name: np.full_like(array, batch[name.removesuffix("_length")].shape[1])
         for name, array in batch.items()
@@ -163,17 +182,24 @@ def filled(batch: Batch) -> Batch:
 
 
 def iterate(batches: grain.MapDataset, *, start: int) -> Iterator[Batch]:
-    """The batches from step `start` on, made ahead of time by a thread."""
+    """Iterates over the batches from step `start` on; a thread makes them ahead of time."""
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
     return iter(batches.slice(slice(start, None)).to_iter_dataset(options))
 
 
 def once(rows: Sequence[Example], *, size: int) -> Iterator[tuple[list[int], Batch]]:
-    """Every example once, for evaluation: indices of the examples, and batches of at most `size` rows.
+    """Iterates over every example once, for evaluation.
 
-    Sources are padded to 64 tokens, 128, 256 and so on, or to the longest of all; targets to the longest of a group of
-    such sources. A short batch is filled with empty rows, and one of long texts has fewer: a compilation for each
-    length.
+    Sources are padded to 64, 128, 256, ... tokens, or to the longest source, and targets to the longest target of such
+    a group. Each group has one shape and is compiled once: its last batch is filled with empty rows. Batches of long
+    texts have fewer rows (see `rows_of`).
+
+    Args:
+        rows: the examples.
+        size: maximum number of rows per batch.
+
+    Yields:
+        The indices of the examples of a batch, and the batch.
     """
     source = max((len(source) for source, _ in rows), default=0)
     groups: dict[int, list[int]] = {}
@@ -189,7 +215,7 @@ def once(rows: Sequence[Example], *, size: int) -> Iterator[tuple[list[int], Bat
 
 
 def rows_of(length: int, most: int) -> int:
-    """How many texts of a length are evaluated or decoded together: so many that they have 32,768 tokens, or `most`.
+    """Returns how many texts of a length are evaluated or decoded together: at most 32,768 tokens, and at most `most`.
 
     >>> [rows_of(length, 64) for length in (16, 512, 1024, 40_000)]
     [64, 64, 32, 1]
@@ -198,28 +224,38 @@ def rows_of(length: int, most: int) -> int:
 
 
 def group_by_length(rows: Sequence[Example], count: int, tokens: int) -> list[list[Example]]:
-    """Groups of similar length, the shortest examples first, at most `count` of them: those that need least padding.
+    """Divides examples into at most `count` groups of similar length such that padding is minimal; shortest first.
 
-    Sources and targets of a group are padded to its longest. Each group has as many examples as its batches of `tokens`
-    tokens have rows, so that no batch holds one twice within a pass, unless all examples together are too few for that.
+    Sources and targets of a group are padded to the longest of the group. A group has at least as many examples as one
+    of its batches has rows, so that no batch contains an example twice in a pass. The only exception is a single group
+    of all examples, if these are too few.
+
+    Groups are consecutive in the order of source plus target length. Dynamic programming over their edges finds the
+    best ones.
+
+    Args:
+        rows: the examples.
+        count: maximum number of groups.
+        tokens: maximum number of tokens of a batch, including padding.
     """
     ordered = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
     lengths = np.array([(len(source), len(target)) for source, target in ordered])
-    # A group may begin wherever the length changes, at no more than so many places.
+    # Groups begin only where the length changes, and at no more than _EDGES places: the table below is quadratic.
     edges = np.append(np.flatnonzero(np.diff(lengths.sum(axis=1), prepend=-1)), len(ordered))
     edges = edges[np.unique(np.linspace(0, len(edges) - 1, _EDGES).round().astype(int))]
     longest = np.maximum.reduceat(lengths, edges[:-1])
-    # cost[i, j]: padded tokens of one group from edge i to edge j; not a group are those of too few examples.
+    # cost[i, j]: padded tokens of one group from edge i to edge j; infinite if the group has too few examples.
     cost = np.full((len(edges), len(edges)), np.inf)
     for i in range(len(edges) - 1):
-        padded = np.maximum(np.maximum.accumulate(longest[i:]).sum(axis=1), 1)  # a text may be empty, on both sides
+        padded = np.maximum(np.maximum.accumulate(longest[i:]).sum(axis=1), 1)  # both sides of an example may be empty
         number = edges[i + 1 :] - edges[i]
         cost[i, i + 1 :] = np.where(number >= tokens // padded, number * padded, np.inf)
-    # best[j]: the least cost of all examples before edge j in at most so many groups; cuts: where the last one begins.
+    # best[j]: the least cost of the examples before edge j in at most as many groups as there were rounds.
+    # cuts[round][j]: the edge where the last of these groups begins; the groups are read from it backwards.
     best, cuts = cost[0], []
     for _ in range(min(count, len(edges) - 1) - 1):
         total = best[:, None] + cost
-        total[0] = cost[0]  # in one group
+        total[0] = cost[0]  # all examples in one group, which is always possible
         cuts.append(total.argmin(axis=0))
         best = total.min(axis=0)
     groups, end = [], len(edges) - 1
@@ -231,7 +267,7 @@ def group_by_length(rows: Sequence[Example], count: int, tokens: int) -> list[li
 
 
 def _like(rows: Sequence[Example]) -> tuple[tuple[int, ...], Any]:
-    """The shape of what stands at each place of a source, and its dtype: ids, or rows of pixels."""
+    """Returns the shape and dtype of one element of a source, which is an id or a row of pixels."""
     source = rows[0][0] if rows else []
     return (source.shape[1:], source.dtype) if isinstance(source, np.ndarray) else ((), np.int32)
 
@@ -242,12 +278,12 @@ def _shape(longest: tuple[int, int], tokens: int, multiple: int, lengths: int) -
     if count < 1:
         raise ValueError(
             f"batches.tokens ({tokens}) has no room for {multiple} rows of {source} and {target} tokens; "
-            f"give at least {multiple * (source + target)}: a row for each device and each of the --pieces"
+            f"give at least {multiple * (source + target)}: each device needs a row for each of the --pieces"
         )
     return count, source, target
 
 
 def _part(rows: int, part: tuple[int, int]) -> slice:
-    """The rows of a batch that a process has."""
+    """Returns the rows of a batch that belong to a process."""
     index, count = part
     return slice(index * rows // count, (index + 1) * rows // count)

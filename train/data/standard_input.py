@@ -1,4 +1,4 @@
-"""Texts of standard input: its lines as they come."""
+"""Lines of standard input, available as soon as they arrive."""
 
 import io
 import os
@@ -12,22 +12,23 @@ from train.tasks.lines import decoded
 
 _BYTES_READ = 1 << 16
 _PATIENCE = 0.05
-"""Seconds to wait for more lines before those that are there are given."""
+"""Seconds to wait for more lines before the available ones are returned."""
 
 
 def standard_input() -> io.BufferedIOBase:
-    """The bytes of standard input."""
+    """Returns standard input as a binary stream."""
     return cast(io.BufferedIOBase, sys.stdin.buffer)
 
 
 def lines_as_they_come(stream: io.BufferedIOBase, count: int) -> Iterator[list[str]]:
-    """The lines of a stream of UTF-8, without their ends: all that are there, and then again; about `count` at most.
+    """Yields lists of the lines of a UTF-8 stream, without line ends.
 
-    A file gives large chunks, and a pipe or a terminal each line without waiting for the next one. What a line is, and
-    which are refused, is as in files (`train.tasks.lines`): a byte order mark at the start is no part of the text.
+    A list has all lines that are available, about `count` at most. A file therefore gives large lists; a pipe or a
+    terminal gives each line without waiting for the next one. Lines are decoded and refused as in
+    `train.tasks.lines`; a byte order mark at the start is removed.
 
     Raises:
-        ValueError: a line is not UTF-8, or holds a NUL.
+        ValueError: a line is not UTF-8 or contains NUL.
     """
     ready: list[bytes] = []
     number, unfinished = 1, b""
@@ -43,7 +44,7 @@ def lines_as_they_come(stream: io.BufferedIOBase, count: int) -> Iterator[list[s
 
 
 def lines_left(stream: io.BufferedIOBase) -> int | None:
-    """Lines from here to the end of a file; None of what cannot be read twice."""
+    """Counts the lines from here to the end of a file; None if the stream is not a regular file."""
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         return None
     here = stream.tell()
@@ -57,7 +58,7 @@ def _texts(lines: list[bytes], first: int) -> list[str]:
 
 
 def _has_more(stream: io.BufferedIOBase) -> bool:
-    """Whether a stream can be read at once; so it is said of what cannot tell."""
+    """Whether a stream can be read without waiting. True if the stream cannot tell."""
     try:
         return bool(select.select([stream], [], [], _PATIENCE)[0])
     except (OSError, ValueError):

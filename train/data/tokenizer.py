@@ -1,6 +1,7 @@
-"""Text to token ids and back: characters for small tasks, byte-level BPE for everything else.
+"""Tokenizers: characters for small tasks, byte-level BPE for all others.
 
-A tokenizer is its vocabulary (and merges) and nothing else: what happens around them is fixed here, not in its file.
+A tokenizer is its vocabulary (and merges) only. Normalization, splitting and decoding are fixed in this module, so a
+tokenizer file cannot change them.
 """
 
 import json
@@ -16,16 +17,23 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from seqattn.checks import check_integer
 
 _TOGETHER = 10_000
-"""Texts that are encoded at a time."""
+"""Number of texts that are encoded at a time."""
 SPECIAL_TOKENS = ("[PAD]", "[START]", "[END]", "[UNK]")
 
 
 @dataclass(frozen=True)
 class Characters:
-    """A token for every character that the training texts hold, in the order of Unicode; no other setting."""
+    """One token for each character of the training texts, in the order of Unicode; there are no settings.
+
+    Sequences are long, but labels of characters align with tokens, and outputs are spelled letter by letter.
+    """
 
     def train(self, texts: Iterable[str]) -> models.WordLevel:
-        """The vocabulary of the texts; ValueError where they hold no character."""
+        """Collects the vocabulary of the texts.
+
+        Raises:
+            ValueError: the texts are empty.
+        """
         normalize = normalizers.NFC().normalize_str
         characters = sorted({character for text in texts for character in normalize(text)})
         if not characters:
@@ -36,13 +44,20 @@ class Characters:
 
 @dataclass(frozen=True)
 class ByteLevelBPE:
-    """Byte-pair encoding over bytes (Radford et al. 2019): no text is unknown to it, in any script."""
+    """Byte-pair encoding over bytes (Radford et al. 2019): it encodes any text in any script without unknown tokens.
+
+    Training is deterministic, which WordPiece and Unigram of the tokenizers package are not.
+    """
 
     vocab_size: int = 10_000
-    """tokens in all, at least 260: 4 special ones, 256 bytes, and merges"""
+    """number of tokens, at least 260: 4 special tokens, 256 bytes, and merges"""
 
     def train(self, texts: Iterable[str]) -> models.BPE:
-        """The merges of the most frequent pairs; fewer than asked for where the texts have no more of them."""
+        """Learns the merges of the most frequent pairs; the vocabulary is smaller if the texts have too few pairs.
+
+        Raises:
+            ValueError: `vocab_size` is below 260.
+        """
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         smallest = len(SPECIAL_TOKENS) + len(alphabet)
         check_integer("vocab_size", self.vocab_size, smallest, hint=": special tokens and bytes")
@@ -52,6 +67,8 @@ class ByteLevelBPE:
             initial_alphabet=alphabet,
             show_progress=False,
         )
+        # All bytes are in the vocabulary, so no text needs [UNK]. It is set because, without an unknown token, the
+        # package drops unknown symbols and merges their neighbors (findings/tokenizers-bpe-joins-neighbours.sh).
         learner = _pipeline(models.BPE(unk_token="[UNK]"))
         learner.train_from_iterator(texts, trainer)
         return learner.model
@@ -59,13 +76,18 @@ class ByteLevelBPE:
 
 @dataclass(frozen=True)
 class SavedTokenizer:
-    """The tokenizer of another run: figures of each token of the two can then be compared."""
+    """The tokenizer of another run; the losses per token of both runs can then be compared."""
 
     path: Path
-    """its tokenizer.json"""
+    """path of the tokenizer.json of the other run"""
 
     def train(self, texts: Iterable[str]) -> models.WordLevel | models.BPE:
-        """The vocabulary of the file, whatever the texts are."""
+        """Loads the vocabulary of the file and ignores the texts.
+
+        Raises:
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is not a tokenizer of this library.
+        """
         del texts
         if not self.path.is_file():
             raise FileNotFoundError(f"--tokenizer.path: there is no file {self.path}")
@@ -76,11 +98,14 @@ TokenizerConfig = Characters | ByteLevelBPE | SavedTokenizer
 
 
 class Tokenizer:
-    """Turns texts into lists of ids and back.
+    """Encodes texts as lists of ids, and decodes ids.
 
-    Text is brought to Unicode NFC first: `decode(encode(text))` is the NFC form of any text without unknown
-    characters. Special tokens exist as ids only. The text "[END]" is five characters like any others, so no user can
-    write an end into a text. NUL is a character like any other; a text with a lone surrogate is a ValueError.
+    Texts are brought to Unicode NFC first, so `decode(encode(text))` is the NFC form of any text without unknown
+    characters. Special tokens exist as ids only: the text "[END]" is five ordinary characters, and no user can write an
+    end token into a text. NUL is an ordinary character. A text with a lone surrogate raises ValueError.
+
+    Args:
+        model: the vocabulary, with the merges for BPE.
 
     >>> tokenizer = Tokenizer.train(Characters(), ["abc", "a c"])
     >>> tokenizer.encode("cab?"), tokenizer.decode([7, 5, 6, 2, 5]), tokenizer.tokens([1, 5, 4, 2])
@@ -97,12 +122,16 @@ class Tokenizer:
 
     @classmethod
     def train(cls, config: TokenizerConfig, texts: Iterable[str]) -> Self:
-        """The tokenizer that the texts give; the same texts always give the same one."""
+        """Trains a tokenizer on texts; equal texts always give equal tokenizers."""
         return cls(config.train(_checked(text) for text in texts))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The tokenizer of a file that `save` wrote; ValueError, naming file and rule, where it is not one."""
+        """Loads a tokenizer from a file that `save` wrote.
+
+        Raises:
+            ValueError: the file is not such a tokenizer; the message names the file and the rule.
+        """
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
@@ -110,9 +139,14 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The tokenizer of a text that `to_json` returned; ValueError, naming the rule, where it is not one."""
+        """Makes a tokenizer from a text that `to_json` returned.
+
+        Raises:
+            ValueError: the text is not such a tokenizer; the message names the rule.
+        """
         parsed = json.loads(text)
         tokenizer = cls(_model(parsed))
+        # A file with another pipeline is refused, as its ids would mean other texts here.
         own = json.loads(tokenizer.to_json())
         for part in ("normalizer", "pre_tokenizer", "decoder"):
             if _kind(parsed.get(part)) != _kind(own[part]):
@@ -124,41 +158,42 @@ class Tokenizer:
         Path(path).write_text(self.to_json(), encoding="utf-8")
 
     def to_json(self) -> str:
-        """The tokenizer in the format of the tokenizers package; equal tokenizers give equal texts."""
+        """Returns the tokenizer in the format of the tokenizers package; equal tokenizers give equal texts."""
         return self._tokenizer.to_str()
 
     @property
     def model(self) -> models.WordLevel | models.BPE:
-        """The vocabulary, and the merges where it has them."""
+        """The vocabulary, with the merges for BPE."""
         return self._tokenizer.model
 
     @property
     def vocab_size(self) -> int:
-        """Tokens in all, special ones included; ids are 0 to vocab_size - 1."""
+        """Number of tokens, including special ones; ids are 0 to vocab_size - 1."""
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without start and end; no id for the empty text."""
+        """Encodes a text, without start and end tokens; the empty text has no ids."""
         return self._tokenizer.encode(_checked(text)).ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """The ids of several texts, unpadded: `encode` of each, on all cores."""
+        """Encodes several texts on all cores; returns the ids of each, unpadded."""
         found: list[list[int]] = []
         rest = iter(texts)
-        # What the tokenizers package gives of a text takes a hundred times its ids.
+        # In pieces, as an encoding of the tokenizers package needs a hundred times the memory of its ids.
         while some := [_checked(text) for text in islice(rest, _TOGETHER)]:
             found += [encoding.ids for encoding in self._tokenizer.encode_batch(some)]
         return found
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids up to the first end, without start and padding; unknown tokens show as "[UNK]"."""
+        """Decodes ids up to the first end token, without start and padding tokens; an unknown token gives "[UNK]"."""
         text = takewhile(lambda number: number != self.end_id, ids)
         return self._text([number for number in text if number not in (self.pad_id, self.start_id)])
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """A label for every id, special ones included: its text, with "␣" for a space and escapes for the invisible.
+        """Returns a printable label for each id, including special tokens.
 
-        A piece that is a part of a character's bytes shows as "�".
+        A label is the text of the token, with "␣" for a space and escapes for invisible characters. A token that is
+        only a part of the bytes of a character gives "�".
         """
         return [_label(self._text([number])) for number in ids]
 
@@ -173,26 +208,33 @@ class Tokenizer:
 
 
 def _pipeline(model: models.WordLevel | models.BPE) -> tokenizers.Tokenizer:
-    """Everything around a vocabulary. No special token is registered: so none is ever looked for in a text."""
+    """Adds normalizer, pre-tokenizer and decoder to a vocabulary.
+
+    No special token is registered, so the package never looks for one in a text.
+    """
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
     if isinstance(model, models.BPE):
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
     else:
+        # `.` would not match a line end.
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         tokenizer.decoder = decoders.Fuse()
     return tokenizer
 
 
 def _model(parsed: Any) -> models.WordLevel | models.BPE:
-    """The model of a parsed file: only its vocabulary and merges are taken over, and only if they are sound."""
+    """Makes the model of a parsed file from its vocabulary and merges only, after checking both.
+
+    The tokenizers package itself accepts duplicate ids and ids out of range.
+    """
     model = parsed.get("model") if isinstance(parsed, dict) else None
     kind = _kind(model)
     if model is None or kind not in ("WordLevel", "BPE"):
         raise ValueError(f"its model ({kind}) must be a WordLevel or a BPE")
     if parsed.get("added_tokens"):
-        raise ValueError(f"it must have no added tokens, but has {len(parsed['added_tokens'])}")
+        raise ValueError(f"it must not have added tokens, but has {len(parsed['added_tokens'])}")
     vocab = _sound_vocab(model.get("vocab"))
     if kind == "WordLevel":
         return models.WordLevel(vocab, unk_token="[UNK]")
@@ -210,7 +252,7 @@ def _sound_vocab(vocab: Any) -> dict[str, int]:
     for token, number in vocab.items():
         if not 0 <= number < len(vocab):
             raise ValueError(
-                f"id {number} of {token!r} must be 0 to {len(vocab) - 1}, as there are {len(vocab)} tokens"
+                f"id {number} of {token!r} must be 0 to {len(vocab) - 1}, because there are {len(vocab)} tokens"
             )
         if number in tokens:
             raise ValueError(f"id {number} must belong to one token, not to {tokens[number]!r} and {token!r}")
@@ -237,7 +279,7 @@ def _checked(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        raise ValueError(f"character {error.start} (U+{code:04X}) is a lone surrogate, which no text holds") from error
+        raise ValueError(f"character {error.start} (U+{code:04X}) is a lone surrogate: not allowed in text") from error
     return text
 
 

@@ -1,4 +1,4 @@
-"""Vectors of words from files of word2vec, GloVe and fastText, into the table of a model."""
+"""Pretrained word vectors from text files of word2vec, GloVe and fastText, for the embedding table of a model."""
 
 import logging
 import math
@@ -21,23 +21,25 @@ Found = Bool[np.ndarray, "V"]
 
 
 def load_table(path: Path, tokens: Sequence[str], dim: int) -> tuple[Table, Found]:
-    r"""The vectors that a file of text has for these tokens; the file is read line by line and never held.
+    r"""Reads the vectors of some tokens from a text file, line by line.
 
-    A line is a word and its values with spaces between (Pennington 2014); word2vec and fastText have a first line more,
-    of the number of words and of values (Mikolov 2013). Of a word that occurs twice the first line counts, and a
-    warning says how many did. In a file without that first line words may hold spaces, as in GloVe's of 840 billion.
+    A line is a word and its values, separated by spaces (Pennington 2014). Files of word2vec and fastText have a header
+    line with the number of words and of values (Mikolov 2013). If a word occurs twice, its first line counts, and a
+    warning has the number of such lines. In files without a header, words may contain spaces, as in GloVe's file of 840
+    billion tokens.
 
     Args:
-        path: text in UTF-8, read as gzip where the name ends in ".gz".
-        tokens: the V words to look for; equal ones get the same vector. They are compared with the file's in NFC.
-        dim: D, values of a vector.
+        path: a UTF-8 text file, read as gzip if its name ends in ".gz".
+        tokens: the V words to look for, compared with those of the file in NFC; equal words get the same vector.
+        dim: D, the number of values of a vector.
 
     Returns:
-        The vectors `[V, D]` in float32, zeros where a word is not in the file, and whether it is `[V]`.
+        The vectors, float32 `[V, D]`, zero for words that are not in the file; and whether the word was found,
+        bool `[V]`.
 
     Raises:
-        ValueError: naming file and line, where a line has another number of values, the first line promises other
-            vectors than there are, or a value of a token is no finite number.
+        ValueError: a line has another number of values, the header does not match the file, or a value of a token is
+            not a finite number. The message names file and line.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -68,23 +70,23 @@ def load_table(path: Path, tokens: Sequence[str], dim: int) -> tuple[Table, Foun
     if not words or (header is not None and header != words):
         raise ValueError(f"{path}:{number}: the file ends after {words} words, not {header or 'one or more'}")
     if repeated:
-        log.warning("%s: %d lines give a word again; its first line counts", path, repeated)
+        log.warning("%s: ignored %d lines of repeated words; the first line of a word counts", path, repeated)
     return table, found
 
 
 def put_vectors(embedding: TokenEmbedding, table: Table, found: Found) -> None:
-    """Writes the vectors that were found into a model's table; its other rows stay.
+    """Writes the vectors that were found into the embedding table of a model; other rows are unchanged.
 
-    The model multiplies its table by `sqrt(D)` on the way in, so the vectors are divided by it: what the model then
-    sees of a token is the file's vector.
+    The model multiplies embeddings by `sqrt(D)`. The vectors are divided by it here, so that the model sees the values
+    of the file.
 
     Args:
-        embedding: the table `[V, D]` of a model; changed.
-        table: vectors `[V, D]`, as of `load_table`.
-        found: which rows to write, `[V]`.
+        embedding: the embedding of a model with a table `[V, D]`, which is changed in place.
+        table: vectors `[V, D]`, as from `load_table`.
+        found: the rows to write, bool `[V]`.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes do not fit the table.
     """
     current = embedding.table[...]
     if table.shape != current.shape or found.shape != current.shape[:1]:
@@ -97,17 +99,18 @@ def put_vectors(embedding: TokenEmbedding, table: Table, found: Found) -> None:
 
 
 def _header(line: str, dim: int, where: str) -> int | None:
-    """How many words the first line promises; None where it is a word's."""
+    """Returns the number of words in the header; None if the first line is not a header."""
     fields = line.split(" ")
     if len(fields) != 2 or not all(field.isdecimal() for field in fields):
         return None
     if int(fields[1]) != dim:
-        raise ValueError(f"{where}: the file has vectors of {fields[1]} values, not of dim ({dim})")
+        raise ValueError(f"{where}: the vectors of the file have {fields[1]} values, not dim ({dim})")
     return int(fields[0])
 
 
 def _split(line: str, dim: int, *, spaces: bool, where: str) -> tuple[str, str]:
-    """A word, and its values in one text."""
+    """Splits a line into the word and the text of its values."""
+    # More spaces than values: the word contains spaces, if the last of its parts is not itself a number.
     more = line.count(" ") - dim
     if more == 0:
         word, _, values = line.partition(" ")
@@ -130,6 +133,6 @@ def _vector(values: str, word: str, where: str) -> Float[np.ndarray, "D"]:
     numbers = []
     for value in values.split(" "):
         if not _is_number(value) or not abs(float(value)) <= _LARGEST:
-            raise ValueError(f"{where}: {value!r} is no finite number, in the vector of {word!r}")
+            raise ValueError(f"{where}: {value!r} in the vector of {word!r} is not a finite number")
         numbers.append(float(value))
     return np.array(numbers, np.float32)

@@ -1,1 +1,4 @@
-"""One file per experiment; its docstring holds the command, the time and the result. `catalogue` finds them."""
+"""Experiments, one file each. The docstring of a file has the command, the time and the result.
+
+`catalogue` finds the files.
+"""

@@ -1,6 +1,6 @@
-"""Experiments by name, from the other files of this folder, or from any file: each defines one experiment.
+"""Finds experiments by name in this folder, or in any Python file; each file defines one experiment.
 
-`train.config`, and JAX with it, is imported only once an experiment is wanted: to list them takes no time.
+`train.config`, which imports JAX, is imported only when an experiment is loaded, so that listing them is fast.
 """
 
 import ast
@@ -21,7 +21,7 @@ _FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """The names of all experiments of this project, in order.
+    """Returns the names of all experiments in this folder, sorted.
 
     >>> "dates" in names()
     True
@@ -30,7 +30,7 @@ def names() -> list[str]:
 
 
 def sentences() -> dict[str, str]:
-    """The first sentence about each experiment, by its name; the files are read, not run.
+    """Returns the first sentence of the docstring of each experiment, by name, without importing the files.
 
     >>> sentences()["reverse"]
     'Random strings to their reverse, by a small Transformer with rotary positions.'
@@ -39,55 +39,55 @@ def sentences() -> dict[str, str]:
 
 
 def named(name: str) -> "Experiment":
-    """The experiment of a name.
+    """Returns the experiment with a name.
 
     Raises:
-        ValueError: there is none, or its file does not define exactly one.
+        ValueError: the name is unknown, or its file does not define exactly one experiment.
 
     >>> named("dates").steps
     1500
     """
     if name not in names():
-        raise ValueError(f"there is no experiment {name!r}; --list names them all")
+        raise ValueError(f"there is no experiment {name!r}; --list shows all names")
     return _the_only_one(importlib.import_module(f"train.experiments.{name}"), _FOLDER / f"{name}.py")
 
 
 def from_file(path: Path) -> "Experiment":
-    """The experiment that a file of Python defines; the file is run, and may import from other files of its folder.
+    """Runs a Python file and returns the experiment that it defines. The file may import other files of its folder.
 
     Args:
-        path: the file. It binds exactly one upper-case name to an `Experiment`; names that it imports do not count.
+        path: the file. It must bind exactly one upper-case name to an `Experiment`; imported names do not count.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file defines no experiment or several ones, or it fails or ends the process; the message has the
-            line and the error.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file does not define exactly one experiment, raises an error or exits; the message has the line
+            and the error.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}, and an experiment is a name (see --list) or a file")
+        raise FileNotFoundError(f"there is no file {path}; give the name of an experiment (see --list) or a file")
     folder = str(path.resolve().parent)
     if folder not in sys.path:
-        sys.path.append(folder)  # behind all others: no file there hides a library
+        sys.path.append(folder)  # at the end, so that no file of the folder hides a library
     name = str(path.resolve())
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is no Python file: its name must end in .py")
+        raise ValueError(f"{path} is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look up their module there
+    sys.modules[name] = module  # `dataclasses` looks up the module of a class there
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a process that ends here would seem to have trained
+    except (Exception, SystemExit) as error:  # an exit here would look like a finished training
         raise ValueError(f"{path}:{_line(error, path)}: {type(error).__name__}: {error}") from error
     return _the_only_one(module, path)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnCode:
-    """The part of a command's arguments by which runs of an experiment in a file are known."""
+    """Arguments of commands that load a run whose experiment is defined in your own file."""
 
     experiment: Path | None = None
-    """File of the run's experiment, which is run; needed only where its task is not one of train/tasks/. The task's
-    examples must be those of the training."""
+    """Python file of the run's experiment, which is executed. Needed only if its task is not one of train/tasks/. The
+    task must give the same examples as in training."""
 
     def __post_init__(self) -> None:
         if self.experiment is not None:
@@ -95,7 +95,7 @@ class OwnCode:
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence of the first paragraph, on one line.
+    """Returns the first sentence of the first paragraph on one line.
 
     >>> first_sentence("One, at 2.5 (e.g.\\nthis). Two.")
     'One, at 2.5 (e.g. this).'
@@ -110,13 +110,13 @@ def _the_only_one(module: ModuleType, file: Path) -> "Experiment":
     bound = [name for name in _bound(_parsed(file)) if isinstance(getattr(module, name, None), Experiment)]
     if len(bound) != 1:
         found = f"it defines {', '.join(bound)}" if bound else "it defines none"
-        raise ValueError(f"{file} must bind exactly one upper-case name to an Experiment, and {found}")
+        raise ValueError(f"{file} must bind exactly one upper-case name to an Experiment, but {found}")
     experiment: Experiment = getattr(module, bound[0])
     return experiment
 
 
 def _bound(tree: ast.Module) -> list[str]:
-    """The upper-case names that the statements of a file bind, other than by an import."""
+    """Returns the upper-case names that the statements of a file bind, without imported names."""
     targets: list[ast.expr] = []
     for node in tree.body:
         targets += node.targets if isinstance(node, ast.Assign) else []
@@ -130,7 +130,7 @@ def _parsed(file: Path) -> ast.Module:
 
 
 def _line(error: BaseException, file: Path) -> int:
-    """The line of a file where an error came from, or passed through."""
+    """Returns the line of the file where an error was raised or passed through; 1 if it is not known."""
     here = file.resolve()
     if isinstance(error, SyntaxError) and error.filename is not None and Path(error.filename).resolve() == here:
         return error.lineno or 1

@@ -1,11 +1,11 @@
-"""The first line of a docstring by a decoder of local and memory-compressed attention in turn: L-M-L-M-L.
+"""The first line of a docstring by a decoder with alternating local and memory-compressed attention: L-M-L-M-L.
 
-Reads the Python standard library of this machine, split by file (Liu 2018: T-DMCA without experts).
+The data is the Python standard library of this machine, split by file. See Liu 2018: T-DMCA without experts.
 
 Command: `python -m train docstrings_compressed`.
 Time: 14 min 26 s on 2 CPU cores (AVX2, float32).
-Result: perplexity 177, 2.45 bits a character and ROUGE-L 12.2 on 507 functions of files that were never trained on
-(seed 0, 300 updates).
+Result: perplexity 177, 2.45 bits per character and ROUGE-L 12.2 on 507 functions of held-out files (seed 0, 300
+updates).
 """
 
 import dataclasses

@@ -1,13 +1,12 @@
 """The first line of a function's docstring from its body, by a recurrent encoder-decoder with additive attention.
 
-Of the body the first 1,500 characters, about 500 tokens.
-
-Reads the Python standard library of this machine, split by file (Liu 2018: seq2seq-attention, L = 500).
+The source is the first 1,500 characters of the function, about 500 tokens. The data is the Python standard library of
+this machine, split by file. See Liu 2018: seq2seq-attention, L = 500.
 
 Command: `python -m train docstrings_recurrent`.
 Time: 3 min 36 s on 2 CPU cores (AVX2, float32).
-Result: perplexity 113, 2.24 bits a character and ROUGE-L 13.0 on 507 functions of files that were never trained on
-(seed 0, 300 updates).
+Result: perplexity 113, 2.24 bits per character and ROUGE-L 13.0 on 507 functions of held-out files (seed 0, 300
+updates).
 """
 
 from pathlib import Path

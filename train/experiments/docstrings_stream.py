@@ -1,11 +1,11 @@
-"""The first line of a function's docstring behind its body in one stream, by a decoder alone, up to 4,000 tokens.
+"""The first line of a function's docstring after its body in one sequence of at most 4,000 tokens, decoder-only.
 
-Reads the Python standard library of this machine, split by file (Liu 2018: Transformer-D, L = 4000).
+The data is the Python standard library of this machine, split by file. See Liu 2018: Transformer-D, L = 4000.
 
 Command: `python -m train docstrings_stream`.
 Time: 13 min 6 s on 2 CPU cores (AVX2, float32).
-Result: perplexity 175, 2.45 bits a character and ROUGE-L 11.5 on 507 functions of files that were never trained on
-(seed 0, 300 updates).
+Result: perplexity 175, 2.45 bits per character and ROUGE-L 11.5 on 507 functions of held-out files (seed 0, 300
+updates).
 """
 
 import dataclasses

@@ -1,13 +1,12 @@
 """The first line of a function's docstring from its body, by the Transformer encoder-decoder.
 
-Of the body the first 1,500 characters, about 500 tokens.
-
-Reads the Python standard library of this machine, split by file (Liu 2018: Transformer-ED, L = 500).
+The source is the first 1,500 characters of the function, about 500 tokens. The data is the Python standard library of
+this machine, split by file. See Liu 2018: Transformer-ED, L = 500.
 
 Command: `python -m train docstrings_transformer`.
 Time: 5 min 9 s on 2 CPU cores (AVX2, float32).
-Result: perplexity 170, 2.43 bits a character and ROUGE-L 10.6 on 507 functions of files that were never trained on
-(seed 0, 300 updates).
+Result: perplexity 170, 2.43 bits per character and ROUGE-L 10.6 on 507 functions of held-out files (seed 0, 300
+updates).
 """
 
 import dataclasses

@@ -1,15 +1,15 @@
-r"""Your own text, by a decoder-only Transformer; or by a recurrent language model, or an encoder of hidden tokens.
+r"""Your own text, by a decoder-only Transformer, a recurrent language model, or a masked-token encoder.
 
-Each line is an example, or each paragraph; what is held out of the file, or files, is a tenth for each split.
+Each line or each paragraph is an example. One tenth of the examples is held out for validation and one for the test.
 
 Commands: `python -m train own_text --task.train docs.txt --task.unit paragraph`, with a recurrent model
 `python -m train own_text model:recurrent-language-model --task.train docs.txt --task.unit paragraph --run
-runs/own_text_recurrent`, and with hidden tokens `python -m train own_text model:encoder model.head:masked-tokens
+runs/own_text_recurrent`, and with masked tokens `python -m train own_text model:encoder model.head:masked-tokens
 --task.train docs.txt --task.unit paragraph --run runs/own_text_masked`.
-Goes on with a text: `python -m train.complete runs/own_text "Return the "`.
-Time: 4 min 22 s on 2 CPU cores (AVX2, float32), of which other work took more than half.
-Result: perplexity 107.3 and 2.68 bits a character, by the first command, on 784 paragraphs that were never trained on
-(seed 0, 200 updates). The text is the documentation within the standard library of Python 3.11, written by
+To continue a text: `python -m train.complete runs/own_text "Return the "`.
+Time: 4 min 22 s on 2 CPU cores (AVX2, float32); other work took more than half of the CPU time.
+Result: with the first command, perplexity 107.3 and 2.68 bits per character on 784 held-out paragraphs (seed 0, 200
+updates). The text is the docstrings of the Python 3.11 standard library. This program writes it::
 
     import ast, pathlib, sysconfig
     files = sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"))

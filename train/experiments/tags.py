@@ -1,10 +1,10 @@
 """The kind of each character of Python source (keyword, name, string, ...), by a Transformer encoder.
 
-Reads the Python standard library of this machine, split by file.
+The data is the Python standard library of this machine, split by file.
 
 Command: `python -m train tags`.
 Time: 1 min 25 s on 2 CPU cores (AVX2, float32).
-Result: 96.3 % of the characters of 1,000 pieces of files that were never trained on (seed 0, 200 updates).
+Result: 96.3 % accuracy on the characters of 1,000 pieces of held-out files (seed 0, 200 updates).
 """
 
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""Which package ten lines of Python are from, by a Transformer encoder and the mean of its vectors.
+"""Ten lines of Python source to their package, by a Transformer encoder with mean pooling.
 
-Reads six packages of the Python standard library of this machine, split by file.
+The data is six packages of the Python standard library of this machine, split by file.
 
 Command: `python -m train topics`.
 Time: 2 min 8 s on 2 CPU cores (AVX2, float32).
-Result: 74.5 % of 501 pieces of files that were never trained on (seed 0, 300 updates).
+Result: 74.5 % accuracy on 501 pieces of held-out files (seed 0, 300 updates).
 """
 
 from pathlib import Path

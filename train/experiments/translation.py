@@ -1,13 +1,13 @@
-"""Translation of your own parallel text, at a budget of minutes: a small Transformer.
+"""Translation of your own parallel text in minutes, by a small Transformer.
 
-Command: `python -m train translation --task.source train.en --task.target train.de`, and likewise
-`--task.validation-source`, `--task.test-source` and their targets; from the hub by name:
-`python -m train translation task:hub-translation --task.name NAME --task.source-column en --task.target-column de`;
+Command: `python -m train translation --task.source train.en --task.target train.de`, optionally with
+`--task.validation-source`, `--task.test-source` and their targets. A dataset of the Hugging Face hub:
+`python -m train translation task:hub-translation --task.name NAME --task.source-column en --task.target-column de`.
 Multi30k from the hub, or from a folder: `python -m train translation task:multi30k --task.data DIR`.
 Time: 9 min 36 s on 2 CPU cores (AVX2, float32).
 Result: BLEU 27.4 (nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0) and chrF 51.3
-(nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:2.6.0) on the test split of 2016 of Multi30k, English to German,
-greedily, from the six files of its first task (seed 0, 1,000 updates).
+(nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:2.6.0) on the 2016 test split of Multi30k, English to German,
+with greedy search, from the six files of its first task (seed 0, 1,000 updates).
 """
 
 from pathlib import Path

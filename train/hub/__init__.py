@@ -1,1 +1,1 @@
-"""A model for others: safetensors, model card, StableHLO, the hub."""
+"""Export of trained models: safetensors, model card, StableHLO, upload to the Hugging Face hub."""

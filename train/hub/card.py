@@ -1,4 +1,4 @@
-"""The model card of an exported model: Markdown with the hub's header."""
+"""The model card of an exported model: Markdown with the metadata header of the Hugging Face hub."""
 
 import dataclasses
 import enum
@@ -33,17 +33,20 @@ def card(
     image: tuple[int, int] | None,
     program: export.Exported | None,
 ) -> str:
-    """The model card, Markdown with the hub's header: what the model is, its figures, and how to run it.
+    """Writes the model card: a description of the model, its training, its results, its limits, and how to use it.
 
     Args:
         made: the model.
-        experiment: what it was trained by.
-        trained_in: the run folder, which has its figures.
-        average: the parameters are the mean of so many checkpoints.
-        license: of the parameters, as the hub names it.
-        uploaded_as: its name on the hub.
-        image: height and width of a captioner's images.
-        program: the forward program, where there is one.
+        experiment: the experiment that trained it.
+        trained_in: the run folder, from which the results are read.
+        average: number of checkpoints that the parameters are the mean of.
+        license: license of the parameters, by its name on the hub.
+        uploaded_as: name of the model on the hub.
+        image: height and width of the images of a captioner.
+        program: the forward program, if there is one.
+
+    Returns:
+        Markdown with the metadata header of the hub.
     """
     objective = named(made.objective)
     model, results = made.model, _results(trained_in)
@@ -51,11 +54,11 @@ def card(
     count = sum(x.size for x in to_arrays(model).values())
     said = (type(model).__doc__ or "").partition("\n")[0]
     shown = ", ".join(map(repr, made.labels[:_MOST_LABELS])) + ", ..." * (len(made.labels) > _MOST_LABELS)
-    labels = f" Its labels: {shown}." if made.labels else ""
+    labels = f" Labels: {shown}." if made.labels else ""
     parts = [
         _header(name, objective.hub_task, type(model).__name__, type(experiment.task).__name__, results, license),
-        f"# {name}\n\n{objective.sentence} A `{type(model).__name__}` of {count:,} parameters, made with seqattn (JAX, "
-        f"Flax NNX): {said}{labels}\n\nIts vocabulary has {made.tokenizer.vocab_size:,} tokens.",
+        f"# {name}\n\n{objective.sentence} The model is a `{type(model).__name__}` with {count:,} parameters, made "
+        f"with seqattn (JAX, Flax NNX): {said}{labels}\n\nThe vocabulary has {made.tokenizer.vocab_size:,} tokens.",
         _training(experiment, made.step, average),
         _figures(results, made.step, average),
         _limits(made, experiment),
@@ -66,16 +69,16 @@ def card(
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Figures of a run.
+    """The results of a run on a split.
 
     Attributes:
-        split: of the examples.
-        examples: how many.
-        step: updates until then.
-        average: the parameters were the mean of so many checkpoints.
-        beam_size: hypotheses of each text.
-        numbers: the figures by name.
-        signatures: those of sacrebleu, by figure.
+        split: the split of the examples.
+        examples: the number of examples, if known.
+        step: the number of updates before the evaluation.
+        average: the number of checkpoints that the parameters were the mean of.
+        beam_size: the number of hypotheses per text; 1 is greedy search.
+        numbers: the measures by name.
+        signatures: the signatures of sacrebleu, by name of the measure.
     """
 
     split: str
@@ -87,15 +90,15 @@ class Results:
     signatures: Mapping[str, str]
 
     def described(self) -> str:
-        """What they are of."""
+        """Describes the evaluation in words, for a sentence."""
         of = "" if self.examples is None else f" of {self.examples:,} examples"
-        how = f", by the mean of the latest {self.average} checkpoints" * (self.average > 1)
+        how = f", with the mean of the latest {self.average} checkpoints" * (self.average > 1)
         how += f", with a beam of {self.beam_size}" * (self.beam_size > 1)
         return f"On the {self.split} split{of}, after {self.step:,} updates{how}"
 
 
 def _results(folder: Path) -> Results | None:
-    """The figures on the test split, where training came to its end; else the latest on the validation split."""
+    """Reads the results on the test split if training has finished, else the latest ones on the validation split."""
     if (folder / RESULTS).exists():
         row = json.loads((folder / RESULTS).read_text("utf-8"))
     elif (folder / "metrics.jsonl").exists():
@@ -118,7 +121,7 @@ def _results(folder: Path) -> Results | None:
 
 
 def _header(name: str, kind: str, model: str, task: str, results: Results | None, license: str | None) -> str:
-    """The hub's metadata, as YAML."""
+    """Returns the metadata of the hub as YAML."""
     of, numbers = ("", {}) if results is None else (f"{results.split} split", results.numbers)
     figures = [
         EvalResult(kind, task.lower(), task, metric, round(x, 4), metric_name=f"{metric}, {of}")
@@ -136,8 +139,11 @@ def _header(name: str, kind: str, model: str, task: str, results: Results | None
 
 
 def _training(experiment: Experiment, step: int, average: int) -> str:
-    of = f", the mean of the latest {average} checkpoints" if average > 1 else ""
-    lines = [f"## How it was trained\n\n`python -m train` of seqattn, {step:,} updates{of}. What is no default:\n"]
+    of = f"; the parameters are the mean of the latest {average} checkpoints" if average > 1 else ""
+    lines = [
+        f"## Training\n\nTrained with `python -m train` of seqattn for {step:,} updates{of}. "
+        "Settings that differ from the defaults:\n"
+    ]
     for field in dataclasses.fields(experiment):
         value = getattr(experiment, field.name)
         if field.name not in _NOT_TOLD and (value != field.default or field.name in ("steps", "seed")):
@@ -152,7 +158,7 @@ _NOT_TOLD = (
 
 
 def _written(value: Any) -> str:
-    """A setting as Python writes it, without defaults, and without the folders of whoever trained.
+    """Formats a setting as Python code, without default values and without the names of local folders.
 
     >>> from train.tasks import RenderedText
     >>> _written(RenderedText(height=24, seed=3))
@@ -177,23 +183,23 @@ def _written(value: Any) -> str:
 def _figures(results: Results | None, step: int, average: int) -> str:
     if results is None:
         return "## Results\n\nNot measured."
-    lines = [f"{results.described()}:\n", "| figure | value |", "|---|---|"]
+    lines = [f"{results.described()}:\n", "| measure | value |", "|---|---|"]
     lines += [f"| {name} | {value:.4f} |" for name, value in results.numbers.items()]
-    lines += [f"\n{name} by sacrebleu: `{signature}`" for name, signature in results.signatures.items()]
+    lines += [f"\nsacrebleu signature of {name}: `{signature}`" for name, signature in results.signatures.items()]
     if (results.average, results.step) != (average, step):
-        lines.append("\nThey are of those parameters, not of the ones here.")
+        lines.append("\nThese results were measured with those parameters, not with the ones in this folder.")
     return "## Results\n\n" + "\n".join(lines)
 
 
 def _limits(made: Exported, experiment: Experiment) -> str:
     lines = [
-        f"- It has seen the examples of `{type(experiment.task).__name__}` alone: for texts of another kind its output "
-        "is worth nothing, however sure it looks.",
-        "- Nothing checks what it writes: neither that it is true, nor that it does no harm.",
+        f"- The model was trained on examples of `{type(experiment.task).__name__}` only. Do not rely on its output "
+        "for other kinds of text, even if its probabilities are high.",
+        "- Nothing checks that the output is correct or harmless.",
     ]
     limit = made.model.room(0) if "image" not in named(made.objective).given else None
     if limit is not None:
-        lines.append(f"- It has learned positions for {limit:,} tokens; longer texts are refused.")
+        lines.append(f"- The model has learned positions for {limit:,} tokens and refuses longer texts.")
     return "## Limits\n\n" + "\n".join(lines)
 
 
@@ -208,7 +214,7 @@ from seqattn import Coordinates
 from seqattn.decoding import generate
 from seqattn.interop import from_arrays, from_dict
 
-folder = Path(".")  # where config.json is
+folder = Path(".")  # the folder with config.json
 header = json.loads((folder / "config.json").read_text("utf-8"))
 model = from_arrays(from_dict(header["model"]), load_file(folder / "model.safetensors"))
 """
@@ -226,13 +232,13 @@ print(found.tokens[0, : int(found.length[0])])"""
 _LABEL = """
 tokens = jnp.array([[{first}]])  # ids of tokenizer.json
 logits = model(tokens, Coordinates.from_lengths([1], 1))
-print(logits.argmax(axis=-1))  # which of header["labels"]; of hidden tokens, which id"""
+print(logits.argmax(axis=-1))  # indices into header["labels"]; for hidden tokens, token ids"""
 _START = "    state, start = model.start(memory, {room}), jnp.array([{start}])"
 _GIVEN = {
     "SequenceToSequence": (
         "source",
         "    memory = model.encode(source, Coordinates.from_lengths([{count}], {count}))\n" + _START,
-        "source = jnp.array([{ids}])  # ids of tokenizer.json; {end} ends a text",
+        "source = jnp.array([{ids}])  # ids of tokenizer.json; {end} is the end token",
     ),
     "Continuation": (
         "text",
@@ -240,16 +246,16 @@ _GIVEN = {
         "    state = model.start(model.encode(nothing, Coordinates(nothing, nothing)), 1 + {room})\n"
         "    _, state = model.prefill(text[:, :-1], jnp.array([1]), state)\n"
         "    start = text[:, -1]",
-        "text = jnp.array([[{start}, {first}]])  # ids of tokenizer.json; {start} starts a text",
+        "text = jnp.array([[{start}, {first}]])  # ids of tokenizer.json; {start} is the start token",
     ),
     "Reading": (
         "image",
         "    rows, columns = model.grid({height}, {width})\n"
         "    memory = model.encode(image, Coordinates.from_lengths([rows * columns], rows * columns))\n" + _START,
-        "image = jnp.zeros((1, {height}, {width}))  # grey; each image with mean 0 and variance 1",
+        "image = jnp.zeros((1, {height}, {width}))  # gray values, standardized to mean 0 and variance 1 per image",
     ),
 }
-"""What the example of an objective gives to the model, how decoding starts from it, and the example."""
+"""For each objective: the name of the model's input, the code that starts decoding from it, and an example input."""
 
 
 def _usage(made: Exported, name: str, image: tuple[int, int] | None, program: export.Exported | None) -> str:
@@ -264,20 +270,20 @@ def _usage(made: Exported, name: str, image: tuple[int, int] | None, program: ex
     values = {"ids": ids, "count": len(ids), "first": ids[0], "start": tokenizer.start_id, "end": tokenizer.end_id}
     use = use.format(**values, room=20 if limit is None else max(1, min(20, limit - 2)), height=height, width=width)
     parts = [
-        "## How to use it",
-        "With `pip install .` in a checkout of seqattn, `pip install safetensors`, and the files here (`hf download "
-        f"{name} --local-dir FOLDER`):",
+        "## Usage",
+        "Run `pip install .` in a checkout of seqattn and `pip install safetensors`, download the files of this model "
+        f"(`hf download {name} --local-dir FOLDER`), and run in their folder:",
         f"```python\n{_LOAD}{use}\n```",
-        'Text becomes ids by `tokenizers.Tokenizer.from_file("tokenizer.json").encode(text).ids`.',
+        'To convert text to ids, use `tokenizers.Tokenizer.from_file("tokenizer.json").encode(text).ids`.',
     ]
-    if (command := named(made.objective).command) != "evaluate":  # which needs the data of the run
-        parts.append(f'Or, with `pip install .[train]`: `python -m train.{command} FOLDER "a text"`.')
-    parts.append("`sha256sum -c SHA256SUMS` checks the files.")
+    if (command := named(made.objective).command) != "evaluate":  # `evaluate` needs the data of the run
+        parts.append(f'Or run `pip install .[train]` and `python -m train.{command} FOLDER "a text"`.')
+    parts.append("To check the files, run `sha256sum -c SHA256SUMS`.")
     return "\n\n".join(parts + ([] if program is None else [_program_usage(program)]))
 
 
 def _program_usage(program: export.Exported) -> str:
-    """How to call the forward program, on the smallest example."""
+    """Returns the section on the forward program, with a minimal example."""
     (_, given), _ = jax.tree.unflatten(program.in_tree, program.in_avals)
     shapes = ", ".join(f"`{name}` {x.str_short()}" for name, x in given.items())
     lines = [f'    "{name}": jnp.ones({_example(x.shape)}, jnp.{x.dtype}),' for name, x in given.items()]
@@ -285,9 +291,9 @@ def _program_usage(program: export.Exported) -> str:
         [*_PROGRAM, "given = {", *lines, "}", "logits = program.call(parameters, given)", "print(logits.shape)"]
     )
     return (
-        f"`forward.stablehlo` gives logits under teacher forcing on {', '.join(program.platforms)}, without seqattn "
-        f"(`pip install jax flatbuffers safetensors`). Like any program it should come from somebody whom you trust. "
-        f"It takes the parameters and {shapes}:\n\n```python\n{code}\n```"
+        f"`forward.stablehlo` computes logits under teacher forcing on {', '.join(program.platforms)}. It does not "
+        f"need seqattn (`pip install jax flatbuffers safetensors`). As with any program, run it only if you trust its "
+        f"source. Its inputs are the parameters and {shapes}:\n\n```python\n{code}\n```"
     )
 
 
@@ -303,5 +309,5 @@ program = export.deserialize(bytearray(Path("forward.stablehlo").read_bytes()))"
 
 
 def _example(shape: tuple[Any, ...]) -> tuple[int, ...]:
-    """A shape with small numbers where any will do."""
+    """Returns a shape with small numbers for the symbolic dimensions."""
     return tuple(size if isinstance(size, int) else 2 + axis for axis, size in enumerate(shape))

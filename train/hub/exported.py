@@ -1,11 +1,13 @@
-"""A model as a folder that needs no checkpoint, no training code and no pickle to be read.
+"""Exported models: a folder that can be read without checkpoints, training code or pickles.
 
-config.json         what it is: format, objective, labels, sizes and the model's config (`seqattn.interop.from_dict`)
-model.safetensors   its parameters (`seqattn.interop.from_arrays`)
-tokenizer.json      text to ids, in the format of the tokenizers package
-forward.stablehlo   its logits as a program, where the user asked for it
-README.md           the model card; people edit it, so it has no digest
-SHA256SUMS          digests of all other files; `sha256sum -c SHA256SUMS` checks them, and so does `load`
+The files of the folder:
+
+- `config.json`: format, objective, labels, sizes and the config of the model (`seqattn.interop.from_dict`).
+- `model.safetensors`: the parameters (`seqattn.interop.from_arrays`).
+- `tokenizer.json`: the tokenizer, in the format of the tokenizers package.
+- `forward.stablehlo`: optional; the logits as a program.
+- `README.md`: the model card. It has no digest, because people edit it.
+- `SHA256SUMS`: the digests of all other files, checked by `load` and by `sha256sum -c SHA256SUMS`.
 """
 
 import contextlib
@@ -36,22 +38,22 @@ FORWARD, CARD, SUMS = "forward.stablehlo", "README.md", "SHA256SUMS"
 FORMAT, VERSION = "seqattn", 1
 
 _LARGEST = {CONFIG: 2**24, TOKENIZER: 2**28, SUMS: 2**16}
-"""Bytes: a file that is larger is not read."""
+"""Maximum size in bytes; larger files are not read."""
 _SUM = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)")
 _PICKLES = frozenset(".bin .ckpt .dill .joblib .npy .npz .pickle .pkl .pt .pth".split())
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """A model to be saved, or as it lies in an exported folder.
+    """The content of an exported folder, before saving or after loading.
 
     Attributes:
-        folder: the folder.
-        model: the model; its `config` says what it is.
-        tokenizer: its tokenizer.
-        labels: the labels of a model that gives labels, in the order of their ids.
-        objective: what the run was about: the name of a class of `train.objectives`.
-        step: updates that the parameters have seen.
+        folder: path of the folder.
+        model: the model, with its config as `model.config`.
+        tokenizer: the tokenizer of the model.
+        labels: for models that give labels, the labels in the order of their ids.
+        objective: the objective of the training, by the name of a class of `train.objectives`.
+        step: number of updates of the parameters.
     """
 
     folder: Path
@@ -63,63 +65,71 @@ class Exported:
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether a folder holds an exported model, and not a run."""
+    """Whether a folder contains an exported model (and not a run)."""
     return (folder / PARAMETERS).exists()
 
 
 def load_trained(folder: Path, *, average: int | None = None) -> Run | Exported:
-    """The model of a run folder or of an exported folder; see `run.load` and `load` for what they refuse.
+    """Loads the model of a run folder or of an exported folder.
+
+    Args:
+        folder: the folder.
+        average: number of checkpoints to average; None is the setting of the run.
 
     Raises:
-        ValueError: checkpoints of an exported folder are to be averaged, which has none.
+        ValueError: `average` is above 1 and the folder is an exported model, which has no checkpoints; or see
+            `train.checkpoints.run.load` and `load`.
+        FileNotFoundError: see there.
     """
     if not is_exported(folder):
         return run.load(folder, average=average)
     if average not in (None, 1):
-        raise ValueError(f"{folder} is an exported model and has no checkpoints to average: give average 1")
+        raise ValueError(f"{folder} is an exported model and has no checkpoints to average: set average to 1")
     return load(folder)
 
 
 def check_serves(trained: Run | Exported, command: str, objective: type[Objective]) -> None:
-    """Refuses a run that a command cannot serve.
+    """Checks that a command can serve a run or exported model.
 
     Args:
-        trained: the run, or the exported model.
-        command: the name of the module, "translate".
-        objective: what the runs that it serves are about.
+        trained: the run or exported model.
+        command: name of the command's module, such as "translate".
+        objective: the objective that the command serves.
 
     Raises:
-        ValueError: naming what the run is about, and the command that serves it.
+        ValueError: the run has another objective; the message names it and the command for it.
     """
     found = (
         objectives.named(trained.objective) if isinstance(trained, Exported) else objectives.kind(trained.experiment)
     )
     if found is not objective:
         raise ValueError(
-            f"train.{command} serves runs of the objective {objective.name}, and that of {trained.folder} is "
-            f"{found.name}, which python -m train.{found.command} serves"
+            f"train.{command} serves runs of the objective {objective.name}, but that of {trained.folder} is "
+            f"{found.name}: use python -m train.{found.command}"
         )
 
 
 def check_task(trained: Run | Exported, experiment: Path | None) -> None:
-    """Refuses the file of an experiment whose task is another one than that of the run, of the same name.
+    """Checks that the task in an experiment file gives the examples that a run was trained on.
+
+    Another file may define another task of the same name.
 
     Args:
-        trained: the run, or the exported model, which has no task.
-        experiment: the file, if one was given.
+        trained: the run, or the exported model, which has no task and needs no check.
+        experiment: the file, if the user gave one.
 
     Raises:
-        ValueError: the task that it defines gives other examples than those that the run was trained with.
+        ValueError: the task of the file gives other examples.
     """
     if experiment is not None and isinstance(trained, Run):
         trained.splits()
 
 
 def check_free(folder: Path) -> None:
-    """Refuses a folder that nothing can be exported to.
+    """Checks that a model can be exported to a folder.
 
     Raises:
-        FileExistsError: it is a file, or holds something.
+        FileExistsError: the path is a file, or a folder that is not empty.
     """
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give a folder that is new or empty")
@@ -128,15 +138,18 @@ def check_free(folder: Path) -> None:
 
 
 def save(exported: Exported, others: Mapping[str, bytes]) -> None:
-    """Writes the folder, all of it or nothing: beside it first, where it is read back and compared bit by bit.
+    """Writes an exported model, completely or not at all.
+
+    The files are written to a temporary folder beside the target, loaded again and compared bit by bit. Only then the
+    folder is renamed.
 
     Args:
-        exported: the model.
-        others: more files by name, such as the model card.
+        exported: the model, with the path of the folder.
+        others: content of further files by name, such as the model card.
 
     Raises:
-        FileExistsError: the folder holds something.
-        ValueError: the model is none that can be read back, or the disk did not keep what was written.
+        FileExistsError: the folder is not empty.
+        ValueError: the model cannot be loaded again, or the data read back differ from the data written.
     """
     folder = exported.folder.resolve()
     check_free(folder)
@@ -147,30 +160,31 @@ def save(exported: Exported, others: Mapping[str, bytes]) -> None:
     try:
         _write(beside, exported, arrays, others)
         _compare(load(beside, max_parameters=sum(x.size for x in arrays.values())), exported, arrays)
-        beside.rename(folder)  # onto an empty folder, too, but onto nothing else
+        beside.rename(folder)  # atomic; also replaces an empty folder, and fails if the folder has files by now
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
 
 
 def load(folder: Path, *, max_parameters: int = 1_000_000_000) -> Exported:
-    """The model of an exported folder. Whoever made it, reading it runs no code of theirs.
+    """Loads an exported model. Loading runs no code from the folder, so the folder need not be trusted.
 
     Args:
         folder: the folder.
-        max_parameters: most parameters that the model may have.
+        max_parameters: maximum number of parameters of the model.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
-        ValueError: naming the file and the rule: a digest that is not that of `SHA256SUMS`, a link that leaves the
-            folder, or content that does not make a model.
+        ValueError: a digest differs from `SHA256SUMS`, a link leaves the folder, or the content does not make a model.
+            The message names the file and the rule.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder")
+        raise FileNotFoundError(f"{folder} is not a folder")
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in _PICKLES:
             warnings.warn(f"{path} may hold a pickle, which can run code: it is not opened", stacklevel=2)
+    # Digests first, so that no damaged file is parsed.
     check_digests(folder)
     with _naming(folder / CONFIG):
         header = _header(json.loads(_text(folder, CONFIG)))
@@ -180,21 +194,21 @@ def load(folder: Path, *, max_parameters: int = 1_000_000_000) -> Exported:
     with _naming(folder / TOKENIZER):
         tokenizer = Tokenizer.from_json(_text(folder, TOKENIZER))
         if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(f"it has {tokenizer.vocab_size} tokens, and the model {config.vocab_size}")
+            raise ValueError(f"it has {tokenizer.vocab_size} tokens, but the model has only {config.vocab_size}")
     with _naming(folder / PARAMETERS):
         arrays = _read_arrays(_inside(folder, PARAMETERS))
         model = from_arrays(config, arrays)
         if (count := sum(array.size for array in arrays.values())) != header["parameters"]:
-            raise ValueError(f"it has {count:,} parameters, and {CONFIG} says {header['parameters']:,}")
+            raise ValueError(f"it has {count:,} parameters, but {CONFIG} says {header['parameters']:,}")
     return Exported(folder, model, tokenizer, labels, header["objective"], header["step"])
 
 
 def check_digests(folder: Path) -> list[str]:
-    """Compares every file that `SHA256SUMS` names with its digest there, and returns the names.
+    """Checks the digest of every file in `SHA256SUMS`, and returns the sorted names.
 
     Raises:
-        FileNotFoundError: one of them is missing.
-        ValueError: a digest is another one, a line is none, or a file that `load` reads is not named.
+        FileNotFoundError: a file is missing.
+        ValueError: a digest differs, a line is malformed, or a file that `load` reads has no digest.
     """
     digests: dict[str, str] = {}
     for number, line in enumerate(_text(folder, SUMS).splitlines(), 1):
@@ -224,7 +238,7 @@ def _write(folder: Path, exported: Exported, arrays: Mapping[str, np.ndarray], o
     (folder / CONFIG).write_text(json.dumps(header, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
     exported.tokenizer.save(folder / TOKENIZER)
     write_arrays(folder / PARAMETERS, arrays)
-    # safetensors would let its owner alone read it.
+    # safetensors makes the file readable by its owner only.
     (folder / PARAMETERS).chmod((folder / CONFIG).stat().st_mode)
     for name, content in others.items():
         (folder / name).write_bytes(content)
@@ -233,23 +247,23 @@ def _write(folder: Path, exported: Exported, arrays: Mapping[str, np.ndarray], o
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays as safetensors; those that are not contiguous too, which safetensors 0.8 alone writes wrongly."""
+    """Writes arrays as safetensors, in C order: safetensors 0.8 writes non-contiguous arrays wrongly."""
     safetensors.numpy.save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, path)
 
 
 def _compare(saved: Exported, exported: Exported, arrays: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError where what was read back is not what was to be written, to the bit."""
+    """Raises ValueError if the model read back differs in any bit from the model to write."""
     again = to_arrays(saved.model)
     for name, array in arrays.items():
         if np.asarray(array, order="C").tobytes() != again[name].tobytes():
             raise ValueError(
-                f"{PARAMETERS}: {name} was read back as other numbers than were written: is the disk sound?"
+                f"{PARAMETERS}: the values of {name} read back differ from those written: is the disk damaged?"
             )
     for name in ("labels", "objective", "step"):
         if getattr(saved, name) != getattr(exported, name):
             raise ValueError(f"{CONFIG}: {name} was read back as {getattr(saved, name)}, not {getattr(exported, name)}")
     if saved.model.config != exported.model.config or saved.tokenizer.to_json() != exported.tokenizer.to_json():
-        raise ValueError("the config or the tokenizer was read back as another one than was written")
+        raise ValueError("the config or the tokenizer read back differs from the one written")
 
 
 def _header(header: Any) -> dict[str, Any]:
@@ -263,7 +277,7 @@ def _header(header: Any) -> dict[str, Any]:
         raise ValueError(f"it must have the fields {', '.join(fields)}, and no others")
     for name, kind in fields.items():
         if type(header[name]) is not kind or (kind is int and header[name] < 0):
-            raise ValueError(f"{name} must be of the type {kind.__name__}, and no number be negative")
+            raise ValueError(f"{name} must be of type {kind.__name__}, and not negative if it is a number")
     return header
 
 
@@ -271,7 +285,7 @@ def _labels(labels: list[Any], config: ModelConfig) -> tuple[str, ...]:
     head = config.head if isinstance(config, EncoderConfig) else None
     needed = head.num_labels if isinstance(head, TokenLabels | TextLabels) else 0
     if len(labels) != needed or len(set(map(str, labels))) != needed or not all(isinstance(x, str) for x in labels):
-        raise ValueError(f"labels must be {needed} different texts, as many as the model has, got {len(labels)}")
+        raise ValueError(f"labels must be {needed} different strings, one for each of the model, got {len(labels)}")
     return tuple(labels)
 
 
@@ -297,14 +311,14 @@ def _text(folder: Path, name: str) -> str:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A file of the folder, which is no link to somewhere else and no pipe."""
+    """Returns the path of a file of the folder; refuses links that leave the folder, and pipes."""
     path = folder / name
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: the folder holds no whole model")
+        raise FileNotFoundError(f"{path} is missing: the folder does not contain a complete model")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(
-            f"{path} is a link that leaves the folder: copy what it points to, or download with hf download NAME "
-            "--local-dir FOLDER"
+            f"{path} is a link that leaves the folder: replace it with a copy of its target, or download with "
+            "hf download NAME --local-dir FOLDER"
         )
     if not path.is_file():
         raise ValueError(f"{path} must be a file")
@@ -318,10 +332,10 @@ def _digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors inside name the file, and are ValueErrors."""
+    """Turns errors in its block into ValueErrors that name the file."""
     try:
         yield
     except RecursionError as error:
-        raise ValueError(f"{path}: it is nested too deeply") from error
+        raise ValueError(f"{path}: its content is nested too deeply") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

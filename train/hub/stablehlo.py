@@ -1,4 +1,4 @@
-"""The logits of a model under teacher forcing as a program of its own, which needs no seqattn: StableHLO."""
+"""Export of a model's logits under teacher forcing as a StableHLO program, which runs without seqattn."""
 
 import contextlib
 import importlib.util
@@ -15,7 +15,7 @@ from train.hub.exported import FORWARD
 from train.objectives import named
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-"""What a forward program runs on."""
+"""The platforms of a forward program."""
 
 
 def forward(
@@ -26,24 +26,25 @@ def forward(
     image: tuple[int, int] | None = None,
     platforms: tuple[str, ...] = PLATFORMS,
 ) -> export.Exported:
-    """The logits of a model under teacher forcing as one program for several platforms.
+    """Exports the logits of a model under teacher forcing as one program for several platforms.
 
-    Its arguments are the parameters by the names of `to_arrays`, and a dict of what the objective has of `source` and
-    `target` (ids `[B, T]`), their `source_length` and `target_length` `[B]`, and `image` `[B, height, width]`. B and T
-    are any where the model can be compiled so, else T alone is fixed, else both.
+    The arguments of the program are the parameters, by the names of `to_arrays`, and a dict with the inputs of the
+    objective, among `source` and `target` (ids, int32 `[B, T]`), `source_length` and `target_length` (int32 `[B]`), and
+    `image` (float32 `[B, height, width]`). It returns logits `[B, T, V]`; for labels of texts `[B, labels]`. B and T
+    are symbolic if the model can be exported that way; else T is fixed, and if necessary B, too.
 
     Args:
         model: the model.
-        objective: what it is about: the name of a class of `train.objectives`.
-        shape: B and T, where they must be fixed.
-        image: height and width of a captioner's images.
-        platforms: where it is to run.
+        objective: the objective of the model, by the name of a class of `train.objectives`.
+        shape: B and T for models that need fixed sizes.
+        image: height and width of the images of a captioner.
+        platforms: the platforms that the program supports.
     """
     parameters = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in to_arrays(model).items()}
     any_batch, *any_lengths = export.symbolic_shape("batch, source_tokens, target_tokens")
     compiled = export.export(jax.jit(_logits(model.config)), platforms=platforms)
     for sizes in ((any_batch, *any_lengths), (any_batch, shape[1], shape[1])):
-        # How JAX says that a model asks for the number itself.
+        # JAX raises one of these if the model needs the actual number of a symbolic dimension.
         with contextlib.suppress(TypeError, jax.errors.InconclusiveDimensionOperation):
             return compiled(parameters, _shapes(objective, sizes, image))
     return compiled(parameters, _shapes(objective, (*shape, shape[1]), image))
@@ -65,7 +66,8 @@ def _shapes(objective: str, sizes: tuple[Any, ...], image: tuple[int, int] | Non
 
 def _logits(config: Any) -> Any:
     def compute(parameters: dict[str, jax.Array], given: dict[str, jax.Array]) -> jax.Array:
-        # The others ask for lengths to choose tiles by, or run on one platform alone.
+        # `reference` works with symbolic lengths and on all platforms. Other kernels need lengths to choose tiles, or
+        # run on one platform only.
         model = with_implementation(from_arrays(config, parameters), "reference")
 
         def at(side: str) -> Coordinates:
@@ -88,6 +90,6 @@ def _logits(config: Any) -> Any:
 
 
 def check_flatbuffers() -> None:
-    """Raises ValueError where the package is missing by which JAX writes programs."""
+    """Raises ValueError if the package flatbuffers is not installed, which JAX needs to serialize programs."""
     if importlib.util.find_spec("flatbuffers") is None:
         raise ValueError(f"{FORWARD} needs the package flatbuffers: pip install flatbuffers")

@@ -1,1 +1,1 @@
-"""A trained model at work: translating and completing."""
+"""Inference with a trained model: translation and completion of texts."""

@@ -1,4 +1,4 @@
-"""How a language model goes on with texts."""
+"""Completion: continuations of texts by a language model."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -20,14 +20,17 @@ _GREEDY = Greedy()
 
 
 class Completer:
-    """Continuations of texts by a language model, which reads them as what it has said itself.
+    """Continues texts with a language model, which reads a text as if it had generated it.
 
     Args:
-        model: a language model with the protocol of an encoder-decoder: its source is empty.
-        tokenizer: its tokenizer.
-        length: tokens to add, at most; learned positions set a limit of their own.
+        model: a language model with the protocol of an encoder-decoder; its source is empty.
+        tokenizer: the tokenizer of the model.
+        length: maximum number of tokens to add; learned positions may limit it further.
         sampling: how tokens are chosen.
-        seed: of samples; those of a text depend on the seed and the text's index.
+        seed: seed of sampling; the samples of a text depend on the seed and the index of the text.
+
+    Raises:
+        ValueError: `length` is below 1.
     """
 
     def __init__(
@@ -46,12 +49,17 @@ class Completer:
         self._find = _compiled(graph, tokenizer.end_id, tokenizer.pad_id)
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
-        """What comes behind each text, without the text itself."""
+        """Returns the continuation of each text, without the text itself.
+
+        Raises:
+            ValueError: a text fills all learned positions of the model.
+        """
         if not texts:
             return []
         ids = [[self.tokenizer.start_id, *text] for text in self.tokenizer.encode_batch(list(texts))]
         width = padded_length(max(map(len, ids)))
-        # The last token is fed by the first step.
+        # The cache is filled with all tokens but the last, which is the input of the first decoding step. Padding on
+        # the right is masked, so texts of different lengths share a batch.
         read = np.full((len(ids), width), self.tokenizer.pad_id, np.int32)
         for row, text in enumerate(ids):
             read[row, : len(text) - 1] = text[:-1]
@@ -61,9 +69,9 @@ class Completer:
         if self._limit is not None:
             if lengths.max() >= self._limit:
                 raise ValueError(
-                    f"a text of {lengths.max() + 1} tokens fills the model's {self._limit} learned positions"
+                    f"a text of {lengths.max() + 1} tokens fills the {self._limit} learned positions of the model"
                 )
-            # A longer text has less room: it ends where it has no position left, since its logits are NaN there.
+            # The shortest text sets the limit. A longer one ends when it has no position left: its logits are NaN then.
             room = min(room, self._limit - int(lengths.min()))
         found = self._find(self._params, read, lengths, last, self._sampling, jax.random.key(self._seed), room=room)
         tokens, length = map(np.asarray, found)

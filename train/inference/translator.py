@@ -1,4 +1,4 @@
-"""From texts to texts with a trained model: in batches of few shapes, in order, as soon as they are known."""
+"""Translation of texts with a trained model, in batches of few shapes; outputs come in order, as soon as possible."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,29 +32,29 @@ from train.data.batches import Example, collate, rows_of
 from train.data.tokenizer import Tokenizer
 
 FAILED = "[FAILED]"
-"""Stands for an output that is none: the model's logits were not finite."""
+"""Replaces an output if the logits of the model were not finite."""
 
 _MULTIPLE = 16
-"""Source lengths are padded to multiples of this, up to four of them; longer ones to few more lengths."""
+"""Source lengths up to 64 are padded to multiples of this; see `padded_length` for longer ones."""
 
 
 @pytree
 @dataclass(frozen=True)
 class Beam:
-    """Beam search as a choice: what `Greedy()` and `Sample(...)` are for one hypothesis.
+    """Selects beam search, as `Greedy()` and `Sample(...)` select a search with one hypothesis.
 
     Raises:
-        ValueError: a size below 1, or more to return than there are hypotheses.
+        ValueError: `size` or `n_best` is below 1, or `n_best` is above `size`.
     """
 
     size: int = field(default=4, metadata={"static": True})
-    """Hypotheses of a text."""
+    """Number of hypotheses per text."""
     n_best: int = field(default=1, metadata={"static": True})
-    """How many of them to return."""
+    """Number of outputs to return per text."""
     length_penalty: LengthPenalty = AverageLength(1.0)
-    """How outputs of different lengths compare."""
+    """How scores of outputs of different lengths are compared."""
     stopping: Stopping = field(default=Stopping.EXACT, metadata={"static": True})
-    """When a text is done."""
+    """When the search of a text stops."""
 
     def __post_init__(self) -> None:
         check_integer("beam_size", self.size, 1)
@@ -62,7 +62,7 @@ class Beam:
 
 
 Search = Sampling | Beam
-"""How an output is found: `Greedy()`, `Sample(filters)` or `Beam(size)`."""
+"""The search for an output: `Greedy()`, `Sample(filters)` or `Beam(size)`."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class Output:
     """One output for a text.
 
     Attributes:
-        text: the output; `[FAILED]` where the model's logits were not finite.
-        score: its log probability in nats, penalised for its length where a beam was searched; NaN where it failed,
-            -inf (and no text) where a beam found fewer outputs than were asked for.
+        text: the output; `[FAILED]` if the logits of the model were not finite.
+        score: log probability in nats, with the length penalty in beam search. NaN if decoding failed; -inf, with an
+            empty text, if beam search found fewer outputs than asked for.
     """
 
     text: str
@@ -85,17 +85,20 @@ _NOT_FOUND = Output("", -math.inf)
 
 
 class Translator:
-    """Decoding of whole texts.
+    """Translates texts with an encoder-decoder.
 
     Args:
-        model: any encoder-decoder; its parameters are read once, here.
-        tokenizer: of source and target.
-        batch_size: most texts decoded together.
-        search: how outputs are found.
-        processors: what outputs may hold, in this order.
-        max_length: most tokens of an output, the end token counted; by default twice as many as the source has, and
-            some more. Learned positions set a limit of their own.
-        seed: of samples. A text's sample depends on the seed and the text's index alone, not on its batch.
+        model: any encoder-decoder; later changes of its parameters have no effect.
+        tokenizer: the tokenizer of source and target.
+        batch_size: maximum number of texts decoded together.
+        search: the search for outputs.
+        processors: logits processors that constrain outputs, applied in this order.
+        max_length: maximum number of tokens of an output, including the end token; by default twice the padded source
+            length plus 16. Learned positions may limit it further.
+        seed: seed of sampling. The sample of a text depends on the seed and the index of the text, not on its batch.
+
+    Raises:
+        ValueError: a minimum length among the processors exceeds the learned positions of the model.
     """
 
     def __init__(
@@ -112,43 +115,46 @@ class Translator:
         self.tokenizer, self.batch_size, self.search = tokenizer, batch_size, search
         self._processors, self._max_length, self._seed = tuple(processors), max_length, np.uint32(seed)
         self._model_room = model.room
-        # Where a longer source leaves less room, only texts of one length are decoded together: no output depends on
-        # the texts beside it.
+        # In a decoder-only model a longer source leaves less room for the output. Only texts of equal length are then
+        # decoded together, so that no output depends on the other texts of its batch.
         self._padded = padded_length if model.room(0) == model.room(1) else int
         self._shortest = max((int(each.length) for each in processors if isinstance(each, MinLength)), default=0)
         most = model.room(0)
         if most is not None and self._shortest > most:
-            raise ValueError(f"min_length ({self._shortest}) exceeds the model's learned positions ({most})")
+            raise ValueError(f"min_length ({self._shortest}) exceeds the learned positions of the model ({most})")
         graph, self.params = nnx.split(model)
         self._find = _compiled(graph, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
 
     @property
     def n_best(self) -> int:
-        """How many outputs a text has."""
+        """The number of outputs per text."""
         return self.search.n_best if isinstance(self.search, Beam) else 1
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
-        """The best output for each text, in the same order; `[FAILED]` where the model's logits were not finite.
+        """Returns the best output for each text, in order.
 
-        A text without tokens has an empty output.
+        The output is `[FAILED]` if the logits of the model were not finite, and empty for a text without tokens.
         """
         return [outputs[0].text for outputs in self.stream([texts])]
 
     def stream(self, chunks: Iterable[Sequence[str]]) -> Iterator[list[Output]]:
-        """The `n_best` outputs for each text of each chunk, the best first: in order, each as soon as it is known.
+        """Yields the `n_best` outputs of each text of each chunk, best first; texts in order, as soon as possible.
 
-        Batches are made of texts of one chunk. All have so many rows as the first chunk has texts, at most
-        `batch_size`, and that many once a chunk has more: a compilation for each length, or two. Those of long texts
-        have fewer.
+        A batch has texts of one chunk only. The number of its rows is the number of texts of the first chunk, at most
+        `batch_size`, and becomes `batch_size` once a chunk has more texts. Each padded length is thus compiled once or
+        twice. Batches of long texts have fewer rows.
+
+        Args:
+            chunks: lists of texts.
 
         Raises:
-            ValueError: a text has more tokens than the model has learned positions.
+            ValueError: a text leaves no room for an output within the learned positions of the model.
         """
         rows = first = 0
         for texts in chunks:
             sources = self._sources(texts)
             self._check_lengths(sources, first)
-            # A text without tokens has nothing but its end token.
+            # A text without tokens has only its end token. It needs no decoding.
             count = sum(len(ids) > 1 for ids, _ in sources)
             if count > rows:
                 rows = self.batch_size if rows else min(self.batch_size, count)
@@ -159,11 +165,11 @@ class Translator:
         return [([*ids, self.tokenizer.end_id], [0]) for ids in self.tokenizer.encode_batch(texts)]
 
     def _outputs(self, sources: list[Example], rows: int, first: int) -> Iterator[tuple[int, list[Output]]]:
-        """Each text's index in its chunk and its outputs, batch by batch; `first` is the index of the first text."""
+        """Yields the index of each text in its chunk and its outputs, batch by batch; `first` texts came before."""
         rest = [_NOT_FOUND] * (self.n_best - 1)
         yield from ((index, [_EMPTY, *rest]) for index, (ids, _) in enumerate(sources) if len(ids) == 1)
         for chosen, padded in _batches(sources, rows, self._padded):
-            # Rows that only fill the batch repeat a text: they end when it does.
+            # Rows that only fill the batch repeat a text, so that they end when it does.
             count = rows_of(padded, rows)
             filled = [*chosen, *[chosen[-1]] * (count - len(chosen))]
             batch = collate([sources[index] for index in filled], (count, padded, 1))
@@ -188,12 +194,12 @@ class Translator:
             room = self._model_room(len(ids))
             if room is not None and room < max(1, self._shortest):
                 raise ValueError(
-                    f"text {number} is a text of {len(ids)} tokens: the model's learned positions leave no room for an "
+                    f"text {number} has {len(ids)} tokens: the learned positions of the model leave no room for an "
                     f"output of {max(1, self._shortest)}"
                 )
 
     def _room(self, padded: int, length: int) -> int:
-        """Tokens of an output of a source of some length: generous, since decoding stops when all texts have ended."""
+        """Returns the maximum number of output tokens; generous, as decoding stops when all texts have ended."""
         generous = max(2 * padded + _MULTIPLE, self._shortest)
         wanted = generous if self._max_length is None else self._max_length
         room = self._model_room(length)
@@ -201,7 +207,7 @@ class Translator:
 
 
 def in_order(found: Iterable[tuple[int, Any]], count: int) -> Iterator[Any]:
-    """The values 0 to `count - 1` in order, each as soon as it and all before it are there.
+    """Yields the values with the indices 0 to `count - 1` in order, each as soon as all before it are available.
 
     >>> list(in_order([(1, "b"), (0, "a"), (2, "c")], 3))
     ['a', 'b', 'c']
@@ -217,7 +223,9 @@ def in_order(found: Iterable[tuple[int, Any]], count: int) -> Iterator[Any]:
 
 
 def padded_length(length: int) -> int:
-    """The length that a source is padded to: 16, 32, 48, 64, and then two for each doubling: 96, 128, 192, 256, ...
+    """Returns the length to pad a source to: 16, 32, 48, 64, then two lengths per doubling: 96, 128, 192, 256, ...
+
+    Few lengths mean few compilations, and padding adds less than half to lengths above 32 tokens.
 
     >>> [padded_length(length) for length in (1, 16, 17, 64, 65, 128, 129, 200)]
     [16, 16, 32, 64, 96, 128, 192, 256]
@@ -227,7 +235,7 @@ def padded_length(length: int) -> int:
 
 
 def _batches(sources: list[Example], rows: int, pad: Callable[[int], int]) -> Iterator[tuple[list[int], int]]:
-    """Indices of texts of similar length, and that length; those first that hold the earliest text."""
+    """Yields the indices of texts of similar length, and their padded length; batches with the earliest texts first."""
     groups: dict[int, list[int]] = {}
     for index, (ids, _) in enumerate(sources):
         if len(ids) > 1:
@@ -237,14 +245,15 @@ def _batches(sources: list[Example], rows: int, pad: Callable[[int], int]) -> It
         for padded, group in groups.items()
         for start in range(0, len(group), rows_of(padded, rows))
     ]
+    # The output of text 0 is due first, so the batch of the earliest text comes first.
     return iter(sorted(batches))
 
 
 @cache
 def _compiled(graph: nnx.GraphDef, start_id: int, end_id: int, pad_id: int) -> Callable[..., tuple[Array, ...]]:
-    """One compiled function for every model of a structure: evaluations during training share it.
+    """Returns one compiled function for all models of a structure, so that the evaluations of a run share it.
 
-    It gives tokens `[B, n_best, L]`, length and score `[B, n_best]`, and which rows failed `[B]`.
+    It returns tokens `[B, n_best, L]`, length and score `[B, n_best]`, and whether a row failed `[B]`.
     """
 
     def translate(
@@ -264,6 +273,7 @@ def _compiled(graph: nnx.GraphDef, start_id: int, end_id: int, pad_id: int) -> C
         tokens: dict[str, Any] = {"max_length": max_length, "end_token": end_id, "pad_token": pad_id}
         if isinstance(search, Beam):
             return _beams(model.step, state, first, search, processors=processors, **tokens)
+        # A key for each text, from its index: its sample does not depend on its place in a batch.
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), index) if search.random else None
         found = generate(model.step, state, first, processors=processors, sampling=search, key=keys, **tokens)
         one = (found.tokens, found.length, found.log_probability)

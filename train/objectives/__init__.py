@@ -1,4 +1,4 @@
-"""What a run is about: one file for each objective, chosen by the task and the model of the experiment."""
+"""Training objectives, one file each. The task and the model of an experiment determine its objective."""
 
 from train.objectives.continuation import Continuation as Continuation
 from train.objectives.for_experiment import kind as kind

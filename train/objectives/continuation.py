@@ -1,4 +1,4 @@
-"""Language modelling: every token given those before it."""
+"""Language modeling: each token given the tokens before it."""
 
 from pathlib import Path
 
@@ -16,25 +16,25 @@ _SAID, _DRAWN, _LETTERS = 16, 2, 40
 
 
 class Continuation(Objective):
-    """The text of the "target" column from its start, as a language model reads it: sources are empty.
+    """Language modeling of the "target" column; sources are empty.
 
-    A piece of a longer text does not end where it was cut, so no end token is learned.
+    Examples have no end token: a piece of a longer text does not end where it was cut.
     """
 
     name = "Continuation"
     hub_task = "text-generation"
-    sentence = "It goes on with a text."
+    sentence = "It continues a text."
     command = "complete"
     models = SequenceToSequence.models
     given = ("target",)
 
     @staticmethod
     def texts(split: Dataset) -> list[str]:
-        """The targets."""
+        """Returns the targets."""
         return list(split["target"])
 
     def examples(self, split: Dataset) -> list[Example]:
-        """Empty sources, and the start token with the ids of the text behind it."""
+        """Returns pairs of an empty source and the start token followed by the ids of the text."""
         start = self.tokenizer.start_id
         return [([], [start, *ids]) for ids in self.tokenizer.encode_batch(list(split["target"]))]
 
@@ -42,12 +42,16 @@ class Continuation(Objective):
     def loss(
         model: EncoderDecoder, batch: Arrays, *, label_smoothing: float = 0.0, dropout_key: jax.Array | None = None
     ) -> Sums:
-        """The negative log likelihood of every token."""
+        """Computes the cross-entropy of every token in nats; see `Objective.loss`."""
         return SequenceToSequence.loss(model, batch, label_smoothing=label_smoothing, dropout_key=dropout_key)
 
     def evaluate(self, model: EncoderDecoder, split: Dataset, *, batch_size: int = 64) -> Scores:
-        """`loss`, `perplexity` of a token and `bits_per_character`; outputs go on from the first half of a text."""
+        """Measures `loss`, `perplexity` per token and `bits_per_character`.
+
+        The outputs are greedy continuations of the first halves of the first 16 texts.
+        """
         loss = self.mean_loss(model, split, batch_size=batch_size)
+        # One token of each target is the start token, which has no label.
         tokens = sum(len(target) - 1 for _, target in self.examples(split))
         bits = bits_per_character(loss, tokens, split["target"])
         outputs = Completer(model, self.tokenizer)([_half(text) for text in split["target"][:_SAID]])
@@ -55,7 +59,7 @@ class Continuation(Objective):
         return Scores(numbers, outputs)
 
     def draw(self, model: EncoderDecoder, split: Dataset, folder: Path) -> list[Path]:
-        """Where the model looks in the first half of a text while it reads the second."""
+        """Draws the attention to the first half of a text while the model reads the second; two texts."""
         paths: list[Path] = []
         for number, text in enumerate(split["target"][:_DRAWN], 1):
             half = _half(text)

@@ -1,4 +1,4 @@
-"""The objective for an experiment: its model decides, and where that writes text, its task."""
+"""The objective of an experiment: the model determines it, or the task if the model generates text."""
 
 from seqattn.models import LanguageModelConfig, TransformerConfig
 from train.config import Experiment, Model
@@ -16,10 +16,10 @@ _OBJECTIVES = {kind.name: kind for kind in _KINDS}
 
 
 def named(name: str) -> type[Objective]:
-    """The objective that tasks and exported models call by a name.
+    """Returns the objective of a name, as tasks and exported models give it.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: no objective has this name.
 
     >>> named("Continuation").command
     'complete'
@@ -30,7 +30,7 @@ def named(name: str) -> type[Objective]:
 
 
 def serving(config: Model) -> tuple[type[Objective], ...]:
-    """The objectives that a model of a config can be trained for.
+    """Returns the objectives that a model of this config can be trained for.
 
     >>> [kind.name for kind in serving(TransformerConfig(11))]
     ['SequenceToSequence', 'Continuation']
@@ -39,13 +39,13 @@ def serving(config: Model) -> tuple[type[Objective], ...]:
 
 
 def kind(experiment: Experiment) -> type[Objective]:
-    """What an experiment is about.
+    """Returns the objective of an experiment.
 
     Raises:
-        ValueError: the head of an encoder is for another objective than the examples are.
+        ValueError: the head of an encoder and the examples of the task are for different objectives.
     """
     first, *others = serving(experiment.model)
-    if others:  # of a model that writes text
+    if others:  # only models that generate text serve several objectives
         return named(experiment.task.objective)
     if first.head is not None:
         _check_head(experiment.task, first)
@@ -58,22 +58,28 @@ def _check_head(task: Task, found: type[Objective]) -> None:
         return
     heads = [each.head.__name__ for each in (found, needed) if each.head is not None]
     raise ValueError(
-        f"the examples of {type(task).__name__} are for {served}, and the head {heads[0]} is for {found.name}: give "
+        f"the examples of {type(task).__name__} are for {served}, but the head {heads[0]} is for {found.name}: give "
         f"the model the head {heads[-1]}"
     )
 
 
 def make(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...], *, beam_size: int = 1) -> Objective:
-    """The objective of an experiment, with the tokenizer and labels of its run; with a beam it is searched, if above 1.
+    """Makes the objective of an experiment.
+
+    Args:
+        experiment: the experiment.
+        tokenizer: the tokenizer of its run.
+        labels: the labels of its run, in the order of their ids; empty if the model generates text.
+        beam_size: number of hypotheses of the beam search for outputs; 1 is greedy search.
 
     Raises:
-        ValueError: BLEU or a beam for what does not write a text from a source text, or a model that cannot tell apart
-            the texts of a packed row.
+        ValueError: BLEU or a beam is set for an objective without a source text, or packed batches are set for a model
+            that cannot separate the texts of a packed row.
     """
     if experiment.batches.packed and not isinstance(experiment.model, TransformerConfig | LanguageModelConfig):
         raise ValueError(
-            "batches.packed (True) is for a TransformerConfig or a LanguageModelConfig, which tell the texts of a row "
-            f"apart, and the model is a {type(experiment.model).__name__}: set --batches.packed False"
+            "batches.packed (True) needs a TransformerConfig or a LanguageModelConfig, which separate the texts of a "
+            f"row, but the model is a {type(experiment.model).__name__}: set --batches.packed False"
         )
     objective = kind(experiment)
     if not objective.searches:
@@ -83,7 +89,7 @@ def make(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...], 
 
 
 def _check_no_search(objective: type[Objective], bleu: bool, beam_size: int) -> None:
-    here = f"is for texts written from a source text, and the objective here is {objective.name}"
+    here = f"is only for texts generated from a source text, but the objective is {objective.name}"
     if bleu:
         raise ValueError(f"bleu ({bleu}) {here}: set --bleu False")
     if beam_size > 1:

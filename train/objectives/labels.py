@@ -1,4 +1,4 @@
-"""Labels: one for each token, or one for each text."""
+"""Tagging and classification: a label for each token, or for each text."""
 
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from train.objectives.pictures import draw_heads
 
 
 class Tagging(Objective):
-    """A label for each token: the target text has a character for each token of the source."""
+    """A label for each token: character n of the target text is the label of token n of the source."""
 
     name = "Tagging"
     hub_task = "token-classification"
@@ -28,26 +28,27 @@ class Tagging(Objective):
 
     @staticmethod
     def texts(split: Dataset) -> list[str]:
-        """The sources."""
+        """Returns the sources; targets are labels and need no tokens."""
         return list(split["source"])
 
     @staticmethod
     def find_labels(split: Dataset) -> tuple[str, ...]:
-        """Every character of the targets."""
+        """Returns the different characters of the targets, sorted."""
         return tuple(sorted(set("".join(split["target"]))))
 
     def examples(self, split: Dataset) -> list[Example]:
-        """Ids of the source, and the label of each.
+        """Returns pairs of source ids and the label id of each source token.
 
         Raises:
-            ValueError: a text has another number of tokens than labels, or a label that the training split lacks.
+            ValueError: a text has different numbers of tokens and labels, or a label that the training split lacks.
         """
         number = {label: index for index, label in enumerate(self.labels)}
         rows: list[Example] = []
         for ids, labels in zip(self.tokenizer.encode_batch(list(split["source"])), split["target"], strict=True):
+            # Labels and tokens are aligned by position, which is right only if each character is one token.
             if len(ids) != len(labels):
                 raise ValueError(
-                    f"{len(labels)} labels for {len(ids)} tokens: a tokenizer of characters gives one token each"
+                    f"{len(labels)} labels for {len(ids)} tokens: use the tokenizer of characters, one token per label"
                 )
             if unknown := sorted(set(labels) - number.keys()):
                 raise ValueError(f"the labels {unknown} are not in the training split")
@@ -58,16 +59,16 @@ class Tagging(Objective):
     def loss(
         model: Encoder, batch: Arrays, *, label_smoothing: float = 0.0, dropout_key: jax.Array | None = None
     ) -> Sums:
-        """The cross entropy of every token's label."""
+        """Computes the cross-entropy of the label of every token; see `Objective.loss`."""
         at = _at(batch)
         logits = model(batch["source"], at, dropout_key=dropout_key)
-        # Sources and labels of a batch may be padded to different lengths.
+        # Sources and labels of a batch may be padded to different lengths. The weights below ignore the padding.
         length = logits.shape[1]
         labels = jnp.pad(batch["target"], ((0, 0), (0, max(0, length - batch["target"].shape[1]))))[:, :length]
         return cross_entropy(logits, labels, weights=at.segment != 0, label_smoothing=label_smoothing)
 
     def evaluate(self, model: Encoder, split: Dataset, *, batch_size: int = 64) -> Scores:
-        """`loss` and `accuracy`, the share of tokens with the right label; outputs are labels, a character each."""
+        """Measures `loss` and `accuracy`, the fraction of tokens with the right label; outputs are label strings."""
         rows = self.examples(split)
         best = best_labels(model, rows, batch_size)
         pairs = [(np.array(labels), found[: len(labels)]) for (_, labels), found in zip(rows, best, strict=True)]
@@ -78,11 +79,11 @@ class Tagging(Objective):
         return Scores(numbers, outputs)
 
     def draw(self, model: Encoder, split: Dataset, folder: Path) -> list[Path]:
-        """Where each token of the first few texts looks, in every head."""
+        """Draws the self-attention of the first texts, one picture for each text with all heads."""
         return draw_heads(model, self.tokenizer, split["source"], folder)
 
     def count(self, batch: Batch) -> int:
-        """The tokens of the sources."""
+        """Returns the number of source tokens."""
         return int(batch["source_length"].sum())
 
 
@@ -96,14 +97,14 @@ class Classification(Tagging):
 
     @staticmethod
     def find_labels(split: Dataset) -> tuple[str, ...]:
-        """Every target."""
+        """Returns the different targets, sorted."""
         return tuple(sorted(set(split["target"])))
 
     def examples(self, split: Dataset) -> list[Example]:
-        """Ids of the source, and the label.
+        """Returns pairs of source ids and a list with the label id of the text.
 
         Raises:
-            ValueError: a label that the training split lacks.
+            ValueError: a text has a label that the training split lacks.
         """
         number = {label: index for index, label in enumerate(self.labels)}
         if unknown := sorted(set(split["target"]) - number.keys()):
@@ -115,13 +116,14 @@ class Classification(Tagging):
     def loss(
         model: Encoder, batch: Arrays, *, label_smoothing: float = 0.0, dropout_key: jax.Array | None = None
     ) -> Sums:
-        """The cross entropy of every text's label."""
+        """Computes the cross-entropy of the label of every text; see `Objective.loss`."""
         logits = model(batch["source"], _at(batch), dropout_key=dropout_key)
+        # Rows of length 0 only fill the batch.
         weights = batch["source_length"] > 0
         return cross_entropy(logits, batch["target"][:, 0], weights=weights, label_smoothing=label_smoothing)
 
     def evaluate(self, model: Encoder, split: Dataset, *, batch_size: int = 64) -> Scores:
-        """`loss` and `accuracy`, the share of texts with the right label; outputs are labels."""
+        """Measures `loss` and `accuracy`, the fraction of texts with the right label; outputs are labels."""
         best = [int(found) for found in best_labels(model, self.examples(split), batch_size)]
         outputs = [self.labels[label] for label in best]
         right = sum(output == label for output, label in zip(outputs, split["target"], strict=True))
@@ -130,7 +132,16 @@ class Classification(Tagging):
 
 
 def best_labels(model: Encoder, rows: list[Example], batch_size: int) -> list[np.ndarray]:
-    """The most probable label of each token, or of each text, of every example."""
+    """Finds the most probable label id of each token, or of each text.
+
+    Args:
+        model: an encoder with a head for labels.
+        rows: the examples.
+        batch_size: maximum number of texts per batch.
+
+    Returns:
+        An array for each example, in order: `[T]` with T of its batch, padding included, or a scalar for text labels.
+    """
     graph, params = nnx.split(model)
     find = _compiled(graph)
     found: dict[int, np.ndarray] = {}
@@ -142,7 +153,7 @@ def best_labels(model: Encoder, rows: list[Example], batch_size: int) -> list[np
 
 @cache
 def _compiled(graph: nnx.GraphDef) -> Any:
-    """One compiled function for every model of a structure: evaluations during training share it."""
+    """Returns one compiled function for all models of a structure, so that the evaluations of a run share it."""
     return jax.jit(lambda params, batch: jnp.argmax(nnx.merge(graph, params)(batch["source"], _at(batch)), axis=-1))
 
 

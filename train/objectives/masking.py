@@ -1,4 +1,4 @@
-"""Masked language modelling: tokens that were hidden, from those on both sides (Devlin 2019, section 3.1)."""
+"""Masked language modeling: hidden tokens from the tokens on both sides (Devlin 2019, section 3.1)."""
 
 from pathlib import Path
 
@@ -17,34 +17,35 @@ _CHOSEN, _HIDDEN, _REPLACED = 0.15, 0.8, 0.1
 
 
 class Masking(Objective):
-    """The text of the "target" column with some tokens hidden, as BERT is trained.
+    """Masked language modeling of the "target" column, as in BERT.
 
-    15 % of the tokens are to be found: of these 80 % are hidden, 10 % are another token and 10 % as they were. The
-    start token, which an encoder sees nowhere else, stands where one is hidden. Training hides others at every step,
-    evaluation the same ones each time.
+    The model predicts 15 % of the tokens. Of these 80 % are replaced with the start token, 10 % with a random token,
+    and 10 % are unchanged. The start token serves as the mask token because encoders use it nowhere else. Training
+    chooses new tokens at every step; evaluation always chooses the same ones.
     """
 
     name = "Masking"
     hub_task = "fill-mask"
-    sentence = "It finds hidden tokens; the start token (id 1) stands where one is to be found."
+    sentence = "It predicts hidden tokens; the start token (id 1) marks their places."
     models = (EncoderConfig,)
     head = MaskedTokens
 
     @staticmethod
     def texts(split: Dataset) -> list[str]:
-        """The targets."""
+        """Returns the targets."""
         return list(split["target"])
 
     def examples(self, split: Dataset) -> list[Example]:
-        """The ids of the text; nothing else is a label."""
+        """Returns the ids of each text, with an unused target; the tokens themselves are the labels."""
         return [(ids, [0]) for ids in self.tokenizer.encode_batch(list(split["target"]))]
 
     @staticmethod
     def loss(
         model: Encoder, batch: Arrays, *, label_smoothing: float = 0.0, dropout_key: jax.Array | None = None
     ) -> Sums:
-        """The cross entropy of every token that is to be found."""
+        """Computes the cross-entropy of every chosen token; see `Objective.loss`."""
         tokens, at = batch["source"], Coordinates.from_lengths(batch["source_length"], batch["source"].shape[1])
+        # Without a dropout key the loss is for evaluation: a fixed key makes two evaluations comparable.
         key, dropout_key = (jax.random.key(0), None) if dropout_key is None else jax.random.split(dropout_key)
         seen, chosen = hide(tokens, key, model.config.vocab_size)
         logits = model(seen, at, dropout_key=dropout_key)
@@ -52,24 +53,36 @@ class Masking(Objective):
         return cross_entropy(logits, tokens, weights=weights, label_smoothing=label_smoothing)
 
     def evaluate(self, model: Encoder, split: Dataset, *, batch_size: int = 64) -> Scores:
-        """`loss` and `perplexity` of a hidden token."""
+        """Measures `loss` and `perplexity` per chosen token; there are no outputs."""
         loss = self.mean_loss(model, split, batch_size=batch_size)
         return Scores({"loss": loss, "perplexity": perplexity(loss)}, [])
 
     def draw(self, model: Encoder, split: Dataset, folder: Path) -> list[Path]:
-        """Where each token of the first few texts looks, in every head."""
+        """Draws the self-attention of the first texts, one picture for each text with all heads."""
         return draw_heads(model, self.tokenizer, split["target"], folder)
 
     def count(self, batch: Batch) -> int:
-        """The tokens of the texts."""
+        """Returns the number of tokens of the texts."""
         return int(batch["source_length"].sum())
 
 
 def hide(tokens: jax.Array, key: jax.Array, vocab_size: int) -> tuple[jax.Array, jax.Array]:
-    """Tokens `[B, T]` as the model sees them, and which of them it is to find `[B, T]`."""
+    """Hides tokens for masked language modeling.
+
+    Args:
+        tokens: ids, int32 `[B, T]`.
+        key: a random key.
+        vocab_size: number of tokens; replacements are drawn from those that are not special.
+
+    Returns:
+        The tokens that the model sees, int32 `[B, T]`, and the places that it must predict, bool `[B, T]`. Padding may
+        be among these places.
+    """
     which, how, other = jax.random.split(key, 3)
     chosen = jax.random.bernoulli(which, _CHOSEN, tokens.shape)
+    # One uniform number per token decides: hidden below 0.8, replaced below 0.9, unchanged from there on.
     share = jax.random.uniform(how, tokens.shape)
+    # A vocabulary may consist of special tokens only; the upper bound keeps the range from being empty.
     random = jax.random.randint(other, tokens.shape, len(SPECIAL_TOKENS), max(vocab_size, len(SPECIAL_TOKENS) + 1))
     replaced = jnp.where(share < _HIDDEN + _REPLACED, random.astype(tokens.dtype), tokens)
     hidden = jnp.where(share < _HIDDEN, jnp.full_like(tokens, Tokenizer.start_id), replaced)

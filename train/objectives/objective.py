@@ -1,4 +1,4 @@
-"""What a model is trained for: how texts become examples, what the loss is, and how good the model is on a split."""
+"""The interface of an objective: how texts become examples, the loss, and the evaluation on a split."""
 
 import abc
 import dataclasses
@@ -19,17 +19,17 @@ Arrays = dict[str, jax.Array]
 """A batch (see `train.data.batches.Batch`) on a device."""
 
 Sums = tuple[jax.Array, jax.Array]
-"""The losses of all labels of a batch in nats, summed, and how many labels there are."""
+"""The sum of the losses of all labels of a batch in nats, and the number of labels; both are scalars."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """How good a model is on a split.
+    """The results of a model on a split.
 
     Attributes:
-        numbers: the figures by name; `loss` is the mean cross entropy of a label in nats, without label smoothing.
-        outputs: what the model says of the first examples of the split, of as many as there are outputs.
-        signatures: what sacrebleu says of how it computed each of its figures.
+        numbers: the measures by name; `loss` is the mean cross-entropy per label in nats, without label smoothing.
+        outputs: the model's outputs for the first examples of the split, perhaps for all.
+        signatures: sacrebleu's description of how it computed each of its measures, by name.
     """
 
     numbers: dict[str, float]
@@ -38,21 +38,22 @@ class Scores:
 
 
 class Objective(abc.ABC):
-    """What a run is about. A split has the text columns "source" and "target"; what they mean is said here.
+    """A training objective. It defines the meaning of the text columns "source" and "target" of a split.
 
     Args:
-        tokenizer: of the texts that are read and written.
-        labels: the labels of a model that gives labels, in the order of their ids.
+        tokenizer: the tokenizer of all texts that the model reads or writes.
+        labels: for models that give labels, the labels in the order of their ids.
 
     Attributes:
-        name: what configs, tasks and exported models call it.
-        hub_task: what the Hugging Face hub calls it.
-        sentence: what a model of it does, for a model card.
-        command: the command that shows what a run does, as in `python -m train.translate`.
-        models: the configs of the models that it is for.
-        head: the head of an encoder that it is for; None for models without one.
-        given: what a model is given to compute logits under teacher forcing, of "source", "target" and "image".
-        searches: outputs are texts that are searched for given a source, by a beam, too, and measured by BLEU.
+        name: the name of the objective in configs, tasks and exported models.
+        hub_task: the name of this kind of task on the Hugging Face hub.
+        sentence: one sentence for the model card about what such a model does.
+        command: the command that applies a trained model, as in `python -m train.translate`.
+        models: the classes of the configs of its models.
+        head: the class of the encoder's head; None for models without a head.
+        given: the inputs of a model under teacher forcing, among "source", "target" and "image".
+        searches: if True, outputs are texts generated from a source text, by beam search if asked for, and BLEU can
+            measure them.
     """
 
     name: ClassVar[str]
@@ -71,78 +72,96 @@ class Objective(abc.ABC):
     def of_run(
         cls, tokenizer: Tokenizer, labels: tuple[str, ...], *, bleu: bool, rouge: bool, beam_size: int
     ) -> "Objective":
-        """The objective of a run; how outputs are searched for and measured matters where it `searches`."""
+        """Makes the objective of a run. The keyword arguments have an effect only if the objective `searches`."""
         del bleu, rouge, beam_size
         return cls(tokenizer, labels)
 
     @classmethod
     def serves(cls, config: Any) -> bool:
-        """Whether a model of this config can be trained for it."""
+        """Whether a model of this config can be trained for this objective."""
         has_head = cls.head is None or isinstance(getattr(config, "head", None), cls.head)
         return has_head and isinstance(config, cls.models)
 
     @staticmethod
     def texts(split: Dataset) -> list[str]:
-        """The texts of a training split that the tokenizer is to know."""
+        """Returns the texts of a training split that the tokenizer is trained on."""
         return [*split["source"], *split["target"]]
 
     @staticmethod
     def find_labels(split: Dataset) -> tuple[str, ...]:
-        """The labels that a training split has; none where a model writes text."""
+        """Returns the labels of a training split in the order of their ids; none if the model generates text."""
         return ()
 
     @abc.abstractmethod
     def examples(self, split: Dataset) -> list[Example]:
-        """The examples of a split as ids."""
+        """Returns the examples of a split as pairs of source and target ids, in order."""
 
     @staticmethod
     @abc.abstractmethod
     def loss(model: Any, batch: Arrays, *, label_smoothing: float = 0.0, dropout_key: jax.Array | None = None) -> Sums:
-        """The losses of a batch; without a dropout key nothing drops."""
+        """Computes the sum of the losses of a batch.
+
+        Args:
+            model: the model.
+            batch: the batch; see `train.data.batches.Batch`.
+            label_smoothing: the probability that is spread evenly over all labels, in [0, 1).
+            dropout_key: a random key; without one there is no dropout.
+
+        Returns:
+            The sum of the losses in nats and the number of labels.
+        """
 
     @abc.abstractmethod
     def evaluate(self, model: Any, split: Dataset, *, batch_size: int = 64) -> Scores:
-        """How good the model is on a split."""
+        """Evaluates the model on a split, with batches of at most `batch_size` rows."""
 
     @abc.abstractmethod
     def draw(self, model: Any, split: Dataset, folder: Path) -> list[Path]:
-        """Pictures of what the model does with the first few examples of a split, into a folder."""
+        """Draws the attention of the model for the first examples of a split, and returns the paths of the files."""
 
     def count(self, batch: Batch) -> int:
-        """The tokens of a batch, without padding: of source and target."""
+        """Returns the number of source and target tokens of a batch, without padding and start tokens."""
         if "label" in batch:  # packed
             return int(sum((batch[f"{side}_segment"] != 0).sum() for side in ("source", "target")))
         return int(batch["source_length"].sum() + (batch["target_length"] - 1).sum())
 
     def mean_loss(self, model: Any, split: Dataset, *, batch_size: int = 64) -> float:
-        """Mean cross entropy of a label in nats, without dropout and label smoothing.
+        """Computes the mean cross-entropy per label in nats, without dropout and label smoothing.
 
         Raises:
-            ValueError: there is no label, as where a few short texts have no token that was hidden.
+            ValueError: the split has no label, as when no token of a few short texts was hidden.
         """
         graph, params = nnx.split(model)
         compiled = _compiled(graph, type(self))
         sums = [compiled(params, batch) for _, batch in once(self.examples(split), size=batch_size)]
         labels = float(sum(count for _, count in sums))
         if not labels:
-            raise ValueError(f"the split of {len(split)} examples has no label to judge by: give more examples")
+            raise ValueError(f"the split of {len(split)} examples has no label to measure: give more examples")
         return float(sum(total for total, _ in sums)) / labels
 
 
 def perplexity(loss: float) -> float:
-    """How many equally probable labels are as hard to tell: the exponential of a loss in nats, or infinity.
+    """Returns the exponential of a loss in nats, or infinity if it overflows.
+
+    The perplexity is the number of equally probable labels that would be as hard to predict.
 
     >>> perplexity(0.0), perplexity(1e4)
     (1.0, inf)
     """
     try:
         return math.exp(loss)
-    except OverflowError:  # of a model that diverged, whose run goes on
+    except OverflowError:  # the model diverged; its run continues
         return math.inf
 
 
 def bits_per_character(loss: float, tokens: int, texts: Sequence[str]) -> float:
-    """A loss in nats a token, of so many tokens, as bits of each character of the texts: no tokenizer's unit."""
+    """Converts a loss in nats per token to bits per character, which can be compared between tokenizers.
+
+    Args:
+        loss: mean loss per token in nats.
+        tokens: number of tokens.
+        texts: the texts of these tokens.
+    """
     return loss * tokens / math.log(2) / max(1, sum(map(len, texts)))
 
 

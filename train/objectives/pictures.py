@@ -1,4 +1,4 @@
-"""Pictures of what models look at: one file for the mean over heads, and one for every head."""
+"""Pictures of attention weights: one for the mean over heads, and one with all heads."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ _DRAWN, _LETTERS = 2, 40
 
 
 def draw_heads(model: Encoder, tokenizer: Tokenizer, texts: Sequence[str], folder: Path) -> list[Path]:
-    """Where each token of the first few texts looks, in every head of every layer."""
+    """Draws the self-attention of the first two texts in every head of every layer; returns the paths."""
     paths: list[Path] = []
     for number, text in enumerate(texts[:_DRAWN], 1):
         shown = text.strip()[:_LETTERS]
@@ -32,7 +32,7 @@ def draw_heads(model: Encoder, tokenizer: Tokenizer, texts: Sequence[str], folde
 
 
 def draw_texts(model: EncoderDecoder, tokenizer: Tokenizer, texts: Sequence[str], folder: Path) -> list[Path]:
-    """Where the model looks while it writes the output for each text."""
+    """Draws the attention to each text while the model writes its output; returns the paths."""
     paths: list[Path] = []
     outputs = Translator(model, tokenizer)(texts)
     for number, (text, output) in enumerate(zip(texts, outputs, strict=True), 1):
@@ -43,13 +43,14 @@ def draw_texts(model: EncoderDecoder, tokenizer: Tokenizer, texts: Sequence[str]
 def draw_attention(
     model: EncoderDecoder, tokenizer: Tokenizer, source: str, output: str, path_stem: Path
 ) -> list[Path]:
-    """Where each token of `output` looks in `source`: the mean over heads, and every head.
+    """Draws the attention of each token of `output` to `source`: the mean over heads, and all heads.
 
-    Nothing is drawn without attention, of an empty source, or of an output that failed.
+    Returns:
+        The paths of the pictures. There are none if the model has no attention, the source is empty or decoding failed.
     """
     ids = [*tokenizer.encode(source), tokenizer.end_id]
     room = model.room(len(ids))
-    # An output that filled all learned positions has none left for its end token.
+    # An output that fills all learned positions has no place left for its end token.
     target = [tokenizer.start_id, *tokenizer.encode(output), tokenizer.end_id][: None if room is None else room + 1]
     if output == FAILED or len(ids) == 1:
         return []
@@ -57,9 +58,9 @@ def draw_attention(
 
 
 def draw_reading(model: EncoderDecoder, tokenizer: Tokenizer, before: str, after: str, path_stem: Path) -> list[Path]:
-    """Where a language model looks in the text `before` while it reads what comes `after`."""
+    """Draws the attention of a language model to the text `before` while it reads `after`; returns the paths."""
     ids, target = [tokenizer.start_id, *tokenizer.encode(before)], [*tokenizer.encode(after), tokenizer.end_id]
-    # The two together may take one position more than the text had in training.
+    # With its end token the text may need one position more than in training.
     room = model.room(len(ids))
     target = target[: None if room is None else max(0, room + 1)]
     return _draw(model, tokenizer, ids, target, path_stem, f"{before} → {after}") if len(target) > 1 else []

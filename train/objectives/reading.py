@@ -1,4 +1,4 @@
-"""Text from images: what is written in a picture, character by character."""
+"""Text recognition: reads the string in a picture, character by character."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -25,21 +25,21 @@ _DRAWN = 4
 
 
 class Reading(Objective):
-    """The text of the "target" column, given the picture whose recipe stands in the "source" column."""
+    """The text of the "target" column, given the picture of the recipe in the "source" column."""
 
     name = "Reading"
     hub_task = "image-to-text"
-    sentence = "It writes what stands in an image."
+    sentence = "It reads the text in an image."
     models = (CaptionerConfig,)
     given = ("target", "image")
 
     @staticmethod
     def texts(split: Dataset) -> list[str]:
-        """The targets."""
+        """Returns the targets."""
         return list(split["target"])
 
     def examples(self, split: Dataset) -> list[Example]:
-        """Pictures, and target ids between start and end token."""
+        """Returns pairs of a picture, uint8 `[height, width]`, and target ids between start and end token."""
         start, end = self.tokenizer.start_id, self.tokenizer.end_id
         targets = self.tokenizer.encode_batch(list(split["target"]))
         return [(render(recipe), [start, *ids, end]) for recipe, ids in zip(split["source"], targets, strict=True)]
@@ -48,7 +48,7 @@ class Reading(Objective):
     def loss(
         model: Captioner, batch: Arrays, *, label_smoothing: float = 0.0, dropout_key: jax.Array | None = None
     ) -> Sums:
-        """The cross entropy of every target token under teacher forcing."""
+        """Computes the cross-entropy of every target token under teacher forcing; see `Objective.loss`."""
         encode_key, decode_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         inputs, labels = batch["target"][:, :-1], batch["target"][:, 1:]
         target_at = Coordinates.from_lengths(batch["target_length"] - 1, inputs.shape[1])
@@ -57,7 +57,7 @@ class Reading(Objective):
         return cross_entropy(logits, labels, weights=target_at.segment != 0, label_smoothing=label_smoothing)
 
     def evaluate(self, model: Captioner, split: Dataset, *, batch_size: int = 64) -> Scores:
-        """Loss under teacher forcing, and greedy outputs: `exact_match` from 0 to 1, and `cer`, best at 0."""
+        """Measures `loss`, and of greedy outputs `exact_match` (0 to 1) and `cer`, the character error rate."""
         references = list(split["target"])
         outputs = self._read(model, self.examples(split), batch_size)
         matches = sum(output == reference for output, reference in zip(outputs, references, strict=True))
@@ -69,7 +69,7 @@ class Reading(Objective):
         return Scores(numbers, outputs)
 
     def draw(self, model: Captioner, split: Dataset, folder: Path) -> list[Path]:
-        """Where in the picture the model looks for each character that it reads, for each of the first few pictures."""
+        """Draws, for the first four pictures, the attention over the picture for each character of the output."""
         rows = self.examples(split.select(range(min(_DRAWN, len(split)))))
         paths: list[Path] = []
         for number, ((image, _), output) in enumerate(zip(rows, self._read(model, rows, _DRAWN), strict=True), 1):
@@ -78,15 +78,15 @@ class Reading(Objective):
         return paths
 
     def count(self, batch: Batch) -> int:
-        """The tokens of the targets."""
+        """Returns the number of target tokens."""
         return int((batch["target_length"] - 1).sum())
 
     def _read(self, model: Captioner, rows: Sequence[Example], batch_size: int) -> list[str]:
-        """The greedy output for each example's picture, in order."""
+        """Returns the greedy output for the picture of each example, in order."""
         tokenizer = self.tokenizer
         graph, params = nnx.split(model)
         read = _compiled(graph, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
-        # No letter is narrower than two pixels.
+        # No letter is narrower than two pixels, and one token is needed for the end.
         room = np.asarray(rows[0][0]).shape[1] // 2 + 1
         limit = model.room(len(rows[0][0]))
         room = room if limit is None else min(room, limit)
@@ -99,7 +99,7 @@ class Reading(Objective):
 
 
 def character_error_rate(outputs: Sequence[str], references: Sequence[str]) -> float:
-    """Characters to insert, delete or replace in the outputs, for each character of the references.
+    """Computes the number of edits (insert, delete, replace) per character of the references; 0 is best.
 
     >>> character_error_rate(["kitten", "abc"], ["sitting", "abc"])
     0.3
@@ -109,7 +109,8 @@ def character_error_rate(outputs: Sequence[str], references: Sequence[str]) -> f
 
 
 def _edits(first: str, second: str) -> int:
-    """The edit distance of two texts (Levenshtein 1966)."""
+    """Computes the edit distance of two texts (Levenshtein 1966)."""
+    # One row of the table: row[column] is the distance from the first `count` characters to `second[:column]`.
     row = list(range(len(second) + 1))
     for count, letter in enumerate(first, 1):
         diagonal, row[0] = row[0], count
@@ -119,10 +120,11 @@ def _edits(first: str, second: str) -> int:
 
 
 def _encode(model: Captioner, source: jax.Array | np.ndarray, length: jax.Array | np.ndarray, **options: Any) -> Any:
-    """The memory of pictures `[B, height, width]` of bytes; a picture of length 0 only fills the batch."""
+    """Encodes pictures, uint8 `[B, height, width]`; pictures of length 0 only fill the batch and are masked."""
     rows, columns = model.grid(*source.shape[1:3])
     places = jnp.where(length > 0, rows * columns, 0)
-    # As loud as any other, however pale it is; what lies outside is as bright as the mean.
+    # Mean 0 and variance 1 make pale pictures as strong as others, and zero padding as bright as the mean. The epsilon
+    # keeps uniform pictures finite.
     images = jax.nn.standardize(jnp.asarray(source, jnp.float32), axis=(1, 2), epsilon=1.0)
     images = images.astype(model.image.output.kernel[...].dtype)
     return model.encode(images, Coordinates.from_lengths(places, rows * columns), **options)
@@ -130,7 +132,10 @@ def _encode(model: Captioner, source: jax.Array | np.ndarray, length: jax.Array 
 
 @cache
 def _compiled(graph: nnx.GraphDef, start_id: int, end_id: int, pad_id: int) -> Any:
-    """One compiled function for every model of a structure: tokens `[B, L]`, length and whether it failed, `[B]`."""
+    """Returns one compiled function for all models of a structure.
+
+    It returns tokens `[B, L]`, their number `[B]`, and whether decoding failed `[B]`.
+    """
 
     def read(params: nnx.State, source: jax.Array, length: jax.Array, *, max_length: int) -> tuple[jax.Array, ...]:
         model = nnx.merge(graph, params)
@@ -143,7 +148,7 @@ def _compiled(graph: nnx.GraphDef, start_id: int, end_id: int, pad_id: int) -> A
 
 
 def _draw(model: Captioner, tokenizer: Tokenizer, image: np.ndarray, output: str, path_stem: Path) -> list[Path]:
-    """The mean over heads; nothing without attention."""
+    """Draws the mean over heads; nothing if the model has no attention."""
     target = [tokenizer.start_id, *tokenizer.encode(output), tokenizer.end_id]
     room = model.room(len(image))
     batch = collate([(image, target[: None if room is None else room + 1])])

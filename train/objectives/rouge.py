@@ -1,4 +1,8 @@
-"""ROUGE-L, how much of a reference an output says in the same order (Lin 2004), by Google's package `rouge-score`."""
+"""ROUGE-L (Lin 2004) by Google's package `rouge-score`: the overlap of an output and a reference in the same order.
+
+There are two variants because `rouge-score` by itself drops all letters except a to z. `rouge_l` works in every script.
+`english_rouge_l` uses the words of `rouge-score`, so its values can be compared with published ones.
+"""
 
 import re
 import unicodedata
@@ -12,9 +16,9 @@ _SHARE = 0.99
 
 
 def rouge_l(output: str, reference: str) -> float:
-    """The F measure of the longest common subsequence of words (Lin 2004, equations 2 to 4 with beta 1), 0 to 1.
+    """Computes the F-measure of the longest common subsequence of words, 0 to 1.
 
-    What a word is says `words`, in any script.
+    See Lin 2004, equations 2 to 4, with beta 1. `words` defines the words, in any script.
 
     >>> round(rouge_l("Return the open file", "Return an open file object."), 4)
     0.6667
@@ -23,12 +27,14 @@ def rouge_l(output: str, reference: str) -> float:
 
 
 def english_rouge_l(output: str, reference: str, *, stemmed: bool) -> float:
-    """ROUGE-L as papers on English report it, 0 to 1: words are runs of the letters a to z and digits, in lower case.
+    """Computes ROUGE-L as papers on English report it, 0 to 1.
+
+    Words are runs of the letters a to z and digits, in lower case.
 
     Args:
-        output: what was said.
-        reference: what was wanted.
-        stemmed: Porter's stemmer cuts the ends of words of four letters or more.
+        output: the text of the model.
+        reference: the correct text.
+        stemmed: if True, Porter's stemmer is applied to words of four letters or more.
 
     >>> [round(english_rouge_l("opened files", "opens a file", stemmed=stemmed), 4) for stemmed in (False, True)]
     [0.0, 0.8]
@@ -37,7 +43,7 @@ def english_rouge_l(output: str, reference: str, *, stemmed: bool) -> float:
 
 
 def is_english(texts: Sequence[str]) -> bool:
-    """Whether of a hundred letters at least 99 are a to z: `english_rouge_l` does not see any other.
+    """Whether at least 99 % of the letters are a to z; `english_rouge_l` ignores all others.
 
     >>> is_english(["Return the file.", "Größe"]), is_english(["Return the file."])
     (False, True)
@@ -47,15 +53,16 @@ def is_english(texts: Sequence[str]) -> bool:
 
 
 def words(text: str) -> list[str]:
-    r"""Runs of letters, digits and underscores with their combining marks, in lower case and NFC.
+    r"""Splits a text into runs of letters, digits and underscores with their combining marks, in lower case and NFC.
 
-    A mark or a joiner is a part of the word that it stands in, and of none elsewhere. Texts of a script without spaces
-    have a word for each run of its letters.
+    A combining mark or a zero-width joiner belongs to the word around it, and is dropped outside words. In a script
+    without spaces, each run of letters is one word.
 
     >>> words("Returns the OPEN_FILE, u\u0308ber 2!")
     ['returns', 'the', 'open_file', 'über', '2']
     """
     shown, inside = [], False
+    # NFC twice, as lower-casing can undo it.
     for letter in unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower()):
         inside = letter.isalnum() or letter == "_" or (inside and _is_mark(letter))
         shown.append(letter if inside else " ")
@@ -67,7 +74,7 @@ def _is_mark(letter: str) -> bool:
 
 
 class _Words:
-    """The tokenizer that `rouge-score` asks for."""
+    """A tokenizer with the interface of `rouge-score`."""
 
     def tokenize(self, text: str) -> list[str]:
         return words(text)
@@ -88,6 +95,7 @@ def _english(stemmed: bool) -> Any:
 
 
 def _scorer(**settings: Any) -> Any:
-    from rouge_score import rouge_scorer  # slow to import, as it brings nltk, whose data it does not need
+    # Imported here because it is slow: it imports nltk, though ROUGE-L needs none of its data.
+    from rouge_score import rouge_scorer
 
     return rouge_scorer.RougeScorer(["rougeL"], **settings)

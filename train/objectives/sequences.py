@@ -1,4 +1,4 @@
-"""Source to target, by anything that encodes and decodes: translation, and all that can be told as one."""
+"""Sequence to sequence: the target text given the source text, as in translation and summarization."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,15 +32,15 @@ class SequenceToSequence(Objective):
     """The target text, token by token, given the source text.
 
     Args:
-        tokenizer: of both.
-        bleu: also measure BLEU and chrF.
-        rouge: also measure ROUGE-L and perplexity; outputs are then one line, of at most 64 tokens.
-        beam_size: outputs are the best of so many hypotheses, scored by their mean log probability; 1 for greedy ones.
+        tokenizer: the tokenizer of sources and targets.
+        bleu: if True, also measure BLEU and chrF.
+        rouge: if True, also measure ROUGE-L and perplexity; outputs are then one line of at most 64 tokens.
+        beam_size: number of hypotheses of the beam search, scored by their mean log probability; 1 is greedy search.
     """
 
     name = "SequenceToSequence"
     hub_task = "text2text-generation"
-    sentence = "It writes a text, given a source text."
+    sentence = "It generates a text from a source text."
     command = "translate"
     models = (TransformerConfig, Seq2SeqConfig, LanguageModelConfig, RecurrentLanguageModelConfig)
     given = ("source", "target")
@@ -55,19 +55,19 @@ class SequenceToSequence(Objective):
     def of_run(
         cls, tokenizer: Tokenizer, labels: tuple[str, ...], *, bleu: bool, rouge: bool, beam_size: int
     ) -> "SequenceToSequence":
-        """The objective of a run, with what it measures; it has no labels."""
+        """Makes the objective of a run; `labels` are ignored."""
         del labels
         return cls(tokenizer, bleu=bleu, rouge=rouge, beam_size=beam_size)
 
     def examples(self, split: Dataset) -> list[Example]:
-        """Source ids with the end token, target ids between start and end token."""
+        """Returns pairs of source ids with the end token and target ids between start and end token."""
         return examples(split, self.tokenizer)
 
     @staticmethod
     def loss(
         model: EncoderDecoder, batch: Arrays, *, label_smoothing: float = 0.0, dropout_key: jax.Array | None = None
     ) -> Sums:
-        """The cross entropy of every target token under teacher forcing."""
+        """Computes the cross-entropy of every target token under teacher forcing; see `Objective.loss`."""
         encode_key, decode_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         inputs, labels, source_at, target_at = _places(batch)
         memory = model.encode(batch["source"], source_at, dropout_key=encode_key)
@@ -75,14 +75,16 @@ class SequenceToSequence(Objective):
         return cross_entropy(logits, labels, weights=target_at.segment != 0, label_smoothing=label_smoothing)
 
     def evaluate(self, model: EncoderDecoder, split: Dataset, *, batch_size: int = 64) -> Scores:
-        """Loss under teacher forcing, and outputs: `exact_match` from 0 to 1; `bleu`, `chrf` from 0 to 100.
+        """Measures the loss under teacher forcing and the outputs of the search.
 
-        BLEU is sacrebleu's, `bleu_lowercase` the same of lower-cased texts. With ROUGE also `perplexity` of a token,
-        `bits_per_character` (line ends included), and `rouge_l` from 0 to 100, by the words of `rouge.words`;
-        where the references are English also `rouge_l_english` and `rouge_l_english_stemmed`, which can be compared
-        with published figures.
+        `loss` is in nats per token and `exact_match` is a fraction from 0 to 1. With BLEU, sacrebleu computes `bleu`,
+        `bleu_lowercase` (of lower-cased texts) and `chrf`, each from 0 to 100; its signatures make them comparable with
+        published values. With ROUGE, there are also `perplexity` per token, `bits_per_character` (end tokens count as
+        tokens) and `rouge_l` from 0 to 100, with the words of `rouge.words`. If the references are English, there are
+        also `rouge_l_english` and `rouge_l_english_stemmed`, which can be compared with published values.
         """
         references = list(split["target"])
+        # ROUGE compares single lines. The limit also ends outputs of models that do not learn to stop.
         longest = _LINE if self._rouge else None
         options: dict[str, Any] = {"batch_size": batch_size, "search": self._search, "max_length": longest}
         outputs = Translator(model, self.tokenizer, **options)(list(split["source"]))
@@ -101,18 +103,18 @@ class SequenceToSequence(Objective):
 
     @staticmethod
     def _metrics() -> dict[str, sacrebleu.metrics.BLEU | sacrebleu.metrics.CHRF]:
-        """What sacrebleu measures, by name; each knows its signature once it has measured."""
+        """The metrics of sacrebleu by name; a metric has its signature only after it has scored something."""
         metrics = sacrebleu.metrics
         return {"bleu": metrics.BLEU(), "bleu_lowercase": metrics.BLEU(lowercase=True), "chrf": metrics.CHRF()}
 
     def draw(self, model: EncoderDecoder, split: Dataset, folder: Path) -> list[Path]:
-        """Where the model looks while it writes the output for each of the first few sources."""
+        """Draws the attention to each of the first three sources while the model writes its output."""
         texts = list(split["source"][:_DRAWN])
         return draw_texts(model, self.tokenizer, texts, folder)
 
 
 def _rouge(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Means over the texts, from 0 to 100."""
+    """Returns the means of ROUGE-L over the texts, from 0 to 100."""
     measures: dict[str, Callable[[str, str], float]] = {"rouge_l": rouge_l}
     if is_english(references):
         measures["rouge_l_english"] = partial(english_rouge_l, stemmed=False)
@@ -121,8 +123,9 @@ def _rouge(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float
 
 
 def _places(batch: Arrays) -> tuple[jax.Array, jax.Array, Coordinates, Coordinates]:
-    """What the decoder is given `[B, T]`, the label of each token of it, and where sources and targets are."""
-    if "label" in batch:  # packed
+    """Returns the inputs of the decoder `[B, T]`, their labels `[B, T]`, and the coordinates of sources and targets."""
+    # A packed row holds several texts, so its labels cannot be made by shifting the row.
+    if "label" in batch:
         source_at, target_at = (
             Coordinates(batch[f"{side}_position"], batch[f"{side}_segment"]) for side in ("source", "target")
         )

@@ -1,4 +1,4 @@
-"""Where examples come from: every task loads a training, a validation and a test split of source and target texts."""
+"""Tasks: sources of examples. Each loads a training, a validation and a test split of (source, target) texts."""
 
 from train.tasks.addition import Addition as Addition
 from train.tasks.code_topics import CodeTopics as CodeTopics

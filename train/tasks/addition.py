@@ -1,6 +1,6 @@
-"""Addition, read and written digit by digit: the classic demonstration of sequence to sequence learning.
+"""Addition, read and written digit by digit: a classic demonstration of sequence-to-sequence learning.
 
-Zaremba and Sutskever, "Learning to execute" (2014), and the `addition_rnn` example of Keras.
+See Zaremba and Sutskever, "Learning to execute" (2014), and the `addition_rnn` example of Keras.
 """
 
 from dataclasses import dataclass
@@ -16,21 +16,25 @@ from train.tasks.task import DrawnTask, Pair, generator
 class Addition(DrawnTask):
     """Sums of two whole numbers: "512+89" to "601".
 
-    Two numbers are asked for once, in one order: a sum of the test split occurs in training in neither order.
+    Each pair of numbers occurs in one example, in one order. A sum in the test split therefore never occurs in
+    training, in either order.
     """
 
     digits: int = 3
-    """digits of the largest operand, 1 to 9"""
+    """maximum number of digits of an operand, 1 to 9"""
 
     def load(self) -> dict[str, Dataset]:
-        """The splits; ValueError where there are fewer sums than examples.
+        """Draws the splits.
+
+        Raises:
+            ValueError: `digits` is out of range, or gives fewer different sums than examples.
 
         >>> Addition(digits=2, train_examples=100, validation_examples=10, test_examples=10).load()["test"][0]
         {'source': '51+47', 'target': '98'}
         """
         check_integer("digits", self.digits, 1, 9)
         operands = 10**self.digits
-        sums = operands * (operands + 1) // 2
+        sums = operands * (operands + 1) // 2  # unordered pairs, so that no pair occurs in both orders
         if self.examples > sums:
             raise ValueError(f"digits ({self.digits}) gives {sums} different sums, fewer than {self.examples} examples")
         random = generator(self.seed)
@@ -45,6 +49,6 @@ def _example(number: int, swap: bool) -> Pair:
 
 
 def _operands(number: int) -> tuple[int, int]:
-    """The unordered pairs (0, 0), (1, 0), (1, 1), (2, 0), ... by their number: drawing numbers draws distinct pairs."""
+    """Returns pair `number` of the sequence (0, 0), (1, 0), (1, 1), (2, 0), ...: distinct numbers, distinct pairs."""
     larger = (isqrt(8 * number + 1) - 1) // 2
     return larger, number - larger * (larger + 1) // 2

@@ -1,4 +1,4 @@
-"""Dates as people write them all over the world, to ISO 8601: a small translation task that needs no download."""
+"""Dates as people write them in many languages, to ISO 8601: a small translation task without a download."""
 
 import re
 import unicodedata
@@ -18,15 +18,16 @@ from train.tasks.task import DrawnTask, Pair, generator, splits
 Style = Literal["medium", "long", "full"]
 STYLES: tuple[Style, ...] = ("medium", "long", "full")
 
-# Every other script of CLDR costs 20 to 35 characters for one or two languages, and some of them run from right to
-# left, which no plot of attention shows well. en_GB, es_PA and pt_PT are here for their order of day and month.
+# The other scripts of CLDR would add 20 to 35 characters to the vocabulary for one or two languages each, and some run
+# from right to left, which attention plots do not show well. en_GB, es_PA and pt_PT differ in the order of day and
+# month.
 LOCALES = tuple(
     "af be bg ca cs da de el en en_GB es es_PA et eu fi fr gl hr hu id is it ja ko lt lv mk nb nl nn pl pt pt_PT "
     "ro ru sk sl sq sr sv tr uk zh".split()
 )
 
 HELD_OUT = 20
-"""One day in so many is for validation, and as many are for the test."""
+"""One day in `HELD_OUT` is for validation, and another one for the test."""
 
 _YEAR = re.compile("[0-9]{4}")
 
@@ -35,19 +36,22 @@ _YEAR = re.compile("[0-9]{4}")
 class Dates(DrawnTask):
     """Dates of the Gregorian calendar in many languages, from CLDR through Babel, to ISO 8601.
 
-    "Mittwoch, 5. Januar 1994" to "1994-01-05". A string that could mean two days is left out, and no day is in two
-    splits, so that a test asks for days that training never showed, in any language.
+    An example is "Mittwoch, 5. Januar 1994" to "1994-01-05". Strings that could mean two days are left out. No day is
+    in two splits: the test uses days that training never shows in any language.
     """
 
     train_examples: int = 100_000
-    """examples to train on"""
+    """number of training examples"""
     years: tuple[int, int] = (1950, 2049)
-    """the first year and the last one, of four digits"""
+    """first and last year, each of four digits"""
     locales: tuple[str, ...] = LOCALES
-    """the languages and regions whose dates are written, by their CLDR names, as in `de` or `pt_PT`"""
+    """CLDR names of the languages and regions, such as `de` or `pt_PT`"""
 
     def load(self) -> dict[str, Dataset]:
-        """The splits; ValueError where years or locales cannot be used, or give fewer strings than examples.
+        """Draws the splits.
+
+        Raises:
+            ValueError: `years` or `locales` cannot be used, or give fewer strings of one meaning than examples.
 
         >>> sizes = {"train_examples": 100, "validation_examples": 10, "test_examples": 10}
         >>> Dates(years=(2020, 2021), locales=("de", "ja"), **sizes).load()["test"][1]
@@ -55,7 +59,7 @@ class Dates(DrawnTask):
         """
         first, last = self.years
         if not 1000 <= first <= last <= 9999:
-            raise ValueError(f"years ({first}, {last}) must be two years of four digits, the first one first")
+            raise ValueError(f"years ({first}, {last}) must be two years of four digits in ascending order")
         random = generator(self.seed)
         start, end = date(first, 1, 1), date(last, 12, 31)
         days = [start + timedelta(number) for number in random.permutation((end - start).days + 1).tolist()]
@@ -69,11 +73,18 @@ class Dates(DrawnTask):
 
 
 class Reader:
-    """Knows of every string that the locales write in any style which days it can mean.
+    """A table from each string that the locales write, in any style, to the days that it can mean.
 
-    What Babel writes depends on the day of the year, the weekday and the year, and it shows the year as its only four
-    digits (this is checked). In seven leap years in a row every day of the year falls on every weekday, so their
-    strings, with the year blanked, are all that there are: a string can be looked up in place of being parsed.
+    A date string depends on the day of the year, the weekday and the year. The year is its only group of four digits
+    (this is checked). In seven consecutive leap years every day of the year falls on every weekday. Their strings, with
+    the year blanked, are therefore all possible strings, and a lookup replaces a parser.
+
+    Args:
+        locales: CLDR names, at least one.
+
+    Raises:
+        ValueError: there is no locale, Babel does not know one of them, or one writes other groups of four digits than
+            the year.
     """
 
     def __init__(self, locales: Sequence[str]):
@@ -91,7 +102,7 @@ class Reader:
                 self._days[_blank(text)].add(meaning)
 
     def read(self, text: str) -> set[date]:
-        """Every day that some locale writes as `text` in some style; no day where none does.
+        """Returns every day that some locale writes as `text` in some style; an empty set if there is none.
 
         >>> reader = Reader(["pt_PT", "es_PA"])
         >>> sorted(map(str, reader.read("03/05/2021")))
@@ -107,7 +118,7 @@ class Reader:
 
 
 def write(day: date, locale: Locale, style: Style) -> str:
-    """The day as the locale writes it, with the plain spaces that people type in place of CLDR's narrow ones.
+    """Writes a day as the locale does, in NFC, with plain spaces in place of CLDR's narrow ones, as people type.
 
     >>> write(date(1994, 1, 5), Locale("de"), "full"), write(date(1994, 1, 5), Locale("ru"), "medium")
     ('Mittwoch, 5. Januar 1994', '5 янв. 1994 г.')
@@ -116,11 +127,12 @@ def write(day: date, locale: Locale, style: Style) -> str:
 
 
 def _draw(reader: Reader, days: Sequence[date], examples: int, random: Generator) -> list[Pair]:
-    """So many distinct strings that mean one day each, all (day, locale, style) equally likely."""
+    """Draws distinct strings that mean exactly one day; all triples (day, locale, style) are equally likely."""
     pairs: dict[str, str] = {}
     for number in random.permutation(len(days) * len(reader.forms)):
         day, (locale, style) = days[number // len(reader.forms)], reader.forms[number % len(reader.forms)]
         text = write(day, locale, style)
+        # "03/05/2021" means two days where both orders of day and month are used: no model could know which.
         if len(reader.read(text)) == 1:
             pairs[text] = day.isoformat()
         if len(pairs) == examples:
@@ -136,7 +148,7 @@ def _locale(name: str) -> Locale:
 
 
 def _day(year: int, month: int, day: int, weekday: int) -> date | None:
-    """The day, if the year has it and it falls on this weekday."""
+    """Returns the day if it exists in this year and falls on this weekday, else None."""
     try:
         found = date(year, month, day)
     except ValueError:

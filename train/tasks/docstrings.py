@@ -1,4 +1,4 @@
-"""Functions of the standard library to what their docstrings say."""
+"""Summarization: functions of the Python standard library to the first lines of their docstrings."""
 
 import ast
 import inspect
@@ -17,17 +17,17 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Docstrings(SourceTask):
-    """Python functions without their docstring, to the first line of it.
+    """Python functions without their docstring, to the first line of the docstring.
 
-    No body is in two examples, under whatever name, and no file in two splits.
+    No function body occurs twice, even under another name, and no file is in two splits.
     """
 
     scores: ClassVar[frozenset[Literal["rouge"]]] = frozenset({"rouge"})
 
     max_source: int = 1_000
-    """characters of a function; longer ones are left out, of every split"""
+    """maximum number of characters of a function; longer functions are left out of every split"""
     first: int | None = None
-    """characters of a function that are kept, from its start on; None for all"""
+    """number of characters to keep from the start of each function; None keeps all"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,7 +35,12 @@ class Docstrings(SourceTask):
             check_integer("first", self.first, 1, hint=", or None for whole functions")
 
     def load(self) -> dict[str, Dataset]:
-        """The splits; FileNotFoundError or ValueError where there is no folder, or too few functions in it."""
+        """Cuts the splits from the source files.
+
+        Raises:
+            FileNotFoundError: the root folder does not exist.
+            ValueError: a split is empty, because the folder has too few functions with docstrings.
+        """
         return self.cut(self._examples)
 
     def _examples(self, file: SourceFile) -> Iterator[Example]:
@@ -45,17 +50,18 @@ class Docstrings(SourceTask):
 
 
 def functions(text: str) -> Iterator[Example]:
-    r'''The functions of a file of Python source that have a docstring and something beside it; none if it is none.
+    r'''Yields the functions of a Python file that have a docstring and at least one more statement.
 
-    The source starts at "def"; the indentation of that line is cut from every other line that has it, which a line of
-    a string may not. The key is the body, without the indentation of its first statement likewise.
+    The source of an example starts at "def". The indentation of that line is removed from every line that has it; a
+    line inside a string may lack it. The key is the body, without the indentation of its first statement. A text that
+    is not valid Python yields nothing.
 
     >>> text = 'class A:\n    def one(self):\n        """The\n        number."""\n        return 1\n'
     >>> next(functions(text))
     Example(source='def one(self):\n    return 1', target='The', key='return 1')
     '''
     try:
-        with warnings.catch_warnings(action="ignore"):  # of escapes that the file's strings get wrong
+        with warnings.catch_warnings(action="ignore"):  # about invalid escapes in strings of the file
             tree = ast.parse(text)
     except (SyntaxError, ValueError):
         return
@@ -64,7 +70,7 @@ def functions(text: str) -> Iterator[Example]:
         if isinstance(node, Function) and (docstring := ast.get_docstring(node, clean=False)) and len(node.body) > 1:
             summary = inspect.cleandoc(docstring).strip().partition("\n")[0].strip()
             document, first = node.body[0], node.body[1]
-            # A line that holds more than the docstring could not be taken out whole.
+            # The docstring is removed by lines, so its lines must hold nothing more.
             alone = (
                 rows[document.lineno - 1][: document.col_offset].isspace() and (document.end_lineno or 0) < first.lineno
             )
@@ -75,6 +81,6 @@ def functions(text: str) -> Iterator[Example]:
 
 
 def _outdented(lines: list[str], rows: list[str], statement: ast.stmt) -> str:
-    """Some lines of a file, without the indentation of one of its statements where they have it."""
+    """Joins lines of a file and removes the indentation of `statement` from each line that has it."""
     indentation = rows[statement.lineno - 1][: statement.col_offset]
     return "".join(line.removeprefix(indentation) for line in lines)

@@ -1,4 +1,4 @@
-"""Parallel text: two files, plain or gzip, whose lines of the same number translate each other."""
+"""Lines of text files, plain or gzip, and pairs of lines from two parallel files."""
 
 import gzip
 import zlib
@@ -13,18 +13,19 @@ _UTF16, _UTF32 = (
     for name in ("UTF-16", "UTF-32")
 )
 _NO_TEXT = (
-    (b"\x1f\x8b", "gzip data, not text: end the name of the file in .gz, or decompress it"),
-    *((mark, _UTF32) for mark in (BOM_UTF32_LE, BOM_UTF32_BE)),  # before those of UTF-16, of which one begins alike
+    (b"\x1f\x8b", "gzip data, not text: rename the file to end in .gz, or decompress it"),
+    *((mark, _UTF32) for mark in (BOM_UTF32_LE, BOM_UTF32_BE)),  # first, as the mark of UTF-32-LE starts with UTF-16's
     *((mark, _UTF16) for mark in (BOM_UTF16_LE, BOM_UTF16_BE)),
 )
-"""How files begin that hold something else than UTF-8, and what to do about it."""
+"""First bytes of files that are not UTF-8, each with the error message."""
 
 
 def read_pairs(source: Path, target: Path) -> list[Pair]:
-    """The lines of two files side by side.
+    """Reads two parallel files as a list of (source line, target line).
 
-    Raises ValueError as `read_lines` does, and where one file has more lines than the other, naming both counts and
-    the first line that has no partner.
+    Raises:
+        ValueError: as `read_lines`; or one file has more lines than the other, and the message names both counts and
+            the first line without a partner.
     """
     sources, targets = list(read_lines(source)), list(read_lines(target))
     if len(sources) != len(targets):
@@ -38,34 +39,35 @@ def read_pairs(source: Path, target: Path) -> list[Pair]:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    r"""The lines of a UTF-8 text, read as gzip where the name ends in ".gz".
+    r"""Yields the lines of a UTF-8 file, which is read as gzip if its name ends in ".gz".
 
-    Only "\n" ends a line: "\x0b", U+0085, U+2028 and a lone "\r" are characters like any other. A byte order mark at
-    the start of the file and one "\r" at the end of a line are no part of the text; the last line may lack its "\n".
+    Only "\n" ends a line: "\x0b", U+0085, U+2028 and a lone "\r" are ordinary characters. A byte order mark at the
+    start of the file and one "\r" at the end of a line are removed. The last line may lack its "\n".
 
-    Raises ValueError, naming file and line, where a line is not UTF-8 or holds a NUL, or the gzip data are damaged; and
-    where the file is UTF-16 or UTF-32 by its byte order mark, or gzip data without ".gz".
+    Raises:
+        ValueError: a line is not UTF-8 or contains NUL, the gzip data are damaged, the file starts with the byte order
+            mark of UTF-16 or UTF-32, or it is gzip data without ".gz" in its name. The message names file and line.
     """
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):  # binary, because a text file has more ends of lines
+            for number, line in enumerate(file, start=1):  # binary: text mode would also split at a lone "\r"
                 yield decoded(line, f"{path}:{number}", number)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path}:{number + 1}: damaged gzip data: {error}") from error
 
 
 def decoded(line: bytes, where: str, number: int) -> str:
-    r"""The text of a line, without its end and, where it is the first, without a byte order mark.
+    r"""Decodes a line of UTF-8, without its line end and, on line 1, without a byte order mark.
 
     Args:
-        line: as it stands in the file.
-        where: names the line in errors.
-        number: of the line, from 1.
+        line: the bytes of the line.
+        where: name of the line for error messages.
+        number: line number, counted from 1.
 
     Raises:
-        ValueError: naming the place, where the line is not UTF-8 or holds a NUL, or the first one begins as gzip data,
-            UTF-16 or UTF-32 do.
+        ValueError: the line is not UTF-8 or contains NUL, or line 1 starts like gzip data, UTF-16 or UTF-32. The
+            message starts with `where`.
 
     >>> decoded(b"\xef\xbb\xbfein Haus\r\n", "line 1 of standard input", 1)
     'ein Haus'
@@ -81,5 +83,5 @@ def decoded(line: bytes, where: str, number: int) -> str:
         byte, column = error.object[error.start], error.start + 1
         raise ValueError(f"{where}: byte {column} (0x{byte:02x}) is not UTF-8: {error.reason}") from error
     if "\0" in text:
-        raise ValueError(f"{where}: NUL is no character of a text; is this UTF-16?")
+        raise ValueError(f"{where}: the line contains NUL, which is not allowed in text; is this UTF-16?")
     return text

@@ -1,4 +1,4 @@
-"""Multi30k: captions of pictures and their translations (Elliott 2016), English and German."""
+"""Multi30k: captions of pictures in English and German (Elliott 2016)."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -15,30 +15,36 @@ _FILES = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
 
 @dataclass(frozen=True)
 class Multi30k(TranslationTask):
-    """29,000 pairs of sentences to train on, 1,014 to watch over the training, and 1,000, of 2016, to judge it."""
+    """29,000 pairs of sentences for training, 1,014 for validation, and the 1,000 of the 2016 Flickr test."""
 
     data: Path | None = None
-    """folder of train, val and test_2016_flickr, each as .en and .de, plain or .gz; without it, from the hub"""
+    """folder with the files train, val and test_2016_flickr, each as .en and .de, plain or .gz; None downloads from the
+    Hugging Face hub"""
     source: Literal["en", "de"] = "en"
-    """the language to translate from; the other one is translated to"""
+    """source language; the other one is the target language"""
     name: str = "bentrevett/multi30k"
-    """the data set on the hub"""
+    """name of the dataset on the Hugging Face hub"""
     revision: str | None = None
-    """its version on the hub"""
+    """version on the hub: a commit, tag or branch; None is the latest"""
 
     def load(self) -> dict[str, Dataset]:
-        """The splits; ValueError or FileNotFoundError, naming the flag and the file, where one is not there."""
+        """Reads the splits from `data`, or from the hub.
+
+        Raises:
+            FileNotFoundError: the folder or one of its files does not exist.
+            ValueError: a file or the hub's dataset cannot be read, or `data` is combined with settings of the hub.
+        """
         target = "de" if self.source == "en" else "en"
         if self.data is None:
             hub = HubTranslation(name=self.name, revision=self.revision)
             try:
                 return dataclasses.replace(hub, source_column=self.source, target_column=target).load()
             except (ValueError, OSError) as error:
-                raise ValueError(f"{error}; the folder of its files may be given by --task.data") from error
+                raise ValueError(f"{error}; to use local files, set --task.data to their folder") from error
         if self.revision is not None or self.name != Multi30k.name:
             raise ValueError(
                 f"--task.data ({self.data}) excludes --task.name ({self.name}) and --task.revision ({self.revision}), "
-                "which are of the hub"
+                "which select a dataset of the hub"
             )
         if not self.data.is_dir():
             raise FileNotFoundError(f"--task.data: there is no folder {self.data}")
@@ -53,4 +59,4 @@ def _file(folder: Path, name: str) -> Path:
     for path in (folder / f"{name}.gz", folder / name):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"--task.data: {folder} holds neither {name}.gz nor {name}")
+    raise FileNotFoundError(f"--task.data: {folder} contains neither {name}.gz nor {name}")

@@ -1,4 +1,4 @@
-"""Examples from files of one's own: which files they are, and how they are divided into splits by what they say."""
+"""Examples from your own files: which files are read, and how their texts are divided into splits."""
 
 import hashlib
 import logging
@@ -12,53 +12,56 @@ from train.tasks.task import Pair, Task, normalized
 
 log = logging.getLogger(__name__)
 
-_BLANK, _ELSEWHERE = "are blank", "stand in another split"
+_BLANK, _ELSEWHERE = "are blank", "occur in another split"
 _AGAIN, _CONTRADICTED = "are repeated", "are repeated with another label"
 
 
 @dataclass(frozen=True)
 class OwnFiles(Task):
-    """Where the files of a task lie, and what is held out where a split has none.
+    """The files of a task, and the shares of the training texts that are held out for splits without files.
 
-    A folder stands for all files in it and in its folders, in the order of their names, without hidden ones. It may
-    hold links to files, but none to folders.
+    A folder means all files in it and its subfolders, in the order of their names, without hidden files. It may contain
+    links to files, but not to folders.
     """
 
     train: Path | None = None
-    """file to train on, plain or .gz, or a folder of such files"""
+    """training file, plain or .gz, or a folder of such files; required"""
     validation: Path | None = None
-    """file or folder that watches over the training; without it, a share of the training examples does"""
+    """validation file or folder; if None, a share of the training examples is held out"""
     test: Path | None = None
-    """file or folder that judges the trained model; without it, a share of the training examples does"""
+    """test file or folder; if None, a share of the training examples is held out"""
     validation_share: float = 0.1
-    """share of the training examples to hold out where there is no validation file"""
+    """fraction of the training examples to hold out if there is no validation file, between 0 and 1"""
     test_share: float = 0.1
-    """share of the training examples to hold out where there is no test file"""
+    """fraction of the training examples to hold out if there is no test file, between 0 and 1"""
     seed: int = 0
-    """any integer; it decides which examples are held out"""
+    """any integer; decides which examples are held out"""
 
     def __post_init__(self) -> None:
         for name in ("validation_share", "test_share"):
             check_number(name, getattr(self, name), above=0, below=1)
         if self.validation_share + self.test_share >= 1:
             raise ValueError(
-                f"validation_share ({self.validation_share}) and test_share ({self.test_share}) must be less than 1 "
-                "together: they are held out of training"
+                f"the sum of validation_share ({self.validation_share}) and test_share ({self.test_share}) must be "
+                "less than 1: both are held out of the training examples"
             )
 
     def found(self, read: Callable[[Path], Iterable[Pair]]) -> dict[str, list[Pair]]:
-        """What the files of each split that was given hold.
+        """Reads the files of each split that has some.
 
         Args:
-            read: the examples of a file.
+            read: reads the examples of one file.
+
+        Returns:
+            The examples by split, in the order of the files.
 
         Raises:
-            ValueError: no training file is given, or a folder has no file, or holds something that is neither file nor
-                folder, such as a link to a folder or to nothing; or what `read` raises.
-            FileNotFoundError: there is no such file or folder.
+            ValueError: no training file is given, a folder has no file, or a folder contains something that is neither
+                a file nor a folder, such as a link to a folder or a broken link. Also what `read` raises.
+            FileNotFoundError: a file or folder does not exist.
         """
         if self.train is None:
-            raise ValueError("set --task.train to a file or folder; --task.validation and --task.test may be given too")
+            raise ValueError("set --task.train to a file or folder; --task.validation and --task.test are optional")
         paths = {"train": self.train, "validation": self.validation, "test": self.test}
         return {
             split: [pair for file in _files(path, f"--task.{split}") for pair in read(file)]
@@ -67,16 +70,21 @@ class OwnFiles(Task):
         }
 
     def divide(self, found: Mapping[str, Sequence[Pair]]) -> dict[str, list[Pair]]:
-        """The distinct examples (text, label) of all three splits; the counts of those that are left out are logged.
+        """Divides examples (text, label) into three splits without duplicates, and logs how many are left out.
 
-        Texts are compared in NFC and without blanks at their ends, and none is in two splits: those of the test stay
-        there, then those of validation. Of a text that is repeated the first one is kept, as it stands. Which split
-        holds a text that is held out depends on the text and the seed alone, not on what else the files hold.
+        Texts are compared in NFC and without white space at their ends. No text is in two splits: the test split keeps
+        it before validation, and validation before training. The first of several equal texts is kept, unchanged.
+        Whether a text is held out depends on the text and the seed only, so adding texts to the files does not move
+        others between splits.
+
+        Args:
+            found: the examples of each split with files, as from `found`.
 
         Raises:
-            ValueError: nothing is left for a split; the message has the counts of all three, and the settings by which
-                texts are held out.
+            ValueError: a split is empty; the message has the counts of all three and the settings that decide what is
+                held out.
         """
+        # The order of these keys is the order of precedence: a text stays in the first split that has it.
         rows: dict[str, list[Pair]] = {"test": [], "validation": [], "train": []}
         for split, pairs in found.items():
             for pair in normalized(pairs):
@@ -97,18 +105,19 @@ class OwnFiles(Task):
         return {split: list(kept.values()) for split, kept in chosen.items()}
 
     def _how_to_fill(self, drawn: Sequence[str]) -> str:
-        """What helps where nothing was drawn for these splits."""
+        """Returns advice for the error message if no text was held out for the splits `drawn`."""
         if not drawn:
             return ""
         shares = " and ".join(f"--task.{split}-share ({getattr(self, f'{split}_share')})" for split in drawn)
         files = " and ".join(f"--task.{split}" for split in drawn)
         return (
-            f": {shares} of the training texts are drawn by --task.seed ({self.seed}); give more texts, a larger "
-            f"share, another seed, or other texts with {files}"
+            f": {shares} of the training texts are held out by --task.seed ({self.seed}); give more texts, a larger "
+            f"share, another seed, or separate texts with {files}"
         )
 
     def _held_out(self, text: str, given: Iterable[str]) -> str:
-        """The split of a text of the training files."""
+        """Returns the split of a text of the training files."""
+        # A hash in place of a draw: the text itself decides, whatever other texts there are and in which order.
         digest = hashlib.blake2b(f"{self.seed}:{text}".encode(), digest_size=8).digest()
         number = int.from_bytes(digest, "big") / 2**64
         for split, share in (("test", self.test_share), ("validation", self.validation_share)):
@@ -120,7 +129,7 @@ class OwnFiles(Task):
 
 
 def _distinct(pairs: Sequence[Pair], seen: set[str]) -> tuple[dict[str, Pair], Counter[str]]:
-    """The examples that are kept, by their texts without blanks at the ends; and why how many others are not."""
+    """Returns the examples to keep, by stripped text, and the number of the others by reason."""
     kept: dict[str, Pair] = {}
     reasons: Counter[str] = Counter()
     for pair in pairs:
@@ -149,7 +158,7 @@ def _files(path: Path, flag: str) -> Iterator[Path]:
 
 
 def _within(folder: Path, flag: str) -> Iterator[Path]:
-    """The files of a folder and of its folders, without hidden ones."""
+    """Yields the files of a folder and its subfolders, without hidden ones."""
     for entry in folder.iterdir():
         if entry.name.startswith("."):
             continue
@@ -158,5 +167,6 @@ def _within(folder: Path, flag: str) -> Iterator[Path]:
         elif entry.is_dir() and not entry.is_symlink():
             yield from _within(entry, flag)
         else:
-            kind = "a link to no file" if entry.is_symlink() else "neither a file nor a folder"
-            raise ValueError(f"{flag}: {entry} is {kind}: remove it, or put the files themselves in its place")
+            # An error, as a link that is skipped in silence would leave texts out of training.
+            kind = "a link that leads to no file" if entry.is_symlink() else "neither a file nor a folder"
+            raise ValueError(f"{flag}: {entry} is {kind}: remove it, or replace it with the files themselves")

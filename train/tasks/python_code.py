@@ -1,4 +1,4 @@
-"""Python source as text to model: pieces of the files of the standard library."""
+"""Language modeling of Python source: pieces of the files of the standard library."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,26 +12,31 @@ from train.tasks.standard_library import Example, SourceFile, SourceTask, split_
 
 @dataclass(frozen=True)
 class PythonCode(SourceTask):
-    """Consecutive pieces of Python source, for language models: the source is empty, the target a piece.
+    """Consecutive pieces of Python source, for language models: the source is empty, the target is a piece.
 
-    The pieces of a file in their order are the whole file; no file is in two splits.
+    The pieces of a file, in order, make up the whole file. No file is in two splits.
     """
 
     objective: ClassVar[Literal["Continuation"]] = "Continuation"
 
     characters: int = 512
-    """most characters of a piece; it ends at the end of a line, but where a line is longer"""
+    """maximum number of characters of a piece; pieces end at line ends, except in lines longer than this"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("characters", self.characters, 1)
 
     def encoder_objective(self) -> Literal["Masking"]:
-        """Hidden tokens of the text; there are no labels."""
+        """Returns "Masking": an encoder learns hidden tokens, as the texts have no labels."""
         return "Masking"
 
     def load(self) -> dict[str, Dataset]:
-        """The splits; FileNotFoundError or ValueError where there is no folder, or too few files in it."""
+        """Cuts the splits from the source files.
+
+        Raises:
+            FileNotFoundError: the root folder does not exist.
+            ValueError: a split is empty, because the folder has too few files.
+        """
         return self.cut(self._examples)
 
     def _examples(self, file: SourceFile) -> Iterator[Example]:
@@ -40,7 +45,9 @@ class PythonCode(SourceTask):
 
 
 def pieces(text: str, characters: int) -> Iterator[str]:
-    r"""Consecutive pieces of a text: whole lines, as many as fit, and a line that is longer cut anywhere.
+    r"""Cuts a text into consecutive pieces of at most `characters` characters.
+
+    A piece holds as many whole lines as fit. A line longer than `characters` is cut anywhere.
 
     >>> list(pieces("a\nbc\ndefghijk\n", 5))
     ['a\nbc\n', 'defgh', 'ijk\n']

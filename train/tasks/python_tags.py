@@ -1,4 +1,4 @@
-"""Python source to the kind of each of its characters: a task of tagging, as of an editor that colours code."""
+"""Tagging: the kind of each character of Python source, as an editor needs it to highlight code."""
 
 import builtins
 import io
@@ -27,9 +27,9 @@ LABELS = {
     "o": "operator or punctuation",
     "r": "comment",
 }
-"""What each letter of a target says about the character at its place."""
+"""The meaning of each letter of a target, which labels the character at the same place of the source."""
 
-# Also what only the interactive prompt has: `site` adds it to some Pythons.
+# Without the names that `site` adds for the interactive prompt: some Pythons have them, some do not.
 _BUILTINS = frozenset(name for name in dir(builtins) if not name.startswith("_")) - frozenset(
     "copyright credits exit help license quit".split()
 )
@@ -39,25 +39,31 @@ _KINDS = {tokenize.NUMBER: "d", tokenize.STRING: "s", tokenize.OP: "o", tokenize
 
 @dataclass(frozen=True)
 class PythonTags(SourceTask):
-    """Some lines of Python source to a letter of `LABELS` for each character: "x = 1 # a" to "nwowdwrrr".
+    """Lines of Python source to one letter of `LABELS` per character: "x = 1 # a" to "nwowdwrrr".
 
-    Source and target have the same length. What a character is depends on others: "or" is a keyword, but not in
-    "for", in a string or after a dot. No piece is in two splits, and no file.
+    Source and target have the same length. The label of a character depends on its context: "or" is a keyword, but not
+    in "for", in a string or after a dot. No piece and no file is in two splits.
     """
 
     characters: int = 160
-    """most characters of a piece: as many whole statements and comments as fit; one that is longer is left out"""
+    """maximum number of characters of a piece, which holds as many whole statements and comments as fit; a longer
+    statement is left out"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("characters", self.characters, 1)
 
     def encoder_objective(self) -> Literal["Tagging"]:
-        """A label for each character."""
+        """Returns "Tagging": one label for each character."""
         return "Tagging"
 
     def load(self) -> dict[str, Dataset]:
-        """The splits; FileNotFoundError or ValueError where there is no folder, or too few files in it."""
+        """Cuts the splits from the source files.
+
+        Raises:
+            FileNotFoundError: the root folder does not exist.
+            ValueError: a split is empty, because the folder has too few files.
+        """
         return self.cut(self._examples)
 
     def _examples(self, file: SourceFile) -> Iterator[Example]:
@@ -73,10 +79,16 @@ class PythonTags(SourceTask):
 
 
 def tag(text: str) -> tuple[str, list[int]]:
-    r"""A letter for each character of a whole file, and where its statements, comments and blank lines end.
+    r"""Labels each character of a Python file.
+
+    Args:
+        text: the whole file.
+
+    Returns:
+        One letter of `LABELS` per character, and the offsets at which statements, comments and blank lines end.
 
     Raises:
-        SyntaxError or tokenize.TokenError: it is no Python source.
+        SyntaxError: the text is not valid Python; or `tokenize.TokenError`.
 
     >>> tag("def f(x):\n    return x.real\n")
     ('kkkwfonoowwwwwkkkkkkwnoaaaaw', [10, 28])
@@ -88,7 +100,7 @@ def tag(text: str) -> tuple[str, list[int]]:
         start, end = (min(starts[row - 1] + column, len(text)) for row, column in (token.start, token.end))
         kind = tokenize.tok_name[token.type]
         if kind.endswith("STRING_START"):
-            # From Python 3.12 on, a formatted string is several tokens; before, and here, it is one.
+            # From Python 3.12 on, an f-string is several tokens. It is labelled as one string, as before 3.12.
             string_start = start if nested == 0 else string_start
             nested += 1
         elif kind.endswith("STRING_END"):
@@ -108,7 +120,7 @@ def tag(text: str) -> tuple[str, list[int]]:
 
 
 def _name(name: str, previous: str) -> str:
-    if previous == "." and not keyword.iskeyword(name):  # only `import` may follow a dot: `from . import x`
+    if previous == "." and not keyword.iskeyword(name):  # `import` is the only keyword after a dot: `from . import x`
         return "a"
     if previous in ("def", "class"):
         return previous.replace("def", "f")[0]
@@ -116,7 +128,7 @@ def _name(name: str, previous: str) -> str:
 
 
 def _spans(ends: list[int], characters: int) -> Iterator[tuple[int, int]]:
-    """Starts and ends of as many consecutive units as fit; a unit that does not fit alone is in none."""
+    """Yields (start, end) of pieces of as many consecutive units as fit; a unit longer than a piece is skipped."""
     start = 0
     for last, end in itertools.pairwise([0, *ends]):
         if end - start > characters:

@@ -1,4 +1,4 @@
-"""Pictures of strings in many fonts, turned, sheared, blurred and noisy: to be read."""
+"""Pictures of strings in many fonts, rotated, sheared, blurred and noisy, for models that read images."""
 
 import dataclasses
 import itertools
@@ -24,14 +24,14 @@ FONTS = (
     *("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic"),
     *("cmr10", "cmb10", "cmss10", "cmtt10"),
 )
-"""Fonts that come with matplotlib."""
+"""Fonts that come with matplotlib, so that no font must be installed."""
 
-_MARGIN = 2  # pixels that no undistorted letter touches
+_MARGIN = 2  # pixels at each edge that no letter touches before the blur
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a picture, as one line of text: `str(recipe)` and `Recipe.parse`.
+    """Everything that determines a picture, written as one line of text by `str(recipe)` and read by `Recipe.parse`.
 
     >>> recipe = Recipe.parse("k3f|DejaVuSans|18|-2.5|0.1|0.05|0.5|0.8|7|32x128")
     >>> recipe.font, recipe.height, str(recipe)
@@ -39,27 +39,27 @@ class Recipe:
     """
 
     text: str
-    """What is written."""
+    """The string in the picture."""
     font: str
     """One of `FONTS`."""
     size: int
-    """Of the letters, in pixels; smaller where the text would not fit."""
+    """Font size in pixels; the text is scaled down if it does not fit."""
     angle: float
-    """By which the text is turned, in degrees against the clock."""
+    """Counter-clockwise rotation of the text in degrees."""
     shear: float
-    """Pixels by which a line leans to the right for each pixel of height."""
+    """Shift to the right in pixels, for each pixel of height."""
     noise: float
-    """Standard deviation of the noise of each pixel; white is 1 and black 0."""
+    """Standard deviation of the noise of each pixel, where white is 1 and black is 0."""
     blur: float
-    """Standard deviation of the blur, in pixels."""
+    """Standard deviation of the Gaussian blur, in pixels."""
     contrast: float
-    """Paper less ink, from 0 to 1; both are as far from middle grey."""
+    """Brightness of the paper minus that of the ink, 0 to 1; both are equally far from middle grey."""
     seed: int
-    """Decides where in the picture the text stands, and the noise."""
+    """Decides the place of the text in the picture, and the noise."""
     height: int
-    """Of the picture, in pixels."""
+    """Height of the picture in pixels."""
     width: int
-    """Of the picture, in pixels."""
+    """Width of the picture in pixels."""
 
     def __str__(self) -> str:
         *parts, height, width = dataclasses.astuple(self)
@@ -67,13 +67,17 @@ class Recipe:
 
     @staticmethod
     def parse(recipe: str) -> "Recipe":
-        """The recipe of a line; ValueError where it is none."""
+        """Parses a line that `str(recipe)` wrote.
+
+        Raises:
+            ValueError: the line is not a recipe.
+        """
         try:
             text, font, size, *shape, seed, picture = recipe.split("|")
             angle, shear, noise, blur, contrast = map(float, shape)
             letters, number, height, width = map(int, (size, seed, *picture.split("x")))
         except ValueError:
-            raise ValueError(f"{recipe!r} is no recipe of a picture, such as {_EXAMPLE!r}") from None
+            raise ValueError(f"{recipe!r} is not the recipe of a picture, such as {_EXAMPLE!r}") from None
         return Recipe(text, font, letters, angle, shear, noise, blur, contrast, number, height, width)
 
 
@@ -82,42 +86,46 @@ _EXAMPLE = str(Recipe("k3f", "DejaVuSans", 18, -2.5, 0.1, 0.05, 0.5, 0.8, 7, 32,
 
 @dataclass(frozen=True)
 class RenderedText(DrawnTask):
-    """Random strings of letters and digits: "source" is the `Recipe` of a picture, "target" what is written there.
+    """Random strings of letters and digits: "source" is the `Recipe` of a picture, "target" is the string in it.
 
-    Every length is equally likely. No string occurs twice, within a split or between splits. `render` draws a recipe.
+    All lengths are equally likely. No string occurs twice, in one split or in two. `render` draws the picture of a
+    recipe.
     """
 
     train_examples: int = 20_000
-    """examples to train on"""
+    """number of training examples"""
     min_length: int = 3
-    """characters of the shortest strings"""
+    """minimum number of characters of a string"""
     max_length: int = 10
-    """characters of the longest strings"""
+    """maximum number of characters of a string"""
     alphabet: str = ascii_lowercase + digits
-    """characters that strings are made of"""
+    """characters to draw strings from, each once"""
     height: int = 32
-    """of the pictures, in pixels"""
+    """height of the pictures in pixels"""
     width: int = 128
-    """of the pictures, in pixels"""
+    """width of the pictures in pixels"""
     distortion: float = 1.0
-    """how much pictures are distorted: 0 for not at all, 1 for up to 5 degrees, a shear of 0.3, a blur of a pixel, a
-    noise of 0.1 and a contrast of 0.4"""
+    """strength of the distortions, 0 to 1; 0 is none, and 1 is at most 5 degrees of rotation, a shear of 0.3, a blur
+    of 1 pixel, a noise of 0.1 and a contrast of at least 0.4"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("min_length", self.min_length, 1, self.max_length, maximum_name="max_length")
         if len(set(self.alphabet)) < len(self.alphabet) or not self.alphabet or "|" in self.alphabet:
-            raise ValueError(f"alphabet ({self.alphabet!r}) must name characters once each, and not the mark '|'")
+            raise ValueError(f"alphabet ({self.alphabet!r}) must have at least one character, none twice, and not '|'")
         for two in map("".join, itertools.product(self.alphabet, repeat=2)):
-            # Two different strings could otherwise be one text in NFC, and be in two splits.
+            # Two different strings with one NFC form would be the same text, perhaps in two splits.
             if not unicodedata.is_normalized("NFC", two):
-                raise ValueError(f"alphabet ({self.alphabet!r}) must be of characters that NFC keeps, and not {two!r}")
+                raise ValueError(f"alphabet ({self.alphabet!r}) must have characters that NFC keeps, but has {two!r}")
         if min(self.height, self.width) <= 2 * _MARGIN:
             raise ValueError(f"height ({self.height}) and width ({self.width}) must be more than {2 * _MARGIN} pixels")
         check_number("distortion", self.distortion, minimum=0, maximum=1)
 
     def load(self) -> dict[str, Dataset]:
-        """The splits; ValueError where there are fewer strings than examples.
+        """Draws the splits; pictures are drawn later, by `render`.
+
+        Raises:
+            ValueError: there are fewer strings than examples.
 
         >>> task = RenderedText(train_examples=10, validation_examples=1, test_examples=1)
         >>> task.load()["test"][0]["target"]
@@ -157,10 +165,16 @@ class RenderedText(DrawnTask):
 
 @cache
 def render(recipe: str) -> np.ndarray:
-    """The picture of a recipe: uint8 `[height, width]`, 255 for white; drawn once in a process, and not to be written.
+    """Draws the picture of a recipe.
+
+    Args:
+        recipe: a line that `str(Recipe(...))` wrote.
+
+    Returns:
+        The picture, uint8 `[height, width]`, 255 for white. The array is read-only and cached for the whole process.
 
     Raises:
-        ValueError: the text is no recipe, or its font is not one of `FONTS`.
+        ValueError: the text is not a recipe, or its font is not one of `FONTS`.
 
     >>> picture = render("k3f|DejaVuSans|18|-2.5|0.1|0.05|0.5|0.8|7|32x128")
     >>> picture.shape, picture.dtype.name
@@ -180,7 +194,7 @@ def render(recipe: str) -> np.ndarray:
 
 
 def _written(text: str, font: str, size: int) -> Image.Image:
-    """The text, white on black, in a picture that it just fills."""
+    """Draws the text, white on black, in a picture of its own size."""
     face = _face(font, size)
     left, top, right, bottom = face.getbbox(text)
     written = Image.new("L", (max(1, int(right - left)), max(1, int(bottom - top))))
@@ -189,15 +203,15 @@ def _written(text: str, font: str, size: int) -> Image.Image:
 
 
 def _placed(written: Image.Image, recipe: Recipe, random: Generator) -> Image.Image:
-    """The text turned and sheared, made smaller where it would not fit, and put somewhere in the picture."""
+    """Rotates and shears the text, scales it down if it does not fit, and puts it at a random place in the picture."""
     turn = np.deg2rad(recipe.angle)
-    # From the text to the picture, x to the right and y down.
+    # The map from the text to the picture; x points to the right and y down.
     forward = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) @ [[1, -recipe.shear], [0, 1]]
     box, room = np.abs(forward) @ written.size, np.array([recipe.width, recipe.height]) - 2 * _MARGIN
     scale = min(1.0, *(room / box))
     forward, free = scale * forward, room - scale * box
     centre = _MARGIN + scale * box / 2 + free * random.uniform(size=2)
-    # Pillow asks for the way back, from each pixel of the picture to the text.
+    # Pillow needs the inverse map, from each pixel of the picture to the text.
     back = np.linalg.inv(forward)
     offset = np.array(written.size) / 2 - back @ centre
     coefficients = (*back[0], offset[0], *back[1], offset[1])
@@ -208,5 +222,5 @@ def _placed(written: Image.Image, recipe: Recipe, random: Generator) -> Image.Im
 @cache
 def _face(font: str, size: int) -> ImageFont.FreeTypeFont:
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{font}.ttf")
-    # Pillow can do more only where another library is installed; so the letters stand alike everywhere.
+    # The basic layout is the only one that needs no further library, so that all machines draw the same pictures.
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)

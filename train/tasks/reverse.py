@@ -1,4 +1,4 @@
-"""Strings of letters to be written backwards: attention has to learn the other diagonal."""
+"""Strings of letters to their reverse: attention must learn the anti-diagonal."""
 
 from dataclasses import dataclass
 from string import ascii_lowercase
@@ -12,18 +12,21 @@ from train.tasks.task import DrawnTask, generator
 
 @dataclass(frozen=True)
 class Reverse(DrawnTask):
-    """Random strings of the letters a to z to their reverse: "abc" to "cba"; every length is equally likely.
+    """Random strings of the letters a to z to their reverse, as "abc" to "cba"; all lengths are equally likely.
 
-    No string occurs twice, within a split or between splits.
+    No string occurs twice, in one split or in two.
     """
 
     min_length: int = 1
-    """letters of the shortest strings"""
+    """minimum number of letters of a string"""
     max_length: int = 16
-    """letters of the longest strings"""
+    """maximum number of letters of a string"""
 
     def load(self) -> dict[str, Dataset]:
-        """The splits; ValueError where there are fewer strings than examples.
+        """Draws the splits.
+
+        Raises:
+            ValueError: the lengths are not 1 <= min_length <= max_length, or there are fewer strings than examples.
 
         >>> Reverse(max_length=5, train_examples=100, validation_examples=10, test_examples=10).load()["test"][0]
         {'source': 'qnhib', 'target': 'bihnq'}

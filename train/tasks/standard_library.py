@@ -1,4 +1,4 @@
-"""Text that every machine has: the source of Python's standard library, split by file."""
+"""Text that every machine has: the source code of Python's standard library, split by file."""
 
 import hashlib
 import io
@@ -16,15 +16,15 @@ from seqattn.checks import check_integer
 from train.tasks.task import Task, generator, splits
 
 HELD_OUT = 10
-"""About one file in so many is for validation, and as many are for the test."""
+"""About one file in `HELD_OUT` is for validation, and about as many are for the test."""
 
-# Not every installation has the first three and ensurepip, and newer Pythons have neither lib2to3 nor distutils; the
-# others are tests, tables and texts that a program wrote, and what is not of the library at all.
+# Not every installation has the first three folders and ensurepip, and newer Pythons lack lib2to3 and distutils. The
+# others hold tests, generated tables and texts, and files that are not part of the library.
 LEFT_OUT = frozenset(
     "idlelib tkinter turtledemo lib2to3 distutils ensurepip test tests encodings pydoc_data __phello__ site-packages "
     "dist-packages __pycache__".split()
 )
-"""Folders that are not read, wherever they are; neither is one whose name starts with "config-"."""
+"""Names of folders that are not read, at any depth. Folders that start with "config-" are not read either."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class SourceFile:
     """One file of Python source.
 
     Attributes:
-        path: where it is in the library, as in "email/parser.py".
-        text: what it holds, in NFC, with "\\n" at the ends of lines.
+        path: path inside the library, such as "email/parser.py".
+        text: content in NFC, with "\\n" as line end.
     """
 
     path: str
@@ -41,9 +41,9 @@ class SourceFile:
 
     @property
     def split(self) -> str:
-        """The split it belongs to: a function of the path alone, so the same on every machine and in every Python."""
-        # 859 is a number that gives both held-out splits 2 to 24 % of each package of CodeTopics, in 3.11 to 3.13.
-        # Some file systems write names in another normal form than they were given.
+        """The split of the file. It depends on the path only, so it is the same on all machines and Python versions."""
+        # The salt 859 puts 2 to 24 % of each package of CodeTopics into both held-out splits, in Python 3.11 to 3.13.
+        # NFC, as some file systems store names in another normal form.
         path = unicodedata.normalize("NFC", self.path)
         digest = hashlib.blake2b(f"859:{path}".encode(), digest_size=8).digest()
         number = int.from_bytes(digest, "big") % HELD_OUT
@@ -51,7 +51,7 @@ class SourceFile:
 
 
 class Example(NamedTuple):
-    """A pair, and what makes it another one than the others: of several examples with one key, the first is kept."""
+    """A pair of texts and a key that identifies it: of several examples with equal keys, the first is kept."""
 
     source: str
     target: str
@@ -60,33 +60,44 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceTask(Task):
-    """The settings of a task whose examples are cut from files of Python source."""
+    """Settings of a task that cuts its examples from files of Python source."""
 
     root: Path | None = None
-    """folder of Python source to read; without it, the standard library of the running Python"""
+    """folder of Python source; None is the standard library of the running Python"""
     train_examples: int | None = None
-    """most examples to train on, drawn by the seed; fewer are some of those of more; None for all there are"""
+    """maximum number of training examples, drawn by the seed; a smaller number is a subset of a larger one; None is
+    all"""
     validation_examples: int | None = 1_000
-    """most examples that watch over the training"""
+    """maximum number of validation examples; None is all"""
     test_examples: int | None = 1_000
-    """most examples that judge the trained model"""
+    """maximum number of test examples; None is all"""
     seed: int = 0
-    """any integer; it decides which examples are drawn, and their order"""
+    """any integer; decides which examples are drawn, and their order"""
 
     def __post_init__(self) -> None:
         for name in ("train_examples", "validation_examples", "test_examples"):
             most = getattr(self, name)
             if most is not None:
-                check_integer(name, most, 1, hint=", or None for all there are")
+                check_integer(name, most, 1, hint=", or None for all")
 
     def cut(self, examples: Callable[[SourceFile], Iterable[Example]]) -> dict[str, Dataset]:
-        """The splits of what each file gives. No file is in two splits, and no key: the test's example is kept."""
+        """Divides the examples of all files into splits. No file and no key is in two splits; the test keeps a key.
+
+        Args:
+            examples: cuts the examples of one file.
+
+        Raises:
+            FileNotFoundError: the root folder does not exist.
+            ValueError: a split is empty.
+        """
+        # The order of these keys is the order of precedence: a key stays in the first split that has it.
         found: dict[str, list[Example]] = {"test": [], "validation": [], "train": []}
         for file in read_source(self.root):
             found[file.split].extend(examples(file))
         seen: set[str] = set()
         chosen = {}
         for split, rows in found.items():
+            # Reversed twice: a dict keeps the last value of a key, and the first example of a key is wanted.
             distinct = {row.key: (row.source, row.target) for row in reversed(rows) if row.key not in seen}
             seen |= distinct.keys()
             pairs = list(reversed(distinct.values()))
@@ -96,16 +107,16 @@ class SourceTask(Task):
 
 
 def read_source(root: Path | None = None) -> Iterator[SourceFile]:
-    """The files of Python source under a folder, in the order of their paths.
+    """Yields the Python files under a folder, in the order of their paths.
 
-    Left out are the folders of `LEFT_OUT`, files of `sysconfig` that a build wrote, and files that are empty, that
-    cannot be decoded, or that have the text of one before. Whether a file parses is not asked.
+    Skips the folders of `LEFT_OUT`, the files of `sysconfig` that a build wrote, and files that are empty, cannot be
+    decoded, or have the same text as an earlier one. Files need not be valid Python.
 
     Args:
         root: the folder; None is the standard library of the running Python.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     if not root.is_dir():
@@ -119,7 +130,7 @@ def read_source(root: Path | None = None) -> Iterator[SourceFile]:
 
 
 def split_lines(text: str) -> Iterator[str]:
-    r"""The lines of a text with their ends; only "\n" ends a line, not the form feed that some files hold.
+    r"""Iterates over the lines of a text, with their ends; only "\n" ends a line, not a form feed.
 
     >>> list(split_lines("a\n\fb\nc"))
     ['a\n', '\x0cb\n', 'c']
@@ -137,7 +148,7 @@ def _is_left_out(path: PurePosixPath) -> bool:
 
 
 def _text(path: Path) -> str:
-    """What a file holds; nothing where it cannot be decoded."""
+    """Returns the content of a file in NFC, or "" if it cannot be decoded."""
     try:
         with tokenize.open(path) as file:
             return unicodedata.normalize("NFC", file.read())

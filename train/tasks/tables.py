@@ -1,6 +1,7 @@
-"""Tables of JSON and CSV whose texts are as they stand in the file.
+"""JSON and CSV files as tables whose texts are exactly those in the file.
 
-`datasets` infers types of columns: texts that are all ISO dates become timestamps, "05" a number, and "NA" nothing.
+The package `datasets` infers types of columns instead: a column of ISO dates becomes timestamps, "05" becomes a number,
+and "NA" becomes None.
 """
 
 import csv
@@ -22,10 +23,11 @@ from datasets.packaged_modules.csv.csv import Csv, CsvConfig
 from datasets.packaged_modules.json.json import Json, JsonConfig
 
 Row = tuple[int, Mapping[str, Any]]
-"""The line of a file on which a row begins, from 1, and its values by column."""
+"""The line on which a row begins, counted from 1, and the values of the row by column."""
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-# Which rows and columns there are; what says how values are inferred has no meaning here.
+# Settings that select rows or columns are refused, as ignoring them would give other examples. Settings of type
+# inference have no meaning here and are ignored.
 _UNUSED = (
     *("index_col", "usecols", "prefix", "skiprows", "skip_blank_lines", "nrows", "skipfooter", "comment"),
     *("lineterminator", "dialect", "on_bad_lines", "error_bad_lines"),
@@ -39,7 +41,7 @@ class Table:
 
     Attributes:
         columns: the values of each column, by name.
-        places: the file and line where each row begins; none where the rows are not from text.
+        places: the file and line of each row, as "FILE:LINE"; empty if the rows are not from JSON or CSV.
     """
 
     columns: Mapping[str, Sequence[Any]]
@@ -47,17 +49,19 @@ class Table:
 
 
 def tables(builder: DatasetBuilder, cache: str | None) -> dict[str, Callable[[], Table]]:
-    """How to read each split of a data set. JSON and CSV are read here; other formats have types of their own.
+    """Returns a function for each split of a dataset, which reads its table.
+
+    JSON and CSV files are read by this module. Other formats store types with their values, so `datasets` reads them.
 
     Args:
-        builder: the data set, as of `datasets.load_dataset_builder`.
-        cache: a folder for files that are downloaded; None for the usual one.
+        builder: the dataset, as from `datasets.load_dataset_builder`.
+        cache: a folder for downloaded files; None is the default folder of `datasets`.
 
-    Raises (when a split is read):
-        ValueError: naming file and line, where a file is not what it should be.
+    Returns:
+        The functions by split. They raise ValueError, naming file and line, if a file is malformed.
     """
     if isinstance(builder, Json | Csv):
-        # Read within archives, so that nothing is written out of them.
+        # On the fly: an archive is read in place, so no file of it is written to disk.
         manager = DownloadManager(download_config=DownloadConfig(cache_dir=cache, extract_on_the_fly=True))
         files = builder.config.data_files or {}
         return {str(split): partial(_table, builder.config, names, manager) for split, names in files.items()}
@@ -70,17 +74,17 @@ def _typed_table(rows: Dataset) -> Table:
 
 
 def json_rows(text: str, field: str | None = None) -> Iterator[Row]:
-    r"""The objects of a text of JSON: one a line, one after the other, or those of a list.
+    r"""Yields the objects of a JSON text, which holds one per line, several in sequence, or a list of them.
 
-    A row of a list begins where the list does.
+    The line of a row in a list is the line on which the list begins.
 
     Args:
         text: the whole file.
-        field: the field of the only object that holds the list.
+        field: the field that holds the list, if the file is one object.
 
     Raises:
-        ValueError: starting with the line, where the text is no JSON or something else than objects, or an object has
-            one key twice. Objects within a row that have are no objects, but `Twice`.
+        ValueError: the text is not JSON, a row is not an object, or a row has one key twice. The message starts with
+            the line number. An object inside a row that has one key twice is replaced with `Twice`.
 
     >>> list(json_rows('{"a": "05"}\n{"a": null}\n'))
     [(1, {'a': '05'}), (2, {'a': None})]
@@ -93,17 +97,17 @@ def json_rows(text: str, field: str | None = None) -> Iterator[Row]:
             if isinstance(row, Twice):
                 raise ValueError(f"{line}: {row!r}, in row {number}: keep one of the two")
             if not isinstance(row, dict):
-                raise ValueError(f"{line}: no object, but {row!r:.60}, in row {number}")
+                raise ValueError(f"{line}: expected an object, got {row!r:.60}, in row {number}")
             yield line, row
             number += 1
 
 
 @dataclass(frozen=True, repr=False)
 class Twice:
-    """What stands in the place of an object of JSON that has one key twice: which of the two counts would be a guess.
+    """Replaces a JSON object that has one key twice, since the choice of one of the values would be a guess.
 
     Attributes:
-        key: the first such key.
+        key: the first repeated key.
     """
 
     key: str
@@ -127,13 +131,14 @@ def _json_values(text: str) -> Iterator[tuple[int, Any]]:
     for number in itertools.count():
         if at == len(text):
             return
+        # Count only the new part: counting from the start would be quadratic in the number of rows.
         line, counted = line + text.count("\n", counted, at), at
         try:
             value, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            row = "" if number == 0 and text[at] == "[" else f" in row {number}"  # of a list it is not known
+            row = "" if number == 0 and text[at] == "[" else f" in row {number}"  # the row inside a list is not known
             raise ValueError(f"{error.lineno}: {error.msg} (column {error.colno}){row}") from error
-        except (ValueError, RecursionError) as error:  # a number of too many digits, or too deep
+        except (ValueError, RecursionError) as error:  # a number has too many digits, or the nesting is too deep
             raise ValueError(f"{line}: {error} in row {number}") from error
         yield line, value
         at = _after_space(text, end)
@@ -146,15 +151,16 @@ def _after_space(text: str, at: int) -> int:
 
 
 def csv_rows(text: str, config: CsvConfig) -> Iterator[Row]:
-    r"""The rows of a text of CSV; blank lines are none.
+    r"""Yields the rows of a CSV text, without blank lines.
 
     Args:
         text: the whole file.
-        config: separator, quotes, and names of the columns where the first line does not hold them.
+        config: separator, quotes, and names of the columns if the first line does not have them.
 
     Raises:
-        ValueError: starting with the line, where quotes are wrong, or a row has more or fewer fields than there are
-            columns; or naming a setting that is not served.
+        ValueError: quotes are malformed, a row has more or fewer fields than there are columns, the columns have no
+            names or equal ones, or `config` has a setting that is not supported. The message starts with the line
+            number.
 
     >>> list(csv_rows("a,b\n05,NA\n", CsvConfig()))
     [(2, {'a': '05', 'b': 'NA'})]
@@ -165,12 +171,12 @@ def csv_rows(text: str, config: CsvConfig) -> Iterator[Row]:
         _, written = next(rows, (1, []))
         names = written if names is None else names
     if names is None or config.header not in ("infer", 0, None):
-        raise ValueError(f"1: the columns need names: header ({config.header}) must be 0, or column_names be given")
+        raise ValueError(f"1: the columns need names: header ({config.header}) must be 0, or give column_names")
     if len(set(names)) < len(names):
         raise ValueError(f"1: two columns have the same name: {', '.join(names)}")
     for line, values in rows:
         if len(values) != len(names):
-            raise ValueError(f"{line}: {len(values)} fields, and there are {len(names)} columns")
+            raise ValueError(f"{line}: {len(values)} fields, but there are {len(names)} columns")
         yield line, dict(zip(names, values, strict=True))
 
 
@@ -178,16 +184,17 @@ def _csv_lines(text: str, config: CsvConfig) -> Iterator[tuple[int, list[str]]]:
     default = CsvConfig()
     for name in _UNUSED:
         if getattr(config, name) != getattr(default, name):
-            raise ValueError(f"1: {name} ({getattr(config, name)}) of its configuration is not served")
+            raise ValueError(f"1: {name} ({getattr(config, name)}) of the dataset's configuration is not supported")
     settings: dict[str, Any] = {name: getattr(config, name) for name in _FORMAT}
     limit, line = csv.field_size_limit(), 1
     try:
+        # The default limit refuses long texts. It is global to the process, so it is restored below.
         csv.field_size_limit(max(limit, len(text)))
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=config.sep, strict=True, **settings)
         for values in reader:
             if values:
                 yield line, values
-            line = reader.line_num + 1
+            line = reader.line_num + 1  # of the next row: a quoted field may span several lines
     except csv.Error as error:
         raise ValueError(f"{line}: {error}") from error
     finally:
@@ -202,14 +209,14 @@ def _table(config: JsonConfig | CsvConfig, files: Sequence[str], manager: Downlo
             for line, row in _rows(_text(path, config.encoding or "utf-8", config.encoding_errors or "strict"), config):
                 rows.append(row)
                 places.append(f"{file}:{line}")
-        except ValueError as error:  # it starts with the line
+        except ValueError as error:  # the message starts with the line number
             raise ValueError(f"{file}:{error}") from error
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
     return Table({name: [row.get(name) for row in rows] for name in names}, places)
 
 
 def _paths(files: Sequence[str], manager: DownloadManager) -> Iterator[tuple[str, str]]:
-    """Each file by its name, and where it can be read; of an archive those within."""
+    """Yields the name of each file and the path to read it from; an archive gives the files inside."""
     for file in files:
         inner = list(manager.iter_files(manager.download_and_extract(file)))
         yield from ((file if len(inner) == 1 else path, path) for path in inner)
@@ -220,7 +227,7 @@ def _rows(text: str, config: JsonConfig | CsvConfig) -> Iterable[Row]:
 
 
 def _text(path: str, encoding: str, errors: str) -> str:
-    """What a file holds, without a byte order mark; what is wrong is named behind the line."""
+    """Returns the decoded content of a file without a byte order mark; error messages start with the line number."""
     content = b""
     try:
         with fsspec.open(path, "rb") as file:

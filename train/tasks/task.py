@@ -1,4 +1,4 @@
-"""What a task is: a source of (source text, target text) examples in three splits."""
+"""The interface of a task: a source of (source text, target text) examples in three splits."""
 
 import abc
 import importlib
@@ -19,30 +19,32 @@ Pair = tuple[str, str]
 
 
 class Task(abc.ABC):
-    """What can produce examples: a subclass is a frozen dataclass of settings.
+    """A source of examples. A subclass is a frozen dataclass of settings and implements `load`.
+
+    The docstrings of a subclass's fields are the help texts of its command-line flags.
 
     Attributes:
-        objective: what a model that writes text learns from the examples: "SequenceToSequence", the target given the
-            source, or "Continuation", the target alone, where sources are empty. The head of an encoder decides what
-            that learns.
-        scores: what is measured of written texts beside the loss, exact matches and, if asked for, BLEU: "rouge", which
-            is ROUGE-L and the perplexity, for outputs of one line.
+        objective: what a model that writes text learns from the examples. "SequenceToSequence" is the target given the
+            source; "Continuation" is the target alone, for tasks with empty sources. For encoders the head decides
+            instead.
+        scores: further measures of the outputs, beside the loss, exact matches and optional BLEU. "rouge" adds ROUGE-L
+            and the perplexity, for outputs of one line.
     """
 
     objective: ClassVar[Literal["SequenceToSequence", "Continuation"]] = "SequenceToSequence"
     scores: ClassVar[frozenset[Literal["rouge"]]] = frozenset()
 
     def encoder_objective(self) -> Literal["Masking", "Tagging", "Classification"] | None:
-        """The only objective that the examples serve for an encoder; None where its head alone decides."""
+        """Returns the only objective that an encoder can learn from the examples; None if its head decides."""
         return None
 
     @abc.abstractmethod
     def load(self) -> dict[str, Dataset]:
-        """The splits "train", "validation" and "test", each with the text columns "source" and "target", none empty."""
+        """Returns the splits "train", "validation" and "test", none empty, with the columns "source" and "target"."""
 
 
 def every_task() -> tuple[type[Task], ...]:
-    """The tasks that the files of `train/tasks/` define, in the order of the files' names."""
+    """Returns the task classes defined in the files of `train/tasks/`, in the order of the file names."""
     package = importlib.import_module("train.tasks")
     names = sorted(f"train.tasks.{module.name}" for module in pkgutil.iter_modules(package.__path__))
     return tuple(kind for name in names for kind in _defined(name))
@@ -56,9 +58,10 @@ def _defined(module: str) -> Iterator[type[Task]]:
 
 
 def splits(train: Sequence[Pair], validation: Sequence[Pair], test: Sequence[Pair]) -> dict[str, Dataset]:
-    """What `Task.load` returns, from lists of pairs.
+    """Makes the splits that `Task.load` returns from lists of pairs, and brings all texts to NFC.
 
-    Raises ValueError, naming the counts, where a split is empty.
+    Raises:
+        ValueError: a split is empty; the message has the counts.
 
     >>> splits([("ab", "ba")], [("cd", "dc")], [("ef", "fe")])["test"][0]
     {'source': 'ef', 'target': 'fe'}
@@ -72,7 +75,7 @@ def splits(train: Sequence[Pair], validation: Sequence[Pair], test: Sequence[Pai
 
 
 def normalized(pairs: Iterable[Pair]) -> list[Pair]:
-    r"""The pairs in NFC, as tokenizers write; texts are compared, counted and split in this form alone.
+    r"""Brings pairs to NFC, the form that tokenizers write; texts are compared, counted and split in this form only.
 
     >>> normalized([("u\u0308ber", "over")])
     [('über', 'over')]
@@ -81,28 +84,28 @@ def normalized(pairs: Iterable[Pair]) -> list[Pair]:
 
 
 def _dataset(pairs: Sequence[Pair]) -> Dataset:
-    """In NFC: else no output could equal a reference that was typed in another form."""
+    """Makes a dataset with texts in NFC, so that outputs can equal references that were typed in another form."""
     source, target = zip(*normalized(pairs), strict=True)
     return Dataset.from_dict({"source": source, "target": target})
 
 
 def generator(seed: int) -> np.random.Generator:
-    """Random numbers for any integer, each with a stream of its own: NumPy itself refuses negative seeds."""
+    """Returns a random generator for any integer; NumPy itself refuses negative seeds."""
     return np.random.default_rng([int(seed < 0), abs(seed)])
 
 
 @dataclass(frozen=True)
 class DrawnTask(Task):
-    """The settings of a task that makes its examples up; the same settings give the same examples."""
+    """Settings of a task that generates its examples; equal settings give equal examples."""
 
     train_examples: int = 50_000
-    """examples to train on"""
+    """number of training examples"""
     validation_examples: int = 1_000
-    """examples that watch over the training"""
+    """number of validation examples"""
     test_examples: int = 1_000
-    """examples that judge the trained model"""
+    """number of test examples"""
     seed: int = 0
-    """any integer; it decides which examples are drawn"""
+    """any integer; decides which examples are drawn"""
 
     def __post_init__(self) -> None:
         for name in ("train_examples", "validation_examples", "test_examples"):
@@ -110,13 +113,13 @@ class DrawnTask(Task):
 
     @property
     def examples(self) -> int:
-        """How many examples the three splits hold together."""
+        """The number of examples of all three splits together."""
         return self.train_examples + self.validation_examples + self.test_examples
 
     def cut(self, pairs: Sequence[Pair]) -> dict[str, Dataset]:
-        """The splits from `examples` distinct pairs in random order: the test split first, the training split last.
+        """Divides `examples` distinct pairs in random order into splits.
 
-        More training examples thus leave the other two splits as they were.
+        The test split comes first and the training split last, so more training examples do not change the other two.
         """
         test, validation = self.test_examples, self.test_examples + self.validation_examples
         return splits(train=pairs[validation:], validation=pairs[test:validation], test=pairs[:test])

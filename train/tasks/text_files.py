@@ -1,4 +1,4 @@
-"""Text of one's own to model: the lines, or the paragraphs, of files."""
+"""Language modeling of your own text: the lines or paragraphs of files."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,36 +20,44 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TextFiles(OwnFiles):
-    """Text of UTF-8 files, plain or .gz, for language models and encoders of hidden tokens: the source is empty.
+    """Text from UTF-8 files, plain or .gz, for language models and masked-token encoders; sources are empty.
 
-    Each line is an example, or each paragraph: lines without a blank one between them. One that is longer than
-    `characters` is cut into several. Lines and paragraphs that are repeated, in whichever files, are used once, and all
-    pieces of one are in the same split. A piece that two splits have, such as the first lines of a licence, is left out
-    of training, and of validation where the test has it. `train.tasks.lines.read_lines` says what a line is.
+    Each line is an example, or each paragraph, which ends at a blank line. Units longer than `characters` are cut into
+    several pieces, all in the same split. A unit that occurs several times, in any files, is used once. A piece that
+    occurs in two splits, such as the first lines of a license, is left out of training, and of validation if the test
+    has it. `train.tasks.lines.read_lines` defines what a line is.
     """
 
     objective: ClassVar[Literal["Continuation"]] = "Continuation"
 
     unit: Literal["line", "paragraph"] = "line"
-    """what is an example, and never in two splits"""
+    """unit of text that makes one example and is never in two splits; paragraphs are separated by blank lines"""
     characters: int = 512
-    """most characters of an example; a longer paragraph is cut at the end of a line, a longer line anywhere"""
+    """maximum number of characters of an example; longer paragraphs are cut at line ends, longer lines anywhere"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("characters", self.characters, 1)
 
     def encoder_objective(self) -> Literal["Masking"]:
-        """Hidden tokens of the text; there are no labels."""
+        """Returns "Masking": an encoder learns hidden tokens, as the texts have no labels."""
         return "Masking"
 
     def load(self) -> dict[str, Dataset]:
-        """The splits; ValueError or FileNotFoundError, naming file and line where there is one, if that cannot be."""
+        """Reads the files and divides them into splits.
+
+        Raises:
+            FileNotFoundError: a file or folder does not exist.
+            ValueError: a line cannot be read (the message names file and line), or a split is empty.
+        """
         found = self.found(_lines if self.unit == "line" else _paragraphs)
         return splits(**self._cut(self.divide(found)))
 
     def _cut(self, divided: Mapping[str, Sequence[Pair]]) -> dict[str, list[Pair]]:
-        """The pieces that are not blank and stand in no other split, compared without blanks at their ends."""
+        """Cuts each split into pieces and drops blank ones and those that the test, or then validation, has already.
+
+        Pieces are compared without white space at their ends.
+        """
         cut: dict[str, list[Pair]] = {}
         seen: set[str] = set()
         for split in ("test", "validation", "train"):
@@ -57,10 +65,10 @@ class TextFiles(OwnFiles):
             cut[split] = [("", piece) for piece in found if piece.strip() not in seen]
             seen.update(piece.strip() for _, piece in cut[split])
             if left_out := len(found) - len(cut[split]):
-                log.warning("%s: %d of %d pieces left out, which stand in another split", split, left_out, len(found))
+                log.warning("%s: left out %d of %d pieces, which occur in another split", split, left_out, len(found))
             if not cut[split]:
                 raise ValueError(
-                    f"nothing to use for {split}: all its {len(found)} pieces stand in another split, too; give other "
+                    f"nothing to use for {split}: all its {len(found)} pieces also occur in another split; give other "
                     f"texts, or larger pieces with --task.characters ({self.characters})"
                 )
         return cut

@@ -1,4 +1,4 @@
-"""Translation: the examples are parallel text, from local files or from the Hugging Face hub."""
+"""Translation: parallel text from local files or from the Hugging Face hub."""
 
 import logging
 import re
@@ -20,32 +20,36 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-"""Half a character, which JSON can write."""
+"""A lone surrogate: half a character, which JSON can write and UTF-8 cannot."""
 
 
 @dataclass(frozen=True)
 class TranslationTask(Task):
-    """How examples are chosen from parallel text."""
+    """Settings that decide which pairs of parallel text become examples."""
 
     validation_examples: int = 1_000
-    """examples to hold out of the training text where there is no validation text"""
+    """number of examples to hold out of the training text if there is no validation text"""
     test_examples: int = 1_000
-    """examples to hold out of the training text where there is no test text"""
+    """number of examples to hold out of the training text if there is no test text"""
     max_characters: int = 1_000
-    """training pairs with a longer text on either side, in NFC, are left out; validation and test text is kept whole"""
+    """maximum number of characters (in NFC) on each side of a training pair; longer pairs are left out of training
+    only"""
     seed: int = 0
-    """any integer; it decides which examples are held out"""
+    """any integer; decides which examples are held out"""
 
     def choose(self, found: Mapping[str, Sequence[Pair]]) -> dict[str, Dataset]:
-        """The splits from the pairs found for "train" and perhaps for "validation" and "test".
+        """Makes the splits from the pairs found for "train" and perhaps for "validation" and "test".
 
-        Pairs with a blank side are skipped, and in training those that are too long; the counts are logged. What was
-        not found is held out of training: so many distinct sources, none of which stays in training with another
-        target. Characters are counted, and sources compared, in NFC. Raises ValueError, naming the counts, where too
-        little is left.
+        Pairs with a blank side are skipped; so are training pairs that are too long. The counts are logged. A missing
+        split is held out of training as distinct sources. All pairs with a held-out source leave training, even with
+        another target. Characters are counted, and sources compared, in NFC.
+
+        Raises:
+            ValueError: too few pairs are left; the message has the counts.
         """
         kept = {split: self._usable(split, normalized(pairs)) for split, pairs in found.items()}
         random = generator(self.seed)
+        # The test first: a change of validation_examples then leaves the test as it is.
         for split, examples in (("test", self.test_examples), ("validation", self.validation_examples)):
             if split not in kept:
                 kept[split], kept["train"] = _hold_out(split, examples, kept["train"], random)
@@ -66,13 +70,13 @@ class TranslationTask(Task):
 
 
 def _hold_out(split: str, examples: int, pairs: Sequence[Pair], random: Generator) -> tuple[list[Pair], list[Pair]]:
-    """So many pairs of different sources, and the pairs with none of these sources."""
-    first_target = dict(reversed(pairs))
+    """Returns `examples` pairs of different sources, and the pairs without any of these sources."""
+    first_target = dict(reversed(pairs))  # reversed, as a dict keeps the last target of a source
     sources = list(first_target)
     if not 1 <= examples < len(sources):
         raise ValueError(
             f"{split}_examples ({examples}) must be at least 1 and fewer than the {len(sources)} different sources "
-            "that they are held out of"
+            "of the training text"
         )
     chosen = [sources[number] for number in random.choice(len(sources), examples, replace=False)]
     held_out = {source: first_target[source] for source in chosen}
@@ -81,26 +85,32 @@ def _hold_out(split: str, examples: int, pairs: Sequence[Pair], random: Generato
 
 @dataclass(frozen=True)
 class ParallelFiles(TranslationTask):
-    """Parallel text in local files of UTF-8, plain or .gz: a line of one file translates the same line of the other.
+    """Parallel text in local UTF-8 files, plain or .gz: line n of the target file translates line n of the source file.
 
-    `train.tasks.lines.read_pairs` says what a line is and which files are refused.
+    `train.tasks.lines.read_lines` defines what a line is and which files are refused.
     """
 
     source: Path | None = None
-    """text to train on, one sentence a line"""
+    """training file in the source language, one sentence per line; required"""
     target: Path | None = None
-    """its translation, line by line"""
+    """training file in the target language, with the translation of each line; required"""
     validation_source: Path | None = None
-    """text to watch over the training; without it, examples are held out of the training text"""
+    """validation file in the source language; if None, examples are held out of the training text"""
     validation_target: Path | None = None
-    """its translation"""
+    """validation file in the target language"""
     test_source: Path | None = None
-    """text to judge the trained model; without it, examples are held out of the training text"""
+    """test file in the source language; if None, examples are held out of the training text"""
     test_target: Path | None = None
-    """its translation"""
+    """test file in the target language"""
 
     def load(self) -> dict[str, Dataset]:
-        """The splits; ValueError or FileNotFoundError, naming the flag, where a file is not given or not there."""
+        """Reads the files and makes the splits.
+
+        Raises:
+            FileNotFoundError: a file does not exist; the message names the flag.
+            ValueError: a file is not given (the message names the flag), two files have different numbers of lines, a
+                line cannot be read, or too few pairs are left.
+        """
         found = {"train": read_pairs(self._path("source"), self._path("target"))}
         if self.validation_source or self.validation_target:
             found["validation"] = read_pairs(self._path("validation_source"), self._path("validation_target"))
@@ -113,8 +123,8 @@ class ParallelFiles(TranslationTask):
         flag = "--task." + field.replace("_", "-")
         if path is None:
             raise ValueError(
-                f"set {flag} to a text file: --task.source and --task.target are needed, and so are both files of "
-                "any other split"
+                f"set {flag} to a text file: --task.source and --task.target are required, and another split needs "
+                "both of its files"
             )
         if not path.is_file():
             raise FileNotFoundError(f"{flag}: there is no file {path}")
@@ -123,32 +133,38 @@ class ParallelFiles(TranslationTask):
 
 @dataclass(frozen=True)
 class HubTranslation(TranslationTask):
-    """A dataset of the Hugging Face hub, or a local folder of its file formats.
+    """A dataset of the Hugging Face hub, or a local folder in one of its file formats.
 
-    Its texts are either in one column of dictionaries, a text for each language (the hub's translation feature), or
-    in two columns of text. In JSON and CSV texts are what stands there, also where all are dates or digits; a number of
-    JSON is none. Splits other than "train", "validation" and "test" are not used.
+    The texts are either in one column of dictionaries, with a text for each language (the translation feature of the
+    hub), or in two columns of text. Texts in JSON and CSV are read unchanged, even if all of them look like dates or
+    numbers. A JSON number is not a text. Splits other than "train", "validation" and "test" are ignored.
     """
 
     name: str = ""
-    """the dataset's name on the hub, or a folder"""
+    """name of the dataset on the hub, or a local folder; required"""
     config: str | None = None
-    """which of the dataset's configurations, where it has several"""
+    """configuration of the dataset, if it has several"""
     revision: str | None = None
-    """the version: a commit, a tag or a branch"""
+    """version of the dataset: a commit, tag or branch; None is the latest"""
     source_language: str | None = None
-    """the language to translate from, as the translation column names it"""
+    """source language, as a key of the translation column; or set source_column"""
     target_language: str | None = None
-    """the language to translate to, as the translation column names it"""
+    """target language, as a key of the translation column; or set target_column"""
     column: str = "translation"
-    """the translation column"""
+    """name of the translation column"""
     source_column: str | None = None
-    """a column of text to translate from, in place of a language"""
+    """name of a text column with the sources, instead of source_language"""
     target_column: str | None = None
-    """a column of text to translate to, in place of a language"""
+    """name of a text column with the targets, instead of target_language"""
 
     def load(self) -> dict[str, Dataset]:
-        """The splits; ValueError, naming split and row where there is one, if they lack what the settings ask for."""
+        """Reads the dataset and makes the splits.
+
+        Raises:
+            FileNotFoundError: the dataset does not exist.
+            ValueError: a setting is missing or contradicts another one, the dataset cannot be read, a row has no text
+                (the message names split, row and column), or too few pairs are left.
+        """
         for flag, given in (
             ("--task.name", self.name),
             ("--task.source-language or --task.source-column", self.source_language or self.source_column),
@@ -161,30 +177,31 @@ class HubTranslation(TranslationTask):
             if column and language:
                 raise ValueError(
                     f"--task.{side}-column ({column}) and --task.{side}-language ({language}) exclude each other: a "
-                    "language is one of the translation column"
+                    "language is a key of the translation column"
                 )
-        # What was once read from a folder is known by the times of its files, which may stay where their texts change.
+        # `datasets` identifies cached local files by their modification times, which may not change with their texts.
+        # A fresh cache folder forces it to read them again.
         with tempfile.TemporaryDirectory() as fresh:
             found = self._tables(fresh if Path(self.name).is_dir() else None)
             return self.choose({split: self._pairs(split, table) for split, table in found.items()})
 
     def _tables(self, cache: str | None) -> dict[str, Table]:
-        """The splits that are there; `cache` is for what `datasets` makes of the files."""
+        """Reads the splits that exist; `cache` is the cache folder of `datasets`."""
         try:
             builder = datasets.load_dataset_builder(self.name, self.config, revision=self.revision, cache_dir=cache)
         except RuntimeError as error:
-            if "script" not in str(error):  # which is not run
+            if "script" not in str(error):  # `datasets` refuses dataset scripts with a RuntimeError
                 raise
             raise ValueError(f"{self.name} cannot be used: {error}") from error
         try:
             found = tables(builder, cache)
             read = {split: found[split]() for split in SPLITS if split in found}
-        except DatasetGenerationError as error:  # it hides what is wrong with the file in its cause
+        except DatasetGenerationError as error:  # the cause of this error says what is wrong with the file
             raise ValueError(f"{self.name} cannot be read: {error.__cause__ or error}") from error
         except ValueError as error:
             raise ValueError(f"{self.name} cannot be read: {error}") from error
         if "train" not in read:
-            raise ValueError(f"{self.name} has no split 'train', it has {sorted(found)}")
+            raise ValueError(f"{self.name} has no split 'train'; it has {sorted(found)}")
         return read
 
     def _pairs(self, split: str, table: Table) -> list[Pair]:
@@ -196,7 +213,7 @@ class HubTranslation(TranslationTask):
     def _texts(self, where: str, table: Table, column: str | None, language: str | None) -> list[str]:
         name = column or self.column
         if name not in table.columns:
-            raise ValueError(f"{where}, has no column {name!r}, it has {list(table.columns)}")
+            raise ValueError(f"{where}, has no column {name!r}; it has {list(table.columns)}")
         texts: list[str] = []
         for number, value in enumerate(table.columns[name][:]):
             text = value if column else value.get(language) if isinstance(value, dict) else None

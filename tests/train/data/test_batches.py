@@ -190,7 +190,7 @@ def test_c8_long_examples_are_left_out_and_counted(caplog):
 
 
 def test_no_example_short_enough_is_an_error():
-    with pytest.raises(ValueError, match=r"none of 53 training examples has at most max_length \(2\)"):
+    with pytest.raises(ValueError, match=r"all 53 training examples are longer than max_length \(2\)"):
         stream(Batches(tokens=64, max_length=2), ROWS, seed=0)
 
 

@@ -56,5 +56,5 @@ def test_a_byte_order_mark_and_ends_of_lines_are_as_in_files(content, size, tmp_
 
 
 def test_a_nul_is_refused_as_in_files():
-    with pytest.raises(ValueError, match=r"line 2 of standard input: NUL is no character"):
+    with pytest.raises(ValueError, match=r"line 2 of standard input: the line contains NUL"):
         list(standard_input.lines_as_they_come(io.BytesIO(b"a\nb\0\n"), 100))

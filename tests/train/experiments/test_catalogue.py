@@ -57,7 +57,7 @@ def test_a_file_imports_from_its_folder_which_hides_no_library(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "must bind exactly one upper-case name to an Experiment, and it defines none"),
+        ("", "must bind exactly one upper-case name to an Experiment, but it defines none"),
         ("from train.experiments.reverse import REVERSE", "it defines none"),
         (MINE.replace("EXPERIMENT", "experiment"), "it defines none"),
         (MINE + "OTHER = EXPERIMENT", "it defines EXPERIMENT, OTHER"),
@@ -95,5 +95,5 @@ def test_a_file_that_is_missing_or_no_python(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):
         catalogue.from_file(tmp_path)
     (tmp_path / "mine.txt").touch()
-    with pytest.raises(ValueError, match=r"mine\.txt is no Python file: its name must end in \.py"):
+    with pytest.raises(ValueError, match=r"mine\.txt is not a Python file: its name must end in \.py"):
         catalogue.from_file(tmp_path / "mine.txt")

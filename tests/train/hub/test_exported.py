@@ -167,7 +167,7 @@ def test_d18_what_the_disk_did_not_keep_is_noticed_and_nothing_stays(tmp_path, m
         path.write_bytes(content)
 
     monkeypatch.setattr(exported, "write_arrays", lose_a_bit)
-    with pytest.raises(ValueError, match="was read back as other numbers than were written"):
+    with pytest.raises(ValueError, match="read back differ from those written"):
         exported.save(made(tmp_path / "model"), {})
     assert not list(tmp_path.iterdir())
 
@@ -332,18 +332,18 @@ D21 = {
     "another format": (config(format="other"), "its format must be seqattn"),
     "no object": (lambda header: [header], "its format must be seqattn"),
     "a later version": (config(version=2), "its version must be 1: another version of seqattn wrote it"),
-    "a wrong type": (config(step=True), "step must be of the type int"),
-    "a negative step": (config(step=-1), "step must be of the type int, and no number be negative"),
-    "NaN": (config(step=float("nan")), "step must be of the type int"),
+    "a wrong type": (config(step=True), "step must be of type int"),
+    "a negative step": (config(step=-1), "step must be of type int, and not negative"),
+    "NaN": (config(step=float("nan")), "step must be of type int"),
     "a huge size": (lambda h: config(model=h["model"] | {"vocab_size": 10**9})(h), "max_parameters is 1,000,000,000"),
     "another size": (lambda h: config(model=h["model"] | {"hidden_dim": 8})(h), "arrays must match the model"),
     "an unknown field": (lambda h: config(model=h["model"] | {"x": 8})(h), "config has the unknown field 'x'"),
-    "a count that is another": (config(parameters=3), "parameters, and config.json says 3"),
-    "labels of a model without": (config(labels=["a"]), "labels must be 0 different texts"),
+    "a count that is another": (config(parameters=3), "parameters, but config.json says 3"),
+    "labels of a model without": (config(labels=["a"]), "labels must be 0 different strings"),
     "an objective of another model": (config(objective="Tagging"), "the objective of a Seq2SeqConfig must be Sequence"),
     "a small vocabulary": (
         lambda h: config(model=h["model"] | {"vocab_size": 10})(h),
-        "it has 11 tokens, and the model 10",
+        "it has 11 tokens, but the model has only 10",
     ),
 }
 
@@ -371,7 +371,7 @@ def test_d21_labels_are_as_many_texts_as_the_model_has(tmp_path):
     for labels in (["x", "y"], ["x", "x", "y"], ["x", "y", 3]):
         path.write_text(json.dumps(header | {"labels": labels}))
         sign(tmp_path / "model")
-        with pytest.raises(ValueError, match="labels must be 3 different texts"):
+        with pytest.raises(ValueError, match="labels must be 3 different strings"):
             exported.load(tmp_path / "model")
 
 
@@ -379,7 +379,7 @@ def test_d21_labels_are_as_many_texts_as_the_model_has(tmp_path):
 def test_d21_json_nested_without_end_is_refused(folder, name):
     (folder / name).write_text("[" * 200_000 + "]" * 200_000)
     sign(folder)
-    with pytest.raises(ValueError, match=f"{name}: it is nested too deeply"):
+    with pytest.raises(ValueError, match=f"{name}: its content is nested too deeply"):
         exported.load(folder)
 
 
@@ -399,15 +399,15 @@ def test_a_run_and_an_export_are_read_alike(written, language):
 
 
 def test_what_is_no_folder_is_said_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         exported.load(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="SHA256SUMS is missing: the folder holds no whole model"):
+    with pytest.raises(FileNotFoundError, match="SHA256SUMS is missing: the folder does not contain a complete model"):
         exported.load(tmp_path)
 
 
 def test_a_model_that_cannot_be_read_back_is_not_written(tmp_path):
     wrong = dataclasses.replace(made(tmp_path / "model"), labels=("a",))
-    with pytest.raises(ValueError, match="labels must be 0 different texts"):
+    with pytest.raises(ValueError, match="labels must be 0 different strings"):
         exported.save(wrong, {})
     assert not list(tmp_path.iterdir())
 

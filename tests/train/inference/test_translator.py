@@ -75,7 +75,7 @@ def test_a_text_beyond_learned_positions_is_refused():
     config = TransformerConfig(WORDS.vocab_size, 1, 1, block, Learned(max_length=4))
     limited = Translator(Transformer(config, rngs=nnx.Rngs(0)), WORDS, max_length=9)
     assert len(limited(["abc"])) == 1
-    with pytest.raises(ValueError, match="text 3 is a text of 5 tokens: the model's learned positions leave no room"):
+    with pytest.raises(ValueError, match="text 3 has 5 tokens: the learned positions of the model leave no room"):
         list(limited.stream([["", "abc"], ["abcd"]]))
 
 
@@ -87,7 +87,7 @@ def test_source_and_output_of_a_language_model_share_its_learned_positions():
     together = Translator(model, WORDS, processors=never)(texts)
     assert together == [Translator(model, WORDS, processors=never)([text])[0] for text in texts]
     assert all(3 <= len(output) <= 7 - len(text) for text, output in zip(texts, together, strict=True))
-    with pytest.raises(ValueError, match=r"text 2 is a text of 6 tokens: .* no room for an output of 3"):
+    with pytest.raises(ValueError, match=r"text 2 has 6 tokens: .* no room for an output of 3"):
         Translator(model, WORDS, processors=never)(["abc", "abcde"])
 
 

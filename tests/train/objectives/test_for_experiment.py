@@ -152,7 +152,7 @@ def test_a_command_names_the_one_that_serves_a_run(command, kind, tiny, monkeypa
     trained = run.Run(FOLDER, experiment, Tokenizer.train(Characters(), ["ab"]), (), 1, None, "digest")
     monkeypatch.setattr(run, "load", lambda folder, average=1: trained)
     other = {Continuation: "complete", SequenceToSequence: "translate"}.get(kind, "evaluate")
-    words = rf"train.{command} serves .* of {FOLDER} is {kind.__name__}, which python -m train.{other} serves"
+    words = rf"train.{command} serves .* of {FOLDER} is {kind.__name__}: use python -m train.{other}"
     with pytest.raises(ValueError, match=words):
         main()
 

@@ -113,7 +113,7 @@ def test_labels_are_those_of_the_training_split_in_order(tagger, classifier):
 
 
 def test_another_number_of_labels_than_tokens_is_refused(tagger):
-    with pytest.raises(ValueError, match="2 labels for 3 tokens: a tokenizer of characters"):
+    with pytest.raises(ValueError, match="2 labels for 3 tokens: use the tokenizer of characters"):
         tagger[1].examples(Dataset.from_dict({"source": ["abc"], "target": ["xy"]}))
     merging = Tagging(Tokenizer.train(ByteLevelBPE(vocab_size=261), ["abababab"]), ("x",))
     with pytest.raises(ValueError, match="4 labels for 2 tokens"):

@@ -115,5 +115,5 @@ def test_pictures_of_the_first_texts(model, tmp_path):
 
 def test_a_split_of_which_nothing_is_hidden_has_no_loss(model):
     short = Dataset.from_dict({"source": ["", ""], "target": ["a", ""]})
-    with pytest.raises(ValueError, match="the split of 2 examples has no label to judge by"):
+    with pytest.raises(ValueError, match="the split of 2 examples has no label to measure"):
         Masking(LETTERS).mean_loss(model, short)

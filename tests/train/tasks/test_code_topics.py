@@ -28,10 +28,10 @@ def test_pieces_of_so_many_lines_to_their_package(root):
 
 
 def test_packages_that_are_not_there_or_no_choice_are_refused(root):
-    with pytest.raises(ValueError, match="nothing to train on for black, white: no such folder"):
+    with pytest.raises(ValueError, match="no training examples for black, white: the folder does not exist"):
         CodeTopics(root, packages=("red", "white", "black"), lines=3).load()
     for packages in ((), ("red",), ("red", "blue", "red")):
-        with pytest.raises(ValueError, match="must be two or more different ones"):
+        with pytest.raises(ValueError, match="must be two or more different names"):
             CodeTopics(packages=packages)
     with pytest.raises(ValueError, match=r"lines \(0\) must be an integer of at least 1"):
         CodeTopics(lines=0)

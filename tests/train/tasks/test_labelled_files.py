@@ -66,9 +66,9 @@ def test_a_character_of_the_label_for_each_character_of_the_text(tags):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("no tab", r"train:2: no tab between a text and its label in 'no tab'"),
-        ("a text\t ", r"train:2: no label of the text 'a text'"),
-        ("nul\0\t+", "train:2: NUL is no character"),
+        ("no tab", r"train:2: no tab between text and label in 'no tab'"),
+        ("a text\t ", r"train:2: no label for the text 'a text'"),
+        ("nul\0\t+", "train:2: the line contains NUL"),
     ],
 )
 def test_c6_a_wrong_line_is_named(task, line, words):
@@ -80,15 +80,24 @@ def test_c6_a_wrong_line_is_named(task, line, words):
     ("row", "words"),
     [
         ('{"text": "a"', r"train\.jsonl:2: Expecting ',' delimiter"),
-        ("5", r"train\.jsonl:2: no object, but 5"),
-        ('{"text": "a"}', r"train\.jsonl:2: no column 'label', the row has \['text'\]"),
-        ('{"text": null, "label": "+"}', r"train\.jsonl:2: None in column 'text' is not a text$"),
-        ('{"text": 5, "label": "+"}', r"train\.jsonl:2: 5 in column 'text' is not a text$"),
-        ('{"text": "a", "label": null}', r"train\.jsonl:2: None in column 'label' is not a text or a whole number"),
-        ('{"text": "a", "label": 0.5}', r"train\.jsonl:2: 0\.5 in column 'label' is not a text or a whole number"),
-        ('{"text": "a", "label": true}', r"train\.jsonl:2: True in column 'label' is not a text or a whole number"),
-        ('{"text": "a\\ud800", "label": "+"}', r"train\.jsonl:2: 'a\\ud800' in column 'text' is not a text"),
-        ('{"text": "a", "label": ""}', r"train\.jsonl:2: no label of the text 'a'"),
+        ("5", r"train\.jsonl:2: expected an object, got 5"),
+        ('{"text": "a"}', r"train\.jsonl:2: no column 'label'; the row has \['text'\]"),
+        ('{"text": null, "label": "+"}', r"train\.jsonl:2: None in column 'text' is not a valid string$"),
+        ('{"text": 5, "label": "+"}', r"train\.jsonl:2: 5 in column 'text' is not a valid string$"),
+        (
+            '{"text": "a", "label": null}',
+            r"train\.jsonl:2: None in column 'label' is not a valid string or a whole number",
+        ),
+        (
+            '{"text": "a", "label": 0.5}',
+            r"train\.jsonl:2: 0\.5 in column 'label' is not a valid string or a whole number",
+        ),
+        (
+            '{"text": "a", "label": true}',
+            r"train\.jsonl:2: True in column 'label' is not a valid string or a whole number",
+        ),
+        ('{"text": "a\\ud800", "label": "+"}', r"train\.jsonl:2: 'a\\ud800' in column 'text' is not a valid string"),
+        ('{"text": "a", "label": ""}', r"train\.jsonl:2: no label for the text 'a'"),
     ],
 )
 def test_c6_a_wrong_row_of_json_is_named(task, row, words, tmp_path):
@@ -102,7 +111,7 @@ def test_c6_a_wrong_row_of_json_is_named(task, row, words, tmp_path):
     "header", ["text\tlabel", "Text \tLABEL", "label\ttext", "sentence\tlabel", "\ufefftext\tlabel"]
 )
 def test_the_names_of_columns_in_a_file_of_tabs_are_refused(task, header):
-    with pytest.raises(ValueError, match=r"train:1: .* a file of tabs has no header: delete the line"):
+    with pytest.raises(ValueError, match=r"train:1: .* a tab-separated file has no header: delete the line"):
         pairs(task, f"{header}\ngood\t+\nbad\t-\n")
     with pytest.raises(ValueError, match=r"train:1: .* no header"):
         pairs(dataclasses.replace(task, labels="character"), f"{header}\nab\t+-\n")
@@ -119,7 +128,7 @@ def test_ndjson_is_lines_of_json(task, tmp_path, ending):
 
 @pytest.mark.parametrize("name", ["text_column", "label_column"])
 def test_columns_of_a_file_of_tabs_are_refused(task, name):
-    words = rf"train: --task\.{name.replace('_', '-')} \(stars\) names a column of JSON, and a file of tabs has none"
+    words = rf"train: --task\.{name.replace('_', '-')} \(stars\) names a JSON column, but this is a tab-separated"
     with pytest.raises(ValueError, match=words):
         pairs(dataclasses.replace(task, **{name: "stars"}), "good\t+\nbad\t-\n")
 
@@ -127,12 +136,12 @@ def test_columns_of_a_file_of_tabs_are_refused(task, name):
 def test_a_label_that_is_a_number_and_a_text_is_refused(task, tmp_path):
     train, test = tmp_path / "train.jsonl", tmp_path / "test.json"
     train.write_text('{"text": "a", "label": 1}\n{"text": "b", "label": "-"}\n{"text": "c", "label": " 1"}\n')
-    words = r'train\.jsonl:3: a label is the text "1", and one at .*train\.jsonl:1 is the number 1'
+    words = r'train\.jsonl:3: the label is the string "1", but at .*train\.jsonl:1 it is the number 1'
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(task, train=train).load()
     train.write_text('{"text": "a", "label": "1"}\n{"text": "b", "label": "-"}\n')
     test.write_text('[{"text": "c", "label": "-"},\n{"text": "d", "label": 1}]')
-    words = r'test\.json:1, row 1 \(from 0\): a label is the number 1, and one at .*train\.jsonl:1 is the text "1"'
+    words = r'test\.json:1, row 1 \(from 0\): the label is the number 1, but at .*train\.jsonl:1 it is the string "1"'
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(task, train=train, validation=train, test=test).load()
     task.validation.write_text("d\t1\n")  # a file of tabs has no types
@@ -142,7 +151,7 @@ def test_a_label_that_is_a_number_and_a_text_is_refused(task, tmp_path):
 def test_labels_of_characters_are_no_number(tags, tmp_path):
     train = tmp_path / "train.jsonl"
     train.write_text('{"text": "ab", "label": 12}\n')
-    with pytest.raises(ValueError, match=r"train\.jsonl:1: 12 in column 'label' is not a text$"):
+    with pytest.raises(ValueError, match=r"train\.jsonl:1: 12 in column 'label' is not a valid string$"):
         dataclasses.replace(tags, train=train).load()
 
 
@@ -176,27 +185,27 @@ def test_a_row_of_a_list_is_named_by_its_number(task, tmp_path):
 
 def test_at_most_five_labels_that_training_lacks_are_listed(task):
     task.validation.write_text("".join(f"v{number}\t{number:02d}\n" for number in range(13)))
-    words = r"the labels \['\+', '00', '01', '02', '03'\] and 9 more and training"
+    words = r"the labels \['\+', '00', '01', '02', '03'\] and 9 more, which"
     task.test.write_text("t\t+\n")
     with pytest.raises(ValueError, match=words):
         pairs(task, "a\t-\nb\t0\n")
 
 
 def test_labels_of_characters_must_be_as_many(tags):
-    words = r"train:1: 3 labels of 2 characters \(in NFC\) of the text 'ab'; .* --task.labels text"
+    words = r"train:1: 3 labels for 2 characters \(in NFC\) of the text 'ab'; .* --task.labels text"
     with pytest.raises(ValueError, match=words):
         pairs(tags, "ab\tPP.\n")
 
 
 def test_labels_that_training_lacks_are_named(task, tags):
-    with pytest.raises(ValueError, match=r"validation or test has the labels \['\+'\] and training has no example"):
+    with pytest.raises(ValueError, match=r"validation or test has the labels \['\+'\], which have no training example"):
         pairs(task, "a\t-\nb\t0\n")
     with pytest.raises(ValueError, match=r"the labels \['P'\]"):
         pairs(tags, "a\t.\nb\tL\n")
 
 
 def test_one_label_is_too_few(task):
-    with pytest.raises(ValueError, match=r"two or more different ones, and training has \['-'\]"):
+    with pytest.raises(ValueError, match=r"at least two different labels, but has \['-'\]"):
         pairs(task, "a\t-\nb\t-\n")
 
 

@@ -49,7 +49,7 @@ def test_c4_an_empty_file_has_no_line(written):
 
 
 def test_c4_nul_names_file_and_line(written):
-    with pytest.raises(ValueError, match=r"text:2: NUL"):
+    with pytest.raises(ValueError, match=r"text:2: the line contains NUL"):
         list(read_lines(written(b"a\nb\0c\n")))
 
 
@@ -66,7 +66,7 @@ def test_utf16_with_a_byte_order_mark_is_named(written, codec):
 
 
 def test_gzip_data_without_the_ending_are_named(written):
-    with pytest.raises(ValueError, match=r"packed:1: gzip data, not text: end the name of the file in \.gz"):
+    with pytest.raises(ValueError, match=r"packed:1: gzip data, not text: rename the file to end in \.gz"):
         list(read_lines(written(gzip.compress(b"a\nb\n"), "packed")))
 
 

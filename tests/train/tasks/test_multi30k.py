@@ -29,7 +29,7 @@ def test_a_folder_of_files_in_either_direction(source, data):
 
 def test_a_file_that_is_missing_is_named(data):
     (data / "val.de.gz").unlink()
-    with pytest.raises(FileNotFoundError, match=r"--task.data: .* holds neither val.de.gz nor val.de"):
+    with pytest.raises(FileNotFoundError, match=r"--task.data: .* contains neither val.de.gz nor val.de"):
         Multi30k(data=data).load()
 
 

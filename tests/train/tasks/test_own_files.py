@@ -63,7 +63,7 @@ def test_the_same_text_never_stands_in_two_splits_in_whatever_normal_form(tmp_pa
     assert sorted(found["train"] + found["validation"]) == sorted(f"\u00fc{n}" for n in range(50) if n not in (3, 4))
     assert "test: 2 of 3 examples kept, 1 are repeated" in caplog.text
     assert "1 are blank" in caplog.text
-    assert "8 stand in another split" in caplog.text or caplog.text.count("4 stand in another split") == 2
+    assert "8 occur in another split" in caplog.text or caplog.text.count("4 occur in another split") == 2
 
 
 def test_given_files_are_their_splits(tmp_path):
@@ -116,7 +116,7 @@ def test_a_link_in_a_folder_that_is_no_file_is_refused_and_not_left_out(what, tm
     (folder / ".hidden").symlink_to(elsewhere)
     read = Lines(train=folder).found
     assert [text for text, _ in read(lambda file: [(line, "") for line in read_lines(file)])["train"]] == ["a", "a"]
-    odd, words = folder / "deep" / "odd", "a link to no file"
+    odd, words = folder / "deep" / "odd", "a link that leads to no file"
     if what == "pipe":
         os.mkfifo(odd)
         words = "neither a file nor a folder"
@@ -134,7 +134,7 @@ def test_too_few_texts_to_hold_out_name_the_shares_and_the_seed(tmp_path):
     with pytest.raises(ValueError, match="nothing to use for") as told:
         Lines(train=file, test_share=0.01, validation_share=0.02, seed=5).load()
     shares = r"--task\.test-share \(0\.01\) and --task\.validation-share \(0\.02\) .* --task\.seed \(5\)"
-    assert re.search(shares + r".* other texts with --task\.test and --task\.validation$", str(told.value))
+    assert re.search(shares + r".* separate texts with --task\.test and --task\.validation$", str(told.value))
     other = tmp_path / "other"
     other.write_text("b\n")
     with pytest.raises(ValueError, match="nothing to use for validation") as told:
@@ -152,7 +152,7 @@ def test_c7_a_split_without_examples_names_the_counts_of_all(tmp_path):
     for words in ("2 are blank", "1 are repeated", "test: ", "validation: ", "train: "):
         assert words in str(told.value)
     file.write_text("a\n")
-    with pytest.raises(ValueError, match=r"nothing to use for .*train: 0 of 1 examples kept, 1 stand in another split"):
+    with pytest.raises(ValueError, match=r"nothing to use for .*train: 0 of 1 examples kept, 1 occur in another split"):
         Lines(train=file, validation=file, test=file).load()
 
 
@@ -173,5 +173,5 @@ def test_what_is_not_there_is_named_by_its_flag(tmp_path):
 def test_shares_out_of_range_are_refused(share):
     with pytest.raises(ValueError, match=rf"test_share \({share}\) must be in \(0, 1\)"):
         Lines(test_share=share)
-    with pytest.raises(ValueError, match=r"validation_share \(0.5\) and test_share \(0.5\) must be less than 1"):
+    with pytest.raises(ValueError, match=r"sum of validation_share \(0.5\) and test_share \(0.5\) must be less than 1"):
         Lines(validation_share=0.5, test_share=0.5)

@@ -85,7 +85,7 @@ def test_c6_values_of_json_that_are_no_strings_are_no_text(others, value, folder
     ("name", "content", "message"),
     [
         ("train.jsonl", b'{"source": "a", "target": "b"}\n\n{"source": "c", "tar', r"train.jsonl:3: .* in row 1"),
-        ("train.jsonl", b'{"source": "a"}\n5\n', "train.jsonl:2: no object, but 5, in row 1"),
+        ("train.jsonl", b'{"source": "a"}\n5\n', "train.jsonl:2: expected an object, got 5, in row 1"),
         ("train.jsonl", b'{"source": "a"}\n{"source": "\xff"}', "train.jsonl:2: byte 0xff is not utf-8"),
         ("train.jsonl", b'{"source": "a"}\n' + b"[" * 100_000, "train.jsonl:2: .* in row 1"),
         (
@@ -93,8 +93,8 @@ def test_c6_values_of_json_that_are_no_strings_are_no_text(others, value, folder
             gzip.compress(b'{"source": "a"}\n' * 999, mtime=0)[:-9],
             "train.jsonl.gz:1: damaged gzip data",
         ),
-        ("train.csv", b"source,target\na,b\n\nc\n", "train.csv:4: 1 fields, and there are 2 columns"),
-        ("train.csv", b"source,target\na,b,c\n", "train.csv:2: 3 fields, and there are 2 columns"),
+        ("train.csv", b"source,target\na,b\n\nc\n", "train.csv:4: 1 fields, but there are 2 columns"),
+        ("train.csv", b"source,target\na,b,c\n", "train.csv:2: 3 fields, but there are 2 columns"),
         ("train.csv", b'source,target\na,b\n"c,d\n', "train.csv:3: unexpected end of data"),
         ("train.csv", b"source,target\na,b\n\xe4,d\n", "train.csv:3: byte 0xe4 is not utf-8"),
         ("train.csv", b"source,source\na,b\n", "train.csv:1: two columns have the same name: source, source"),

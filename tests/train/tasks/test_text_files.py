@@ -66,7 +66,7 @@ def test_a_piece_that_two_splits_have_leaves_training(task, given, caplog):
     for split, others in (("train", ("validation", "test")), ("validation", ("test",))):
         assert not set(found[split]) & {piece for other in others for piece in found[other]}
     assert sum(len(set(pieces)) for pieces in found.values()) == 61
-    assert "pieces left out, which stand in another split" in caplog.text
+    assert "pieces, which occur in another split" in caplog.text
 
 
 def test_a_text_that_differs_in_blanks_at_its_ends_leaves_training(task):

@@ -193,7 +193,7 @@ def test_hub_columns_and_splits(folder):
 
 def test_c6_missing_column_lists_the_columns(folder):
     write_rows(folder / "train.jsonl", [{"source": "a", "text": "b"}])
-    with pytest.raises(ValueError, match=r"split 'train', has no column 'target', it has \['source', 'text'\]"):
+    with pytest.raises(ValueError, match=r"split 'train', has no column 'target'; it has \['source', 'text'\]"):
         HubTranslation(name=str(folder), **FLAT).load()
     with pytest.raises(ValueError, match="split 'train', has no column 'translation'"):
         HubTranslation(name=str(folder), **NESTED).load()
@@ -305,7 +305,7 @@ def test_hub_column_of_another_kind(folder):
 
 def test_hub_without_a_training_split(folder):
     write_rows(folder / "test.jsonl", [{"source": "a", "target": "b"}])
-    with pytest.raises(ValueError, match=r"has no split 'train', it has \['test'\]"):
+    with pytest.raises(ValueError, match=r"has no split 'train'; it has \['test'\]"):
         HubTranslation(name=str(folder), **FLAT).load()
 
 
