@@ -30,7 +30,9 @@ def platform_of(arrays: Iterable[Any]) -> str | None:
     Without an array it is JAX's default.
     """
     given = [x for x in arrays if isinstance(x, jax.Array)]
-    if any(isinstance(x, jax.core.Tracer) for x in given):
+    # Arrays that a traced function closes over are concrete, but its program may still be compiled for any platform.
+    # Inside a trace `jnp.zeros` is traced as well.
+    if any(isinstance(x, jax.core.Tracer) for x in (*given, jnp.zeros(()))):
         return None
     return next(iter(given[0].devices())).platform if given else jax.default_backend()
 
@@ -54,7 +56,8 @@ def by_platform(branches: Mapping[str, Callable[..., Result]], *operands: Array)
     >>> ["cosine" in traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")]
     [False, True, True]
     """
-    if len(functions := dict.fromkeys(branches.values())) == 1:
+    # The shortcut needs all platforms: for a missing one, JAX must raise.
+    if len(functions := dict.fromkeys(branches.values())) == 1 and branches.keys() >= set(PLATFORMS):
         return next(iter(functions))(*operands)
     lowered = {name: fn for platform, fn in branches.items() for name in _LOWERED.get(platform, (platform,))}
     return lax.platform_dependent(*operands, **lowered)
@@ -63,11 +66,13 @@ def by_platform(branches: Mapping[str, Callable[..., Result]], *operands: Array)
 def on_tpu(fn: Callable[..., Result], *operands: Any) -> Result:
     """Returns `fn(*operands)` in a program for a TPU.
 
-    In a program for several platforms, results are NaN on the others.
-
     For kernels that JAX compiles for TPUs only, in a branch of `by_platform`. A program that `jax.export` compiles for
-    several platforms contains every branch for each of them; JAX would refuse the kernel there. The primitive has no
-    derivatives; wrap it in a `jax.custom_vjp`.
+    several platforms contains every branch for each of them, and JAX would refuse the kernel there. In such a program
+    the results are NaN on the other platforms, whose branch is never taken. The primitive has no derivatives; wrap it
+    in a `jax.custom_vjp`.
+
+    Raises:
+        NotImplementedError: while a program for another platform alone is compiled.
     """
     leaves, tree = jax.tree.flatten(operands)
 
@@ -108,6 +113,13 @@ def _batched(operands: Any, dims: Any, *, closed: core.ClosedJaxpr) -> tuple[lis
     return results, [0] * len(results)
 
 
+def _elsewhere(context: Any, *operands: Any, closed: Any) -> Any:
+    """Lowers to `_nowhere` in a program for several platforms, and raises in a program for one."""
+    if len(platforms := context.module_context.platforms) == 1:
+        raise NotImplementedError(f"a kernel for TPUs cannot be compiled for {platforms[0]}")
+    return mlir.lower_fun(_nowhere, multiple_results=True)(context, *operands, closed=closed)
+
+
 mlir.register_lowering(_on_tpu, mlir.lower_fun(_run, multiple_results=True), platform="tpu")
-mlir.register_lowering(_on_tpu, mlir.lower_fun(_nowhere, multiple_results=True))
+mlir.register_lowering(_on_tpu, _elsewhere)
 batching.primitive_batchers[_on_tpu] = _batched

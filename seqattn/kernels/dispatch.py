@@ -250,7 +250,7 @@ def explain(
 
     Raises:
         TypeError: as `attend`, or an argument is none of `attend`.
-        ValueError: as `attend`.
+        ValueError: as `attend`, or the platform is unknown.
 
     >>> import jax.numpy as jnp
     >>> from seqattn.masks import Causal
@@ -284,6 +284,8 @@ def explain_call(
     platform: str | None = None,
 ) -> Explanation:
     """Explains the call that `make` returns for arrays, or for their shapes and dtypes."""
+    if platform is not None and platform not in all_platforms():
+        raise ValueError(f"platform ({platform!r}) must be one of {', '.join(all_platforms())}")
     platform = platform_of(jax.tree.leaves(arrays)) if platform is None else platform
     here = jax.default_backend() if platform is None else platform
     refusals: dict[str, str | None] = {}

@@ -74,8 +74,7 @@ def output_of(
         interpret: run the kernel in Pallas's interpreter, without a TPU.
     """
 
-    def kernel(*arrays: Array) -> Array:
-        return _output(arrays[0], arrays[1], arrays[2], native, interpret)
+    kernel, pulled = _traced_once(native.left, native.right, interpret)
 
     # Outside a TPU program the kernel must not be lowered at all: `on_tpu` wraps it in a primitive, which has no
     # derivative. The rules below are therefore written out, on top of the kernel's own.
@@ -86,7 +85,7 @@ def output_of(
         return here(kernel, *arrays)
 
     def forward(*arrays: Array) -> tuple[Array, Callable[[Array], tuple[Array, ...]]]:
-        return here(functools.partial(jax.vjp, kernel), *arrays)
+        return here(pulled, *arrays)
 
     def backward(pull: Callable[[Array], tuple[Array, ...]], direction: Array) -> tuple[Array, ...]:
         with relaxed(direction.dtype):  # the kernel's derivative relies on dtype promotions as well
@@ -101,18 +100,31 @@ def _call(fn: Callable[..., Any], *operands: Any) -> Any:
     return fn(*operands)
 
 
-def _output(query: Array, key: Array, value: Array, native: Native, interpret: bool) -> Array:
-    # Imported here: the import is slow and only TPU programs need it.
+@functools.lru_cache(maxsize=64)
+def _traced_once(
+    left: int | None, right: int | None, interpret: bool
+) -> tuple[Callable[..., Array], Callable[..., tuple[Array, Callable[[Array], tuple[Array, ...]]]]]:
+    """Returns the kernel of a mask, and the kernel with its pullback.
+
+    A traced call works out the TPU's branch on every machine, and splash lists the tiles of its mask in Python. `jit`
+    keeps the traced program, so the layers of a model pay for it once.
+    """
+    kernel = jax.jit(functools.partial(_output, left=left, right=right, interpret=interpret))
+    return kernel, jax.jit(functools.partial(jax.vjp, kernel))
+
+
+def _output(query: Array, key: Array, value: Array, *, left: int | None, right: int | None, interpret: bool) -> Array:
     """Builds the splash kernel for a mask and applies it to each batch row."""
+    # Imported here, because the import is slow and only traced programs need it.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
     shape = (query.shape[1], key.shape[1])
     mask: splash_attention_mask.Mask
     # Each of splash's masks lets its kernel skip the tiles outside of it at compile time.
-    if native.left is not None:
-        mask = splash_attention_mask.LocalMask(shape, (native.left, native.right), offset=0)
-    elif native.right is not None:
-        mask = splash_attention_mask.CausalMask(shape, offset=native.right)
+    if left is not None:
+        mask = splash_attention_mask.LocalMask(shape, (left, right), offset=0)
+    elif right is not None:
+        mask = splash_attention_mask.CausalMask(shape, offset=right)
     else:
         mask = splash_attention_mask.FullMask(shape)
     heads = splash_attention_mask.MultiHeadMask([mask] * query.shape[2])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqattn.platforms import all_platforms, by_platform, platform_of
+from seqattn.platforms import all_platforms, by_platform, on_tpu, platform_of
 
 BRANCHES = {"cpu": jnp.sin, "gpu": jnp.cos, "tpu": jnp.tan}
 
@@ -16,7 +16,8 @@ def test_the_platform_is_that_of_the_arrays_or_jax_s_default_and_unknown_where_o
     assert platform_of([]) == jax.default_backend()
     seen = []
     jax.jit(lambda y: seen.append(platform_of([x, y])))(x)
-    assert seen == [None]
+    jax.jit(lambda y: seen.append(platform_of([x])))(x)  # closed over: the program may run anywhere all the same
+    assert seen == [None, None]
     assert all_platforms() == ("cpu", "gpu", "tpu")
 
 
@@ -42,3 +43,18 @@ def test_equal_branches_are_traced_once():
 
     jax.jit(lambda x: by_platform(dict.fromkeys(all_platforms(), branch), x)).trace(jnp.ones(3))
     assert len(traced) == 1
+
+
+def test_one_branch_alone_does_not_stand_for_the_platforms_that_have_none():
+    traced = jax.jit(lambda x: by_platform({"tpu": jnp.tan}, x)).trace(jnp.ones(3))
+    assert "tan" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    with pytest.raises(NotImplementedError, match="platform"):
+        traced.lower(lowering_platforms=("cpu",))
+
+
+def test_a_kernel_for_tpus_is_never_compiled_for_another_platform_alone():
+    traced = jax.jit(lambda x: on_tpu(jnp.sin, x)).trace(jnp.ones(3))
+    assert "stablehlo.sine" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "stablehlo.sine" in traced.lower(lowering_platforms=("cpu", "tpu")).as_text()
+    with pytest.raises(NotImplementedError, match="for TPUs cannot be compiled for cpu"):
+        traced.lower(lowering_platforms=("cpu",))

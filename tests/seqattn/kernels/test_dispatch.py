@@ -267,3 +267,8 @@ def test_the_vendors_of_other_devices_say_so():
 def test_what_is_of_another_type_is_refused(options, message):
     with pytest.raises(TypeError, match=message):
         attend(X, X, X, **options)
+
+
+def test_explain_refuses_a_platform_that_it_does_not_know():
+    with pytest.raises(ValueError, match=r"platform \('cuda'\) must be one of cpu, gpu, tpu"):
+        explain(*[jnp.ones((3, 1, 2))] * 3, platform="cuda")

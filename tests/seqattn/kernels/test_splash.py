@@ -50,6 +50,22 @@ def test_splash_lowers_for_a_tpu_with_gradients(on_tpu, mask, dtype):
     assert "splash" in lowered.lower(lowering_platforms=("tpu",)).as_text()
 
 
+def test_layers_of_one_shape_build_the_kernel_once(monkeypatch):
+    built, real = [], splash._output
+    monkeypatch.setattr(splash, "_output", lambda *arrays, **mask: built.append(mask) or real(*arrays, **mask))
+    splash._traced_once.cache_clear()
+
+    def layers(x):
+        for _ in range(3):
+            x = attend(x, x, x, mask=Causal(), q_at=at, kv_at=at)
+        return x.sum()
+
+    at, x = Coordinates.range(128), jnp.ones((1, 128, 1, 64))
+    jax.jit(jax.grad(layers)).trace(x)
+    splash._traced_once.cache_clear()
+    assert len(built) == 2  # alone, and with its derivative
+
+
 @pytest.mark.parametrize(
     ("shape", "options", "reason"),
     [
