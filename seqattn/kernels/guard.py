@@ -22,7 +22,10 @@ from seqattn.precision import accumulator, lowest
 
 
 def refuse_modified(call: Call) -> None:
-    """Raises NotImplementedError for score modifications and for dropout, which vendors cannot reproduce."""
+    """Raises NotImplementedError for what vendors lack: score modifications, dropout and keys of another dtype."""
+    if call.key.dtype != call.query.dtype:
+        # A cache may hold its keys in another dtype than the queries have.
+        raise NotImplementedError(f"keys are {call.key.dtype} and queries {call.query.dtype}; cached takes both")
     if call.score_mod is not None:
         kind = type(call.score_mod).__name__
         raise NotImplementedError(f"no score modification ({kind}); chunked and reference have it")

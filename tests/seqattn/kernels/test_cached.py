@@ -76,6 +76,24 @@ def test_what_is_not_finite_shows_where_it_is_visible_and_nowhere_else(bad, wher
         assert np.all(np.isfinite(gradient))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_query_that_is_not_finite_loses_its_row_and_nothing_else(bad):
+    query, key, value, visible = _case(3, 2)
+    visible[0, 1, 0] = True
+    clean = np.array(_attend(*map(jnp.asarray, (query, key, value, visible))))
+    query[0, 1, 2, 3] = query[1, 0, :, 0] = bad  # the second sees no key
+    given = [jnp.asarray(x) for x in (query, key, value, visible)]
+    output = np.asarray(_attend(*given))
+    assert np.isnan(output[0, 1, 2]).all()
+    assert not output[1, 0].any()
+    clean[0, 1, 2] = output[0, 1, 2]
+    np.testing.assert_array_equal(output, clean)
+    # The other batch rows keep their gradients, and the query that sees no key has none.
+    gradients = jax.grad(lambda *x: jnp.sum(_attend(*x, given[3])), (0, 1, 2))(*given[:3])
+    assert all(np.isfinite(x[1:]).all() for x in gradients)
+    assert not np.asarray(gradients[0])[1, 0].any()
+
+
 def test_gradients_are_those_of_reference():
     query, key, value, visible = (jnp.asarray(x) for x in _case(3, 2))
     direction = jnp.asarray(np.random.default_rng(1).normal(size=(B, 3, 2 * K, V)), jnp.float32)

@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqattn.attention import attend
+from seqattn.attention import attend, attend_columns
+from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
+from seqattn.kernels.call import Columns
 from seqattn.kernels.dispatch import explain
 from seqattn.masks import Causal, Prefix, SlidingWindow
+from seqattn.nn import KeyColumns, KeyValue
 from seqattn.score_mods import SoftCap
 from tests.contract import Shape, agrees_with_oracle, arrays, forward, spoil
 from tests.vendor_calls import SQUARE, spy
@@ -67,3 +70,14 @@ def test_a_bias_lower_than_what_jax_nn_hides_with_hides_no_more_than_itself():
 def test_what_xla_refuses(options, value_dim, dtype, reason):
     with jax.enable_x64(dtype == "float64"), pytest.raises(NotImplementedError, match=reason):
         forward("xla", arrays(Shape(N=4, K=2, H=8, V=value_dim), dtype), **options)
+
+
+def test_keys_of_a_cache_in_another_dtype_are_refused_and_left_to_a_kernel_that_takes_both():
+    keys = jnp.linspace(-1, 1, 70 * 4).reshape(1, 70, 1, 4)
+    columns = KeyColumns.of(KeyValue(keys, keys, Coordinates.range(70)))
+    columns = Columns(columns.key, columns.value, columns.finite)
+    query = keys.astype(jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="keys are float32 and queries bfloat16"):
+        attend_columns(query, columns, mask=None, implementation="xla")
+    output = attend_columns(query, columns, mask=None)
+    np.testing.assert_allclose(output.astype(jnp.float32), attend(query.astype(jnp.float32), keys, keys), atol=1e-2)
