@@ -25,8 +25,9 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinx-mathjax-offline",
 ]
-exclude_patterns = ["_build", "README.md"]
+exclude_patterns = ["_build", "_generated"]
 default_role = "py:obj"  # `attend` in a docstring links to its entry; what is no name of ours stays code
 python_use_unqualified_type_names = True
 suppress_warnings = ["ref.python"]  # a method name such as `append` that several classes have
@@ -37,6 +38,7 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "special-members": "__call__", "show-inheritance": True}
 autodoc_preserve_defaults = True
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the text of an attribute gives its shape and dtype
 add_module_names = False
 
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath", "smartquotes"]
