@@ -121,9 +121,9 @@ def _score_mod(ax: Axes, title: str, mod: seqattn.ScoreMod) -> None:
 
 
 def _soft_cap(ax: Axes) -> None:
-    score = jnp.linspace(-60, 60, 241)
+    score, first = jnp.linspace(-60, 60, 241), jax.tree.map(lambda x: x[0], TEXT)  # a soft cap reads no position
     ax.plot(score, score, color=GREY, linestyle=":", label="score")
-    ax.plot(score, seqattn.SoftCap(20.0)(score, None, None, 0), color=ORANGE, label="SoftCap(20.0)")
+    ax.plot(score, seqattn.SoftCap(20.0)(score, first, first, 0), color=ORANGE, label="SoftCap(20.0)")
     ax.set_xlabel("score before")
     ax.set_ylabel("score after")
     ax.grid(True)

@@ -44,12 +44,10 @@ def test_python_runs(name, line, source, tmp_path, monkeypatch):
     exec(compile("\n" * (line - 1) + source, str(DOCS / name), "exec"), {"__name__": "docs"})
 
 
-COMMANDS = [(name, arguments) for name, text in SHELL.items() for arguments in train_commands(text)]
+COMMANDS = dict.fromkeys(tuple(arguments) for text in PAGES.values() for arguments in train_commands(text))
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"), COMMANDS, ids=lambda value: value if type(value) is str else " ".join(value)
-)
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
 def test_every_training_command_is_understood(arguments):
     if "--help" not in arguments:
         assert parse(arguments).run

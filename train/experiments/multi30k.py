@@ -7,7 +7,7 @@ Result: BLEU 39.16 (nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0),
 case:lc), and chrF 63.94 (nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:2.6.0) on the 1,000 captions of the 2016
 test split, with the mean of the last ten checkpoints and a beam of 5 (seed 0, 4,000 updates).
 A sample: "A man in an orange hat starring at something." gives "Ein Mann mit einem orangefarbenen Hut starrt auf
-etwas." Learning curves: multi30k-curves.png. Attention: multi30k.png. More samples: README.md.
+etwas." Learning curves: multi30k-curves.png. Attention: multi30k.png. More samples: docs/results.md.
 
 The published 41.02 (lower-cased tokens) needs 8,000 updates with dropout 0.3 and a peak of 5e-3 after 2,000 updates,
 which takes hours on two cores: `--steps 8000 --model.block.dropout-rate 0.3 --optimizer.schedule.peak 5e-3
