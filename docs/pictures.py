@@ -121,7 +121,7 @@ def _score_mod(ax: Axes, title: str, mod: seqattn.ScoreMod) -> None:
 
 
 def _soft_cap(ax: Axes) -> None:
-    score, first = jnp.linspace(-60, 60, 241), jax.tree.map(lambda x: x[0], TEXT)  # a soft cap reads no position
+    score, first = jnp.linspace(-60, 60, 241), jax.tree.map(lambda x: jnp.asarray(x[0]), TEXT)
     ax.plot(score, score, color=GREY, linestyle=":", label="score")
     ax.plot(score, seqattn.SoftCap(20.0)(score, first, first, 0), color=ORANGE, label="SoftCap(20.0)")
     ax.set_xlabel("score before")
