@@ -208,8 +208,8 @@ def decode(values: Any, kind: Any = Experiment) -> Any:
         return from_json(values, kind)
     except UnknownType as error:
         raise ValueError(
-            f"{error}; if this is a task of your own, give the file of its experiment (--experiment FILE), or put the "
-            "file of the task into train/tasks/"
+            f"{error}; if this is a task of your own, load its file: train with python -m train FILE, give the other "
+            "commands --experiment FILE, or put the file of the task into train/tasks/"
         ) from error
 
 

@@ -163,7 +163,7 @@ def test_a_config_without_a_field_that_was_added_since_takes_its_default():
 
 
 def test_unknown_type_is_refused():
-    with pytest.raises(ValueError, match=r"'Popen'; if .* the file of its experiment \(--experiment FILE\)"):
+    with pytest.raises(ValueError, match=r"'Popen'; if .* python -m train FILE, .* --experiment FILE, or"):
         decode({"type": "Popen", "args": "ls"})
 
 
