@@ -98,11 +98,13 @@ class Session:
         """Restores an earlier checkpoint and removes the later ones, so that it becomes the latest.
 
         Raises:
-            ValueError: the checkpoint is missing or damaged.
+            MissingStep: the checkpoint is missing or damaged. Nothing is removed.
+            OSError: the checkpoint cannot be read. Nothing is removed.
         """
-        # Later ones go first: if the process is killed in between, the run still resumes from this one.
+        # Later ones go last: if this one cannot be read, they are all that is left. A run that is killed in between
+        # comes back here when it resumes.
+        self.state = self.placed.place(self.checkpoints.restore(self.state, step))
         self.checkpoints.forget_after(step)
-        self.state = self.placed.place(self.checkpoints.restore(self.state))
 
 
 @dataclasses.dataclass(frozen=True)
