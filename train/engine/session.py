@@ -49,7 +49,8 @@ class Session:
         objective: the objective of the run, with its tokenizer and labels.
         splits: examples by split: "train", "validation" and "test".
         batches: the batches of all updates, in order.
-        texts: the texts in each checkpoint beside the arrays: config, tokenizer, digest of the data, labels, versions.
+        texts: the texts in each checkpoint beside the arrays: config, tokenizer, digests of data and task, labels,
+            versions.
         graph: the model's structure.
         placed: the update, compiled for the devices.
         state: the current state: parameters, optimizer state and step.
@@ -251,6 +252,7 @@ def _texts(experiment: Experiment, objective: Objective, splits: dict[str, Datas
         "config": run.to_text(experiment),
         "tokenizer": objective.tokenizer.to_json(),
         "data": run.fingerprint(splits),
+        "source": run.task_source(experiment.task),
         "labels": json.dumps(objective.labels, ensure_ascii=False),
     }
 
