@@ -208,8 +208,8 @@ def decode(values: Any, kind: Any = Experiment) -> Any:
         return from_json(values, kind)
     except UnknownType as error:
         raise ValueError(
-            f"{error}; if this is a task of your own, give the file of its experiment (--experiment FILE), or put the "
-            "file of the task into train/tasks/"
+            f"{error}; if this is a task of your own, load its file: train with python -m train FILE, give the other "
+            "commands --experiment FILE, or put the file of the task into train/tasks/"
         ) from error
 
 
@@ -220,13 +220,18 @@ def differences(first: Any, second: Any, path: str = "") -> list[str]:
     ['num_labels: 3 and 5']
     """
     same_type = isinstance(first, dict) and isinstance(second, dict) and first.get("type") == second.get("type")
-    if same_type and "value" not in first:
+    if same_type and not (_is_single(first) and _is_single(second)):
         names = sorted(first.keys() | second.keys())
         return [line for name in names for line in differences(first.get(name), second.get(name), f"{path}.{name}")]
     return [] if first == second else [f"{path.lstrip('.')}: {_short(first)} and {_short(second)}"]
 
 
+def _is_single(encoded: dict[str, Any]) -> bool:
+    """Whether an object is an encoded path or enum member, or a dataclass with nothing but a plain `value`."""
+    return encoded.keys() == {"type", "value"} and not isinstance(encoded["value"], dict)
+
+
 def _short(value: Any) -> str:
     if isinstance(value, dict):
-        return str(value.get("value", value.get("type")))
+        return str(value["value"] if _is_single(value) else value.get("type"))
     return str(value)

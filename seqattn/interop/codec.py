@@ -43,7 +43,8 @@ def to_json(value: Any, annotation: Any, path: str = "config") -> Any:
         path: the name of the value in messages.
 
     Raises:
-        TypeError: a value does not match its annotation; names the field.
+        TypeError: a value does not match its annotation, the annotation is not supported, or a class has a field named
+            `type`; names the field.
 
     >>> import seqattn.models
     >>> to_json(seqattn.models.Rotary(500.0), seqattn.models.Rotary)
@@ -53,6 +54,8 @@ def to_json(value: Any, annotation: Any, path: str = "config") -> Any:
     if dataclasses.is_dataclass(kind):
         _check_named(kind, annotation, path)
         hints, names = _hints(kind), _names(kind)
+        if "type" in names:
+            raise TypeError(f"{path}: {kind.__name__} has a field named type, which stores the class: rename the field")
         return {"type": kind.__name__} | {x: to_json(getattr(value, x), hints[x], f"{path}.{x}") for x in names}
     if isinstance(value, enum.Enum):
         _check_named(kind, annotation, path)
@@ -60,6 +63,8 @@ def to_json(value: Any, annotation: Any, path: str = "config") -> Any:
     if _is_path(kind) and (name := next((each.__name__ for each in _options(annotation) if _is_path(each)), None)):
         return {"type": name, "value": str(value)}
     if isinstance(value, list | tuple) and (items := _items(annotation, len(value))) is not None:
+        if len(items) != len(value):
+            raise TypeError(f"{path} must have {len(items)} items, got {len(value)}")
         return [to_json(x, item, f"{path}[{i}]") for i, (x, item) in enumerate(zip(value, items, strict=True))]
     # Subclasses of plain types, such as NumPy's float64, are written as the plain type.
     plain = next((of(value) for of in (bool, int, float, str) if isinstance(value, of)), value)
@@ -124,12 +129,14 @@ def _read_plain(value: Any, annotation: Any, path: str) -> Any:
         return float(value)
     if any(type(value) is type(choice) and value == choice for option in options for choice in _choices(option)):
         return value
+    _check_supported(options, path)
     raise ValueError(f"{path} must be {' or '.join(map(_described, options))}, got {shown(value)}")
 
 
 def _read_typed(value: Mapping[str, Any], annotation: Any, path: str, check: Check | None) -> Any:
     kinds, name = _kinds(annotation), value.get("type")
     if not isinstance(name, str) or name not in kinds:
+        _check_supported(_options(annotation), path)
         said = f"an object of type {' or '.join(kinds)}" if kinds else "no object"
         raise UnknownType(f"{path} must be {said}, got one of type {shown(name)}")
     kind = kinds[name]
@@ -167,6 +174,10 @@ def _read_value(value: Mapping[str, Any], kind: Any, path: str) -> Any:
 def _check_named(kind: type, annotation: Any, path: str) -> None:
     found = _kinds(annotation).get(kind.__name__)
     if found is None:
+        try:
+            _check_supported(_options(annotation), path)
+        except ValueError as error:
+            raise TypeError(str(error)) from error
         raise TypeError(
             f"{path} cannot be a {kind.__name__}: it must be {' or '.join(_kinds(annotation)) or 'no object'}"
         )
@@ -195,6 +206,16 @@ def _concrete(kind: type) -> Iterator[type]:
         if not inspect.isabstract(child):
             yield child
         yield from _concrete(child)
+
+
+def _check_supported(options: Sequence[Any], path: str) -> None:
+    """Raises ValueError if an annotation does not say what a value is, such as `Any` or a bare `tuple`."""
+    for option in options:
+        if option in (Any, object, tuple, list, dict, set, Sequence):
+            raise ValueError(
+                f"{path} is annotated as {option.__name__}, which does not give the types of its values: annotate the "
+                "field with a precise type, such as int | None or tuple[str, ...]"
+            )
 
 
 def _is_path(kind: Any) -> bool:

@@ -159,6 +159,9 @@ class BatchNorm(nnx.Module):
         if statistics is None:
             batch = statistics = _measure(clean, present, axis_name)
             tell(self, Measured, lambda: self._sums(batch, _total(real[..., None].astype(high), axis_name)))
+        else:
+            # Tells a call that measured nothing from one that could not report.
+            tell(self, Measured, self._no_sums)
         one = (1,) * (x.ndim - 1)
         mean, variance, scale, shift = (
             each.astype(high).reshape(*one, -1)
@@ -173,6 +176,10 @@ class BatchNorm(nnx.Module):
         away = batch.mean.astype(running.dtype) - running
         count = count.astype(running.dtype)
         return BatchSums(count, count * away, count * (batch.variance.astype(running.dtype) + away**2))
+
+    def _no_sums(self) -> BatchSums:
+        zero = jnp.zeros_like(self.mean[...])
+        return BatchSums(zero[:1], zero, zero)
 
     def _moved(self, sums: BatchSums) -> BatchStatistics:
         """Returns the running statistics after a batch with these sums."""
@@ -191,7 +198,8 @@ def measurements(
     """Runs `call(model, *args, **kwargs)` and collects the sums that each batch norm measured.
 
     A norm that ran several times adds its sums. A norm that did not run, or ran with given statistics, has a count of
-    0. As with `routings`, `call` gets a copy of the model.
+    0. As with `routings`, `call` gets a copy of the model, and a norm that is an argument of `jax.jit` or
+    `jax.checkpoint` inside `call` does not report.
 
     Args:
         call: the function to run.
@@ -201,6 +209,9 @@ def measurements(
 
     Returns:
         The output of `call`, and one `BatchSums` per batch norm, in the order of their paths in the model.
+
+    Raises:
+        ValueError: the model has batch norms and none reported.
 
     >>> norm = BatchNorm(1, momentum=0.5, rngs=nnx.Rngs(0))
     >>> train = lambda norm, x: norm(x, jnp.ones(len(x), bool))[0]
@@ -219,11 +230,15 @@ def measurements_among(sown: Any, model: nnx.Module) -> list[BatchSums]:
     found = []
     for path, module in nnx.iter_modules(model):
         if isinstance(module, BatchNorm):
-            zero = jnp.zeros_like(module.mean[...])
-            sums = BatchSums(zero[:1], zero, zero)
+            sums = module._no_sums()
             for each in told[(*path, "told")].get_value() if (*path, "told") in told else ():
                 sums = jax.tree.map(jnp.add, sums, each)
             found.append(sums)
+    if found and not told:
+        raise ValueError(
+            f"none of the {len(found)} batch norms gave its sums: none was called, or the called ones were copies, as "
+            "inside jax.jit(call)(model) or jax.checkpoint(call)(model)"
+        )
     return found
 
 

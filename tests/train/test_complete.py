@@ -24,6 +24,8 @@ from train import complete, evaluate, export, plot, translate
 from train.checkpoints import run
 from train.complete import Arguments
 from train.data.tokenizer import Characters, Tokenizer
+from train.experiments import catalogue
+from train.hub import exported
 from train.inference.completer import Completer
 
 MINE = """from train.experiments.reverse import REVERSE
@@ -142,8 +144,9 @@ def test_without_texts_the_command_reads_standard_input_and_a_byte_order_mark_is
 def test_the_experiment_of_another_task_of_the_same_name_is_refused_by_every_command(
     command, language, finished, tmp_path, monkeypatch
 ):
-    """Types are known by their names, and tasks by what they load: here others than those of the training."""
-    other = dataclasses.replace(run.load(finished) if command is translate else language, data="0" * 64)
+    """Types are known by their names, and tasks by their source or by what they load: here others than in training."""
+    trained = run.load(finished) if command is translate else language
+    other = dataclasses.replace(trained, data="0" * 64, source="0" * 64)
     monkeypatch.setattr(run, "load", lambda folder, *, average=None: other)
     (file := tmp_path / "mine.py").write_text(MINE)
     given = {
@@ -155,3 +158,37 @@ def test_the_experiment_of_another_task_of_the_same_name_is_refused_by_every_com
     with pytest.raises(ValueError, match=r"the data changed since .* the --experiment that it was trained with"):
         command.main(command.Arguments(**{"run": other.folder, "experiment": file} | given))
     assert not (tmp_path / "exported").exists()
+
+
+OWN = """import dataclasses
+from pathlib import Path
+from train.experiments.reverse import REVERSE
+from train.tasks import Task
+@dataclasses.dataclass(frozen=True)
+class Own(Task):
+    file: Path
+    def load(self):
+        return self.file.read_text()
+MINE = dataclasses.replace(REVERSE, task=Own(Path("missing")))
+"""
+
+
+def test_an_experiment_with_the_source_of_the_training_needs_no_data(language, tmp_path):
+    (file := tmp_path / "mine.py").write_text(OWN)
+    experiment = catalogue.from_file(file)
+    trained = dataclasses.replace(language, experiment=experiment, source=run.task_source(experiment.task))
+    exported.check_task(trained, file)
+    exported.check_task(trained, None)
+    for source in ("", "0" * 64):
+        with pytest.raises(FileNotFoundError, match="missing"):
+            exported.check_task(dataclasses.replace(trained, source=source), file)
+    file.write_text(OWN + "# of another task\n")
+    with pytest.raises(FileNotFoundError, match="missing"):
+        exported.check_task(trained, file)
+
+
+def test_a_run_knows_the_source_of_its_task(language):
+    assert language.source == run.task_source(language.experiment.task) != ""
+    own = dataclasses.make_dataclass("Own", [], bases=(type(language.experiment.task),), frozen=True)
+    own.__module__ = "a notebook"
+    assert run.task_source(own()) == ""

@@ -163,7 +163,7 @@ def test_a_config_without_a_field_that_was_added_since_takes_its_default():
 
 
 def test_unknown_type_is_refused():
-    with pytest.raises(ValueError, match=r"'Popen'; if .* the file of its experiment \(--experiment FILE\)"):
+    with pytest.raises(ValueError, match=r"'Popen'; if .* python -m train FILE, .* --experiment FILE, or"):
         decode({"type": "Popen", "args": "ls"})
 
 
@@ -177,6 +177,16 @@ def test_differences_name_nested_fields():
     model = dataclasses.replace(first.model, num_encoder_layers=7)
     second = dataclasses.replace(first, model=model, seed=3)
     assert differences(encode(first), encode(second)) == ["model.num_encoder_layers: 2 and 7", "seed: 0 and 3"]
+
+
+def test_differences_name_the_fields_of_a_class_that_has_one_named_value():
+    kind = dataclasses.make_dataclass("Valued", [("value", int), ("other", int)], frozen=True)
+    assert differences(encode(kind(1, 2)), encode(kind(1, 3))) == ["other: 2 and 3"]
+    assert differences(encode(kind(1, 2)), encode(kind(4, 3))) == ["other: 2 and 3", "value: 1 and 4"]
+    holder = dataclasses.make_dataclass("Holder", [("value", kind)], frozen=True)
+    assert differences(encode(holder(kind(1, 2))), encode(holder(kind(1, 3)))) == ["value.other: 2 and 3"]
+    assert differences(encode(kind(1, 2)), encode(holder(kind(1, 2)))) == [": Valued and Holder"]
+    assert differences(encode(Inner(Path("a"))), encode(Inner(Path("b")))) == ["path: a and b"]
 
 
 def test_differences_of_other_types_name_the_types():

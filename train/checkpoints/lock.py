@@ -6,6 +6,7 @@ The file stays and names the last holder. Readers take no lock.
 
 import contextlib
 import datetime
+import errno
 import json
 import logging
 import os
@@ -53,10 +54,7 @@ class RunLock:
                 reason = error.strerror
                 log.warning("%s cannot be locked (%s): do not let another process train there", self._folder, reason)
                 return self
-            raise OSError(
-                f"{self._folder} cannot be written to ({error.strerror}); make it writable, or give another folder "
-                "with --run"
-            ) from error
+            raise OSError(f"{_refusal(self._folder, error)}, or give another folder with --run") from error
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -71,6 +69,18 @@ def _sign(descriptor: int) -> None:
     with contextlib.suppress(OSError):
         os.truncate(descriptor, 0)
         os.write(descriptor, json.dumps(holder).encode())
+
+
+def _refusal(folder: Path, error: OSError) -> str:
+    """Describes why the lock file could not be opened, with a remedy."""
+    file, code = folder / NAME, error.errno or 0
+    if code == errno.ELOOP and file.is_symlink():
+        return f"{file} is a symbolic link, which a lock must not follow: remove the link"
+    if error.strerror == os.strerror(code):
+        return f"{folder} cannot be written to ({error.strerror}); make it writable"
+    # The library refuses files that another user could have planted, and says why before the semicolon.
+    reason = str(error.strerror).partition(";")[0]
+    return f"{file} cannot be locked ({reason}): remove it while no process trains there"
 
 
 def _holder(file: Path) -> str:

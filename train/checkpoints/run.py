@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from train.checkpoints.checkpoints import Checkpoints, MissingStep
 from train.config import FROM_DATA, FROM_TOKENIZER, Experiment, Model, decode, differences, encode
 from train.data.tokenizer import Tokenizer
 from train.devices.processes import Processes
+from train.tasks.task import Task
 from train.update.freezing import freeze
 from train.update.step import start
 
@@ -60,6 +62,7 @@ class Run:
         model: the model with the trained parameters.
         data: the digest of the examples, as from `fingerprint`.
         average: number of checkpoints in the mean of the parameters; 1 for the latest alone.
+        source: the digest of the source of the task, as from `task_source`; "" if it is not known.
     """
 
     folder: Path
@@ -70,6 +73,7 @@ class Run:
     model: Any
     data: str
     average: int = 1
+    source: str = ""
 
     def splits(self) -> dict[str, Dataset]:
         """Loads the examples of the task, by split.
@@ -127,6 +131,26 @@ def fingerprint(splits: Mapping[str, Dataset]) -> str:
         for column in ("source", "target"):
             for text in splits[name][column]:
                 digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()
+
+
+def task_source(task: Task) -> str:
+    """Computes a SHA-256 digest of the files that define the class of a task, in hexadecimal.
+
+    Args:
+        task: the task.
+
+    Returns:
+        The digest of the class's name and of the files of the class and of its base classes below `Task`. "" if a class
+        has no file, as in a notebook.
+    """
+    digest = hashlib.sha256(type(task).__qualname__.encode())
+    for kind in type(task).__mro__:
+        if issubclass(kind, Task) and kind is not Task:
+            file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+            if file is None or not Path(file).is_file():
+                return ""
+            digest.update(Path(file).read_bytes())
     return digest.hexdigest()
 
 
@@ -255,4 +279,14 @@ def _load(folder: Path, average: int | None) -> Run:
     checkpoints.close()
     labels = tuple(json.loads(texts.get("labels", "[]")))
     tokenizer = Tokenizer.from_json(texts["tokenizer"])
-    return Run(folder, experiment, tokenizer, labels, steps[-1], nnx.merge(graph, params), texts["data"], average)
+    return Run(
+        folder=folder,
+        experiment=experiment,
+        tokenizer=tokenizer,
+        labels=labels,
+        step=steps[-1],
+        model=nnx.merge(graph, params),
+        data=texts["data"],
+        average=average,
+        source=texts.get("source", ""),
+    )

@@ -49,7 +49,8 @@ class Session:
         objective: the objective of the run, with its tokenizer and labels.
         splits: examples by split: "train", "validation" and "test".
         batches: the batches of all updates, in order.
-        texts: the texts in each checkpoint beside the arrays: config, tokenizer, digest of the data, labels, versions.
+        texts: the texts in each checkpoint beside the arrays: config, tokenizer, digests of data and task, labels,
+            versions.
         graph: the model's structure.
         placed: the update, compiled for the devices.
         state: the current state: parameters, optimizer state and step.
@@ -98,11 +99,13 @@ class Session:
         """Restores an earlier checkpoint and removes the later ones, so that it becomes the latest.
 
         Raises:
-            ValueError: the checkpoint is missing or damaged.
+            MissingStep: the checkpoint is missing or damaged. Nothing is removed.
+            OSError: the checkpoint cannot be read. Nothing is removed.
         """
-        # Later ones go first: if the process is killed in between, the run still resumes from this one.
+        # Later ones go last: if this one cannot be read, they are all that is left. A run that is killed in between
+        # comes back here when it resumes.
+        self.state = self.placed.place(self.checkpoints.restore(self.state, step))
         self.checkpoints.forget_after(step)
-        self.state = self.placed.place(self.checkpoints.restore(self.state))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +252,7 @@ def _texts(experiment: Experiment, objective: Objective, splits: dict[str, Datas
         "config": run.to_text(experiment),
         "tokenizer": objective.tokenizer.to_json(),
         "data": run.fingerprint(splits),
+        "source": run.task_source(experiment.task),
         "labels": json.dumps(objective.labels, ensure_ascii=False),
     }
 

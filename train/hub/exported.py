@@ -110,18 +110,21 @@ def check_serves(trained: Run | Exported, command: str, objective: type[Objectiv
 
 
 def check_task(trained: Run | Exported, experiment: Path | None) -> None:
-    """Checks that the task in an experiment file gives the examples that a run was trained on.
+    """Checks that the task in an experiment file is the one that a run was trained with.
 
-    Another file may define another task of the same name.
+    Another file may define another task of the same name. A task with the source of the training passes without its
+    data, which may be large or on another machine. If the source changed, the task must give the same examples.
 
     Args:
         trained: the run, or the exported model, which has no task and needs no check.
         experiment: the file, if the user gave one.
 
     Raises:
-        ValueError: the task of the file gives other examples.
+        ValueError: the task of the file has another source and gives other examples.
     """
-    if experiment is not None and isinstance(trained, Run):
+    if experiment is None or not isinstance(trained, Run):
+        return
+    if not trained.source or trained.source != run.task_source(trained.experiment.task):
         trained.splits()
 
 

@@ -40,11 +40,30 @@ class OwnFiles(Task):
     def __post_init__(self) -> None:
         for name in ("validation_share", "test_share"):
             check_number(name, getattr(self, name), above=0, below=1)
-        if self.validation_share + self.test_share >= 1:
+        both_used = self.validation is None and self.test is None
+        if both_used and self.validation_share + self.test_share >= 1:
             raise ValueError(
                 f"the sum of validation_share ({self.validation_share}) and test_share ({self.test_share}) must be "
                 "less than 1: both are held out of the training examples"
             )
+
+    def check_effect(self) -> None:
+        """Checks that every setting of the held-out texts has an effect.
+
+        Raises:
+            ValueError: a share is set and its split has a file, or the seed is set and both splits have files. The
+                message names the flag and the rule.
+        """
+        given = [split for split in ("validation", "test") if getattr(self, split) is not None]
+        unused = {f"{split}_share": f"--task.{split}" for split in given}
+        if len(given) == 2:
+            unused["seed"] = "--task.validation and --task.test"
+        for name, files in unused.items():
+            if (value := getattr(self, name)) != getattr(type(self), name):
+                raise ValueError(
+                    f"--task.{name.replace('_', '-')} ({value}) has no effect with {files}: it decides which training "
+                    "texts are held out, and a split with a file holds out none; remove one of the flags"
+                )
 
     def found(self, read: Callable[[Path], Iterable[Pair]]) -> dict[str, list[Pair]]:
         """Reads the files of each split that has some.

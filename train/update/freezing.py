@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
+from seqattn.nn import Statistic
 from train.update.parameters import check_patterns, matching
 
 
@@ -18,7 +20,8 @@ def frozen(params: Any, patterns: Sequence[str]) -> Any:
         patterns: glob patterns for whole paths, as in `train.update.parameters.matching`.
 
     Raises:
-        ValueError: a pattern matches no path (the message names the most similar paths), or every path is matched.
+        ValueError: a pattern matches no path (the message names the most similar paths), or the patterns match every
+            path, apart from running statistics.
 
     >>> params = {"encoder": {"kernel": jnp.ones((2, 3))}, "output": {"kernel": jnp.ones((3, 2))}}
     >>> frozen(params, ["encoder/*"])
@@ -29,8 +32,13 @@ def frozen(params: Any, patterns: Sequence[str]) -> Any:
     """
     check_patterns(params, patterns)
     found = matching(params, patterns)
-    if all(jax.tree.leaves(found)):
-        raise ValueError(f"frozen ({', '.join(patterns)}) matches every parameter: nothing would be trained")
+    # Running statistics follow the batches: they learn nothing, and no optimizer moves them.
+    variables = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    learned = [not isinstance(variable, Statistic) for variable in variables]
+    rows = zip(jax.tree.leaves(found), learned, strict=True)
+    if all(is_frozen or not is_learned for is_frozen, is_learned in rows):
+        others = "" if all(learned) else " except running statistics"
+        raise ValueError(f"frozen ({', '.join(patterns)}) matches every parameter{others}: nothing would be trained")
     return found
 
 
@@ -45,7 +53,7 @@ def freeze(optimizer: optax.GradientTransformation, patterns: Sequence[str]) -> 
         patterns: glob patterns for whole paths, as in `train.update.parameters.matching`.
 
     Raises:
-        ValueError: by `init`, if a pattern matches no path or every path is matched.
+        ValueError: by `init`, as `frozen`.
 
     >>> optimizer = freeze(optax.sgd(1.0), ["query/*"])
     >>> params = {"query": {"bias": jnp.ones(2)}, "bias": jnp.ones(2)}

@@ -6,7 +6,7 @@ import enum
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
@@ -104,3 +104,27 @@ def test_a_class_of_another_name_or_another_class_of_a_name_is_not_written():
     twin = dataclasses.make_dataclass("Other", ["side"], frozen=True)
     with pytest.raises(TypeError, match=r"config\.shape: types are known by their names, and Other is both"):
         to_json(dataclasses.replace(FULL, shape=twin(1.0)), Everything)
+
+
+@pytest.mark.parametrize("pair", [(), (1,), (1, "a", 2)])
+def test_a_tuple_of_another_length_is_not_written(pair):
+    with pytest.raises(TypeError, match=rf"config\.pair must have 2 items, got {len(pair)}"):
+        to_json(dataclasses.replace(FULL, pair=pair), Everything)
+
+
+def test_a_class_with_a_field_named_type_is_not_written():
+    kind = dataclasses.make_dataclass("Typed", [("type", str)], frozen=True)
+    with pytest.raises(TypeError, match=r"config: Typed has a field named type, .* rename the field"):
+        to_json(kind("x"), kind)
+
+
+@pytest.mark.parametrize("annotation", [Any, tuple, list, Any | None], ids=str)
+@pytest.mark.parametrize("value", [(1, 2), 3, Other()], ids=str)
+def test_an_annotation_that_gives_no_types_is_refused_by_its_name(annotation, value):
+    kind = dataclasses.make_dataclass("Vague", [("field", annotation)], frozen=True)
+    words = r"config\.field is annotated as (Any|tuple|list), which does not give the types of its values"
+    with pytest.raises(TypeError, match=words):
+        to_json(kind(value), kind)
+    written = to_json(value, Other) if isinstance(value, Other) else value
+    with pytest.raises(ValueError, match=words):
+        from_json({"type": "Vague", "field": written}, kind)

@@ -139,6 +139,18 @@ def test_norms_measure_in_their_order_and_add_up_what_several_calls_do():
         move_statistics(norms, sums[1:])
 
 
+def test_measurements_that_are_lost_are_an_error():
+    x, real = jnp.asarray(X), jnp.asarray(REAL)
+    for lossy in (jax.jit, jax.checkpoint):
+        with pytest.raises(ValueError, match="none of the 1 batch norms gave its sums"):
+            jax.eval_shape(lambda x, lossy=lossy: measurements(lossy(_train), NORM, x, real)[1], x)
+    with pytest.raises(ValueError, match="none of the 1 batch norms gave its sums: none was called"):
+        measurements(lambda norm, x: x, NORM, x)
+    _, sums = measurements(lambda norm, x: norm(x, real, statistics=norm.running), NORM, x)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(sums))
+    assert measurements(lambda network, x: x, nnx.List([]), 7) == (7, [])
+
+
 def test_no_gradient_reaches_running_statistics():
     def total(norm):
         return jnp.sum(norm(jnp.asarray(X), jnp.asarray(REAL), statistics=norm.running)[0] ** 2)

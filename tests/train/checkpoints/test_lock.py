@@ -101,3 +101,20 @@ def test_d14_a_file_in_place_of_the_folder_is_refused_in_a_sentence(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="cannot be written to"), RunLock(tmp_path / "file" / "run"):
         pass
+
+
+def test_d14_a_lock_file_that_is_a_symbolic_link_is_named_as_one(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "other")
+    words = r"/\.lock is a symbolic link, which a lock must not follow: remove the link, or .*--run"
+    with pytest.raises(OSError, match=words), RunLock(tmp_path):
+        pass
+
+
+def test_d14_a_lock_file_with_another_hard_link_in_a_folder_of_all_is_named_as_one(tmp_path):
+    (folder := tmp_path / "run").mkdir()
+    folder.chmod(0o777)
+    (folder / ".lock").touch()
+    (tmp_path / "other").hardlink_to(folder / ".lock")
+    words = r"/\.lock cannot be locked \(lock file has another hard link .*\): remove it while .*--run"
+    with pytest.raises(OSError, match=words), RunLock(folder):
+        pass

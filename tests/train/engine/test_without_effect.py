@@ -14,6 +14,7 @@ from train.config import decode
 from train.data.tokenizer import ByteLevelBPE, Characters, SavedTokenizer
 from train.engine import loop, without_effect
 from train.experiments import catalogue
+from train.tasks import LabelledFiles
 from train.update.optimizer import AdamW, Momentum, Muon, Optimizer
 from train.update.schedules import Constant, InverseSquareRoot, InverseTime, Noam
 
@@ -68,6 +69,11 @@ def test_a_setting_that_no_evaluation_or_update_uses_is_refused(words, settings,
 )
 def test_a_setting_of_the_optimizer_that_does_nothing_is_refused(words, optimizer, refused, tiny):
     refused(words, optimizer=dataclasses.replace(tiny.optimizer, **optimizer))
+
+
+def test_a_share_of_a_split_with_a_file_is_refused(refused, tmp_path):
+    task = LabelledFiles(train=tmp_path / "train", test=tmp_path / "test", test_share=0.2)
+    refused(r"--task\.test-share \(0\.2\) has no effect with --task\.test:", task=task)
 
 
 @pytest.mark.parametrize("frozen", [("*",), ("embedding/*", "*coder/*", "*")])

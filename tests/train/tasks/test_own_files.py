@@ -175,3 +175,34 @@ def test_shares_out_of_range_are_refused(share):
         Lines(test_share=share)
     with pytest.raises(ValueError, match=r"sum of validation_share \(0.5\) and test_share \(0.5\) must be less than 1"):
         Lines(validation_share=0.5, test_share=0.5)
+
+
+def test_shares_of_splits_with_files_do_not_count_in_the_sum(tmp_path):
+    assert Lines(validation=tmp_path, test_share=0.95).test_share == 0.95
+    assert Lines(test=tmp_path, validation_share=0.95).validation_share == 0.95
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            {"validation": "v", "validation_share": 0.2},
+            r"validation-share \(0\.2\) .* --task\.validation:",
+        ),
+        ({"test": "t", "test_share": 0.2}, r"--task\.test-share \(0\.2\) has no effect with --task\.test:"),
+        (
+            {"validation": "v", "test": "t", "seed": 3},
+            r"seed \(3\) .* --task\.validation and --task\.test:",
+        ),
+    ],
+)
+def test_settings_of_held_out_texts_beside_files_are_refused(given, words, tmp_path):
+    files = {name: tmp_path / value for name, value in given.items() if isinstance(value, str)}
+    with pytest.raises(ValueError, match=words):
+        Lines(train=tmp_path, **given | files).check_effect()
+    Lines(train=tmp_path, **files).check_effect()
+
+
+def test_settings_of_held_out_texts_that_have_an_effect_are_taken(tmp_path):
+    Lines(train=tmp_path, validation_share=0.2, test_share=0.3, seed=5).check_effect()
+    Lines(train=tmp_path, validation=tmp_path, test_share=0.3, seed=5).check_effect()

@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
+from seqattn.nn import BatchNorm
 from train.update.freezing import freeze, frozen
 from train.update.optimizer import AdamW, Muon
 from train.update.parameters import paths
@@ -73,6 +74,14 @@ def test_a_pattern_that_matches_nothing_is_refused_before_a_step(params):
 def test_patterns_that_freeze_everything_are_refused_before_a_step(patterns, params):
     with pytest.raises(ValueError, match=r"frozen \(.*\*\) matches every parameter: nothing would be trained"):
         freeze(optax.sgd(0.1), patterns).init(params)
+
+
+def test_patterns_that_freeze_all_but_running_statistics_are_refused_before_a_step():
+    params = nnx.state(nnx.List([BatchNorm(3, rngs=nnx.Rngs(0)), nnx.Linear(3, 2, rngs=nnx.Rngs(0))]), nnx.Param)
+    patterns = ["*/scale", "*/shift", "*/kernel", "*/bias"]
+    with pytest.raises(ValueError, match="matches every parameter except running statistics: nothing would be trained"):
+        freeze(optax.sgd(0.1), patterns).init(params)
+    freeze(optax.sgd(0.1), patterns[1:]).init(params)
 
 
 def test_the_mask_has_the_structure_of_the_parameters(params):
