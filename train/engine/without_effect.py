@@ -16,6 +16,7 @@ from train.config import Experiment
 from train.data.tokenizer import Characters
 from train.reports.profile import parse_steps
 from train.tasks.own_files import OwnFiles
+from train.tasks.translation import ParallelFiles
 from train.update.optimizer import Momentum, Muon
 from train.update.parameters import check_patterns, matching, matrices, paths
 
@@ -31,7 +32,7 @@ def check_settings(experiment: Experiment) -> None:
     # Before examples are loaded, so that a mistake shows at once.
     _check_evaluations(experiment)
     _check_rates(experiment)
-    if isinstance(experiment.task, OwnFiles):
+    if isinstance(experiment.task, OwnFiles | ParallelFiles):
         experiment.task.check_effect()
     optimizer, algorithm = experiment.optimizer, experiment.optimizer.algorithm
     if optimizer.clip_norm is not None and math.isinf(optimizer.clip_norm):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seqattn.checks import check_number
-from train.tasks.task import Pair, Task, normalized
+from train.tasks.task import Pair, Task, check_held_out, normalized
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +55,7 @@ class OwnFiles(Task):
                 message names the flag and the rule.
         """
         given = [split for split in ("validation", "test") if getattr(self, split) is not None]
-        unused = {f"{split}_share": f"--task.{split}" for split in given}
-        if len(given) == 2:
-            unused["seed"] = "--task.validation and --task.test"
-        for name, files in unused.items():
-            if (value := getattr(self, name)) != getattr(type(self), name):
-                raise ValueError(
-                    f"--task.{name.replace('_', '-')} ({value}) has no effect with {files}: it decides which training "
-                    "texts are held out, and a split with a file holds out none; remove one of the flags"
-                )
+        check_held_out(self, {split: f"--task.{split}" for split in given}, "share")
 
     def found(self, read: Callable[[Path], Iterable[Pair]]) -> dict[str, list[Pair]]:
         """Reads the files of each split that has some.

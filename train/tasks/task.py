@@ -5,7 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -41,6 +41,29 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def load(self) -> dict[str, Dataset]:
         """Returns the splits "train", "validation" and "test", none empty, with the columns "source" and "target"."""
+
+
+def check_held_out(task: Task, given: Mapping[str, str], amount: str) -> None:
+    """Checks that a task sets no amount, and no seed, for splits that are not held out of training.
+
+    Args:
+        task: a task with the fields `validation_AMOUNT`, `test_AMOUNT` and `seed`.
+        given: by "validation" and "test", the flag that gives the split its own text; only splits that have one.
+        amount: how the fields of the task call what is held out, such as "share".
+
+    Raises:
+        ValueError: an amount is set and its split has its own text, or the seed is set and both have. The message names
+            the flag and the rule.
+    """
+    unused = {f"{split}_{amount}": flag for split, flag in given.items()}
+    if len(given) == 2:
+        unused["seed"] = " and ".join(given.values())
+    for name, flags in unused.items():
+        if (value := getattr(task, name)) != getattr(type(task), name):
+            raise ValueError(
+                f"--task.{name.replace('_', '-')} ({value}) has no effect with {flags}: it decides which training "
+                "texts are held out, and a split with a file holds out none; remove one of the flags"
+            )
 
 
 def every_task() -> tuple[type[Task], ...]:

@@ -14,7 +14,7 @@ from numpy.random import Generator
 
 from train.tasks.lines import read_pairs
 from train.tasks.tables import Table, tables
-from train.tasks.task import Pair, Task, generator, normalized, splits
+from train.tasks.task import Pair, Task, check_held_out, generator, normalized, splits
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,15 @@ class ParallelFiles(TranslationTask):
     """test file in the source language; if None, examples are held out of the training text"""
     test_target: Path | None = None
     """test file in the target language"""
+
+    def check_effect(self) -> None:
+        """Checks that every setting of the held-out pairs has an effect.
+
+        Raises:
+            ValueError: a number of examples is set and its split has files, or the seed is set and both splits have.
+        """
+        given = [split for split in ("validation", "test") if getattr(self, f"{split}_source") is not None]
+        check_held_out(self, {split: f"--task.{split}-source" for split in given}, "examples")
 
     def load(self) -> dict[str, Dataset]:
         """Reads the files and makes the splits.

@@ -332,3 +332,18 @@ def test_a_column_and_a_language_of_one_side_exclude_each_other(side, folder):
 def test_hub_folder_that_is_not_there(folder):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         HubTranslation(name=str(folder / "nowhere"), **FLAT).load()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"validation_examples": 7}, r"--task\.validation-examples \(7\) .* --task\.validation-source:"),
+        ({"seed": 3}, r"--task\.seed \(3\) .* --task\.validation-source and --task\.test-source:"),
+    ],
+)
+def test_settings_of_held_out_pairs_beside_files_are_refused(given, words, tmp_path):
+    files = {f"{split}_{side}": tmp_path for split in ("validation", "test") for side in ("source", "target")}
+    with pytest.raises(ValueError, match=words):
+        ParallelFiles(**files, **given).check_effect()
+    ParallelFiles(**files).check_effect()
+    ParallelFiles(**given).check_effect()
