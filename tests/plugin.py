@@ -31,7 +31,7 @@ _QUICK, _TILED = "not slow and not gpu", ROOT / "tests" / "seqattn" / "kernels" 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr == _QUICK:
-        # XLA ends a process at a flag that it does not know, as that of 0.12 does: for the version that was tried.
+        # XLA aborts on unknown flags, and that of jaxlib 0.12 does not know these.
         left_out = _LEFT_OUT if importlib.metadata.version("jaxlib") == "0.10.2" else ""
         os.environ["XLA_FLAGS"] = f"{left_out} {os.environ.get('XLA_FLAGS', '')}"
     environment.configure()
