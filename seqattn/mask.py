@@ -34,7 +34,7 @@ class Reach:
 class Mask:
     """A predicate over one query and one key: True if the query may attend to the key.
 
-    Kernels lift a mask over whole sequences with `jax.vmap`. Compose masks with `&`, `|` and `~`. A mask is a pytree:
+    Kernels lift a mask over whole sequences with `jax.vmap`. Compose masks with `&`, `|` and ``~``. A mask is a pytree:
     sizes are static, arrays are its leaves. It may also read `query.batch` and `query.head`, the indices of the batch
     row and of the query head.
 
@@ -71,7 +71,7 @@ class Mask:
         """Returns whether some pair and whether every pair of two tiles is visible.
 
         The answer must be sound, but need not be tight: `some` may be True and `every` False for any tile, which is the
-        default. The fields of the tiles broadcast, so use array operations (`&`, `|`, `~`) and no Python conditions.
+        default. The fields of the tiles broadcast, so use array operations (`&`, `|`, ``~``) and no Python conditions.
 
         Args:
             query: the ranges of the queries' coordinates.

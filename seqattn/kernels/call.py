@@ -267,6 +267,11 @@ def locate(
 ) -> Located:
     """Checks mask, bias and coordinates against the shapes of query and key, and returns them with one batch dim."""
     batch, pairs = query[:-3], (query[-2], query[-3], key[-3])
+    # Before the coordinates are judged: they would be blamed for a mask that is none.
+    if isinstance(mask, type):
+        raise TypeError(f"mask must be an instance, not its class: write {mask.__name__}(...)")
+    if callable(mask) and not isinstance(mask, Mask):
+        raise TypeError("mask must be a Mask or a boolean array, not a function: write MaskMod(fn)")
     # Coordinates that nothing reads are a mistake of the caller, such as a forgotten mask.
     matter = isinstance(mask, Mask) or (score_mod is not None and score_mod.uses_coordinates)
     if not matter and (q_at is not None or kv_at is not None):
@@ -274,8 +279,6 @@ def locate(
             "q_at and kv_at only matter to a Mask, such as SameSegment(), or to a ScoreMod, such as Alibi(); this call "
             "has neither"
         )
-    if isinstance(mask, type):
-        raise TypeError(f"mask must be an instance, not its class: write {mask.__name__}(...)")
     if isinstance(mask, Mask):
         mask.check(math.prod(batch), pairs[0])
     if (q_at is None) != (kv_at is None):

@@ -116,7 +116,7 @@ class MultiHeadAttention(nnx.Module):
 
         Args:
             x: tokens `[*batch, S, D]`.
-            at: their coordinates.
+            at: their coordinates, `[*batch, S]`; `[S]` serves all batch rows.
 
         Returns:
             Keys and values `[*batch, S, K, H]`.
@@ -148,7 +148,7 @@ class MultiHeadAttention(nnx.Module):
 
         Args:
             x: tokens `[*batch, T, D]`, from which the queries are computed.
-            at: their coordinates.
+            at: their coordinates, `[*batch, T]`; `[T]` serves all batch rows.
             kv: the keys and values of `project`, or the columns of a cache, which decoding steps read without copying.
             score_mod: modifies the scores, as in `seqattn.attend`.
             dropout_key: if None, nothing is dropped.

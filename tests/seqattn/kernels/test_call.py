@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqattn.attention import attend
 from seqattn.coordinates import Coordinates
 from seqattn.kernels.call import flatten, locate
 from seqattn.masks import Causal
@@ -56,3 +57,13 @@ def test_coordinates_may_share_one_field():
 def test_flatten_makes_one_batch_dim(batch):
     x = np.arange(np.prod(batch, dtype=int) * T).reshape(*batch, T)
     np.testing.assert_array_equal(jax.jit(lambda x: flatten(x, batch))(x), x.reshape(int(np.prod(batch)), T))
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [(Causal, r"write Causal\(\.\.\.\)"), (lambda query, key: True, r"not a function: write MaskMod\(fn\)")],
+)
+def test_a_mask_that_is_a_class_or_a_function_is_named_before_the_coordinates_are_judged(mask, words):
+    x, at = jnp.ones((3, 1, 2)), Coordinates.range(3)
+    with pytest.raises(TypeError, match=words):
+        attend(x, x, x, mask=mask, q_at=at, kv_at=at)
