@@ -54,7 +54,9 @@ OPTIONS = {
 
 
 @functools.partial(every_implementation, slow=["ring"])
-@pytest.mark.parametrize("shared", [(0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shared", [(0,), pytest.param((1,), marks=pytest.mark.slow), pytest.param((0, 1), marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_keys_of_batch_1_are_those_of_every_row(implementation, name, shared):
     """Values and gradients, which add up over the rows."""

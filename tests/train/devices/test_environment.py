@@ -93,7 +93,7 @@ def test_e12_a_user_without_a_home_has_no_cache(monkeypatch, capsys):
     monkeypatch.setattr(Path, "home", no_home)
     environment.keep_programs()
     assert CACHE not in os.environ
-    assert "not kept: Could not determine home" in capsys.readouterr().err
+    assert "not cached: Could not determine home" in capsys.readouterr().err
 
 
 PROGRAM = """

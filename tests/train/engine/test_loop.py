@@ -173,7 +173,7 @@ def test_c11_other_versions_are_told(finished, tiny, monkeypatch, caplog):
 
 @pytest.mark.parametrize(
     ("batches", "words"),
-    [({"max_length": 1}, "none of 101 training examples"), ({"tokens": 12}, "has no room for")],
+    [({"max_length": 1}, "all 101 training examples are longer"), ({"tokens": 12}, "has no room for")],
 )
 def test_batches_that_cannot_be_made_are_refused_before_anything_is_written(batches, words, tiny, tmp_path):
     wrong = dataclasses.replace(tiny, run=tmp_path / "new", batches=dataclasses.replace(tiny.batches, **batches))
@@ -197,9 +197,9 @@ def test_where_an_error_came_from_is_written_down(tiny, tmp_path, monkeypatch):
         loop.train(dataclasses.replace(tiny, run=tmp_path / "new"))
     assert 'lambda *_: "abc".index("z")' in (tmp_path / "new" / "traceback.txt").read_text()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="none of 101"):
+    with pytest.raises(ValueError, match="all 101 training examples"):
         loop.train(dataclasses.replace(tiny, run=tmp_path / "new", batches=Batches(max_length=1)))
-    assert "none of 101" in (tmp_path / "new" / "traceback.txt").read_text()
+    assert "all 101 training examples" in (tmp_path / "new" / "traceback.txt").read_text()
 
 
 @pytest.mark.parametrize("content", ["", '{"type": "Exp'])

@@ -63,7 +63,16 @@ def _model(model):
     return dataclasses.replace(model, **{name: min(2, getattr(model, name)) for name in layers})
 
 
-@pytest.mark.parametrize("name", catalogue.names())
+RESEMBLING = {
+    *("ablations", "docstrings_compressed", "docstrings_stream", "docstrings_transformer", "docstrings_recurrent"),
+    *("few_tags", "in_between", "multi30k", "reading_transformer", "reverse"),
+}
+"""Experiments whose task, and whose kind of model, another one has."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in RESEMBLING else ()) for name in catalogue.names()]
+)
 def test_the_loss_falls(name, tmp_path):
     experiment = catalogue.named(name)
     tokenizer = experiment.tokenizer
