@@ -98,8 +98,8 @@ _PENALTY = tyro.constructors.PrimitiveConstructorSpec[LengthPenalty](
 class Arguments(OwnCode):
     """Translates texts, or standard input line by line, with the latest model of a run.
 
-    Decodes greedily by default, with beam search if --beam_size is above 1, and by sampling if any of --temperature,
-    --top_k, --top_p, --min_p or --seed is given.
+    Decodes greedily by default, with beam search if --beam-size is above 1, and by sampling if any of --temperature,
+    --top-k, --top-p, --min-p or --seed is given.
     """
 
     run: tyro.conf.Positional[Path]

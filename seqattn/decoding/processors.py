@@ -207,7 +207,7 @@ class PrefixCost(enum.Enum):
     MODEL = "model"
     """The model's log probability, as if the search had chosen the token."""
     NOTHING = "nothing"
-    """0, as in Hugging Face, t5x and JoeyNMT: only the tokens after the prefix are scored."""
+    """Counts 0, as Hugging Face, t5x and JoeyNMT do. Only the tokens after the prefix are scored."""
 
 
 @pytree

@@ -16,14 +16,14 @@ class Stopping(enum.Enum):
     """
 
     FIRST = "first"
-    """Stop as soon as enough sequences have finished: `early_stopping=True` in Hugging Face."""
+    """Stops as soon as enough sequences have finished (`early_stopping=True` in Hugging Face)."""
     LIKELY = "likely"
-    """Stop when the best live hypothesis, scored at its present length, scores no better than the worst finished one:
-    `early_stopping=False` in Hugging Face.
+    """Stops when the best live hypothesis, scored at its present length, scores no better than the worst finished one
+    (`early_stopping=False` in Hugging Face).
     """
     EXACT = "exact"
-    """Stop when no live hypothesis can still score better than the worst finished one: `early_stopping="never"` in
-    Hugging Face.
+    """Stops when no live hypothesis can still score better than the worst finished one (`early_stopping="never"` in
+    Hugging Face).
 
     Holds for any length penalty and any processors: `LengthPenalty.bound` covers all lengths a hypothesis may reach,
     and `LogitsProcessor.bound` says how much a processor can add per token. If a processor does not know its bound, a

@@ -22,7 +22,7 @@ class Convolutional:
     channels: tuple[int, ...] = (32, 64, 128)
     """Output channels of each convolution."""
     image_channels: int = 1
-    """Channels of the images: 1 for grey, 3 for colour."""
+    """Channels of the images (1 for gray, 3 for color)."""
     norm: OverImage | OverBatch = OverImage()
     """The norm after each convolution."""
 
@@ -34,7 +34,7 @@ class Patches:
     patch: tuple[int, int] = (8, 8)
     """Height and width of a patch in pixels."""
     image_channels: int = 1
-    """Channels of the images: 1 for grey, 3 for colour."""
+    """Channels of the images (1 for gray, 3 for color)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -274,12 +274,28 @@ def _usage(made: Exported, name: str, image: tuple[int, int] | None, program: ex
         "Run `pip install .` in a checkout of seqattn and `pip install safetensors`, download the files of this model "
         f"(`hf download {name} --local-dir FOLDER`), and run in their folder:",
         f"```python\n{_LOAD}{use}\n```",
-        'To convert text to ids, use `tokenizers.Tokenizer.from_file("tokenizer.json").encode(text).ids`.',
+        _conversion(made),
     ]
     if (command := named(made.objective).command) != "evaluate":  # `evaluate` needs the data of the run
-        parts.append(f'Or run `pip install .[train]` and `python -m train.{command} FOLDER "a text"`.')
+        parts.append(
+            f"Or run `pip install -e '.[train]'` and `python -m train.{command} FOLDER \"a text\"` in the checkout."
+        )
     parts.append("To check the files, run `sha256sum -c SHA256SUMS`.")
     return "\n\n".join(parts + ([] if program is None else [_program_usage(program)]))
+
+
+def _conversion(made: Exported) -> str:
+    """Returns the sentences on text to token ids and back."""
+    tokenizer, end = made.tokenizer, ""
+    if made.objective == "SequenceToSequence":
+        end = f", and append the end token {tokenizer.end_id}. Pad with {tokenizer.pad_id} on the right"
+    special = ", ".join(str(i) for i in (tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id))
+    return (
+        'To convert text to ids, use `tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json")` and '
+        f"`tokenizer.encode(text).ids`{end}. To convert ids to text, use "
+        f"`tokenizer.decode([i for i in ids if i not in ({special})])`. On a CPU with jaxlib 0.10.2 to 0.12, set "
+        "`XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce`: without it, some programs compute wrong numbers."
+    )
 
 
 def _program_usage(program: export.Exported) -> str:
