@@ -33,7 +33,7 @@ types: .venv/test
 	$(python) -m mypy
 
 docs: .venv/docs  ## the site, with every example executed, in docs/_build/html
-	@exec $(python) -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html $(ARGS)
+	@exec $(python) -m sphinx --builder html --fail-on-warning --keep-going --fresh-env --quiet docs docs/_build/html $(ARGS)
 
 clean:
 	rm -rf .venv dist build docs/_build docs/_generated .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,5 +1,6 @@
 """Sphinx configuration; `make docs` builds the site into docs/_build/html, offline, with warnings as errors."""
 
+import inspect
 import os
 import sys
 from importlib.metadata import version as installed
@@ -10,6 +11,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]  # for the modules that autodoc imp
 os.environ["PYTHONPATH"] = str(HERE.parent)  # the kernels that execute the notebooks import the same modules
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Some jitted CPU programs of jaxlib 0.10.2 to 0.12 compute wrongly without this flag (docs/getting-started.md).
+from flax import nnx  # noqa: E402
+
 from train.devices import environment  # noqa: E402
 
 environment.configure()
@@ -43,7 +46,7 @@ add_module_names = False
 
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath", "smartquotes"]
 myst_heading_anchors = 3
-nb_execution_mode = "cache"
+nb_execution_mode = "force"  # a cache would not notice a change of the library
 nb_execution_raise_on_error = True
 nb_execution_timeout = 240
 nb_merge_streams = True
@@ -62,3 +65,34 @@ def setup(app):
 
     app.connect("builder-inited", lambda _: pictures.draw_all(HERE / "_generated"))
     app.connect("builder-inited", lambda _: downloads.write_all(HERE / "examples", HERE / "_generated"))
+    app.connect("autodoc-process-signature", signature_of_module)
+    app.connect("autodoc-skip-member", lambda app, what, name, *others: True if name in _OF_JAX else None)
+
+
+_OF_JAX = {"tree_flatten", "tree_unflatten"}
+"""Methods that pytrees have for JAX alone."""
+
+
+def signature_of_module(app, what, name, obj, options, signature, return_annotation):
+    """Returns the signature of `__init__` for modules; Flax's metaclass hides it behind `*args, **kwargs`."""
+    if what != "class" or not (isinstance(obj, type) and issubclass(obj, nnx.Module)):
+        return None
+    given = list(inspect.signature(obj.__init__).parameters.values())[1:]
+    plain = [p.replace(annotation=p.empty, default=Shown.of(p.default)) for p in given]
+    return str(inspect.Signature(plain)), return_annotation
+
+
+class Shown:
+    """A default value as people write it: types and functions by their names."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+    @staticmethod
+    def of(default: object) -> object:
+        """Returns the value, or a stand-in that prints its name."""
+        named = callable(default) and default is not inspect.Parameter.empty and hasattr(default, "__name__")
+        return Shown(default.__name__) if named else default

@@ -30,11 +30,13 @@ def platform_of(arrays: Iterable[Any]) -> str | None:
     Without an array it is JAX's default.
     """
     given = [x for x in arrays if isinstance(x, jax.Array)]
+    if not given:
+        return jax.default_backend()
     # Arrays that a traced function closes over are concrete, but its program may still be compiled for any platform.
-    # Inside a trace `jnp.zeros` is traced as well.
-    if any(isinstance(x, jax.core.Tracer) for x in (*given, jnp.zeros(()))):
+    # Inside a trace every operation is traced, also one without operands, which transfers nothing to a device.
+    if any(isinstance(x, jax.core.Tracer) for x in (*given, lax.iota(jnp.int32, 1))):
         return None
-    return next(iter(given[0].devices())).platform if given else jax.default_backend()
+    return next(iter(given[0].devices())).platform
 
 
 def all_platforms() -> tuple[str, ...]:

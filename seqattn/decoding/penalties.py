@@ -111,7 +111,7 @@ class GNMT(LengthPenalty):
     """`log_probability / ((5 + length) / 6) ** alpha`, the length penalty of GNMT (Wu 2016, equation 14).
 
     Attributes:
-        alpha: 0.6 to 0.7 in the paper; 0 changes nothing; one number; a leaf. Defaults to 0.6.
+        alpha: the strength, one number, a leaf; 0 changes nothing. Defaults to 0.6.
 
     Raises:
         ValueError: `alpha` is known and not finite; when called, it is not one number.

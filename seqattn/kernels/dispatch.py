@@ -154,7 +154,7 @@ def order(platform: str, query: Shaped, key: Shaped) -> tuple[str, ...]:
     # Tiles need numbers: with symbolic sizes only the kernels that keep all scores remain.
     if not is_known(query.shape, key.shape):
         return ("xla", "reference")
-    # A vendor's kernel is the fastest on its device if it accepts the call.
+    # A vendor's kernel comes first on its device, where this order has not been measured yet.
     own = {"gpu": ("cudnn",), "tpu": ("splash",)}.get(platform, ())
     tiny = query.shape[-3] < FEW_QUERIES or query.shape[-3] * key.shape[-3] <= TINY_PAIRS
     return own + (("xla", "reference", "chunked") if tiny else ("chunked", "xla", "reference"))

@@ -25,7 +25,9 @@ def refuse_modified(call: Call) -> None:
     """Raises NotImplementedError for what vendors lack: score modifications, dropout and keys of another dtype."""
     if call.key.dtype != call.query.dtype:
         # A cache may hold its keys in another dtype than the queries have.
-        raise NotImplementedError(f"keys are {call.key.dtype} and queries {call.query.dtype}; cached takes both")
+        raise NotImplementedError(
+            f"keys are {call.key.dtype} and queries {call.query.dtype}; cast one of them, or name chunked or cached"
+        )
     if call.score_mod is not None:
         kind = type(call.score_mod).__name__
         raise NotImplementedError(f"no score modification ({kind}); chunked and reference have it")
@@ -137,7 +139,8 @@ def _zeroed(bad: Bool[Array, "B S K"], key: Array, value: Array) -> tuple[Array,
 def zeroed_if_any(bad: Bool[Array, "B S K"], key: Array, value: Array) -> tuple[Array, Array]:
     """Like `_zeroed`, but copies only if there is a bad key.
 
-    On the CPU the test takes a quarter of the time of the copy; a GPU would have to wait for its result.
+    On the CPU the test takes a quarter of the time of the copy. On a GPU the branch has to wait for its result (not
+    measured).
     """
     return jax.lax.cond(bad.any(), _zeroed, lambda bad, key, value: (key, value), bad, key, value)
 

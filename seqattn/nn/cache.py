@@ -273,8 +273,8 @@ class PagedCache(Cache):
     """Pool of pages shared by the hypotheses of a row, and a table that says which hypothesis owns which page.
 
     A page holds one token, so no page is half full when hypotheses diverge. Continuing from another hypothesis copies
-    one row of the table and no keys. This is the block table of vLLM (Kwon 2023, section 4) without copy-on-write. The
-    pages of the prompt come first and every hypothesis sees them. Each step then adds one page per hypothesis.
+    one row of the table and no keys. This is the block table of vLLM (Kwon 2023, section 4.4) without copy-on-write.
+    The pages of the prompt come first and every hypothesis sees them. Each step then adds one page per hypothesis.
 
     Attributes:
         columns: the pool of `prompt + steps * beam_size` pages.

@@ -59,10 +59,10 @@ def check_held_out(task: Task, given: Mapping[str, str], amount: str) -> None:
     if len(given) == 2:
         unused["seed"] = " and ".join(given.values())
     for name, flags in unused.items():
-        if (value := getattr(task, name)) != getattr(type(task), name):
+        if (value := getattr(task, name)) != (default := getattr(type(task), name)):
             raise ValueError(
                 f"--task.{name.replace('_', '-')} ({value}) has no effect with {flags}: it decides which training "
-                "texts are held out, and a split with a file holds out none; remove one of the flags"
+                f"texts are held out, and a split with a file holds out none; set it to its default ({default})"
             )
 
 

@@ -167,10 +167,10 @@ def _add_pieces(
     def add(total: Any, piece: tuple[dict[str, jax.Array], jax.Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, _sums_and_gradients(graph, loss, settings, params, *piece)), None
 
-    # Micro-batch i takes rows i, i + pieces, ..., which spreads short and long texts over the micro-batches.
+    # Micro-batch i takes rows i, i + pieces, ...: every micro-batch has the same number of rows.
     split = {name: _pieces(name, array, pieces) for name, array in batch.items()}
     keys = jax.random.split(key, pieces)
-    # The accumulator needs the dtypes of the gradients, which are wider than the parameters for bfloat16.
+    # The accumulator has the dtypes of the sums: float32 or wider, also for bfloat16 parameters.
     first = jax.eval_shape(lambda: _sums_and_gradients(graph, loss, settings, params, _first(split), keys[0]))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
     # A scan runs the micro-batches one after the other, so the activations of only one are in memory.
