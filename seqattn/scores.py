@@ -56,16 +56,7 @@ def general(query: Float[Array, "Q"], key: Float[Array, "D"], weight: Float[Arra
 
 
 def scaled_general(query: Float[Array, "Q"], key: Float[Array, "D"], weight: Float[Array, "Q D"]) -> Float[Array, ""]:
-    """Returns `q . W k / sqrt(Q)`: the bilinear score with a variance that does not grow with Q.
-
-    Args:
-        query: `[Q]`.
-        key: `[D]`.
-        weight: W, `[Q, D]`.
-
-    Returns:
-        A scalar.
-    """
+    """Returns `q . W k / sqrt(Q)`: `general`, with a variance that does not grow with Q."""
     return general(query, key, weight) / math.sqrt(query.shape[-1])
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from seqattn.kernels import chunked
 from seqattn.kernels.call import Call, Result, refuse_unknown
-from seqattn.kernels.guard import guarded, jax_nn, refuse_modified, refuse_other_values, refuse_platform
+from seqattn.kernels.guard import guarded, jax_nn, refuse_other_values, refuse_platform, refuse_unsupported
 from seqattn.kernels.native import Native, native_of, pairs_of
 
 _HEAD_DIM = 256
@@ -23,7 +23,7 @@ def refuse(call: Call) -> None:
     """
     refuse_platform("cuDNN", "gpu", call)
     refuse_unknown("cuDNN", call.query.shape, call.key.shape)
-    refuse_modified(call)
+    refuse_unsupported(call)
     refuse_other_values(call)
     native = _native(call)
     if call.is_empty:

@@ -21,7 +21,7 @@ from seqattn.kernels.native import Native
 from seqattn.precision import accumulator, lowest
 
 
-def refuse_modified(call: Call) -> None:
+def refuse_unsupported(call: Call) -> None:
     """Raises NotImplementedError for what vendors lack: score modifications, dropout and keys of another dtype."""
     if call.key.dtype != call.query.dtype:
         # A cache may hold its keys in another dtype than the queries have.

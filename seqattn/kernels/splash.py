@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from seqattn.kernels import chunked
 from seqattn.kernels.call import Call, Result, refuse_unknown
-from seqattn.kernels.guard import guarded, refuse_modified, refuse_platform, relaxed
+from seqattn.kernels.guard import guarded, refuse_platform, refuse_unsupported, relaxed
 from seqattn.kernels.mesh_axes import mesh_axes
 from seqattn.kernels.native import Native, native_of
 from seqattn.platforms import on_tpu
@@ -23,7 +23,7 @@ def refuse(call: Call) -> None:
     """Raises NotImplementedError, with the reason, if `attend` cannot serve the call."""
     refuse_platform("splash attention", "tpu", call)
     refuse_unknown("splash attention", call.query.shape, call.key.shape)
-    refuse_modified(call)
+    refuse_unsupported(call)
     if call.bias is not None:
         raise NotImplementedError("splash attention takes no bias")
     if call.query.dtype not in (jnp.float32, jnp.bfloat16):

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from seqattn.kernels import reference
 from seqattn.kernels.call import Call, Result
-from seqattn.kernels.guard import guarded, jax_nn, refuse_modified, refuse_other_values, zeroed_if_any
+from seqattn.kernels.guard import guarded, jax_nn, refuse_other_values, refuse_unsupported, zeroed_if_any
 from seqattn.kernels.native import Native, pairs_of
 from seqattn.platforms import PLATFORMS, by_platform
 
@@ -21,7 +21,7 @@ _ABOVE_HIDDEN = np.float32(-0.5 * np.finfo(np.float32).max)
 
 def refuse(call: Call) -> None:
     """Raises NotImplementedError, with the reason, if `attend` cannot serve the call."""
-    refuse_modified(call)
+    refuse_unsupported(call)
     refuse_other_values(call)
     if call.query.dtype == jnp.float64:
         raise NotImplementedError("jax.nn computes the softmax of float64 in float32; reference and chunked do not")

@@ -58,15 +58,20 @@ class EncoderDecoder(Protocol):
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: State
     ) -> tuple[Float[Array, "B T V"], State]:
-        """Reads many target tokens at once, before a search branches.
+        """Reads many target tokens at once, before a search branches. A text may be read in pieces of any size.
 
         Args:
             tokens: `[B, T]`.
-            lengths: `[B]`, the number of tokens of each row; the rest is padding.
+            lengths: `[B]`, the number of tokens of each row. The rest is padding, which no token sees. In a cache it
+                takes room; a recurrent model skips it.
             state: a state with one hypothesis per row.
 
         Returns:
             Logits `[B, T, V]` of the token after each of `tokens`, and the state after the last one.
+
+        Raises:
+            ValueError: the state has several hypotheses per row, or a cache is full. Inside `jit`, where a full cache
+                cannot raise, the logits are NaN.
         """
 
     def step(self, tokens: Int[Array, "R"], state: State) -> tuple[Float[Array, "R V"], State]:

@@ -120,16 +120,9 @@ class LanguageModel(nnx.Module):
         *,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T V"]:
-        """Computes logits with known targets (teacher forcing).
+        """Computes logits `[B, T, V]` with known targets. See `EncoderDecoder.decode`.
 
-        Args:
-            target: tokens `[B, T]`.
-            target_at: their coordinates, with positions from 0; the positions of the prefix are added.
-            memory: the prefix.
-            dropout_key: if None, nothing is dropped.
-
-        Returns:
-            Logits `[B, T, V]` of the token after each target token.
+        The memory is the prefix. Target positions count from 0; the positions of the prefix are added.
         """
         keys = split(dropout_key, 2)
         x, at = self._stream(target, target_at, memory)
@@ -158,21 +151,7 @@ class LanguageModel(nnx.Module):
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: LanguageModelState
     ) -> tuple[Float[Array, "B T V"], LanguageModelState]:
-        """Reads many tokens at once, before a search branches. A text may be read in pieces of any size.
-
-        Args:
-            tokens: `[B, T]`.
-            lengths: `[B]`, the number of tokens of each row. The rest is padding: it takes room in the caches, but no
-                token sees it.
-            state: a state with one hypothesis per row.
-
-        Returns:
-            Logits `[B, T, V]` of the token after each of `tokens`, and the state after the last one.
-
-        Raises:
-            ValueError: the state has several hypotheses per row, or the caches are full. Inside `jit`, where full
-                caches cannot raise, the logits are NaN.
-        """
+        """Reads many target tokens at once. See `EncoderDecoder.prefill`."""
         if state.caches[0].beams > 1:
             raise ValueError(f"prefill before branching: the state has {state.caches[0].beams} hypotheses per row")
         new = Coordinates.from_lengths(lengths, tokens.shape[1])

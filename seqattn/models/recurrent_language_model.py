@@ -120,16 +120,9 @@ class RecurrentLanguageModel(nnx.Module):
         *,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T V"]:
-        """Computes logits with known targets (teacher forcing).
+        """Computes logits `[B, T, V]` with known targets. See `EncoderDecoder.decode`.
 
-        Args:
-            target: tokens `[B, T]`.
-            target_at: their coordinates.
-            memory: the state after the context.
-            dropout_key: if None, nothing is dropped.
-
-        Returns:
-            Logits `[B, T, V]` of the token after each target token.
+        The memory is the state after the context.
         """
         keys = split(dropout_key, 2)
         features, _ = self._unroll(target, target_at, memory, keys[0])
@@ -148,19 +141,7 @@ class RecurrentLanguageModel(nnx.Module):
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: RecurrentLanguageModelState
     ) -> tuple[Float[Array, "B T V"], RecurrentLanguageModelState]:
-        """Reads many tokens at once, before a search branches. A text may be read in pieces of any size.
-
-        Args:
-            tokens: `[B, T]`.
-            lengths: `[B]`, the number of tokens of each row. The rest is padding and is skipped.
-            state: a state with one hypothesis per row.
-
-        Returns:
-            Logits `[B, T, V]` of the token after each of `tokens`, and the state after the last one.
-
-        Raises:
-            ValueError: the state has several hypotheses per row.
-        """
+        """Reads many target tokens at once. See `EncoderDecoder.prefill`."""
         rows, hypotheses = tokens.shape[0], state.segment.shape[0]
         if hypotheses != rows:
             raise ValueError(f"prefill before branching: {rows} rows of tokens, {hypotheses} hypotheses in the state")

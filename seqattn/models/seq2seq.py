@@ -163,17 +163,7 @@ class Seq2Seq(nnx.Module):
         *,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T V"]:
-        """Computes logits with known targets (teacher forcing).
-
-        Args:
-            target: tokens `[B, T]`.
-            target_at: their coordinates.
-            memory: the encoded source.
-            dropout_key: if None, nothing is dropped.
-
-        Returns:
-            Logits `[B, T, V]` of the token after each target token.
-        """
+        """Computes logits `[B, T, V]` with known targets. See `EncoderDecoder.decode`."""
         keys = split(dropout_key, 2)
         features, _, _ = self._unroll(target, target_at, self.start(memory, target.shape[1]), keys[0])
         return self.output(drop(features, self.config.dropout_rate, keys[1]))
@@ -200,19 +190,7 @@ class Seq2Seq(nnx.Module):
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: Seq2SeqState
     ) -> tuple[Float[Array, "B T V"], Seq2SeqState]:
-        """Reads many target tokens at once, before a search branches. A text may be read in pieces of any size.
-
-        Args:
-            tokens: `[B, T]`.
-            lengths: `[B]`, the number of tokens of each row. The rest is padding and is skipped.
-            state: a state with one hypothesis per row.
-
-        Returns:
-            Logits `[B, T, V]` of the token after each of `tokens`, and the state after the last one.
-
-        Raises:
-            ValueError: the state has several hypotheses per row.
-        """
+        """Reads many target tokens at once. See `EncoderDecoder.prefill`."""
         rows, hypotheses = tokens.shape[0], state.position.shape[0]
         if hypotheses != rows:
             raise ValueError(f"prefill before branching: {rows} rows of tokens, {hypotheses} hypotheses in the state")

@@ -200,17 +200,7 @@ class Transformer(nnx.Module):
         *,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T V"]:
-        """Computes logits with known targets (teacher forcing).
-
-        Args:
-            target: tokens `[B, T]`.
-            target_at: their coordinates.
-            memory: the encoded source.
-            dropout_key: if None, nothing is dropped.
-
-        Returns:
-            Logits `[B, T, V]` of the token after each target token.
-        """
+        """Computes logits `[B, T, V]` with known targets. See `EncoderDecoder.decode`."""
         keys = split(dropout_key, 1 + len(self.decoder))
         x = self._embed(self.embedding, self.target_positions, target, target_at, keys[0])
 
@@ -254,21 +244,7 @@ class Transformer(nnx.Module):
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, "B"], state: TransformerState
     ) -> tuple[Float[Array, "B T V"], TransformerState]:
-        """Reads many target tokens at once, before a search branches. A text may be read in pieces of any size.
-
-        Args:
-            tokens: `[B, T]`.
-            lengths: `[B]`, the number of tokens of each row. The rest is padding: it takes room in the caches, but no
-                token sees it.
-            state: a state with one hypothesis per row.
-
-        Returns:
-            Logits `[B, T, V]` of the token after each of `tokens`, and the state after the last one.
-
-        Raises:
-            ValueError: the state has several hypotheses per row, or the caches are full. Inside `jit`, where full
-                caches cannot raise, the logits are NaN.
-        """
+        """Reads many target tokens at once. See `EncoderDecoder.prefill`."""
         if state.caches[0].beams > 1:
             raise ValueError(f"prefill before branching: the state has {state.caches[0].beams} hypotheses per row")
         new = Coordinates.from_lengths(lengths, tokens.shape[1])

@@ -6,6 +6,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,25 +115,47 @@ def _noting_where(folder: Path) -> Iterator[None]:
 def _train(session: Session, interrupts: Interrupts) -> bool:
     """Makes the updates that are left; returns True if a signal stopped them."""
     experiment, first = session.experiment, int(session.state.step)
-    logs = _logs(experiment.run)
+    log = _logs(experiment.run) / _METRICS
     # With changed settings, evaluations after the checkpoint belong to updates that will not be repeated. They must not
     # count for patience.
-    if session.changed and is_first() and (logs / _METRICS).exists():
-        with MetricsFile(logs / _METRICS) as metrics:
+    if session.changed and is_first() and log.exists():
+        with MetricsFile(log) as metrics:
             metrics.truncate_after(first)
     history = _checks(session)
     # A checkpoint is saved before its evaluation, so a run that was killed in between still owes one.
     missed = any_process(is_first() and _missed_validation(session, first, history))
-    # Before the first save, which prunes old checkpoints.
-    _protect_best(session, history)
     # The run may have been killed between its last evaluation and the return to the best checkpoint.
-    if _is_over(session, history):
-        _go_back_to_best(session, history, print)
+    if _settle(session, history, print):
         return False
     # A finished run goes straight to its results, without a compilation.
     if first == experiment.steps and not missed:
         return False
-    placed, agreed = session.placed, Agreement()
+    with _written(session, first) as written:
+        _greet(session, written.progress)
+        # Rows after the checkpoint come from updates that were lost; this session writes them again.
+        written.metrics.truncate_after(first)
+        # Samples are written before the row of metrics, so an evaluation that was cut off may have left some.
+        written.samples.truncate_after(first - missed)
+        history = [row for row in history if row["step"] <= first]
+        if missed and _evaluate(session, first, history, written):
+            return False
+        return _update(session, first, history, written, interrupts)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a session writes while it trains."""
+
+    progress: Progress
+    metrics: MetricsFile
+    samples: MetricsFile
+    profile: Profile
+
+
+@contextmanager
+def _written(session: Session, first: int) -> Iterator[_Written]:
+    """Opens what a session writes, and closes it."""
+    experiment, logs = session.experiment, _logs(session.experiment.run)
     with ExitStack() as files:
         # All processes run the same code; only the first one is allowed to print.
         silent = None if is_first() else files.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -140,55 +163,62 @@ def _train(session: Session, interrupts: Interrupts) -> bool:
         also = files.enter_context(_trackers(experiment, first + 1)).write
         metrics = files.enter_context(MetricsFile(logs / _METRICS, also=also))
         samples = files.enter_context(MetricsFile(logs / "samples.jsonl"))
-        _greet(session, progress)
-        # Rows after the checkpoint come from updates that were lost; this session writes them again.
-        metrics.truncate_after(first)
-        # Samples are written before the row of metrics, so an evaluation that was cut off may have left some.
-        samples.truncate_after(first - missed)
-        history = [row for row in history if row["step"] <= first]
-        if missed:
-            history.append(_validate(session, first, metrics, samples, progress))
-            _protect_best(session, history)
-            if _is_over(session, history):
-                _go_back_to_best(session, history, progress.print)
-                return False
-        meter = Meter(experiment, session.objective, session.graph, metrics, progress, placed.part[1])
         profile = Profile(experiment.profile, logs / "profile", progress.print)
         files.callback(profile.close)
-        # The order of batches follows from the seed, so a resumed run skips to its place without reading the data.
-        batches = iterate(session.batches, start=first)
-        for step in range(first + 1, experiment.steps + 1):
-            with profile.step(step, session.state) as finished:
-                with meter.waiting(), profile.waiting():
-                    batch = next(batches)
-                with profile.starting():
-                    # JAX enqueues the update: the devices compute it while the loop prepares the next batch.
-                    session.state, result = placed.update(session.state, batch)
-                finished(session.state)
-            # Only after a row, which has waited for the devices anyway: reading the counter at each step would stall.
-            if meter.add(step, batch, session.state, result):
-                _check_skipped(session)
-            # All processes must stop after the same step, since they share the collectives of updates and saves.
-            due, stopped = step % experiment.evaluate_every == 0, agreed(interrupts.received is not None)
-            # Saved before the evaluation, so that an evaluation that fails loses no update.
-            if due or stopped or step == experiment.steps:
-                # A state that only skips updates must not replace an older checkpoint.
-                _check_skipped(session)
-                with meter.saving():
-                    session.save()
-            # No evaluation after a signal: job managers kill a process that does not end soon.
-            if stopped:
-                return True
-            if due:
-                history.append(_validate(session, step, metrics, samples, progress))
-                # The time of the evaluation must not lower the reported throughput.
-                meter.restart()
-                # Before the next save, which could remove a checkpoint that has just become the best.
-                _protect_best(session, history)
-                if _is_over(session, history):
-                    _go_back_to_best(session, history, progress.print)
-                    return False
+        yield _Written(progress, metrics, samples, profile)
+
+
+def _update(session: Session, first: int, history: list[Row], written: _Written, interrupts: Interrupts) -> bool:
+    """Makes updates, checkpoints and evaluations; returns True if a signal stopped them."""
+    experiment, placed, profile, agreed = session.experiment, session.placed, written.profile, Agreement()
+    shards = placed.part[1]
+    meter = Meter(experiment, session.objective, session.graph, written.metrics, written.progress, shards)
+    # The order of batches follows from the seed, so a resumed run skips to its place without reading the data.
+    batches = iterate(session.batches, start=first)
+    for step in range(first + 1, experiment.steps + 1):
+        with profile.step(step, session.state) as finished:
+            with meter.waiting(), profile.waiting():
+                batch = next(batches)
+            with profile.starting():
+                # JAX enqueues the update: the devices compute it while the loop prepares the next batch.
+                session.state, result = placed.update(session.state, batch)
+            finished(session.state)
+        # Only after a row, which has waited for the devices anyway: reading the counter at each step would stall.
+        if meter.add(step, batch, session.state, result):
+            _check_skipped(session)
+        # All processes must stop after the same step, since they share the collectives of updates and saves.
+        due, stopped = step % experiment.evaluate_every == 0, agreed(interrupts.received is not None)
+        # Saved before the evaluation, so that an evaluation that fails loses no update.
+        if due or stopped or step == experiment.steps:
+            # A state that only skips updates must not replace an older checkpoint.
+            _check_skipped(session)
+            with meter.saving():
+                session.save()
+        # No evaluation after a signal: job managers kill a process that does not end soon.
+        if stopped:
+            return True
+        if due:
+            if _evaluate(session, step, history, written):
+                return False
+            # The time of the evaluation must not lower the reported throughput.
+            meter.restart()
     return False
+
+
+def _evaluate(session: Session, step: int, history: list[Row], written: _Written) -> bool:
+    """Adds an evaluation to the history and settles; returns True if the run is over."""
+    history.append(_validate(session, step, written.metrics, written.samples, written.progress))
+    return _settle(session, history, written.progress.print)
+
+
+def _settle(session: Session, history: list[Row], say: Callable[[str], None]) -> bool:
+    """Protects the best checkpoint, and goes back to it if patience has ended the run; returns True if it has."""
+    # Before the next save, which could remove a checkpoint that has just become the best.
+    _protect_best(session, history)
+    over = _is_over(session, history)
+    if over:
+        _go_back_to_best(session, history, say)
+    return over
 
 
 def _logs(folder: Path) -> Path:
