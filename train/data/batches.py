@@ -187,7 +187,7 @@ def iterate(batches: grain.MapDataset, *, start: int) -> Iterator[Batch]:
     return iter(batches.slice(slice(start, None)).to_iter_dataset(options))
 
 
-def once(rows: Sequence[Example], *, size: int) -> Iterator[tuple[list[int], Batch]]:
+def once(rows: Sequence[Example], *, size: int, multiple: int = 1) -> Iterator[tuple[list[int], Batch]]:
     """Iterates over every example once, for evaluation.
 
     Sources are padded to 64, 128, 256, ... tokens, or to the longest source, and targets to the longest target of such
@@ -197,6 +197,7 @@ def once(rows: Sequence[Example], *, size: int) -> Iterator[tuple[list[int], Bat
     Args:
         rows: the examples.
         size: maximum number of rows per batch.
+        multiple: the number of rows is rounded up to a multiple of this.
 
     Yields:
         The indices of the examples of a batch, and the batch.
@@ -208,19 +209,24 @@ def once(rows: Sequence[Example], *, size: int) -> Iterator[tuple[list[int], Bat
         groups.setdefault(padded, []).append(index)
     for padded, group in sorted(groups.items()):
         target = max(len(rows[index][1]) for index in group)
-        count = rows_of(padded + target, size)
+        count = rows_of(padded + target, size, multiple)
         for first in range(0, len(group), count):
             chosen = group[first : first + count]
             yield chosen, collate([rows[index] for index in chosen], (count, padded, target))
 
 
-def rows_of(length: int, most: int) -> int:
+def rows_of(length: int, most: int, multiple: int = 1) -> int:
     """Returns how many texts of a length are evaluated or decoded together: at most 32,768 tokens, and at most `most`.
+
+    The number is rounded up to a multiple of `multiple`, which devices share.
 
     >>> [rows_of(length, 64) for length in (16, 512, 1024, 40_000)]
     [64, 64, 32, 1]
+    >>> rows_of(40_000, 64, multiple=8)
+    8
     """
-    return min(most, max(1, _TOKENS // max(1, length)))
+    count = min(most, max(1, _TOKENS // max(1, length)))
+    return -(-count // multiple) * multiple
 
 
 def group_by_length(rows: Sequence[Example], count: int, tokens: int) -> list[list[Example]]:

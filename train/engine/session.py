@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,14 @@ from train.checkpoints.durable import replace
 from train.config import Experiment
 from train.data.batches import Example, stream
 from train.data.tokenizer import Tokenizer
-from train.devices.parallel import Placed
+from train.devices.parallel import Given, Placed, Sharded
 from train.devices.processes import any_process, differing, is_first
+from train.engine import start as begin
 from train.engine import without_effect
-from train.engine.start import fresh
 from train.hub import exported
 from train.objectives import Objective
 from train.update.freezing import freeze
-from train.update.step import TrainState, make_update, start
+from train.update.step import TrainState, make_update, start, start_shapes
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +73,21 @@ class Session:
     def model(self) -> Any:
         """The model with the current parameters, or with their moving average if the run keeps one.
 
-        With several processes, all of them must access it.
+        On a mesh it is sharded, and with several processes all of them must use it together.
         """
         # The average is what the run reports and exports, so evaluations must use it too.
         params = self.state.params if self.state.average is None else self.state.average
-        return nnx.merge(self.graph, self.placed.gather(params))
+        return nnx.merge(self.graph, self.placed.for_evaluation(params))
+
+    def averaged(self, count: int) -> Any:
+        """The model with the mean of the parameters of the latest checkpoints, where `model` is.
+
+        With several processes, all of them must call it.
+
+        Args:
+            count: the number of checkpoints.
+        """
+        return run.load(self.experiment.run, average=count, shardings=_sharded(self.experiment, self.placed)).model
 
     def save(self) -> None:
         """Saves a checkpoint of the current state; logs a failed earlier save and retries.
@@ -200,25 +210,43 @@ def _restore_or_start(resolved: _Resolved) -> _Begun:
     """
     experiment, objective = resolved.experiment, resolved.objective
     optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
-    model: nnx.Module
-    if resolved.saved is None:
-        model = fresh(experiment, objective.tokenizer)
-        graph, state = start(model, optimizer, average=experiment.ema is not None)
-        # Replicas that start from different parameters would never agree, and no error would show it.
-        _check_processes({"the initial parameters": _digest(state.params)})
-    else:
-        # Only shapes: the checkpoint replaces every array, and word vectors or `start_from` may be gone by now.
-        model = nnx.eval_shape(lambda: run.build(experiment.model, seed=experiment.seed))
-        graph, state = _shapes(model, optimizer, average=experiment.ema is not None)
-    without_effect.check_parameters(experiment, state.params)
+    # Only shapes: nothing is computed before all checks, and a model may fit on no single device.
+    model = nnx.eval_shape(lambda: run.build(experiment.model, seed=experiment.seed))
+    graph, shapes = start_shapes(model, optimizer, average=experiment.ema is not None)
+    without_effect.check_parameters(experiment, shapes.params)
+    # Before the examples, which take longer to check.
+    placed = _placed(experiment, objective, graph, optimizer, model)
     examples = _examples(experiment, objective, resolved.splits, model)
-    placed = _placed(experiment, objective, graph, optimizer)
     batches, rows = _batches(experiment, examples, placed), _rows(experiment, placed)
     if resolved.checkpoints is not None and resolved.saved is not None:
         _warn_of_differences(experiment.run, resolved.saved, rows)
-        # With shardings, each device reads its own part, and no device holds more than its share.
-        state = resolved.checkpoints.restore(_spread(state, placed))
+        # With shardings, each device reads its own part, and no device holds more than its share. The checkpoint has
+        # every array: word vectors or `start_from` may be gone by now.
+        state = resolved.checkpoints.restore(run.spread(shapes, placed.shardings(shapes)))
+    else:
+        state = _drawn(experiment, objective, optimizer, placed)
     return _Begun(graph, state, placed, batches, rows)
+
+
+def _sharded(experiment: Experiment, placed: Placed) -> Callable[[TrainState], Any] | None:
+    """Where another model's state goes: over the mesh, or to the default device (None) if devices are replicas."""
+    return placed.shardings if isinstance(experiment.parallel, Sharded) else None
+
+
+def _drawn(
+    experiment: Experiment, objective: Objective, optimizer: optax.GradientTransformation, placed: Placed
+) -> TrainState:
+    """Draws the state before the first update, on a mesh in parts."""
+    given = begin.given(experiment, objective.tokenizer, shardings=_sharded(experiment, placed))
+
+    def make(given: Given) -> TrainState:
+        return start(begin.fresh(experiment, given), optimizer, average=experiment.ema is not None)[1]
+
+    # Replicas that start from different parameters would never agree, and no error would show it.
+    _check_processes({"the parameters that they start from": _digest(given)})
+    state = placed.draw(make, given)
+    _check_processes({"the initial parameters": _digest(state.params)})
+    return state
 
 
 def _place(resolved: _Resolved, begun: _Begun) -> Session:
@@ -283,7 +311,11 @@ def _checkpoints(experiment: Experiment) -> Checkpoints:
 
 
 def _placed(
-    experiment: Experiment, objective: Objective, graph: nnx.GraphDef, optimizer: optax.GradientTransformation
+    experiment: Experiment,
+    objective: Objective,
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    model: nnx.Module,
 ) -> Placed:
     update = make_update(
         graph,
@@ -296,7 +328,7 @@ def _placed(
         decay=experiment.ema,
         patience=experiment.max_skipped,
     )
-    return experiment.parallel.spread(update)
+    return experiment.parallel.spread(update, model=model)
 
 
 def _objective(experiment: Experiment, split: Dataset, saved: dict[str, str] | None) -> Objective:
@@ -308,9 +340,8 @@ def _objective(experiment: Experiment, split: Dataset, saved: dict[str, str] | N
     kind = objectives.kind(experiment)
     if experiment.start_from is not None:
         # Embeddings only make sense with the tokenizer that they were trained with.
-        origin = run.load(experiment.start_from, average=1)
-        without_effect.warn_of_tokenizer(experiment, origin.experiment.tokenizer)
-        tokenizer = origin.tokenizer
+        origin, tokenizer = run.tokenizer_of(experiment.start_from)
+        without_effect.warn_of_tokenizer(experiment, origin.tokenizer)
     else:
         tokenizer = Tokenizer.train(experiment.tokenizer, kind.texts(split))
     return objectives.make(experiment, tokenizer, kind.find_labels(split))
@@ -350,28 +381,13 @@ def _check_processes(texts: dict[str, str]) -> None:
 
 
 def _digest(params: Any) -> str:
-    """A SHA-256 digest of parameters; of nothing if there is only one process, which has none to compare with."""
+    """A SHA-256 digest of the arrays that this process holds whole; of nothing if there is only one process."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params) if jax.process_count() > 1 else ():
-        digest.update(np.asarray(leaf).tobytes())
+        # What is spread over processes was made or read by all of them together.
+        if getattr(leaf, "is_fully_addressable", True):
+            digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
-
-
-def _shapes(
-    model: nnx.Module, optimizer: optax.GradientTransformation, *, average: bool
-) -> tuple[nnx.GraphDef, TrainState]:
-    """`start` for a model of shapes, without allocating arrays."""
-    graph, params = nnx.split(model, nnx.Param)
-    return graph, jax.eval_shape(lambda params: start(nnx.merge(graph, params), optimizer, average=average)[1], params)
-
-
-def _spread(shapes: TrainState, placed: Placed) -> TrainState:
-    """Adds to the shapes of a state the sharding of each array."""
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        placed.shardings(shapes),
-    )
 
 
 def _noted(before: str, done: int, changes: list[str]) -> str:
