@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from datasets import Dataset
 from flax import nnx
+from jaxtyping import Array
 
 from seqattn import Coordinates, cross_entropy
 from seqattn.models import Encoder, EncoderConfig, TextLabels, TokenLabels
 from train.data.batches import Batch, Example, once
+from train.devices.layout import Layout, fetch
 from train.objectives.objective import Arrays, Objective, Scores, Sums
 from train.objectives.pictures import draw_heads
 
@@ -143,18 +145,24 @@ def best_labels(model: Encoder, rows: list[Example], batch_size: int) -> list[np
         An array for each example, in order: `[T]` with T of its batch, padding included, or a scalar for text labels.
     """
     graph, params = nnx.split(model)
-    find = _compiled(graph)
+    layout = Layout.of(params)
+    find = _compiled(graph, layout)
     found: dict[int, np.ndarray] = {}
-    for chosen, batch in once(rows, size=batch_size):
-        best = np.asarray(find(params, batch))
+    for chosen, batch in once(rows, size=batch_size, multiple=layout.parts):
+        best = fetch(find(params, layout.split(batch)))
         found.update({index: best[row] for row, index in enumerate(chosen)})
     return [found[index] for index in range(len(rows))]
 
 
 @cache
-def _compiled(graph: nnx.GraphDef) -> Any:
+def _compiled(graph: nnx.GraphDef, layout: Layout) -> Any:
     """Returns one compiled function for all models of a structure, so that the evaluations of a run share it."""
-    return jax.jit(lambda params, batch: jnp.argmax(nnx.merge(graph, params)(batch["source"], _at(batch)), axis=-1))
+
+    def best(params: nnx.State, batch: Arrays) -> Array:
+        model = nnx.merge(graph, layout.gathered(params))
+        return jnp.argmax(model(batch["source"], _at(batch)), axis=-1)
+
+    return jax.jit(best)
 
 
 def _at(batch: Arrays) -> Coordinates:

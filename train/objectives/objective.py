@@ -14,6 +14,7 @@ from flax import nnx
 
 from train.data.batches import Batch, Example, once
 from train.data.tokenizer import Tokenizer
+from train.devices.layout import Layout
 
 Arrays = dict[str, jax.Array]
 """A batch (see `train.data.batches.Batch`) on a device."""
@@ -132,8 +133,10 @@ class Objective(abc.ABC):
             ValueError: the split has no label, as when no token of a few short texts was hidden.
         """
         graph, params = nnx.split(model)
-        compiled = _compiled(graph, type(self))
-        sums = [compiled(params, batch) for _, batch in once(self.examples(split), size=batch_size)]
+        layout = Layout.of(params)
+        compiled = _compiled(graph, type(self), layout)
+        batches = once(self.examples(split), size=batch_size, multiple=layout.parts)
+        sums = [layout.waited(compiled(params, layout.split(batch))) for _, batch in batches]
         labels = float(sum(count for _, count in sums))
         if not labels:
             raise ValueError(f"the split of {len(split)} examples has no label to measure: give more examples")
@@ -166,5 +169,5 @@ def bits_per_character(loss: float, tokens: int, texts: Sequence[str]) -> float:
 
 
 @cache
-def _compiled(graph: nnx.GraphDef, objective: type[Objective]) -> Any:
-    return jax.jit(lambda params, batch: objective.loss(nnx.merge(graph, params), batch))
+def _compiled(graph: nnx.GraphDef, objective: type[Objective], layout: Layout) -> Any:
+    return jax.jit(lambda params, batch: objective.loss(nnx.merge(graph, layout.gathered(params)), batch))
