@@ -13,10 +13,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from seqattn.checks import check_integer
+from seqattn.kernels.split import Split
+from seqattn.models import CaptionerConfig, RecurrentLanguageModelConfig, Seq2SeqConfig
+from seqattn.nn import with_split
 from train.devices.sharding import AXES, shardings, whole_over
 from train.update.step import Metrics, TrainState, Update
 
@@ -26,6 +30,8 @@ Batch = Mapping[str, np.ndarray]
 _AXIS = "devices"
 # The `expert` axis splits rows too. Otherwise its devices would all repeat the layers without experts.
 _ROWS = ("data", "fsdp", "expert")
+_IN_ORDER = (Seq2SeqConfig, RecurrentLanguageModelConfig, CaptionerConfig)
+"""Models with a layer that needs the whole of a text, or of an image, on one device."""
 
 
 class Placed(abc.ABC):
@@ -81,6 +87,13 @@ class Replicated:
     device's share; running statistics follow the whole batch.
     """
 
+    def check(self, config: Any) -> None:
+        """Accepts every model: each device computes all of it."""
+
+    def prepare(self, model: nnx.Module) -> nnx.Module:
+        """Returns the model unchanged: inside `jax.pmap` it computes a device's own rows."""
+        return model
+
     def spread(self, update: Update, devices: Sequence[jax.Device] | None = None) -> Placed:
         """Distributes `update` over devices, by default those of all processes."""
         return _Mapped(update, jax.devices() if devices is None else devices)
@@ -126,6 +139,18 @@ class Sharded:
             raise ValueError(f"{told} = {fixed} must divide the number of devices ({len(devices)})")
         shape = (self.data or len(devices) // fixed, *(sizes[name] for name in AXES[1:]))
         return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+    def check(self, config: Any) -> None:
+        """Raises ValueError if the mesh cannot split a model of this config."""
+        if self.sequence > 1 and isinstance(config, _IN_ORDER):
+            raise ValueError(
+                f"sequence ({self.sequence}) splits each text over devices, but a {type(config).__name__} reads it "
+                "from end to end: set --parallel.sequence 1"
+            )
+
+    def prepare(self, model: nnx.Module) -> nnx.Module:
+        """Returns a model whose attention computes on each device its own rows, heads and part of each text."""
+        return with_split(model, Split(batch=_ROWS, heads="tensor", sequence="sequence"))
 
     def spread(self, update: Update, devices: Sequence[jax.Device] | None = None) -> Placed:
         """Distributes `update` over devices, by default those of all processes.
@@ -189,7 +214,8 @@ class _Compiled(Placed):
     def __init__(self, update: Update, mesh: Mesh) -> None:
         self._update, self._mesh = update, mesh
         self.rows, self.part = _share(mesh)
-        self.lengths = mesh.shape["sequence"]
+        # The zigzag order cuts each text into two chunks for each device.
+        self.lengths = 2 * mesh.shape["sequence"] if mesh.shape["sequence"] > 1 else 1
         self._whole = NamedSharding(mesh, P())
         self._shardings: Any = None
         self._compiled: Any = None
@@ -211,7 +237,9 @@ class _Compiled(Placed):
         arrays = {name: self._global(name, array) for name, array in batch.items()}
         if self._compiled is None or getattr(state.step, "sharding", None) != self._shardings.step:
             state = self.place(state)
-        return _one_at_a_time(self._mesh.size > 1, self._compiled(state, arrays))
+        # Inside, the axes of `Sharded.prepare` are those of this mesh.
+        with jax.set_mesh(self._mesh):
+            return _one_at_a_time(self._mesh.size > 1, self._compiled(state, arrays))
 
     def _with_whole_params(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         # Without this constraint the compiler may gather the activations of all rows in place of the parameters.

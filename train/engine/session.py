@@ -5,10 +5,10 @@ Mistakes in the settings are reported before anything is compiled or written.
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,11 @@ from train.checkpoints.disk_space import check_space
 from train.checkpoints.durable import replace
 from train.config import Experiment
 from train.data.batches import Example, stream
+from train.data.sequence_order import zigzagged
 from train.data.tokenizer import Tokenizer
 from train.devices.parallel import Placed
 from train.devices.processes import any_process, differing, is_first
-from train.engine import without_effect
+from train.engine import versions, without_effect
 from train.engine.start import fresh
 from train.hub import exported
 from train.objectives import Objective
@@ -164,9 +165,9 @@ def prepare(experiment: Experiment) -> Session:
 
 def _resolve(experiment: Experiment) -> _Resolved:
     """Reads the examples and the run folder, and checks that they fit together."""
-    versions = json.dumps(_versions())
+    installed = json.dumps(versions.installed())
     # Before any branch that depends on the settings: processes in different branches would wait for each other.
-    _check_processes({"settings": run.shared(experiment), "versions": versions})
+    _check_processes({"settings": run.shared(experiment), "versions": installed})
     check_folder(experiment.run)
     without_effect.check_settings(experiment)
     splits = experiment.task.load()
@@ -177,7 +178,8 @@ def _resolve(experiment: Experiment) -> _Resolved:
     # The tokenizer comes before the model: its vocabulary sets the size of the embedding.
     objective = _objective(experiment, splits["train"], saved)
     experiment = run.resolve(experiment, objective.tokenizer, objective.labels)
-    texts = _texts(experiment, objective, splits) | {"versions": versions}
+    experiment.parallel.check(experiment.model)
+    texts = _texts(experiment, objective, splits) | {"versions": installed}
     # Each process has read its own files, which may differ.
     _check_processes({name: texts[name] for name in ("tokenizer", "data", "labels")})
     changes: list[str] = []
@@ -213,7 +215,7 @@ def _restore_or_start(resolved: _Resolved) -> _Begun:
     without_effect.check_parameters(experiment, state.params)
     examples = _examples(experiment, objective, resolved.splits, model)
     placed = _placed(experiment, objective, graph, optimizer)
-    batches, rows = _batches(experiment, examples, placed), _rows(experiment, placed)
+    batches, rows = _batches(experiment, objective, examples, placed), _rows(experiment, placed)
     if resolved.checkpoints is not None and resolved.saved is not None:
         _warn_of_differences(experiment.run, resolved.saved, rows)
         # With shardings, each device reads its own part, and no device holds more than its share.
@@ -270,7 +272,7 @@ def _warn_of_differences(folder: Path, saved: dict[str, str], rows: str) -> None
             "%s: the number of rows in a batch was a multiple of %s and is now a multiple of %s: the batches change",
             *(folder, saved["rows"], rows),
         )
-    if others := _other_versions(json.loads(saved.get("versions", "{}"))):
+    if others := versions.changed(json.loads(saved.get("versions", "{}"))):
         log.warning("%s: %s: another version may change numbers or the order of examples", folder, others)
 
 
@@ -295,6 +297,7 @@ def _placed(
         compute_dtype=None if experiment.compute_dtype == "float32" else experiment.compute_dtype,
         decay=experiment.ema,
         patience=experiment.max_skipped,
+        prepare=experiment.parallel.prepare,
     )
     return experiment.parallel.spread(update)
 
@@ -386,8 +389,8 @@ def _check_steps(latest: int, experiment: Experiment) -> None:
         raise ValueError(f"steps ({experiment.steps}) must be at least the {latest} updates that {experiment.run} has")
 
 
-def _batches(experiment: Experiment, rows: list[Example], placed: Placed) -> grain.MapDataset:
-    return stream(
+def _batches(experiment: Experiment, objective: Objective, rows: list[Example], placed: Placed) -> grain.MapDataset:
+    batches = stream(
         experiment.batches,
         rows,
         seed=experiment.seed,
@@ -395,20 +398,10 @@ def _batches(experiment: Experiment, rows: list[Example], placed: Placed) -> gra
         lengths=placed.lengths,
         part=placed.part,
     )
-
-
-_VERSIONED = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "tokenizers")
-"""Packages that affect the computed numbers or the order of examples."""
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _VERSIONED}
-
-
-def _other_versions(saved: dict[str, str]) -> str:
-    """The packages with another version than the saved one, in words."""
-    others = {name: now for name, now in _versions().items() if saved.get(name, now) != now}
-    return ", ".join(f"{name} {saved[name]}, now {now}" for name, now in others.items())
+    # Only attention over coordinates may read the tokens of a text in any order.
+    if placed.lengths == 1 or not objective.by_coordinates:
+        return batches
+    return batches.map(partial(zigzagged, devices=placed.lengths // 2))
 
 
 def _examples(experiment: Experiment, objective: Objective, splits: dict[str, Dataset], model: Any) -> list[Example]:

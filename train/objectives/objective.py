@@ -54,6 +54,7 @@ class Objective(abc.ABC):
         given: the inputs of a model under teacher forcing, among "source", "target" and "image".
         searches: if True, outputs are texts generated from a source text, by beam search if asked for, and BLEU can
             measure them.
+        by_coordinates: if True, `loss` reads the coordinates of a packed batch, so that tokens may be in any order.
     """
 
     name: ClassVar[str]
@@ -64,6 +65,7 @@ class Objective(abc.ABC):
     head: ClassVar[type | None] = None
     given: ClassVar[tuple[str, ...]] = ("source",)
     searches: ClassVar[bool] = False
+    by_coordinates: ClassVar[bool] = False
 
     def __init__(self, tokenizer: Tokenizer, labels: tuple[str, ...] = ()) -> None:
         self.tokenizer, self.labels = tokenizer, labels

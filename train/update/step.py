@@ -66,6 +66,7 @@ class _Settings:
     compute_dtype: DTypeLike | None
     decay: float | None
     patience: int
+    prepare: Callable[[nnx.Module], nnx.Module]
 
 
 def start(
@@ -98,6 +99,7 @@ def make_update(
     compute_dtype: DTypeLike | None = None,
     decay: float | None = None,
     patience: int = 10,
+    prepare: Callable[[nnx.Module], nnx.Module] = lambda model: model,
 ) -> Update:
     """Makes the function that computes one update from the gradient of the mean loss.
 
@@ -120,6 +122,7 @@ def make_update(
         decay: the upper limit of the decay of the moving average (Polyak 1992). After n updates the decay is
             `min(decay, (1 + n) / (10 + n))`. None if the state has no average.
         patience: the number of consecutive skipped updates after which every further update is skipped too.
+        prepare: changes the model before it computes, such as `Sharded.prepare`; parameters stay as they are.
 
     Returns:
         A pure function `update(state, batch, axis_name=None) -> (state, metrics)`. With `axis_name`, losses and
@@ -128,7 +131,7 @@ def make_update(
     Raises:
         ValueError: by `update` at trace time, if the rows of the batch are not a multiple of `pieces`.
     """
-    settings = _Settings(seed, label_smoothing, pieces, compute_dtype, decay, patience)
+    settings = _Settings(seed, label_smoothing, pieces, compute_dtype, decay, patience, prepare)
 
     def update(
         state: TrainState, batch: dict[str, jax.Array], axis_name: str | None = None
@@ -198,7 +201,7 @@ def _sums_and_gradients(
 
     def total_loss(params: Any) -> tuple[jax.Array, dict[str, Any]]:
         # The cast is inside the differentiated function, so gradients have the dtype of the parameters.
-        model = nnx.merge(graph, _cast(params, settings.compute_dtype))
+        model = settings.prepare(nnx.merge(graph, _cast(params, settings.compute_dtype)))
         given = _cast(batch, settings.compute_dtype)
         options: dict[str, Any] = {"label_smoothing": settings.label_smoothing, "dropout_key": key}
         (total, count), found, measured = _told(loss, model, given, **options)
