@@ -124,8 +124,8 @@ def spread(kernel: Kernel, call: Call, split: Split, *, typed: bool = True) -> R
     call = parts.indexed(call)
     # Arrays become operands, each with the axes that split it. All else, such as coordinates known at trace time that
     # no axis splits, stays known inside.
-    leaves, tree = jax.tree.flatten(call)
-    specs = jax.tree.leaves(parts.specs(call), is_leaf=lambda x: isinstance(x, P))
+    named, tree = jax.tree_util.tree_flatten_with_path(call)
+    leaves, specs = [x for _, x in named], [parts.spec(path[0].name, x) for path, x in named]
     given = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array) or any(specs[i])]
 
     def share(*arrays: Array) -> Result:
@@ -224,37 +224,29 @@ class _Parts:
             kv_at=_rows_alike(call.kv_at, self.keys),
         )
 
-    def specs(self, call: Call) -> Call:
-        """Returns the call with the mesh axes of each leaf in its place."""
-
-        def pairs(x: Any) -> Any:
+    def spec(self, name: str, leaf: Any) -> P:
+        """Returns the mesh axes of a leaf of the call's field `name`."""
+        if name in ("query", "rows"):
+            return self._axes(self.batch, self.queries, self.heads)
+        if name in ("key", "value"):
+            return self._axes(self.batch, self.keys, self.kv_heads)
+        if name in ("q_at", "kv_at"):
+            return self._axes(self.batch if leaf.shape[0] > 1 else (), self.queries if name == "q_at" else self.keys)
+        if name in ("mask", "bias") and jnp.ndim(leaf) == 4:
             # In a ring a device needs the columns of all keys, in the order of the devices.
-            columns = () if self.queries else self.keys
-            axes = (self.batch, self.heads, self.queries, columns)
-            return P(*(names if names and n > 1 else None for n, names in zip(x.shape, axes, strict=True)))
+            dims = (self.batch, self.heads, self.queries, () if self.queries else self.keys)
+            return self._axes(*(axes if n > 1 else () for n, axes in zip(leaf.shape, dims, strict=True)))
+        # Arrays of masks and score modifications, the scale and the key of dropout are whole on each device.
+        return P()
 
-        def at(coordinates: Coordinates, axes: tuple[str, ...]) -> Coordinates:
-            return jax.tree.map(lambda x: P(self.batch or None if x.shape[0] > 1 else None, axes or None), coordinates)
-
-        whole: Any = jax.tree.map(lambda _: P(), call)
-        rows = P(self.batch or None, self.queries or None, self.heads or None)
-        keys = P(self.batch or None, self.keys or None, self.kv_heads or None)
-        return dataclasses.replace(
-            whole,
-            query=rows,
-            key=keys,
-            value=keys,
-            rows=None if call.rows is None else rows,
-            mask=whole.mask if call.mask is None or isinstance(call.mask, Mask) else pairs(call.mask),
-            bias=None if call.bias is None else pairs(call.bias),
-            q_at=at(call.q_at, self.queries),
-            kv_at=at(call.kv_at, self.keys),
-        )
+    @staticmethod
+    def _axes(*dims: tuple[str, ...]) -> P:
+        return P(*(axes or None for axes in dims))
 
     def results(self) -> tuple[P, P]:
         """Returns the mesh axes of the output and the log-sum-exp."""
-        spec = (self.batch or None, self.queries or None, self.heads or None)
-        return P(*spec), P(*spec)
+        each = self._axes(self.batch, self.queries, self.heads)
+        return each, each
 
     def compute(self, kernel: Kernel, call: Call) -> Result:
         """Computes a device's share, inside `jax.shard_map`."""
@@ -380,8 +372,8 @@ class _ShiftedMod(ScoreMod):
 def _shifted(query: Coordinates, batch: Any, head: Any) -> Coordinates:
     """Returns a query with its indices in the whole call."""
     own: tuple[Any, Any] = (query.batch, query.head)
-    moved = (None if x is None else x + by for x, by in zip(own, (batch, head), strict=True))
-    return Coordinates(query.position, query.segment, *moved)
+    row, head = (None if x is None else x + by for x, by in zip(own, (batch, head), strict=True))
+    return dataclasses.replace(query, batch=row, head=head)
 
 
 def _shifted_mask(call: Call, origin: Origin) -> Any:

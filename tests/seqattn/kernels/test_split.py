@@ -48,7 +48,7 @@ SPLITS = {
 def arrays(size=T, kv_heads=K, length=T):
     rng = np.random.default_rng(0)
     shapes = {"query": (B, length, N, H), "key": (B, size, kv_heads, H), "value": (B, size, kv_heads, H + 2)}
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    return {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
 
 
 def coordinates(length):
@@ -90,8 +90,8 @@ def expected(given, at, dropout, d_output, d_lse):
 @pytest.mark.parametrize("name", SPLITS)
 def test_masks_biases_modifications_and_dropout_keep_their_meaning(name, mesh):
     at, dropout = coordinates(T), Dropout(0.3, jax.random.key(1))
-    given = arrays() | {"bias": np.random.default_rng(1).standard_normal((1, N, T, T)).astype(np.float32)}
-    given["table"] = TABLE
+    given = arrays() | {"bias": jnp.asarray(np.random.default_rng(1).standard_normal((1, N, T, T)), jnp.float32)}
+    given["table"] = jnp.asarray(TABLE)
     rng = np.random.default_rng(2)
     d_output, d_lse = rng.standard_normal((B, T, N, H + 2)), rng.standard_normal((B, T, N))
 
@@ -250,7 +250,7 @@ def test_explicit_axes_split_by_themselves_and_keep_their_type():
 
 
 def test_vmap_over_a_split_call(mesh):
-    three = [np.stack([x, 2 * x]) for x in (arrays()[name] for name in ("query", "key", "value"))]
+    three = [jnp.stack([x, 2 * x]) for x in (arrays()[name] for name in ("query", "key", "value"))]
 
     def output(split, implementation, *three):
         return attend(*three, mask=Causal(), implementation=implementation, split=split)
