@@ -259,10 +259,8 @@ class _Compiled(Placed):
             )
         # Images stay whole: neighboring rows of pixels belong together, so the second axis is not split.
         spec = P(_ROWS, "sequence") if array.ndim == 2 else P(_ROWS)
-        if array.ndim == 2 and array.shape[1] % self.lengths:
-            raise ValueError(
-                f"the batch's length {array.shape[1]} ({name}) must be a multiple of sequence ({self.lengths})"
-            )
+        if array.ndim == 2 and array.shape[1] % (parts := self._mesh.shape["sequence"]):
+            raise ValueError(f"the batch's length {array.shape[1]} ({name}) must be a multiple of sequence ({parts})")
         shape = (len(array) * count, *array.shape[1:])
         return jax.make_array_from_process_local_data(NamedSharding(self._mesh, spec), array, shape)
 
