@@ -60,17 +60,20 @@ compiled = jax.jit(lambda x: run(x)).lower(x).compile()
 assert (np.asarray(compiled(x)) == 2 * np.arange(8)).all()
 PYTHON
 
-for way in shard_map custom_partitioning; do
-    entries=()
-    for _ in 1 2 3; do
-        "$folder/venv/bin/python" -I "$folder/program.py" "$way" "$folder/$way"
-        entries+=("$(find "$folder/$way" -name '*-cache' | wc -l)")
-    done
-    echo "$way: entries after each of three processes: ${entries[*]}"
-    declare "$way=${entries[*]}"
-done
+"$folder/venv/bin/python" -I - "$folder" <<'PYTHON'
+import subprocess
+import sys
+from pathlib import Path
 
-# shellcheck disable=SC2154
-[ "$shard_map" = "1 1 1" ] || { echo "changed: a program of shard_map is now cached as $shard_map" >&2; exit 1; }
-# shellcheck disable=SC2154
-[ "$custom_partitioning" = "1 2 3" ] || { echo "changed: it is now cached as $custom_partitioning" >&2; exit 1; }
+folder = Path(sys.argv[1])
+EXPECTED = {"shard_map": [1, 1, 1], "custom_partitioning": [1, 2, 3]}
+
+for way, expected in EXPECTED.items():
+    entries = []
+    for _ in range(3):
+        subprocess.run([sys.executable, "-I", folder / "program.py", way, folder / way], check=True)
+        entries.append(len(list((folder / way).glob("*-cache"))))
+    print(f"{way}: entries after each of three processes:", *entries)
+    if entries != expected:
+        raise SystemExit(f"changed: the cache now holds {entries} programs of {way}")
+PYTHON
