@@ -59,9 +59,7 @@ def matching(given: Sequence[str], programs: dict[str, Program]) -> list[Program
     for name in given:
         if not any(_begins(program, name) for program in programs):
             firsts = dict.fromkeys("/".join(program.split("/")[:2]) for program in programs)
-            raise ValueError(
-                f"no program {name!r}: give one or more of {', '.join(firsts)}, or longer names, see --list"
-            )
+            raise ValueError(f"no program {name!r}: give {', '.join(firsts)}, or longer names, see --list")
     return [program for name, program in programs.items() if any(_begins(name, start) for start in given)]
 
 

@@ -36,6 +36,9 @@ device_description_str: "NVIDIA H200"
 """
 """A `GpuTargetConfigProto` in text form."""
 
+_CUDNN = 91000
+"""The version of cuDNN in `_H200`, as cuDNN counts."""
+
 _VARIABLES = {
     "tpu": {
         # Without these libtpu looks for a TPU in the network, and allows one process at a time on a machine.
@@ -93,7 +96,12 @@ class Target:
 
     def devices(self) -> Sequence[Any]:
         """Returns descriptions of the devices; only in a process with the target's packages and variables."""
+        # Imported here: the process that shows the table needs neither.
+        from jax._src.cudnn import fused_attention_stablehlo
         from jax.experimental import topologies
+
+        # JAX asks the library for its version, which the environment does without: the call stays a call.
+        vars(fused_attention_stablehlo)["check_cudnn_version"] = lambda: _CUDNN
 
         if self.platform == "tpu":
             found = topologies.get_topology_desc(platform="tpu", topology_name=self.topology)

@@ -75,9 +75,7 @@ TRAININGS = {
     "experts": Training(_mixed(_BASE), 16, 256, 256),
     "decoder": Training(_once(_DECODER_ONLY), 8, 1024),
     "decoder-long": Training(_once(_DECODER_ONLY), 1, 65536),
-    "decoder-7b": Training(
-        LanguageModelConfig(32_000, 32, dataclasses.replace(_7B, scan_layers=True), Rotary()), 1, 4096
-    ),
+    "decoder-7b": Training(_once(LanguageModelConfig(32_000, 32, _7B, Rotary())), 1, 4096),
 }
 """What is trained, by the second word of a program's name."""
 
