@@ -1,6 +1,7 @@
 """The table of compiled programs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from benchmarks.bench import table
 from benchmarks.bench.table import Column, Table, number
@@ -51,14 +52,19 @@ def size(count: float) -> str:
 
 
 def collectives(record: CompileRecord) -> str:
-    """Returns the bytes and runs of each kind of collective, or why there is no program."""
+    """Returns the bytes and runs of each kind of collective and the kernels of a GPU, or why there is no program."""
     if not record.compiled:
         return record.reason
-    found = (
+    found = [
         f"{_SHORT[each['kind']]} {size(each['bytes'])} ({each['runs']}{'' if each['exact'] else '+'})"
         for each in record.traffic
-    )
-    return ", ".join(found)
+    ]
+    return ", ".join([*found, *map(_kernel, record.answer["kernels"])])
+
+
+def _kernel(found: Mapping[str, Any]) -> str:
+    shared = size(found["shared_bytes"])
+    return f"{found['name']}: {found['registers']} registers, {found['spill_bytes']} B of spills, {shared}"
 
 
 def _flop(record: CompileRecord) -> str:

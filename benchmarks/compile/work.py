@@ -97,8 +97,10 @@ def _while(counter: Counter, equation: Any) -> Work:
 
 def _shard_map(counter: Counter, equation: Any) -> Work:
     """Counts the inner program for each device of the axes that it splits."""
-    mesh, axes = equation.params["mesh"], equation.params["manual_axes"]
-    return counter(equation.params["jaxpr"]) * math.prod(mesh.shape[axis] for axis in axes)
+    params = equation.params
+    # The newer name is that of jax 0.10; an inner `shard_map` splits only the axes that are new there.
+    axes = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
+    return counter(params["jaxpr"]) * math.prod(params["mesh"].shape[axis] for axis in axes)
 
 
 def _pallas_call(counter: Counter, equation: Any) -> Work:

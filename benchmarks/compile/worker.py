@@ -9,11 +9,14 @@ too long, and reads what the compiler prints to stderr.
 import json
 import os
 import sys
+import tempfile
 import time
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from benchmarks.compile.collectives import traffic
+from benchmarks.compile.kernels import kernels, variables
 from benchmarks.compile.program import Program
 from benchmarks.compile.programs import PROGRAMS
 from benchmarks.compile.targets import TARGETS, Target
@@ -21,8 +24,17 @@ from benchmarks.compile.targets import TARGETS, Target
 _PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
 
 
-def answer(program: Program, target: Target, devices: Any) -> dict[str, Any]:
-    """Compiles a program. Returns what is known of it, or why it did not compile."""
+def answer(program: Program, target: Target, devices: Any, reports: Path) -> dict[str, Any]:
+    """Compiles a program. Returns what is known of it, or why it did not compile.
+
+    Args:
+        program: the program.
+        target: what it is compiled for.
+        devices: the target's devices.
+        reports: the folder of `kernels.variables`, which is emptied first.
+    """
+    for report in reports.iterdir():
+        report.unlink()
     begun = time.perf_counter()
     try:
         built = program.build(devices, target.platform)
@@ -41,6 +53,7 @@ def answer(program: Program, target: Target, devices: Any) -> dict[str, Any]:
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "text_bytes": len(text),
+        "kernels": [vars(each) for each in kernels(reports)],
         "collectives": [vars(each) for each in traffic(text)],
         "flop": built.work.flop,
         "flop_bound": built.work.bound,
@@ -60,7 +73,12 @@ def main(name: str) -> None:
     # Only answers go to stdout: what a compiler prints there joins stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    target = TARGETS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= variables(Path(folder))
+        _answer_all(TARGETS[name], Path(folder), answers)
+
+
+def _answer_all(target: Target, reports: Path, answers: TextIO) -> None:
     devices = target.devices()
 
     def say(line: dict[str, Any]) -> None:
@@ -68,7 +86,7 @@ def main(name: str) -> None:
 
     say({"device": devices[0].device_kind, "versions": _versions()})
     for line in sys.stdin:
-        say(answer(PROGRAMS[line.strip()], target, devices))
+        say(answer(PROGRAMS[line.strip()], target, devices, reports))
 
 
 def _versions() -> dict[str, str]:
