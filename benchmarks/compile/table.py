@@ -12,7 +12,8 @@ _LEGEND = (
     "plans them; donated arguments count once. collectives: bytes of the arrays (the result of an all-gather, else the "
     "operand) times how often, and the number of runs in brackets; '+' if a loop runs an unknown number of times and "
     "counts once. GFLOP: our own count of matrix products, shared evenly over the devices: >= if a loop counts once, "
-    "<= if a kernel may skip tiles. SPMD: warnings of the partitioner."
+    "<= if a kernel may skip tiles. computed: GFLOP of the products in the compiled program, without kernels (Pallas, "
+    "cuDNN); more than GFLOP if devices repeat work. SPMD: warnings of the partitioner."
 )
 _SHORT = {
     "all-gather": "gather",
@@ -67,6 +68,11 @@ def _kernel(found: Mapping[str, Any]) -> str:
     return f"{found['name']}: {found['registers']} registers, {found['spill_bytes']} B of spills, {shared}"
 
 
+def _computed(record: CompileRecord) -> str:
+    found = record.answer
+    return f"{found['products_bound']}{number(found['products_flop'] / 1e9)}" if record.compiled else ""
+
+
 def _flop(record: CompileRecord) -> str:
     return f"{record.answer['flop_bound']}{number(record.flop / 1e9)}" if record.flop is not None else ""
 
@@ -79,6 +85,7 @@ TABLE = Table[CompileRecord](
         Column("temp MiB", 9, lambda record: number(record.answer["temp_bytes"] / 2**20) if record.compiled else ""),
         Column("peak GiB", 8, lambda record: number(record.planned_bytes / 2**30) if record.planned_bytes else ""),
         Column("GFLOP", 9, _flop),
+        Column("computed", 9, _computed),
         Column("SPMD", 4, lambda record: str(len(record.warnings) or "") if record.compiled else ""),
         Column("collectives, or the reason", 26, collectives, left=True),
     ),

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from benchmarks.compile.collectives import traffic
 from benchmarks.compile.kernels import kernels, variables
+from benchmarks.compile.products import products
 from benchmarks.compile.program import Program
 from benchmarks.compile.programs import PROGRAMS
 from benchmarks.compile.targets import TARGETS, Target
@@ -45,6 +46,7 @@ def answer(program: Program, target: Target, devices: Any, reports: Path) -> dic
     except Exception as error:  # the compiler's own, of many types
         return {"status": "failed", "reason": first_line(error), "seconds": time.perf_counter() - begun}
     done, memory, text = time.perf_counter(), compiled.memory_analysis(), compiled.as_text()
+    done_by_each = products(text)
     return {
         "status": "compiled",
         "lower_seconds": lowered - begun,
@@ -55,6 +57,8 @@ def answer(program: Program, target: Target, devices: Any, reports: Path) -> dic
         "text_bytes": len(text),
         "kernels": [vars(each) for each in kernels(reports)],
         "collectives": [vars(each) for each in traffic(text)],
+        "products_flop": done_by_each.flop,
+        "products_bound": done_by_each.bound,
         "flop": built.work.flop,
         "flop_bound": built.work.bound,
     }

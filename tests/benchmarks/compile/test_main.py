@@ -19,6 +19,8 @@ ANSWER = {
     "output_bytes": 2**30,
     "collectives": [{"kind": "all-gather", "count": 2, "runs": 14, "bytes": 7 * 2**20, "exact": False}],
     "kernels": [{"name": "kern", "registers": 68, "spill_bytes": 24, "shared_bytes": 2048}],
+    "products_flop": 3e9,
+    "products_bound": "",
     "flop": 8e9,
     "flop_bound": ">=",
     "warnings": ["Involuntary full rematerialization"],

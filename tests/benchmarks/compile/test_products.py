@@ -39,7 +39,7 @@ CONVOLUTION = """
 ENTRY %main (x: bf16[8,96], y: bf16[96,80]) -> bf16[8,80] {{
   %x = {x}{{1,0}} parameter(0)
   %y = {y}{{1,0}} parameter(1)
-  ROOT %z = {z}{{1,0:T(8,128)(2,1)}} convolution(%x, %y), {rest}, metadata={{op_name="dot_general"}}
+  ROOT %z = {z} convolution(%x, %y), {rest}, metadata={{op_name="dot_general"}}
 }}
 """
 
@@ -78,7 +78,6 @@ def test_products_of_cublas():
 
 
 def test_kernels_count_as_nothing():
-    text = CONVOLUTION.format(
-        x="bf16[8,96]", y="bf16[96,80]", z="bf16[8,80]", rest='custom_call_target="tpu_custom_call"'
-    )
+    rest = 'custom_call_target="tpu_custom_call"'
+    text = CONVOLUTION.format(x="bf16[8,96]", y="bf16[96,80]", z="bf16[8,80]{1,0:T(8,128)(2,1)}", rest=rest)
     assert products(text.replace("convolution(", "custom-call(")) == Work()
