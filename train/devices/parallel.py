@@ -71,6 +71,18 @@ class Placed(abc.ABC):
             ValueError: the rows or lengths of the batch do not divide among the devices.
         """
 
+    def lower(self, state: TrainState, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Lowered:
+        """Lowers an update of shapes, also for devices that this machine lacks; computes nothing.
+
+        Args:
+            state: the shapes of the state.
+            batch: the shapes of the rows of all processes.
+
+        Raises:
+            NotImplementedError: this way to distribute an update needs arrays.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot lower an update without arrays")
+
     @abc.abstractmethod
     def gather(self, tree: Any) -> Any:
         """Gathers a part of the state, such as the parameters, onto the first device of each process.
@@ -226,12 +238,26 @@ class _Compiled(Placed):
         return self._shardings
 
     def place(self, state: TrainState) -> TrainState:
+        self._jit(state)
+        return jax.tree.map(_put, state, self._shardings)
+
+    def lower(self, state: TrainState, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Lowered:
+        def on_mesh(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        rows = {name: on_mesh(leaf, self._sharding_of(leaf)) for name, leaf in batch.items()}
+        update = self._jit(state)
+        with jax.set_mesh(self._mesh):
+            return update.lower(jax.tree.map(on_mesh, state, self._shardings), rows)
+
+    def _jit(self, state: TrainState) -> Any:
+        """Returns the compiled update for states of these shapes, made once."""
         if self._compiled is None:
             # Without `out_shardings` the compiler might shard the new state differently, and the next update would
             # compile again.
             out_shardings = (self.shardings(state), self._whole)
             self._compiled = jax.jit(self._with_whole_params, donate_argnums=0, out_shardings=out_shardings)
-        return jax.tree.map(_put, state, self._shardings)
+        return self._compiled
 
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         arrays = {name: self._global(name, array) for name, array in batch.items()}
@@ -257,12 +283,15 @@ class _Compiled(Placed):
             raise ValueError(
                 f"the batch's {len(array)} rows ({name}) must be a multiple of {self.rows}, that is {sizes}{among}"
             )
-        # Images stay whole: neighboring rows of pixels belong together, so the second axis is not split.
-        spec = P(_ROWS, "sequence") if array.ndim == 2 else P(_ROWS)
         if array.ndim == 2 and array.shape[1] % (parts := self._mesh.shape["sequence"]):
             raise ValueError(f"the batch's length {array.shape[1]} ({name}) must be a multiple of sequence ({parts})")
         shape = (len(array) * count, *array.shape[1:])
-        return jax.make_array_from_process_local_data(NamedSharding(self._mesh, spec), array, shape)
+        return jax.make_array_from_process_local_data(self._sharding_of(array), array, shape)
+
+    def _sharding_of(self, array: Any) -> NamedSharding:
+        """Returns how an array of a batch is split."""
+        # Images stay whole: neighboring rows of pixels belong together, so the second axis is not split.
+        return NamedSharding(self._mesh, P(_ROWS, "sequence") if array.ndim == 2 else P(_ROWS))
 
     def gather(self, tree: Any) -> Any:
         return _first_copies(jax.device_put(tree, self._whole))
