@@ -2,7 +2,7 @@
 PYTHON ?= python3
 python := .venv/bin/python
 
-.PHONY: train bench bench-decoding bench-training test test-all lint types docs clean
+.PHONY: train bench bench-decoding bench-training bench-compile test test-all test-aot test-aot-short lint types docs clean
 .DELETE_ON_ERROR:
 
 train: .venv/train  ## the default experiment; for another one: .venv/bin/python -m train EXPERIMENT
@@ -19,11 +19,20 @@ bench-decoding: .venv/bench  ## greedy and beam search beside Hugging Face and C
 bench-training: .venv/bench  ## updates beside Hugging Face and torch.nn.Transformer, of the same weights
 	@exec $(python) -m benchmarks.training --short $(ARGS)
 
+bench-compile: .venv/train .venv-aot-tpu .venv-aot-gpu  ## attention compiled for TPU and GPU, on a machine without them
+	@exec $(python) -m benchmarks.compile --short $(ARGS)
+
 test: .venv/test  ## what .ci/run tests
 	@exec $(python) -m pytest -n auto --dist loadfile $(ARGS)
 
 test-all: .venv/test  ## the slow tests too
-	@exec $(python) -m pytest -n auto --dist loadfile -m "not gpu" $(ARGS)
+	@exec $(python) -m pytest -n auto --dist loadfile -m "not gpu and not aot" $(ARGS)
+
+test-aot: .venv/test  ## programs compiled for TPU and GPU, where `make .venv-aot-tpu .venv-aot-gpu` has installed compilers
+	@exec $(python) -m pytest -m aot tests/benchmarks/compile $(ARGS)
+
+test-aot-short: .venv/test  ## the part of them that .ci/run tests
+	@exec $(python) -m pytest -m "aot and not slow" tests/benchmarks/compile $(ARGS)
 
 lint: .venv/test
 	$(python) -m ruff check
@@ -36,7 +45,7 @@ docs: .venv/docs  ## the site, with every example executed, in docs/_build/html
 	@exec $(python) -m sphinx --builder html --fail-on-warning --keep-going --fresh-env --quiet docs docs/_build/html $(ARGS)
 
 clean:
-	rm -rf .venv dist build docs/_build docs/_generated .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-aot-tpu .venv-aot-gpu dist build docs/_build docs/_generated .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find seqattn train benchmarks tests -name __pycache__ -exec rm -rf {} +
 
 # A stamp is newer than pyproject.toml where its extra is installed. Plain jax computes on the CPU; on an NVIDIA GPU,
@@ -50,6 +59,32 @@ clean:
 .venv/tokamax: .venv/bench
 	@$(python) -m pip install --quiet --disable-pip-version-check --no-deps tokamax
 	@touch $@
+
+# Compilers for devices that are not at hand. An environment holds the compiler alone and takes everything else from
+# .venv, whose jax it has to match. It is whole only once it has the file `installed`.
+.venv-aot-tpu: .venv-aot-tpu/installed
+.venv-aot-gpu: .venv-aot-gpu/installed
+
+.venv-aot-tpu/installed: .venv/train
+	@$(aot-environment)
+	@.venv-aot-tpu/bin/python -m pip install --quiet --disable-pip-version-check "jax[tpu]==$(jax-version)"
+	@touch $@
+
+# `jax[cuda13]` has 4 GB of libraries that only programs on a GPU need. absl-py is what jax's Pallas for GPUs imports.
+.venv-aot-gpu/installed: .venv/train
+	@$(aot-environment)
+	@.venv-aot-gpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		jax-cuda13-plugin==$(jax-version) jax-cuda13-pjrt==$(jax-version) \
+		nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-crt absl-py
+	@touch $@
+
+jax-version = $(shell $(python) -c 'import importlib.metadata; print(importlib.metadata.version("jax"))')
+define aot-environment
+echo "Installing a compiler into $(@D); the first time takes minutes."; \
+$(python) -m venv --clear $(@D) && \
+$(python) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/seqattn-base.pth"
+endef
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -26,7 +26,10 @@ from train.devices import environment
 
 ROOT = Path(__file__).parents[1]
 _LEFT_OUT = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-_QUICK, _TILED = "not slow and not gpu", ROOT / "tests" / "seqattn" / "kernels" / "chunked" / "test_kernel.py"
+_QUICK, _TILED = (
+    "not slow and not gpu and not aot",
+    ROOT / "tests" / "seqattn" / "kernels" / "chunked" / "test_kernel.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,8 +12,9 @@ from benchmarks.bench.memory import Peak
 from benchmarks.bench.program import Program
 from benchmarks.bench.timing import Times
 
-TIMED, CHECKED, WRONG, NOT_INSTALLED, REFUSED, FAILED = "timed checked WRONG not-installed refused failed".split()
-"""Only right results are timed; `checked` marks a right result without timing."""
+TIMED, CHECKED, COMPILED = "timed checked compiled".split()
+WRONG, NOT_INSTALLED, REFUSED, FAILED = "WRONG not-installed refused failed".split()
+"""Only right results are timed. `checked` marks a right result without timing, `compiled` one for other devices."""
 
 Line = Mapping[str, Any]
 """A record as its line of JSON holds it. Charts are drawn from lines, of this run or of a file."""

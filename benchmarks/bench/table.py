@@ -11,7 +11,7 @@ import rich.console
 import rich.table
 
 from benchmarks.bench import machine
-from benchmarks.bench.record import CHECKED, TIMED, Record
+from benchmarks.bench.record import CHECKED, COMPILED, TIMED, Record
 
 R = TypeVar("R", bound=Record)
 
@@ -69,7 +69,7 @@ class Table(Generic[R]):
                 drawn.add_section()
                 drawn.add_row(f"[bold]{self.title(record)}")
             last = record.case
-            drawn.add_row(*self.cells(record), style=None if record.status in (TIMED, CHECKED) else "dim")
+            drawn.add_row(*self.cells(record), style=None if record.status in (TIMED, CHECKED, COMPILED) else "dim")
         rich.console.Console(file=stream).print(drawn)
 
     def footer(self, records: Sequence[R]) -> list[str]:

@@ -9,10 +9,13 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from seqattn.kernels.split import Split
+from seqattn.nn import with_split
 from train.devices.sharding import ROWS, one_at_a_time, put, whole_over
 from train.update.parameters import matching
 
@@ -85,6 +88,17 @@ class Layout:
             for leaf, each, place in zip(leaves, chosen, whole, strict=True)
         ]
         return jax.tree.unflatten(structure, gathered)
+
+    def merged(self, graph: nnx.GraphDef, params: Any, pattern: str = "*") -> Any:
+        """Inside a compiled function: merges a model whose attention each device computes for its own rows and heads.
+
+        Args:
+            graph: the model's structure.
+            params: its parameters.
+            pattern: the parameters to gather; see `gathered`.
+        """
+        model = nnx.merge(graph, self.gathered(params, pattern))
+        return model if self.mesh is None else with_split(model, Split(ROWS, "tensor", mesh=self.mesh))
 
 
 TABLES = "*table"

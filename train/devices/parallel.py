@@ -18,7 +18,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from seqattn.checks import check_integer
+from seqattn.kernels.split import Split
+from seqattn.models import CaptionerConfig, RecurrentLanguageModelConfig, Seq2SeqConfig
 from seqattn.models.parameter_rules import PARAMETER_RULES
+from seqattn.nn import with_split
 from seqattn.nn.parameter_rule import ParameterRule
 from train.devices.fit import check_model, whole_heads
 from train.devices.sharding import AXES, ROWS, one_at_a_time, put, shardings, whole_over
@@ -32,6 +35,8 @@ Given = Mapping[str, tuple[Any, Any]]
 """Parameters by path: an array, and the rows of it that count, bool `[V]`; None for all rows."""
 
 _AXIS = "devices"
+_IN_ORDER = (Seq2SeqConfig, RecurrentLanguageModelConfig, CaptionerConfig)
+"""Models with a layer that needs the whole of a text, or of an image, on one device."""
 
 
 class Placed(abc.ABC):
@@ -111,6 +116,13 @@ class Replicated:
     device's share; running statistics follow the whole batch.
     """
 
+    def check(self, config: Any) -> None:
+        """Accepts every model: each device computes all of it."""
+
+    def prepare(self, model: nnx.Module) -> nnx.Module:
+        """Returns the model unchanged: inside `jax.pmap` it computes a device's own rows."""
+        return model
+
     def spread(
         self, update: Update, devices: Sequence[jax.Device] | None = None, *, model: nnx.Module | None = None
     ) -> Placed:
@@ -159,6 +171,18 @@ class Sharded:
             raise ValueError(f"{told} = {fixed} must divide the number of devices ({len(devices)})")
         shape = (self.data or len(devices) // fixed, *(sizes[name] for name in AXES[1:]))
         return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+    def check(self, config: Any) -> None:
+        """Raises ValueError if the mesh cannot split a model of this config."""
+        if self.sequence > 1 and isinstance(config, _IN_ORDER):
+            raise ValueError(
+                f"sequence ({self.sequence}) splits each text over devices, but a {type(config).__name__} reads it "
+                "from end to end: set --parallel.sequence 1"
+            )
+
+    def prepare(self, model: nnx.Module) -> nnx.Module:
+        """Returns a model whose attention computes on each device its own rows, heads and part of each text."""
+        return with_split(model, Split(batch=ROWS, heads="tensor", sequence="sequence"))
 
     def spread(
         self, update: Update, devices: Sequence[jax.Device] | None = None, *, model: nnx.Module | None = None
@@ -238,7 +262,8 @@ class _Compiled(Placed):
     def __init__(self, update: Update, mesh: Mesh, rules: Sequence[ParameterRule] = PARAMETER_RULES) -> None:
         self._update, self._mesh, self._rules = update, mesh, rules
         self.rows, self.part = _share(mesh)
-        self.lengths = mesh.shape["sequence"]
+        # The zigzag order cuts each text into two chunks for each device.
+        self.lengths = 2 * mesh.shape["sequence"] if mesh.shape["sequence"] > 1 else 1
         self._whole = NamedSharding(mesh, P())
         self._known: dict[Any, Any] = {}
         self._shardings: Any = None
@@ -261,7 +286,8 @@ class _Compiled(Placed):
 
         rows = {name: on_mesh(leaf, self._sharding_of(leaf)) for name, leaf in batch.items()}
         update = self._jit(state)
-        return update.lower(jax.tree.map(on_mesh, state, self._shardings), rows)
+        with jax.set_mesh(self._mesh):
+            return update.lower(jax.tree.map(on_mesh, state, self._shardings), rows)
 
     def _jit(self, state: TrainState) -> Any:
         """Returns the compiled update for states of these shapes, made once."""
@@ -277,7 +303,9 @@ class _Compiled(Placed):
         arrays = {name: self._global(name, array) for name, array in batch.items()}
         if self._compiled is None or getattr(state.step, "sharding", None) != self._shardings.step:
             state = self.place(state)
-        return one_at_a_time(self._mesh.size > 1, self._compiled(state, arrays))
+        # Inside, the axes of `Sharded.prepare` are those of this mesh.
+        with jax.set_mesh(self._mesh):
+            return one_at_a_time(self._mesh.size > 1, self._compiled(state, arrays))
 
     def _with_whole_params(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         # Without this constraint the compiler may gather the activations of all rows in place of the parameters. It is
@@ -295,10 +323,8 @@ class _Compiled(Placed):
             raise ValueError(
                 f"the batch's {len(array)} rows ({name}) must be a multiple of {self.rows}, that is {sizes}{among}"
             )
-        if array.ndim == 2 and array.shape[1] % self.lengths:
-            raise ValueError(
-                f"the batch's length {array.shape[1]} ({name}) must be a multiple of sequence ({self.lengths})"
-            )
+        if array.ndim == 2 and array.shape[1] % (parts := self._mesh.shape["sequence"]):
+            raise ValueError(f"the batch's length {array.shape[1]} ({name}) must be a multiple of sequence ({parts})")
         shape = (len(array) * count, *array.shape[1:])
         return jax.make_array_from_process_local_data(self._sharding_of(array), array, shape)
 

@@ -4,17 +4,14 @@ Mistakes in the settings are reported before anything is compiled or written.
 """
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grain
-import jax
-import numpy as np
 import optax
 from datasets import Dataset
 from flax import nnx
@@ -27,15 +24,16 @@ from train.checkpoints.disk_space import check_space
 from train.checkpoints.durable import replace
 from train.config import Experiment
 from train.data.batches import Example, stream
+from train.data.sequence_order import zigzagged
 from train.data.tokenizer import Tokenizer
-from train.devices.parallel import Given, Placed, Sharded
-from train.devices.processes import any_process, differing, is_first
-from train.engine import start as begin
-from train.engine import without_effect
+from train.devices.parallel import Placed
+from train.devices.processes import any_process, check_same, is_first
+from train.engine import versions, without_effect
+from train.engine.start import drawn, sharded
 from train.hub import exported
 from train.objectives import Objective
 from train.update.freezing import freeze
-from train.update.step import TrainState, make_update, start, start_shapes
+from train.update.step import TrainState, make_update, start_shapes
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +85,7 @@ class Session:
         Args:
             count: the number of checkpoints.
         """
-        return run.load(self.experiment.run, average=count, shardings=_sharded(self.experiment, self.placed)).model
+        return run.load(self.experiment.run, average=count, shardings=sharded(self.experiment, self.placed)).model
 
     def save(self) -> None:
         """Saves a checkpoint of the current state; logs a failed earlier save and retries.
@@ -174,9 +172,9 @@ def prepare(experiment: Experiment) -> Session:
 
 def _resolve(experiment: Experiment) -> _Resolved:
     """Reads the examples and the run folder, and checks that they fit together."""
-    versions = json.dumps(_versions())
+    installed = json.dumps(versions.installed())
     # Before any branch that depends on the settings: processes in different branches would wait for each other.
-    _check_processes({"settings": run.shared(experiment), "versions": versions})
+    check_same({"settings": run.shared(experiment), "versions": installed})
     check_folder(experiment.run)
     without_effect.check_settings(experiment)
     splits = experiment.task.load()
@@ -187,9 +185,10 @@ def _resolve(experiment: Experiment) -> _Resolved:
     # The tokenizer comes before the model: its vocabulary sets the size of the embedding.
     objective = _objective(experiment, splits["train"], saved)
     experiment = run.resolve(experiment, objective.tokenizer, objective.labels)
-    texts = _texts(experiment, objective, splits) | {"versions": versions}
+    experiment.parallel.check(experiment.model)
+    texts = _texts(experiment, objective, splits) | {"versions": installed}
     # Each process has read its own files, which may differ.
-    _check_processes({name: texts[name] for name in ("tokenizer", "data", "labels")})
+    check_same({name: texts[name] for name in ("tokenizer", "data", "labels")})
     changes: list[str] = []
     if checkpoints is not None and saved is not None:
         changes = run.changes(experiment.run, saved["config"], experiment)
@@ -217,36 +216,15 @@ def _restore_or_start(resolved: _Resolved) -> _Begun:
     # Before the examples, which take longer to check.
     placed = _placed(experiment, objective, graph, optimizer, model)
     examples = _examples(experiment, objective, resolved.splits, model)
-    batches, rows = _batches(experiment, examples, placed), _rows(experiment, placed)
+    batches, rows = _batches(experiment, objective, examples, placed), _rows(experiment, placed)
     if resolved.checkpoints is not None and resolved.saved is not None:
         _warn_of_differences(experiment.run, resolved.saved, rows)
         # With shardings, each device reads its own part, and no device holds more than its share. The checkpoint has
         # every array: word vectors or `start_from` may be gone by now.
         state = resolved.checkpoints.restore(run.spread(shapes, placed.shardings(shapes)))
     else:
-        state = _drawn(experiment, objective, optimizer, placed)
+        state = drawn(experiment, objective.tokenizer, optimizer, placed)
     return _Begun(graph, state, placed, batches, rows)
-
-
-def _sharded(experiment: Experiment, placed: Placed) -> Callable[[TrainState], Any] | None:
-    """Where another model's state goes: over the mesh, or to the default device (None) if devices are replicas."""
-    return placed.shardings if isinstance(experiment.parallel, Sharded) else None
-
-
-def _drawn(
-    experiment: Experiment, objective: Objective, optimizer: optax.GradientTransformation, placed: Placed
-) -> TrainState:
-    """Draws the state before the first update, on a mesh in parts."""
-    given = begin.given(experiment, objective.tokenizer, shardings=_sharded(experiment, placed))
-
-    def make(given: Given) -> TrainState:
-        return start(begin.fresh(experiment, given), optimizer, average=experiment.ema is not None)[1]
-
-    # Replicas that start from different parameters would never agree, and no error would show it.
-    _check_processes({"the parameters that they start from": _digest(given)})
-    state = placed.draw(make, given)
-    _check_processes({"the initial parameters": _digest(state.params)})
-    return state
 
 
 def _place(resolved: _Resolved, begun: _Begun) -> Session:
@@ -298,7 +276,7 @@ def _warn_of_differences(folder: Path, saved: dict[str, str], rows: str) -> None
             "%s: the number of rows in a batch was a multiple of %s and is now a multiple of %s: the batches change",
             *(folder, saved["rows"], rows),
         )
-    if others := _other_versions(json.loads(saved.get("versions", "{}"))):
+    if others := versions.changed(json.loads(saved.get("versions", "{}"))):
         log.warning("%s: %s: another version may change numbers or the order of examples", folder, others)
 
 
@@ -327,6 +305,7 @@ def _placed(
         compute_dtype=None if experiment.compute_dtype == "float32" else experiment.compute_dtype,
         decay=experiment.ema,
         patience=experiment.max_skipped,
+        prepare=experiment.parallel.prepare,
     )
     return experiment.parallel.spread(update, model=model)
 
@@ -371,25 +350,6 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{folder} holds files but no run; give an empty or new folder with --run")
 
 
-def _check_processes(texts: dict[str, str]) -> None:
-    """Raises ValueError in all processes if these texts differ between them."""
-    # Processes that train different models would add up unrelated gradients without an error.
-    if others := differing(texts):
-        raise ValueError(
-            f"the processes differ in {', '.join(others)}; give all of them the same flags, files and versions"
-        )
-
-
-def _digest(params: Any) -> str:
-    """A SHA-256 digest of the arrays that this process holds whole; of nothing if there is only one process."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params) if jax.process_count() > 1 else ():
-        # What is spread over processes was made or read by all of them together.
-        if getattr(leaf, "is_fully_addressable", True):
-            digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
-
-
 def _noted(before: str, done: int, changes: list[str]) -> str:
     """The history of changed settings, one per line; also logs the new ones."""
     if changes:
@@ -402,8 +362,8 @@ def _check_steps(latest: int, experiment: Experiment) -> None:
         raise ValueError(f"steps ({experiment.steps}) must be at least the {latest} updates that {experiment.run} has")
 
 
-def _batches(experiment: Experiment, rows: list[Example], placed: Placed) -> grain.MapDataset:
-    return stream(
+def _batches(experiment: Experiment, objective: Objective, rows: list[Example], placed: Placed) -> grain.MapDataset:
+    batches = stream(
         experiment.batches,
         rows,
         seed=experiment.seed,
@@ -411,20 +371,10 @@ def _batches(experiment: Experiment, rows: list[Example], placed: Placed) -> gra
         lengths=placed.lengths,
         part=placed.part,
     )
-
-
-_VERSIONED = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "tokenizers")
-"""Packages that affect the computed numbers or the order of examples."""
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _VERSIONED}
-
-
-def _other_versions(saved: dict[str, str]) -> str:
-    """The packages with another version than the saved one, in words."""
-    others = {name: now for name, now in _versions().items() if saved.get(name, now) != now}
-    return ", ".join(f"{name} {saved[name]}, now {now}" for name, now in others.items())
+    # Only attention over coordinates may read the tokens of a text in any order.
+    if placed.lengths == 1 or not objective.by_coordinates:
+        return batches
+    return batches.map(partial(zigzagged, devices=placed.lengths // 2))
 
 
 def _examples(experiment: Experiment, objective: Objective, splits: dict[str, Dataset], model: Any) -> list[Example]:

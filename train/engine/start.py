@@ -4,6 +4,7 @@ What is read from files comes first (`given`). The rest is a pure function (`fre
 mesh, on which no device holds the whole model.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from flax import nnx
 
 from seqattn.models import CaptionerConfig, TransformerConfig
@@ -18,10 +21,11 @@ from train.checkpoints import run
 from train.config import Experiment
 from train.data.tokenizer import Tokenizer
 from train.data.word_vectors import as_rows, load_table
-from train.devices.parallel import Given
+from train.devices.parallel import Given, Placed, Sharded
+from train.devices.processes import check_same
 from train.update.initializers import redraw
 from train.update.parameters import paths
-from train.update.step import TrainState
+from train.update.step import TrainState, start
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +81,37 @@ def fresh(experiment: Experiment, given: Given) -> nnx.Module:
 
     graph, params, *others = nnx.split(model, nnx.Param, ...)
     return nnx.merge(graph, jax.tree.map(filled, params, paths(params)), *others)
+
+
+def sharded(experiment: Experiment, placed: Placed) -> Callable[[TrainState], Any] | None:
+    """Where another model's state goes: over the mesh, or to the default device (None) if devices are replicas."""
+    return placed.shardings if isinstance(experiment.parallel, Sharded) else None
+
+
+def drawn(
+    experiment: Experiment, tokenizer: Tokenizer, optimizer: optax.GradientTransformation, placed: Placed
+) -> TrainState:
+    """Draws the state before the first update, on a mesh in parts."""
+    found = given(experiment, tokenizer, shardings=sharded(experiment, placed))
+
+    def make(given: Given) -> TrainState:
+        return start(fresh(experiment, given), optimizer, average=experiment.ema is not None)[1]
+
+    # Replicas that start from different parameters would never agree, and no error would show it.
+    check_same({"the parameters that they start from": _digest(found)})
+    state = placed.draw(make, found)
+    check_same({"the initial parameters": _digest(state.params)})
+    return state
+
+
+def _digest(params: Any) -> str:
+    """A SHA-256 digest of the arrays that this process holds whole; of nothing if there is only one process."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params) if jax.process_count() > 1 else ():
+        # What is spread over processes was made or read by all of them together.
+        if getattr(leaf, "is_fully_addressable", True):
+            digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _vectors(

@@ -95,7 +95,7 @@ def _compiled(graph: nnx.GraphDef, end_id: int, pad_id: int, layout: Layout) -> 
         *,
         room: int,
     ) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graph, layout.gathered(params, TABLES))
+        model = layout.merged(graph, params, TABLES)
         nothing = jnp.zeros((len(read), 0), jnp.int32)
         memory = model.encode(nothing, Coordinates(nothing, nothing))
         _, state = model.prefill(read, lengths, model.start(memory, read.shape[1] + room))

@@ -273,7 +273,7 @@ def _compiled(
         *,
         max_length: int,
     ) -> tuple[Array, ...]:
-        model = nnx.merge(graph, layout.gathered(params, TABLES))
+        model = layout.merged(graph, params, TABLES)
         memory = model.encode(source, Coordinates.from_lengths(length, source.shape[1]))
         state, first = model.start(memory, max_length), jnp.full(len(source), start_id, jnp.int32)
         tokens: dict[str, Any] = {"max_length": max_length, "end_token": end_id, "pad_token": pad_id}

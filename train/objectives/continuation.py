@@ -27,6 +27,7 @@ class Continuation(Objective):
     command = "complete"
     models = SequenceToSequence.models
     given = ("target",)
+    by_coordinates = True
 
     @staticmethod
     def texts(split: Dataset) -> list[str]:

@@ -159,7 +159,7 @@ def _compiled(graph: nnx.GraphDef, layout: Layout) -> Any:
     """Returns one compiled function for all models of a structure, so that the evaluations of a run share it."""
 
     def best(params: nnx.State, batch: Arrays) -> Array:
-        model = nnx.merge(graph, layout.gathered(params))
+        model = layout.merged(graph, params)
         return jnp.argmax(model(batch["source"], _at(batch)), axis=-1)
 
     return jax.jit(best)

@@ -55,6 +55,7 @@ class Objective(abc.ABC):
         given: the inputs of a model under teacher forcing, among "source", "target" and "image".
         searches: if True, outputs are texts generated from a source text, by beam search if asked for, and BLEU can
             measure them.
+        by_coordinates: if True, `loss` reads the coordinates of a packed batch, so that tokens may be in any order.
     """
 
     name: ClassVar[str]
@@ -65,6 +66,7 @@ class Objective(abc.ABC):
     head: ClassVar[type | None] = None
     given: ClassVar[tuple[str, ...]] = ("source",)
     searches: ClassVar[bool] = False
+    by_coordinates: ClassVar[bool] = False
 
     def __init__(self, tokenizer: Tokenizer, labels: tuple[str, ...] = ()) -> None:
         self.tokenizer, self.labels = tokenizer, labels
@@ -170,4 +172,4 @@ def bits_per_character(loss: float, tokens: int, texts: Sequence[str]) -> float:
 
 @cache
 def _compiled(graph: nnx.GraphDef, objective: type[Objective], layout: Layout) -> Any:
-    return jax.jit(lambda params, batch: objective.loss(nnx.merge(graph, layout.gathered(params)), batch))
+    return jax.jit(lambda params, batch: objective.loss(layout.merged(graph, params), batch))

@@ -141,7 +141,7 @@ def _compiled(graph: nnx.GraphDef, start_id: int, end_id: int, pad_id: int, layo
     """
 
     def read(params: nnx.State, source: jax.Array, length: jax.Array, *, max_length: int) -> tuple[jax.Array, ...]:
-        model = nnx.merge(graph, layout.gathered(params, TABLES))
+        model = layout.merged(graph, params, TABLES)
         state = model.start(_encode(model, source, length), max_length)
         first = jnp.full(len(source), start_id, jnp.int32)
         found = generate(model.step, state, first, max_length=max_length, end_token=end_id, pad_token=pad_id)

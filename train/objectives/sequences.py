@@ -45,6 +45,7 @@ class SequenceToSequence(Objective):
     models = (TransformerConfig, Seq2SeqConfig, LanguageModelConfig, RecurrentLanguageModelConfig)
     given = ("source", "target")
     searches = True
+    by_coordinates = True
 
     def __init__(self, tokenizer: Tokenizer, *, bleu: bool = False, rouge: bool = False, beam_size: int = 1) -> None:
         super().__init__(tokenizer)

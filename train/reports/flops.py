@@ -48,22 +48,30 @@ def _count(jaxpr: Any) -> int:
 
 def _of_equation(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
+    if (product := of_product(equation)) is not None:
+        return product
+    if name == "cond":
+        return max(_count(branch.jaxpr) for branch in params["branches"])
+    times = params["length"] if name == "scan" else 1
+    return times * sum(_count(program) for program in inner(params))
+
+
+def of_product(equation: Any) -> int | None:
+    """Counts the operations of an equation of a jaxpr that is a matrix product or a convolution; None for others."""
+    name, params = equation.primitive.name, equation.params
     if name in ("dot_general", "ragged_dot", "ragged_dot_general"):
         contracted = params["dimension_numbers"][0][0] if name == "dot_general" else (equation.invars[0].aval.ndim - 1,)
-        inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-        return 2 * math.prod(equation.outvars[0].aval.shape) * inner
+        size = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        return 2 * math.prod(equation.outvars[0].aval.shape) * size
     if name == "conv_general_dilated":
         kernel, numbers = equation.invars[1].aval.shape, params["dimension_numbers"]
         inputs = math.prod(kernel[axis] for axis in numbers.rhs_spec[1:])
         return 2 * math.prod(equation.outvars[0].aval.shape) * inputs
-    if name == "cond":
-        return max(_count(branch.jaxpr) for branch in params["branches"])
-    times = params["length"] if name == "scan" else 1
-    return times * sum(_count(inner) for inner in _inner(params))
+    return None
 
 
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
-    """The inner programs of an equation, such as a called function or the body of a loop."""
+def inner(params: dict[str, Any]) -> Iterator[Any]:
+    """Yields the inner programs of an equation, such as a called function or the body of a loop."""
     for name, value in params.items():
         if name in ("fwd_jaxpr_thunk", "bwd", "jvp_jaxpr_fun"):  # derivative rules run instead
             continue

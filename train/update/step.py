@@ -66,11 +66,12 @@ class _Settings:
     compute_dtype: DTypeLike | None
     decay: float | None
     patience: int
+    prepare: Callable[[nnx.Module], nnx.Module]
     gathered: Callable[[Any], Any]
 
 
-def _as_they_are(params: Any) -> Any:
-    return params
+def _as_they_are(tree: Any) -> Any:
+    return tree
 
 
 def start(
@@ -111,6 +112,7 @@ def make_update(
     compute_dtype: DTypeLike | None = None,
     decay: float | None = None,
     patience: int = 10,
+    prepare: Callable[[nnx.Module], nnx.Module] = _as_they_are,
 ) -> Update:
     """Makes the function that computes one update from the gradient of the mean loss.
 
@@ -133,6 +135,7 @@ def make_update(
         decay: the upper limit of the decay of the moving average (Polyak 1992). After n updates the decay is
             `min(decay, (1 + n) / (10 + n))`. None if the state has no average.
         patience: the number of consecutive skipped updates after which every further update is skipped too.
+        prepare: changes the model before it computes, such as `Sharded.prepare`; parameters stay as they are.
 
     Returns:
         A pure function `update(state, batch, axis_name=None, gathered=...) -> (state, metrics)`. With `axis_name`,
@@ -142,7 +145,7 @@ def make_update(
     Raises:
         ValueError: by `update` at trace time, if the rows of the batch are not a multiple of `pieces`.
     """
-    settings = _Settings(seed, label_smoothing, pieces, compute_dtype, decay, patience, _as_they_are)
+    settings = _Settings(seed, label_smoothing, pieces, compute_dtype, decay, patience, prepare, _as_they_are)
 
     def update(
         state: TrainState,
@@ -217,7 +220,7 @@ def _sums_and_gradients(
     def total_loss(params: Any) -> tuple[jax.Array, dict[str, Any]]:
         # The cast is inside the differentiated function, so gradients have the dtype of the parameters.
         # Cast first: devices then send each other the narrower numbers.
-        model = nnx.merge(graph, settings.gathered(_cast(params, settings.compute_dtype)))
+        model = settings.prepare(nnx.merge(graph, settings.gathered(_cast(params, settings.compute_dtype))))
         given = _cast(batch, settings.compute_dtype)
         options: dict[str, Any] = {"label_smoothing": settings.label_smoothing, "dropout_key": key}
         (total, count), found, measured = _told(loss, model, given, **options)

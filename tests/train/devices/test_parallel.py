@@ -224,7 +224,7 @@ def test_on_the_cpu_one_update_is_made_after_the_other(choice):
 
 SIZES = [
     (Replicated(), 8, 1),
-    (Sharded(fsdp=2, sequence=2), 4, 2),
+    (Sharded(fsdp=2, sequence=2), 4, 4),
     (Sharded(tensor=8), 1, 1),
     (Sharded(expert=2), 8, 1),
 ]

@@ -1,0 +1,164 @@
+"""Calls of attention: one on one device, and `ring_attend` on several."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from benchmarks.attention import patterns
+from benchmarks.attention.case import BACKWARD, AttentionCase
+from benchmarks.attention.shapes import Shape
+from benchmarks.compile.program import Built, Program
+from benchmarks.compile.work import AT_MOST, Work, of_function
+from seqattn import Causal, Coordinates, attend, explain, ring_attend, ring_cost, zigzag
+from seqattn.kernels.dispatch import IMPLEMENTATIONS
+from seqattn.masks import Mask, SameSegment, SlidingWindow
+
+MASKS = ("full", "causal", "window", "documents")
+"""Masks by name, see `benchmarks.attention.patterns`; the segments of `documents` are known at run time only."""
+
+_ONLY_ON = {"cudnn": ("gpu",), "splash": ("tpu",)}
+LENGTH, LONG = 8192, 65536
+_HEADS, _DIM = 8, 128
+_TILE = 128
+"""Queries and keys of a tile of a vendor's kernel, to count the tiles that it visits."""
+
+
+def attention_programs() -> list[Program]:
+    """Makes the programs of all implementations that read plain keys and values."""
+    names = [name for name, each in IMPLEMENTATIONS.items() if not each.reads_columns]
+    cases = [(LENGTH, mask, direction) for mask in MASKS for direction in ("fwd", "bwd")]
+    # Longer ones show whether memory grows with the length or with its square.
+    cases += [(LONG, "causal", direction) for direction in ("fwd", "bwd")]
+    return [
+        Program(
+            f"attention/{name}/{mask}/t{length}/{direction}",
+            (1,),
+            functools.partial(_attention, name, case),
+            case.fields() | {"implementation_of_attention": name, "group": f"{mask}\n{case.shape.name} {direction}"},
+            platforms=_ONLY_ON.get(name, ("tpu", "gpu")),
+        )
+        for name in names
+        for length, mask, direction in cases
+        if (case := _case(length, mask, direction))
+    ]
+
+
+def ring_programs() -> list[Program]:
+    """Makes the programs of `ring_attend`, in the zigzag order."""
+    return [
+        Program(f"ring/{mask}/t{length}/{direction}", (4, 8), functools.partial(_ring, case), case.fields())
+        for length, mask in ((LENGTH, "full"), (LENGTH, "causal"), (LENGTH, "documents"), (LONG, "causal"))
+        for direction in ("fwd", "bwd")
+        if (case := _case(length, mask, direction))
+    ]
+
+
+def _case(length: int, mask: str, direction: str) -> AttentionCase:
+    return AttentionCase(Shape(f"t{length}", 1, length, _HEADS, _DIM, "this table"), mask, direction, "bfloat16")
+
+
+def _mask(pattern: str) -> Mask | None:
+    masks: dict[str, Mask | None] = {
+        "full": None,
+        "causal": Causal(),
+        "window": Causal() & SlidingWindow(patterns.WINDOW),
+        "documents": Causal() & SameSegment(),
+    }
+    return masks[pattern]
+
+
+def _attention(name: str, case: AttentionCase, devices: Sequence[Any], platform: str) -> Built:
+    mask, dtype = _mask(case.pattern), jnp.dtype(case.dtype)
+    here = NamedSharding(Mesh(np.array(devices), ("device",)), P())
+    x = jax.ShapeDtypeStruct(case.shape.query, dtype, sharding=here)
+    at = [jax.ShapeDtypeStruct(case.shape.query[:2], jnp.int32, sharding=here)] * 2 * (case.pattern == "documents")
+
+    def call(implementation: Any, query: Any, key: Any, value: Any, *at: Any) -> dict[str, Any]:
+        places = dict.fromkeys(("q_at", "kv_at"), Coordinates(*at)) if at else {}
+        return {"query": query, "key": key, "value": value, "mask": mask, "implementation": implementation} | places
+
+    def refuse(*arrays: Any) -> None:
+        told = explain(**call(name, *arrays), platform=platform)
+        if told.chosen is None:
+            raise NotImplementedError(told.refusals[name])
+
+    jax.eval_shape(refuse, x, x, x, *at)
+
+    # The traced program also has a branch for this machine, where a vendor's kernel would refuse.
+    def attention(*arrays: Any) -> Any:
+        return attend(**call((name, "chunked"), *arrays))
+
+    function, arrays = (_with_gradients(attention), (x, x, x, x, *at)) if case.backward else (attention, (x, x, x, *at))
+    lowered = jax.jit(function).trace(*arrays).lower()
+    return Built(lowered, _work(name, case, platform, function, arrays))
+
+
+def _work(name: str, case: AttentionCase, platform: str, function: Callable[..., Any], arrays: Sequence[Any]) -> Work:
+    """Returns the operations of the tiles that a kernel visits."""
+    if name in ("splash", "cudnn"):
+        # Neither kernel is in the jaxpr as what it computes. Tiles of this size are its own (splash) or a guess.
+        pairs = visited(case, _TILE, _TILE)
+        work = Work(4 * pairs * _HEADS * _DIM * (BACKWARD if case.backward else 1))
+        return work if name == "splash" else Work(work.flop, AT_MOST)
+    if case.pattern == "documents":
+        # With segments that are known, the schedule and so the number of tiles is known, too.
+        at = Coordinates.from_segments(jnp.asarray(patterns.segments(case.shape)))
+        places = (np.asarray(at.position), np.asarray(at.segment))
+        return of_function(platform, lambda *given: function(*given, *places), *arrays[:-2])
+    return of_function(platform, function, *arrays)
+
+
+def visited(case: AttentionCase, queries: int, keys: int) -> int:
+    """Returns the number of pairs in the tiles that have a visible one."""
+    found = patterns.spans(case.pattern, case.shape)
+    total = 0
+    for row in range(case.shape.batch):
+        span = found.row(row)
+        first = span.first.reshape(-1, queries).min(axis=1) // keys
+        beyond = -(-span.beyond.reshape(-1, queries).max(axis=1) // keys)
+        total += int((beyond - first).sum()) * queries * keys
+    return total
+
+
+def _with_gradients(attention: Callable[..., Any]) -> Callable[..., Any]:
+    def both(query: Any, key: Any, value: Any, d_output: Any, *at: Any) -> Any:
+        output, backward = jax.vjp(lambda *inputs: attention(*inputs, *at), query, key, value)
+        return output, *backward(d_output)
+
+    return both
+
+
+def _ring(case: AttentionCase, devices: Sequence[Any], platform: str) -> Built:
+    mesh = Mesh(np.array(devices), ("sequence",), axis_types=(AxisType.Auto,))
+    split, mask = P(None, "sequence"), _mask(case.pattern)
+    x = jax.ShapeDtypeStruct(case.shape.query, jnp.dtype(case.dtype), sharding=NamedSharding(mesh, split))
+    at = jax.ShapeDtypeStruct(case.shape.query[:2], jnp.int32, sharding=NamedSharding(mesh, split))
+
+    def attention(query: Any, key: Any, value: Any, position: Any, segment: Any) -> Any:
+        places = Coordinates(position, segment)
+        return ring_attend(query, key, value, axis_name="sequence", mask=mask, q_at=places, kv_at=places)
+
+    spread = jax.shard_map(attention, mesh=mesh, in_specs=(split,) * 5, out_specs=split)
+    function = _with_gradients(spread) if case.backward else spread
+    arrays = (x,) * (4 if case.backward else 3) + (at, at)
+    lowered = jax.jit(function).trace(*arrays).lower()
+    return Built(lowered, _ring_work(case, len(devices)))
+
+
+def _ring_work(case: AttentionCase, devices: int) -> Work:
+    """Returns the operations of the tiles that the ring visits; the zigzag order balances them over its devices."""
+    length = case.shape.length
+    segment = patterns.segments(case.shape)[0] if case.pattern == "documents" else np.ones(length, np.int32)
+    at = Coordinates.from_segments(jnp.asarray(segment)) if case.pattern == "documents" else Coordinates.range(length)
+    order, _ = zigzag(length, devices)
+    at = jax.tree.map(lambda field: jnp.asarray(field)[order], at)
+    x = jax.ShapeDtypeStruct(case.shape.query[1:], jnp.bfloat16)
+    cost = ring_cost(x, x, x, devices=devices, mask=_mask(case.pattern), q_at=at, kv_at=at)
+    forward, backward = (float(flops.sum()) for flops in (cost.flops_forward, cost.flops_backward))
+    return Work(forward + backward * case.backward)
