@@ -53,6 +53,14 @@ class CompileRecord(Record):
         return self.status == COMPILED
 
     @property
+    def fits(self) -> bool:
+        """Whether there is a compiled program, and each device has the memory for it.
+
+        The compiler for TPUs refuses a program that does not fit, that for GPUs does not.
+        """
+        return self.compiled and (self.planned_bytes or 0) <= self.case.target.memory
+
+    @property
     def flop(self) -> float | None:
         """Floating-point operations of one device, if the devices share the work evenly."""
         return self.answer["flop"] / self.case.target.count if self.compiled else None
@@ -78,6 +86,7 @@ class CompileRecord(Record):
             "reason": self.reason,
             **answer,
             "planned_bytes": self.planned_bytes,
+            "fits": self.fits,
             "flop_per_device": self.flop,
             **machine.describe(),
         }

@@ -60,7 +60,8 @@ def collectives(record: CompileRecord) -> str:
         f"{_SHORT[each['kind']]} {size(each['bytes'])} ({each['runs']}{'' if each['exact'] else '+'})"
         for each in record.traffic
     ]
-    return ", ".join([*found, *map(_kernel, record.answer["kernels"])])
+    memory = [] if record.fits else [f"more than the {size(record.case.target.memory)} of the device"]
+    return ", ".join([*memory, *found, *map(_kernel, record.answer["kernels"])])
 
 
 def _kernel(found: Mapping[str, Any]) -> str:

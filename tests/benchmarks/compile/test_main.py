@@ -67,6 +67,14 @@ def test_from_end_to_end(installed, tmp_path, capsys):
     assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".png", ".svg"}
 
 
+def test_a_program_that_does_not_fit_is_marked(installed, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(ANSWER, "temp_bytes", 17 * 2**30)
+    words = ["--programs=attention/chunked/full/t8192/fwd", "--targets", "v5e-1", "h200-1"]
+    main(parse([*words, "--json", str(tmp_path / "rows.jsonl")]))
+    assert [row["fits"] for row in read(tmp_path / "rows.jsonl")] == [False, True]
+    assert capsys.readouterr().out.count("more than the 14.9 GiB of the device") == 1
+
+
 def test_nothing_that_compiles_is_an_error(installed):
     assert main(parse(["--programs", "attention/chunked/window", "--targets", "v5e-1"])) == 1
 
