@@ -20,6 +20,7 @@ from seqattn.models import EncoderConfig, TextLabels, TokenLabels
 from train.checkpoints import averaging
 from train.checkpoints.checkpoints import Checkpoints, MissingStep
 from train.config import FROM_DATA, FROM_TOKENIZER, Experiment, Model, decode, differences, encode
+from train.data.texts import Texts
 from train.data.tokenizer import Tokenizer
 from train.devices.processes import Processes
 from train.tasks.task import Task
@@ -36,7 +37,7 @@ _TRIES = 5
 
 _SHOWN = (
     *("run", "log_every", "tensorboard", "wandb", "profile", "bleu", "average", "beam_size"),
-    *("keep_best", "max_skipped", "parallel", "processes", "accept_changes"),
+    *("keep_best", "max_skipped", "parallel", "processes", "data_cache", "accept_changes"),
 )
 _FREE = (*_SHOWN, "evaluate_every", "evaluate_examples", "keep_checkpoints")
 """Fields that a resumed run may change freely: they affect what is shown and kept, not the parameters.
@@ -125,7 +126,7 @@ def resolve(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...
     return dataclasses.replace(experiment, model=model)
 
 
-def fingerprint(splits: Mapping[str, Dataset]) -> str:
+def fingerprint(splits: Mapping[str, Dataset] | Mapping[str, Texts]) -> str:
     """Computes a SHA-256 digest of all texts of all splits, in order, in hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(splits):

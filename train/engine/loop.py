@@ -289,7 +289,7 @@ def _greet(session: Session, progress: Progress) -> None:
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     progress.print(
         f"{session.experiment.run}: {sum(leaf.size for leaf in leaves):,} parameters, "
-        f"{len(session.splits['train']):,} training examples, "
+        f"{session.training_examples:,} training examples, "
         f"{session.objective.tokenizer.vocab_size:,} tokens, "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}{processes}"
     )

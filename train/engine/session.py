@@ -6,7 +6,7 @@ Mistakes in the settings are reported before anything is compiled or written.
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import optax
 from datasets import Dataset
 from flax import nnx
 
-from seqattn.models import Learned
 from train import objectives
 from train.checkpoints import lock, run
 from train.checkpoints.checkpoints import Checkpoints
@@ -28,7 +27,8 @@ from train.data.sequence_order import zigzagged
 from train.data.tokenizer import Tokenizer
 from train.devices.parallel import Placed
 from train.devices.processes import any_process, check_same, is_first
-from train.engine import versions, without_effect
+from train.engine import examples, versions, without_effect
+from train.engine.examples import Examples
 from train.engine.start import drawn, sharded
 from train.hub import exported
 from train.objectives import Objective
@@ -45,7 +45,8 @@ class Session:
     Attributes:
         experiment: the resolved experiment.
         objective: the objective of the run, with its tokenizer and labels.
-        splits: examples by split: "train", "validation" and "test".
+        splits: the texts by split: "validation" and "test", and "train" if it is in memory.
+        training_examples: number of training examples.
         batches: the batches of all updates, in order.
         texts: the texts in each checkpoint beside the arrays: config, tokenizer, digests of data and task, labels,
             versions.
@@ -59,6 +60,7 @@ class Session:
     experiment: Experiment
     objective: Objective
     splits: dict[str, Dataset]
+    training_examples: int
     batches: grain.MapDataset
     texts: dict[str, str]
     graph: nnx.GraphDef
@@ -123,7 +125,7 @@ class _Resolved:
     Attributes:
         experiment: the resolved experiment.
         objective: the objective of the run.
-        splits: examples by split.
+        examples: the examples.
         texts: the texts in each checkpoint beside the arrays.
         checkpoints: the checkpoints of the run folder; None for a new run.
         saved: the texts of the latest checkpoint; None for a new run.
@@ -132,7 +134,7 @@ class _Resolved:
 
     experiment: Experiment
     objective: Objective
-    splits: dict[str, Dataset]
+    examples: Examples
     texts: dict[str, str]
     checkpoints: Checkpoints | None
     saved: dict[str, str] | None
@@ -177,29 +179,34 @@ def _resolve(experiment: Experiment) -> _Resolved:
     check_same({"settings": run.shared(experiment), "versions": installed})
     check_folder(experiment.run)
     without_effect.check_settings(experiment)
-    splits = experiment.task.load()
     # Process 0 decides: it may have created the folder already, or be the only one that sees it.
     is_begun = any_process(is_first() and (experiment.run / "checkpoints").is_dir())
     checkpoints = _checkpoints(experiment) if is_begun else None
     saved = None if checkpoints is None else _saved(checkpoints)
+    found = examples.find(experiment)
     # The tokenizer comes before the model: its vocabulary sets the size of the embedding.
-    objective = _objective(experiment, splits["train"], saved)
+    objective = _objective(experiment, found, saved)
     experiment = run.resolve(experiment, objective.tokenizer, objective.labels)
     experiment.parallel.check(experiment.model)
-    texts = _texts(experiment, objective, splits) | {"versions": installed}
-    # Each process has read its own files, which may differ.
-    check_same({name: texts[name] for name in ("tokenizer", "data", "labels")})
     changes: list[str] = []
+    noted = ""
     if checkpoints is not None and saved is not None:
+        # Before the examples: a refused run must not tokenize large files first.
         changes = run.changes(experiment.run, saved["config"], experiment)
         done = checkpoints.latest or 0
         _check_steps(done, experiment)
+        noted = _noted(saved.get("changes", ""), done, changes)
+    found.use(objective)
+    texts = _texts(experiment, objective, found) | {"versions": installed}
+    # Each process has read its own files, which may differ.
+    check_same({name: texts[name] for name in ("tokenizer", "data", "labels")})
+    if saved is not None:
         # Recorded in every later checkpoint: the config alone no longer reproduces the run.
-        texts["changes"] = _noted(saved.get("changes", ""), done, changes)
+        texts["changes"] = noted
         # Other data may have other splits, so the model may have trained on the new test examples.
         if saved["data"] != texts["data"]:
             raise ValueError(f"the data changed since {experiment.run} was trained; give another folder with --run")
-    return _Resolved(experiment, objective, splits, texts, checkpoints, saved, changes)
+    return _Resolved(experiment, objective, found, texts, checkpoints, saved, changes)
 
 
 def _restore_or_start(resolved: _Resolved) -> _Begun:
@@ -215,8 +222,8 @@ def _restore_or_start(resolved: _Resolved) -> _Begun:
     without_effect.check_parameters(experiment, shapes.params)
     # Before the examples, which take longer to check.
     placed = _placed(experiment, objective, graph, optimizer, model)
-    examples = _examples(experiment, objective, resolved.splits, model)
-    batches, rows = _batches(experiment, objective, examples, placed), _rows(experiment, placed)
+    rows_of = examples.training_rows(experiment, objective, resolved.examples, model)
+    batches, rows = _batches(experiment, objective, rows_of, placed), _rows(experiment, placed)
     if resolved.checkpoints is not None and resolved.saved is not None:
         _warn_of_differences(experiment.run, resolved.saved, rows)
         # With shardings, each device reads its own part, and no device holds more than its share. The checkpoint has
@@ -241,7 +248,8 @@ def _place(resolved: _Resolved, begun: _Begun) -> Session:
     return Session(
         experiment=experiment,
         objective=resolved.objective,
-        splits=resolved.splits,
+        splits=resolved.examples.splits,
+        training_examples=resolved.examples.count,
         batches=begun.batches,
         texts=texts,
         graph=begun.graph,
@@ -252,12 +260,12 @@ def _place(resolved: _Resolved, begun: _Begun) -> Session:
     )
 
 
-def _texts(experiment: Experiment, objective: Objective, splits: dict[str, Dataset]) -> dict[str, str]:
+def _texts(experiment: Experiment, objective: Objective, found: Examples) -> dict[str, str]:
     """The texts in each checkpoint beside the arrays, for a resolved experiment."""
     return {
         "config": run.to_text(experiment),
         "tokenizer": objective.tokenizer.to_json(),
-        "data": run.fingerprint(splits),
+        "data": found.digest,
         "source": run.task_source(experiment.task),
         "labels": json.dumps(objective.labels, ensure_ascii=False),
     }
@@ -310,7 +318,7 @@ def _placed(
     return experiment.parallel.spread(update, model=model)
 
 
-def _objective(experiment: Experiment, split: Dataset, saved: dict[str, str] | None) -> Objective:
+def _objective(experiment: Experiment, found: Examples, saved: dict[str, str] | None) -> Objective:
     """The objective, with tokenizer and labels from the checkpoint, or for a new run from the training split."""
     # Not trained again: another version of the tokenizers library could give other ids to the same texts.
     if saved is not None:
@@ -322,8 +330,8 @@ def _objective(experiment: Experiment, split: Dataset, saved: dict[str, str] | N
         origin, tokenizer = run.tokenizer_of(experiment.start_from)
         without_effect.warn_of_tokenizer(experiment, origin.tokenizer)
     else:
-        tokenizer = Tokenizer.train(experiment.tokenizer, kind.texts(split))
-    return objectives.make(experiment, tokenizer, kind.find_labels(split))
+        tokenizer = Tokenizer.train(experiment.tokenizer, found.texts(kind))
+    return objectives.make(experiment, tokenizer, found.labels(kind))
 
 
 def _saved(checkpoints: Checkpoints) -> dict[str, str] | None:
@@ -362,7 +370,7 @@ def _check_steps(latest: int, experiment: Experiment) -> None:
         raise ValueError(f"steps ({experiment.steps}) must be at least the {latest} updates that {experiment.run} has")
 
 
-def _batches(experiment: Experiment, objective: Objective, rows: list[Example], placed: Placed) -> grain.MapDataset:
+def _batches(experiment: Experiment, objective: Objective, rows: Sequence[Example], placed: Placed) -> grain.MapDataset:
     batches = stream(
         experiment.batches,
         rows,
@@ -375,38 +383,3 @@ def _batches(experiment: Experiment, objective: Objective, rows: list[Example], 
     if placed.lengths == 1 or not objective.by_coordinates:
         return batches
     return batches.map(partial(zigzagged, devices=placed.lengths // 2))
-
-
-def _examples(experiment: Experiment, objective: Objective, splits: dict[str, Dataset], model: Any) -> list[Example]:
-    """The examples of the training split, as token ids.
-
-    Raises:
-        ValueError: a text of any split has an unknown label, or more tokens than the model has learned positions.
-    """
-    limits = ", ".join(f"{flag} ({most})" for flag, most in _learned(experiment.model, "--model"))
-    beyond: list[tuple[int, int, str]] = []
-    # Other splits are only needed to find unknown labels and texts beyond the learned positions.
-    rows = {name: objective.examples(splits[name]) for name in splits if name == "train" or limits or objective.labels}
-    for name, examples in rows.items():
-        for source, target in examples if limits else ():
-            # Batches leave out training texts over their own limit, so the model never sees those.
-            left_out = name == "train" and max(len(source), len(target)) > experiment.batches.max_length
-            room, wanted = model.room(len(source)), max(1, len(target) - 1)
-            if not left_out and room is not None and room < wanted:
-                beyond.append((len(source), wanted, name))
-    if beyond:
-        source_length, target_length, name = max(beyond, key=lambda found: found[0] + found[1])
-        raise ValueError(
-            f"{len(beyond)} texts are longer than the learned positions, the longest in the {name} split: a source of "
-            f"{source_length} and a target of {target_length} tokens; raise {limits}"
-        )
-    return rows["train"]
-
-
-def _learned(config: Any, flag: str) -> Iterator[tuple[str, int]]:
-    """The learned positions in a config: the command-line flag and the number of positions of each."""
-    if isinstance(config, Learned):
-        yield f"{flag}.max-length", config.max_length
-    elif dataclasses.is_dataclass(config):
-        for field in dataclasses.fields(config):
-            yield from _learned(getattr(config, field.name), f"{flag}.{field.name.replace('_', '-')}")

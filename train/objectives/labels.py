@@ -31,12 +31,12 @@ class Tagging(Objective):
     @staticmethod
     def texts(split: Dataset) -> list[str]:
         """Returns the sources; targets are labels and need no tokens."""
-        return list(split["source"])
+        return split["source"][:]
 
     @staticmethod
     def find_labels(split: Dataset) -> tuple[str, ...]:
         """Returns the different characters of the targets, sorted."""
-        return tuple(sorted(set("".join(split["target"]))))
+        return tuple(sorted(set("".join(split["target"][:]))))
 
     def examples(self, split: Dataset) -> list[Example]:
         """Returns pairs of source ids and the label id of each source token.
@@ -46,7 +46,7 @@ class Tagging(Objective):
         """
         number = {label: index for index, label in enumerate(self.labels)}
         rows: list[Example] = []
-        for ids, labels in zip(self.tokenizer.encode_batch(list(split["source"])), split["target"], strict=True):
+        for ids, labels in zip(self.tokenizer.encode_batch(split["source"][:]), split["target"][:], strict=True):
             # Labels and tokens are aligned by position, which is right only if each character is one token.
             if len(ids) != len(labels):
                 raise ValueError(
@@ -100,7 +100,7 @@ class Classification(Tagging):
     @staticmethod
     def find_labels(split: Dataset) -> tuple[str, ...]:
         """Returns the different targets, sorted."""
-        return tuple(sorted(set(split["target"])))
+        return tuple(sorted(set(split["target"][:])))
 
     def examples(self, split: Dataset) -> list[Example]:
         """Returns pairs of source ids and a list with the label id of the text.
@@ -109,10 +109,10 @@ class Classification(Tagging):
             ValueError: a text has a label that the training split lacks.
         """
         number = {label: index for index, label in enumerate(self.labels)}
-        if unknown := sorted(set(split["target"]) - number.keys()):
+        if unknown := sorted(set(split["target"][:]) - number.keys()):
             raise ValueError(f"the labels {unknown} are not in the training split")
-        sources = self.tokenizer.encode_batch(list(split["source"]))
-        return [(ids, [number[label]]) for ids, label in zip(sources, split["target"], strict=True)]
+        sources = self.tokenizer.encode_batch(split["source"][:])
+        return [(ids, [number[label]]) for ids, label in zip(sources, split["target"][:], strict=True)]
 
     @staticmethod
     def loss(
@@ -128,7 +128,7 @@ class Classification(Tagging):
         """Measures `loss` and `accuracy`, the fraction of texts with the right label; outputs are labels."""
         best = [int(found) for found in best_labels(model, self.examples(split), batch_size)]
         outputs = [self.labels[label] for label in best]
-        right = sum(output == label for output, label in zip(outputs, split["target"], strict=True))
+        right = sum(output == label for output, label in zip(outputs, split["target"][:], strict=True))
         numbers = {"loss": self.mean_loss(model, split, batch_size=batch_size), "accuracy": right / len(outputs)}
         return Scores(numbers, outputs)
 

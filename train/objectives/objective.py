@@ -88,7 +88,7 @@ class Objective(abc.ABC):
     @staticmethod
     def texts(split: Dataset) -> list[str]:
         """Returns the texts of a training split that the tokenizer is trained on."""
-        return [*split["source"], *split["target"]]
+        return [*split["source"][:], *split["target"][:]]
 
     @staticmethod
     def find_labels(split: Dataset) -> tuple[str, ...]:

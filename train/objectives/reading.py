@@ -37,12 +37,12 @@ class Reading(Objective):
     @staticmethod
     def texts(split: Dataset) -> list[str]:
         """Returns the targets."""
-        return list(split["target"])
+        return split["target"][:]
 
     def examples(self, split: Dataset) -> list[Example]:
         """Returns pairs of a picture, uint8 `[height, width]`, and target ids between start and end token."""
         start, end = self.tokenizer.start_id, self.tokenizer.end_id
-        targets = self.tokenizer.encode_batch(list(split["target"]))
+        targets = self.tokenizer.encode_batch(split["target"][:])
         return [(render(recipe), [start, *ids, end]) for recipe, ids in zip(split["source"], targets, strict=True)]
 
     @staticmethod
@@ -59,7 +59,7 @@ class Reading(Objective):
 
     def evaluate(self, model: Captioner, split: Dataset, *, batch_size: int = 64) -> Scores:
         """Measures `loss`, and of greedy outputs `exact_match` (0 to 1) and `cer`, the character error rate."""
-        references = list(split["target"])
+        references = split["target"][:]
         outputs = self._read(model, self.examples(split), batch_size)
         matches = sum(output == reference for output, reference in zip(outputs, references, strict=True))
         numbers = {
