@@ -23,7 +23,7 @@ from seqattn.kernels.call import (
 )
 from seqattn.kernels.dispatch import serve
 from seqattn.kernels.shared_keys import Folding, fold
-from seqattn.kernels.split import Split
+from seqattn.kernels.split import Split, splits_rows
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreModLike
 
@@ -114,7 +114,7 @@ def attend(
         implementation: a name such as "chunked", a sequence of names in order of preference, or None for the first
             implementation in the device's order that accepts the call. See `explain`.
         split: the mesh axes that split the call over devices, for kernels that the compiler cannot split. Defaults to
-            the axes in the type of the queries, which only Explicit mesh axes are. See `Split`.
+            the axes that the type of the queries names, as it does over Explicit mesh axes. See `Split`.
         return_lse: If True, also returns the log-sum-exp of the logits, which is differentiable. It is -inf for a fully
             masked query, or the sink if there is one.
 
@@ -151,7 +151,7 @@ def attend(
     options: dict[str, Any] = {"mask": mask, "bias": bias, "score_mod": score_mod, "q_at": q_at, "kv_at": kv_at}
     options |= {"scale": scale, "dropout": dropout}
     # Rows that share their keys become queries of one row, unless a mesh splits the rows.
-    folded, key, value, options = fold(query, key, value, options, repeat=split is not None)
+    folded, key, value, options = fold(query, key, value, options, repeat=splits_rows(split))
     call = Call.of(folded, key, value, **options)
     # The sink is not a key of any kernel: its effect follows from the log-sum-exp alone, for all implementations.
     output, lse = serve(implementation, call, split)

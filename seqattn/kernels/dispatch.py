@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from seqattn.kernels import cached, chunked, cudnn, guard, reference, shared_keys, splash, xla
 from seqattn.kernels.call import Call, Kernel, Result, Shaped, check_sinks, is_known
-from seqattn.kernels.split import Split, spread
+from seqattn.kernels.split import Split, splits_rows, spread
 from seqattn.kernels.split import check as check_split
 from seqattn.platforms import all_platforms, by_platform, platform_of
 from seqattn.sizes import may_exceed
@@ -34,6 +34,7 @@ class Implementation:
         in_shares: True if the compiler cannot split the kernel over a mesh, so that each device must run it on its own
             share of the call.
         typed: False if the kernel does not state to `jax.shard_map` over which mesh axes its results vary.
+        rings: True if the ring replaces the kernel where a sequence is split.
     """
 
     attend: Kernel
@@ -42,6 +43,7 @@ class Implementation:
     reads_columns: bool = False
     in_shares: bool = False
     typed: bool = True
+    rings: bool = False
 
     def __call__(self, call: Call) -> Result:
         """Runs the kernel. Converts the keys to rows first if the kernel reads no columns."""
@@ -51,7 +53,7 @@ class Implementation:
         """Raises NotImplementedError, with the reason, if the kernel cannot serve the call."""
         rows = cached.as_if_in_rows(call)
         if split is not None and self.in_shares and not rows.is_empty:
-            check_split(rows, split, rings=self.typed)
+            check_split(rows, split, rings=self.rings)
         if self.refuse is None:
             # A plug-in without `refuse` refuses while it is traced; tracing computes nothing.
             jax.eval_shape(lambda: self(call))
@@ -62,9 +64,9 @@ class Implementation:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(reference.attend, reference.refuse),
     "cached": Implementation(cached.attend, cached.refuse, reads_columns=True),
-    "chunked": Implementation(chunked.attend, chunked.refuse, in_shares=True),
+    "chunked": Implementation(chunked.attend, chunked.refuse, in_shares=True, rings=True),
     "xla": Implementation(xla.attend, xla.refuse, xla.note),
-    "cudnn": Implementation(cudnn.attend, cudnn.refuse, guard.lse_note),
+    "cudnn": Implementation(cudnn.attend, cudnn.refuse, guard.lse_note, in_shares=True, typed=False),
     "splash": Implementation(splash.attend, splash.refuse, guard.lse_note, in_shares=True, typed=False),
 }
 """The names that `implementation` accepts."""
@@ -86,9 +88,7 @@ def serve(implementation: str | Sequence[str] | None, call: Call, split: Split |
         ValueError: a name is unknown.
         NotImplementedError: none of them can serve the call. The message holds each one's reason.
     """
-    split = Split.of(call.query) if split is None else split
-    if split is not None:
-        split.sizes()
+    split = Split.of(cached.as_if_in_rows(call), split)
     # A mesh of devices tells the platform, also of devices that this machine lacks.
     platform = platform_of(jax.tree.leaves(call)) if split is None or split.platform is None else split.platform
     if platform is not None:
@@ -197,7 +197,7 @@ def _in_shares(implementation: Implementation, call: Call, split: Split | None) 
         # The compiler splits such a kernel by itself.
         return _without_explicit_axes(implementation, call)
     call = cached.in_rows(call)
-    check_split(call, split, rings=implementation.typed)
+    check_split(call, split, rings=implementation.rings)
     return spread(implementation, call, split, typed=implementation.typed)
 
 
@@ -292,7 +292,7 @@ def explain(
     split = arguments.pop("split", None)
     if unknown := arguments.keys() - set(_OPTIONS):
         raise TypeError(f"explain takes the arguments of attend, which has no {', '.join(sorted(unknown))}")
-    make = functools.partial(call_of, **arguments, repeat=split is not None)
+    make = functools.partial(call_of, **arguments, repeat=splits_rows(split))
     return explain_call(implementation, make, (query, key, value), platform=platform, split=split)
 
 
@@ -316,9 +316,7 @@ def explain_call(
     """Explains the call that `make` returns for arrays, or for their shapes and dtypes."""
     if platform is not None and platform not in all_platforms():
         raise ValueError(f"platform ({platform!r}) must be one of {', '.join(all_platforms())}")
-    if split is not None:
-        split.sizes()
-        platform = platform or split.platform
+    platform = platform if split is None or platform is not None else split.platform
     platform = platform_of(jax.tree.leaves(arrays)) if platform is None else platform
     here = jax.default_backend() if platform is None else platform
     refusals: dict[str, str | None] = {}
@@ -327,9 +325,10 @@ def explain_call(
 
     def look(*arrays: Array) -> None:
         call = dataclasses.replace(make(*arrays), platform=here)
+        whole = Split.of(cached.as_if_in_rows(call), split)
         tried.extend(names(implementation, here, call))
         for name, each in IMPLEMENTATIONS.items():
-            refusals[name] = _reason(name, call, split)
+            refusals[name] = _reason(name, call, whole)
             note = None if each.note is None or refusals[name] is not None else each.note(cached.in_rows(call))
             notes.update({} if note is None else {name: note})
 

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from seqattn.coordinates import Coordinates
 from seqattn.kernels import ring
-from seqattn.kernels.call import Call, Kernel, Origin, Result
+from seqattn.kernels.call import Call, Kernel, Origin, Result, is_known
 from seqattn.mask import Mask, reads
 from seqattn.pytrees import pytree, static
 from seqattn.score_mod import ScoreMod
@@ -34,10 +34,12 @@ class Split:
     Each device then computes its own part, and no query, key or value is gathered along batch or heads.
 
     - `batch` splits the batch rows (several batch dims count as one).
-    - `heads` splits the query heads and, if it divides their number, the key heads. Otherwise each device keeps all key
-      heads and uses those of its query heads, which the axis must divide evenly.
+    - `heads` splits the query heads and, if it divides their number, the key heads. Otherwise every device keeps all
+      key heads, and its query heads must read a single one of them.
     - `sequence` splits queries and keys. With as many queries as keys, blocks of keys travel from device to device
-      (`ring_attend`). Otherwise the shorter side is gathered.
+      (`ring_attend`). Otherwise the shorter side is gathered. A side that the axes do not divide stays whole.
+
+    Arrays of masks and score modifications are whole on each device.
 
     Only coordinates tell where a token is, so a split sequence may be in any order, such as that of `zigzag`.
 
@@ -46,6 +48,9 @@ class Split:
         heads: axes of the heads.
         sequence: axes of the sequence.
         mesh: the mesh. Defaults to that of `jax.set_mesh`.
+
+    Raises:
+        TypeError: axes are no names, or the mesh is no mesh.
 
     >>> Split(batch=("data", "fsdp"), heads="tensor").heads
     'tensor'
@@ -56,14 +61,43 @@ class Split:
     sequence: Axes = None
     mesh: Mesh | AbstractMesh | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("batch", "heads", "sequence"):
+            axes: Any = getattr(self, name)
+            if not isinstance(axes, str | tuple | None) or not all(isinstance(axis, str) for axis in axes or ()):
+                raise TypeError(f"{name} must be the name of a mesh axis, or a tuple of names, got {axes!r}")
+        if not isinstance(self.mesh, Mesh | AbstractMesh | None):
+            raise TypeError(f"mesh must be a jax.sharding.Mesh, got {self.mesh!r}")
+
     @staticmethod
-    def of(query: Array) -> "Split | None":
-        """Returns the split that the type of the queries `[B, T, N, H]` states, over Explicit mesh axes, or None."""
-        sharding = jax.typeof(query).sharding
+    def of(call: Call, given: "Split | None") -> "Split | None":
+        """Returns the split of a call: that of the caller, and what the type of its queries states, or None.
+
+        Types state the split over Explicit mesh axes.
+
+        Raises:
+            TypeError: `given` is no `Split`.
+            ValueError: the axes of `given` do not fit the mesh or the call.
+        """
+        if given is not None:
+            if not isinstance(given, Split):
+                raise TypeError(f"split must be a Split, got {given!r}")
+            if is_known(call.query.shape, call.key.shape) and not call.is_empty:
+                _Parts.of(call, given)
+        sharding = jax.typeof(call.query).sharding
         if not sharding.mesh.explicit_axes:
-            return None
+            return given
         batch, sequence, heads, _ = (*sharding.spec, *[None] * 4)[:4]
-        return Split(batch, heads, sequence, sharding.mesh) if any((batch, sequence, heads)) else None
+        if given is not None:
+            named = given.batch or batch, given.heads or heads, given.sequence or sequence
+            return Split(*named, given.mesh or sharding.mesh)
+        typed = Split(batch, heads, sequence, sharding.mesh)
+        try:
+            whole = call.is_empty or _Parts.of(call, typed).whole
+        except ValueError:
+            # Such as grouped heads that the axis does not divide. The compiler splits what it can.
+            return None
+        return None if whole else typed
 
     def sizes(self) -> dict[str, int]:
         """Returns the number of parts of the batch, the heads and the sequence.
@@ -72,6 +106,9 @@ class Split:
             ValueError: there is no mesh, or it lacks an axis.
         """
         shape = self.resolved().shape
+        manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+        if taken := [name for name in self.axes() if name in manual]:
+            raise ValueError(f"{self!r} names {taken[0]!r}, which a surrounding jax.shard_map has split already")
         if missing := [name for name in self.axes() if name not in shape]:
             raise ValueError(f"{self!r} names {missing[0]!r}, but the axes of the mesh are {tuple(shape)}")
         parts = {name: _names(getattr(self, name)) for name in ("batch", "heads", "sequence")}
@@ -104,6 +141,11 @@ class Split:
         return mesh
 
 
+def splits_rows(split: Split | None) -> bool:
+    """Returns whether rows that share their keys must not become queries of one row, as they do on one device."""
+    return isinstance(split, Split) and bool(split.batch or split.sequence)
+
+
 def spread(kernel: Kernel, call: Call, split: Split, *, typed: bool = True) -> Result:
     """Runs a kernel on each device's share of a call.
 
@@ -118,14 +160,12 @@ def spread(kernel: Kernel, call: Call, split: Split, *, typed: bool = True) -> R
         ValueError: the split does not fit the mesh, or its axes do not divide batch or heads.
     """
     parts = _Parts.of(call, split)
-    if parts.whole:
-        return kernel(call)
     mesh = split.resolved()
     call = parts.indexed(call)
     # Arrays become operands, each with the axes that split it. All else, such as coordinates known at trace time that
     # no axis splits, stays known inside.
     named, tree = jax.tree_util.tree_flatten_with_path(call)
-    leaves, specs = [x for _, x in named], [parts.spec(path[0].name, x) for path, x in named]
+    leaves, specs = [x for _, x in named], [parts.spec(path, x) for path, x in named]
     given = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array) or any(specs[i])]
 
     def share(*arrays: Array) -> Result:
@@ -141,7 +181,13 @@ def spread(kernel: Kernel, call: Call, split: Split, *, typed: bool = True) -> R
     def everywhere(*arrays: Array) -> Result:
         return here(*(_placed(x, mesh, specs[i]) for i, x in zip(given, arrays, strict=True)))
 
-    return everywhere(*(leaves[i] for i in given))
+    results = everywhere(*(leaves[i] for i in given))
+    typed_as = jax.typeof(call.query).sharding
+    if not typed_as.mesh.explicit_axes:
+        return results
+    # The type of the output is that of the queries, also for axes that split nothing here.
+    output, lse = (jax.sharding.reshard(x, NamedSharding(typed_as.mesh, P(*typed_as.spec[:3]))) for x in results)
+    return output, lse
 
 
 def check(call: Call, split: Split, *, rings: bool) -> None:
@@ -150,7 +196,7 @@ def check(call: Call, split: Split, *, rings: bool) -> None:
     Args:
         call: the whole call. Shapes and dtypes suffice.
         split: the mesh axes.
-        rings: whether the kernel may be replaced by the ring, which splits a sequence.
+        rings: whether the ring replaces the kernel where a sequence is split.
 
     Raises:
         ValueError: as `spread`.
@@ -158,7 +204,7 @@ def check(call: Call, split: Split, *, rings: bool) -> None:
     """
     parts = _Parts.of(call, split)
     if (parts.queries or parts.keys) and not rings:
-        raise NotImplementedError("only 'chunked' splits a sequence over devices, as a ring")
+        raise NotImplementedError("it cannot split a sequence over devices; chunked can, as a ring")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +217,7 @@ class _Parts:
         kv_heads: the axes of the key heads, none if each device keeps all of them.
         queries: the axes of the queries, none if they are gathered.
         keys: the axes of the keys, none if they are gathered.
+        whole: True if there is only one part.
         length: T of the whole call.
         num_heads: N of the whole call.
         group: N / K.
@@ -181,6 +228,7 @@ class _Parts:
     kv_heads: tuple[str, ...]
     queries: tuple[str, ...]
     keys: tuple[str, ...]
+    whole: bool
     length: int
     num_heads: int
     group: int
@@ -201,20 +249,16 @@ class _Parts:
             )
         queries, keys = _sequences(_names(split.sequence), sizes["sequence"], length, size)
         return _Parts(
-            batch=_names(split.batch) if sizes["batch"] > 1 else (),
-            heads=_names(split.heads) if heads > 1 else (),
-            kv_heads=_names(split.heads) if heads > 1 and num_kv_heads % heads == 0 else (),
+            batch=_names(split.batch),
+            heads=_names(split.heads),
+            kv_heads=_names(split.heads) if num_kv_heads % heads == 0 else (),
             queries=queries,
             keys=keys,
+            whole=max(sizes["batch"], heads) == 1 and not (queries or keys),
             length=length,
             num_heads=num_heads,
             group=group,
         )
-
-    @property
-    def whole(self) -> bool:
-        """Whether nothing is split."""
-        return not any((self.batch, self.heads, self.queries, self.keys))
 
     def indexed(self, call: Call) -> Call:
         """Returns the call with coordinates in the form in which they are split."""
@@ -224,15 +268,17 @@ class _Parts:
             kv_at=_rows_alike(call.kv_at, self.keys),
         )
 
-    def spec(self, name: str, leaf: Any) -> P:
-        """Returns the mesh axes of a leaf of the call's field `name`."""
+    def spec(self, path: tuple[Any, ...], leaf: Any) -> P:
+        """Returns the mesh axes of a leaf of the call, from its path in the call."""
+        name = path[0].name
         if name in ("query", "rows"):
             return self._axes(self.batch, self.queries, self.heads)
         if name in ("key", "value"):
             return self._axes(self.batch, self.keys, self.kv_heads)
         if name in ("q_at", "kv_at"):
             return self._axes(self.batch if leaf.shape[0] > 1 else (), self.queries if name == "q_at" else self.keys)
-        if name in ("mask", "bias") and jnp.ndim(leaf) == 4:
+        # A longer path leads to an array inside a `Mask`.
+        if name in ("mask", "bias") and len(path) == 1:
             # In a ring a device needs the columns of all keys, in the order of the devices.
             dims = (self.batch, self.heads, self.queries, () if self.queries else self.keys)
             return self._axes(*(axes if n > 1 else () for n, axes in zip(leaf.shape, dims, strict=True)))
@@ -298,7 +344,11 @@ def _merged(output: Array, lse: Array, axes: tuple[str, ...]) -> Result:
 
 def _placed(x: Array, mesh: Mesh | AbstractMesh, spec: P) -> Array:
     """Returns an array with the type that `jax.shard_map` requires over Explicit axes."""
-    return jax.sharding.reshard(x, NamedSharding(mesh, spec)) if mesh.explicit_axes else x
+    if not (explicit := mesh.explicit_axes):
+        return x
+    # A type names no Auto axes.
+    typed = (tuple(name for name in _names(axes) if name in explicit) or None for axes in spec)
+    return jax.sharding.reshard(x, NamedSharding(mesh, P(*typed)))
 
 
 def _rows_alike(at: Coordinates, split: tuple[str, ...]) -> Coordinates:

@@ -15,7 +15,7 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels.call import Call, Columns, check_heads
 from seqattn.kernels.dispatch import Explanation, call_of, explain_call
-from seqattn.kernels.split import Split
+from seqattn.kernels.split import Split, splits_rows
 from seqattn.mask import Mask
 from seqattn.nn.cache import Cache
 from seqattn.nn.key_value import KeyColumns, KeyValue, Written
@@ -193,7 +193,7 @@ class MultiHeadAttention(nnx.Module):
                 columns = Columns(kv.key, kv.value, kv.finite)
                 return Call.of_columns(query, columns, **{"q_at": None, "kv_at": None} | located, dropout=dropout)
             located = _located(self._mask_over(kv), at, kv.at, score_mod)
-            return call_of(query, kv.key, kv.value, **located, dropout=dropout, repeat=self.split is not None)
+            return call_of(query, kv.key, kv.value, **located, dropout=dropout, repeat=splits_rows(self.split))
 
         return explain_call(self.implementation, call, (x,), platform=platform, split=self.split)
 
@@ -256,16 +256,21 @@ def with_implementation(
 
 
 def with_split(model: Model, split: Split | None) -> Model:
-    """Returns a model like `model` whose attention modules are split over a mesh. `model` does not change.
+    """Returns a model like `model` whose `MultiHeadAttention` modules are split over a mesh. `model` does not change.
 
     Args:
         model: any module. The copy shares its parameters.
         split: as in `seqattn.attend`.
 
+    Raises:
+        TypeError: `split` is no `Split`.
+
     >>> attention = MultiHeadAttention(8, num_heads=2, rngs=nnx.Rngs(0))
     >>> with_split(attention, Split(batch="data")).split.batch
     'data'
     """
+    if not isinstance(split, Split | None):
+        raise TypeError(f"split must be a Split or None, got {split!r}")
     changed = nnx.merge(*nnx.split(model))
     for _, module in nnx.iter_modules(changed):
         if isinstance(module, MultiHeadAttention):

@@ -379,7 +379,9 @@ def _batches(experiment: Experiment, objective: Objective, rows: Sequence[Exampl
         lengths=placed.lengths,
         part=placed.part,
     )
-    # Only attention over coordinates may read the tokens of a text in any order.
-    if placed.lengths == 1 or not objective.by_coordinates:
+    # Only attention over coordinates may read the tokens of a text in any order. Experts with limited room take tokens
+    # in the order of the row, so that no token depends on later ones.
+    block: Any = getattr(experiment.model, "block", None)
+    if placed.lengths == 1 or not objective.by_coordinates or block.mixture is not None:
         return batches
     return batches.map(partial(zigzagged, devices=placed.lengths // 2))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +16,19 @@ from seqattn import (
     Causal,
     Coordinates,
     Dropout,
+    Mask,
     MaskMod,
     SameSegment,
     ScoreFunction,
     Split,
     attend,
     explain,
+    pytree,
     ring_cost,
     zigzag,
 )
 from seqattn.kernels.chunked import kernel, plan
+from seqattn.kernels.dispatch import IMPLEMENTATIONS
 from tests import oracle
 
 B, T, N, K, H = 6, 28, 12, 4, 5
@@ -87,7 +92,12 @@ def expected(given, at, dropout, d_output, d_lse):
     return found, gradients
 
 
-@pytest.mark.parametrize("name", SPLITS)
+QUICK = ("batch and heads", "everything")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SPLITS]
+)
 def test_masks_biases_modifications_and_dropout_keep_their_meaning(name, mesh):
     at, dropout = coordinates(T), Dropout(0.3, jax.random.key(1))
     given = arrays() | {"bias": jnp.asarray(np.random.default_rng(1).standard_normal((1, N, T, T)), jnp.float32)}
@@ -295,6 +305,102 @@ def test_a_split_that_does_not_fit(name, mesh):
         attend(*three, implementation="chunked", split=split)
 
 
+@pytest.mark.parametrize("given", [{"batch": 3}, {"batch": ["data"]}, {"mesh": "x"}], ids=repr)
+def test_what_is_no_split(given):
+    split = object.__new__(Split)
+    for name, value in ({"batch": None, "heads": None, "sequence": None, "mesh": None} | given).items():
+        object.__setattr__(split, name, value)
+    # The tests' own check of types would come first.
+    with pytest.raises(TypeError, match=r"must be (the name of a mesh axis, or a tuple|a jax.sharding.Mesh)"):
+        inspect.unwrap(Split.__post_init__)(split)
+
+
+def test_an_axis_that_is_split_already(mesh):
+    split = functools.partial(attend, split=Split(batch="data"))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"'data', which a surrounding jax\.shard_map has split"):
+        jax.shard_map(split, in_specs=P("data"), out_specs=P("data"))(
+            *[arrays()[name] for name in ("query", "key", "value")]
+        )
+
+
+def test_a_small_call_is_checked_like_a_large_one(mesh):
+    three = [arrays()[name][:5] for name in ("query", "key", "value")]
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"the batch rows \(5\) must be a multiple of data \(2\)"):
+        attend(*three, split=Split(batch="data"))
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Table(Mask):
+    """A mask that looks pairs up: its array has four dims, as a boolean mask has."""
+
+    table: Any
+
+    def __call__(self, query, key):
+        return self.table[query.batch, query.head, query.position, key.position]
+
+
+def test_an_array_inside_a_mask_stays_whole(mesh):
+    three = [arrays()[name] for name in ("query", "key", "value")]
+    mask = Table(jnp.asarray(np.random.default_rng(4).random((B, N, T, T)) < 0.5))
+    wanted = attend(*three, mask=mask, implementation="reference")
+    for split in (Split(batch="data", heads="tensor"), Split(sequence="sequence")):
+        with jax.set_mesh(mesh):
+            output = jax.jit(functools.partial(attend, implementation="chunked", split=split))(*three, mask=mask)
+        np.testing.assert_allclose(output, wanted, atol=2e-5)
+
+
+def test_a_kernel_that_states_no_axes_has_the_gradients_of_one_device(mesh, monkeypatch):
+    """As `splash` and `cudnn`: JAX must sum the gradients over the devices that share an array."""
+    untyped = dataclasses.replace(IMPLEMENTATIONS["chunked"], typed=False, rings=False)
+    monkeypatch.setitem(IMPLEMENTATIONS, "untyped", untyped)
+    given = arrays(kv_heads=1) | {"bias": jnp.ones((1, N, 1, T))}
+
+    def gradients(split, implementation):
+        def loss(given):
+            three = [given[name] for name in ("query", "key", "value")]
+            return jnp.sum(attend(*three, bias=given["bias"], implementation=implementation, split=split) ** 2)
+
+        return jax.jit(jax.grad(loss))(given)
+
+    with jax.set_mesh(mesh):
+        actual = gradients(Split(batch="data", heads="tensor"), "untyped")
+    for name, wanted in gradients(None, "reference").items():
+        np.testing.assert_allclose(actual[name], wanted, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "spec"),
+    [((1, 8, 1), P("data", None, "tensor")), ((1, 8, 1), P("data")), ((2, 2, 2), P("data", None, "tensor"))],
+    ids=repr,
+)
+def test_layers_in_a_scan_over_explicit_axes(sizes, spec):
+    """The output has the type of the queries, also for axes of size 1 and where a split names only some of the axes."""
+    mesh = jax.make_mesh(sizes, ("data", "tensor", "sequence"), axis_types=(AxisType.Explicit,) * 3)
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((4, T, 8, H)), jnp.float32)
+
+    def loss(split, implementation, x):
+        layer = functools.partial(attend, mask=Causal(), implementation=implementation, split=split)
+        return jnp.sum(jax.lax.scan(lambda x, _: (layer(x, x, x), None), x, length=2)[0] ** 2)
+
+    wanted = jax.grad(functools.partial(loss, None, "reference"))(x)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(x, NamedSharding(mesh, spec))
+        for split in (None, Split(batch="data")):
+            actual = jax.jit(jax.grad(functools.partial(loss, split, "chunked")))(placed)
+            np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=2e-5)
+
+
+def test_a_mesh_of_explicit_and_auto_axes():
+    kinds = (AxisType.Explicit, AxisType.Auto)
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=kinds)
+    three = [arrays()[name] for name in ("query", "key", "value")]
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, NamedSharding(mesh, P("data", None, "tensor"))) for x in three]
+        output = jax.jit(functools.partial(attend, implementation="chunked", split=Split(heads="tensor")))(*placed)
+    np.testing.assert_allclose(output, attend(*three, implementation="reference"), atol=2e-5)
+
+
 def test_a_split_without_a_mesh():
     three = [arrays()[name] for name in ("query", "key", "value")]
     with pytest.raises(ValueError, match=r"a Split needs a mesh: give Split\(mesh=...\), or call jax.set_mesh first"):
@@ -306,6 +412,6 @@ def test_only_the_ring_splits_a_sequence(mesh):
     split = Split(batch="data", sequence="sequence", mesh=mesh)
     told = explain(shape, shape, shape, mask=Causal(), platform="tpu", split=split)
     assert told.chosen == "chunked"
-    assert "only 'chunked' splits a sequence" in told.refusals["splash"]
+    assert "cannot split a sequence over devices; chunked can" in str(told.refusals["splash"])
     whole = explain(shape, shape, shape, mask=Causal(), platform="tpu", split=dataclasses.replace(split, sequence=None))
     assert whole.chosen == "splash"
