@@ -13,7 +13,7 @@ import numpy as np
 
 from seqattn.checks import check_integer
 from train.data.packing import capacities, pack
-from train.data.tokenized import Tokenized
+from train.data.tokenized import measure
 from train.data.tokenizer import Tokenizer
 
 Example = tuple[list[int] | np.ndarray, list[int] | np.ndarray]
@@ -175,7 +175,7 @@ def _stream_packed(
     count, *room = _shape(capacities(lengths_of, config.max_length), config.tokens, multiple, lengths)
     mine = _part(count, part)
     # Rows are planned once, before shuffling. Packing anew in each pass would need state that grows with the step.
-    packed = pack(rows, short, lengths_of, *room, seed=seed)
+    packed = pack(rows, *room, seed=seed, chosen=short)
 
     def batch(chosen: Sequence[int]) -> Batch:
         made = [packed[row] for row in chosen[mine]]
@@ -191,17 +191,6 @@ def _shuffled(rows: Sequence[int] | np.ndarray, seed: int) -> grain.MapDataset:
     """
     # Shuffle before repeat: grain then reseeds each pass and still computes the element of any step directly.
     return grain.MapDataset.source(rows).seed(seed).shuffle().repeat(_PASSES)
-
-
-def measure(rows: Sequence[Example]) -> np.ndarray:
-    """Returns the number of source and target tokens of each example, `[len(rows), 2]`.
-
-    >>> measure([([5, 2], [1, 7, 2]), ([], [1, 2])]).tolist()
-    [[2, 3], [0, 2]]
-    """
-    if isinstance(rows, Tokenized):  # stored beside the tokens, so no example is read
-        return rows.measure()
-    return np.array([(len(source), len(target)) for source, target in rows], np.int64).reshape(len(rows), 2)
 
 
 def filled(batch: Batch) -> Batch:

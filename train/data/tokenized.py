@@ -89,6 +89,17 @@ class Tokenized(Sequence[Ids]):
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
+def measure(rows: Sequence[tuple[Any, Any]]) -> np.ndarray:
+    """Returns the number of source and target tokens of each example, `[len(rows), 2]`.
+
+    >>> measure([([5, 2], [1, 7, 2]), ([], [1, 2])]).tolist()
+    [[2, 3], [0, 2]]
+    """
+    if isinstance(rows, Tokenized):  # stored beside the tokens, so no example is read
+        return rows.measure()
+    return np.array([(len(source), len(target)) for source, target in rows], np.int64).reshape(len(rows), 2)
+
+
 @dataclass(frozen=True)
 class Split:
     """A split to tokenize.
