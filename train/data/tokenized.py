@@ -30,15 +30,15 @@ _NAME = re.compile(r"(\d{5})-([0-9a-f]{16})\.arrow")
 """The name of a shard: its number, and the start of the SHA-256 of its content."""
 _TOGETHER = 10_000
 """Number of examples that are tokenized at a time."""
-_KEPT = 1_000
-"""Number of examples that are read before the pages of all shards are given back: some 100 MB, as the system maps 16
-pages around each page that is read."""
+_KEPT = 250
+"""Number of examples that are read before the pages of all shards are given back: up to 64 MB, as the system maps 16
+pages around each of the four that an example needs."""
 
 
 class Tokenized(Sequence[Ids]):
     """The examples of memory-mapped shards.
 
-    The system reads pages of tokens when they are needed. After every 1,000 examples the pages are given back, so that
+    The system reads pages of tokens when they are needed. After every 250 examples the pages are given back, so that
     those that were read do not pile up in the memory of the process; they stay in the page cache.
 
     Args:
