@@ -30,6 +30,7 @@ from seqattn.models import (
 from seqattn.nn import BlockConfig, Cell, MixtureConfig, Monotonic, Predictive
 from train import config
 from train.config import decode, differences, encode
+from train.data.cache_folder import DataCache
 from train.experiments import catalogue
 from train.experiments.addition import ADDITION
 from train.experiments.dates import DATES

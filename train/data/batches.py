@@ -13,7 +13,7 @@ import numpy as np
 
 from seqattn.checks import check_integer
 from train.data.packing import capacities, pack
-from train.data.tokenized import Tokenized
+from train.data.tokenized import measure
 from train.data.tokenizer import Tokenizer
 
 Example = tuple[list[int] | np.ndarray, list[int] | np.ndarray]
@@ -133,7 +133,8 @@ def stream(
         ValueError: no example is short enough, or a batch has no room for `multiple` rows per part.
     """
     lengths_of = measure(rows)
-    short = np.flatnonzero(lengths_of.max(axis=1, initial=0) <= config.max_length)
+    # Two columns, not a reduction over them: with millions of examples that alone would take seconds.
+    short = np.flatnonzero(np.maximum(lengths_of[:, 0], lengths_of[:, 1]) <= config.max_length)
     short = short.astype(np.int32 if len(rows) < 2**31 else np.int64)  # half of the memory of a bucket
     if not len(short):
         raise ValueError(f"all {len(rows)} training examples are longer than max_length ({config.max_length}) tokens")
@@ -145,9 +146,9 @@ def stream(
     if config.packed:
         return _stream_packed(config, rows, short, lengths_of[short], seed=seed, part=part, **sizes)
     parts, weights = [], []
-    for index, group in enumerate(group_by_length(lengths_of[short], config.buckets, config.tokens)):
-        bucket = short[group]
-        source, target = lengths_of[bucket].max(axis=0).tolist()
+    for index, group in enumerate(group_by_length(lengths_of.take(short, axis=0), config.buckets, config.tokens)):
+        bucket = short.take(group)
+        source, target = (int(lengths_of[:, side].take(bucket).max()) for side in (0, 1))
         shape = _shape((source, target), config.tokens, **sizes)
         mine = _part(shape[0], part)
 
@@ -175,7 +176,7 @@ def _stream_packed(
     count, *room = _shape(capacities(lengths_of, config.max_length), config.tokens, multiple, lengths)
     mine = _part(count, part)
     # Rows are planned once, before shuffling. Packing anew in each pass would need state that grows with the step.
-    packed = pack(rows, short, lengths_of, *room, seed=seed)
+    packed = pack(rows, *room, seed=seed, chosen=short)
 
     def batch(chosen: Sequence[int]) -> Batch:
         made = [packed[row] for row in chosen[mine]]
@@ -191,17 +192,6 @@ def _shuffled(rows: Sequence[int] | np.ndarray, seed: int) -> grain.MapDataset:
     """
     # Shuffle before repeat: grain then reseeds each pass and still computes the element of any step directly.
     return grain.MapDataset.source(rows).seed(seed).shuffle().repeat(_PASSES)
-
-
-def measure(rows: Sequence[Example]) -> np.ndarray:
-    """Returns the number of source and target tokens of each example, `[len(rows), 2]`.
-
-    >>> measure([([5, 2], [1, 7, 2]), ([], [1, 2])]).tolist()
-    [[2, 3], [0, 2]]
-    """
-    if isinstance(rows, Tokenized):  # stored beside the tokens, so no example is read
-        return rows.measure()
-    return np.array([(len(source), len(target)) for source, target in rows], np.int64).reshape(len(rows), 2)
 
 
 def filled(batch: Batch) -> Batch:
@@ -283,12 +273,12 @@ def group_by_length(lengths: np.ndarray, count: int, tokens: int) -> list[np.nda
     >>> [group.tolist() for group in group_by_length(np.array([[2, 2], [9, 9], [3, 2], [9, 8]]), 2, 10)]
     [[0, 2], [3, 1]]
     """
-    total = lengths.sum(axis=1)
+    total = lengths[:, 0] + lengths[:, 1]
     # Numbers of 16 bits are sorted in linear time.
     ordered = np.argsort(total.astype(np.uint16) if total.max() < 2**16 else total, kind="stable")
-    lengths = lengths[ordered]
+    lengths, total = lengths.take(ordered, axis=0), total.take(ordered)
     # Groups begin only where the length changes, and at no more than _EDGES places: the table below is quadratic.
-    edges = np.append(np.flatnonzero(np.diff(lengths.sum(axis=1), prepend=-1)), len(ordered))
+    edges = np.concatenate([[0], np.flatnonzero(total[1:] != total[:-1]) + 1, [len(ordered)]])
     edges = edges[np.unique(np.linspace(0, len(edges) - 1, _EDGES).round().astype(int))]
     longest = np.maximum.reduceat(lengths, edges[:-1])
     # cost[i, j]: padded tokens of one group from edge i to edge j; infinite if the group has too few examples.

@@ -7,6 +7,8 @@ from typing import Any, overload
 import grain
 import numpy as np
 
+from train.data.tokenized import measure
+
 _OPEN = 64
 """Number of open rows; each example goes into the first open row with room for it."""
 _TOGETHER = 10_000
@@ -83,22 +85,21 @@ class Packed(Sequence[dict[str, np.ndarray]]):
         return row
 
 
-def pack(
-    rows: Sequence[Any], chosen: np.ndarray, lengths: np.ndarray, source: int, target: int, *, seed: int
-) -> Packed:
+def pack(rows: Sequence[Any], source: int, target: int, *, seed: int, chosen: np.ndarray | None = None) -> Packed:
     """Packs examples into rows by first fit, in a random order.
 
     It looks at lengths alone: tokens are read when a row is.
 
     Args:
         rows: source and target ids of all examples.
-        chosen: the numbers of the n examples to pack, `[n]`.
-        lengths: their numbers of source and target tokens, `[n, 2]`.
         source: number of source tokens that a row has room for.
         target: number of target tokens that a row has room for; inputs lack the last token of a target, and labels the
             first one.
         seed: decides the order, and so which examples share a row.
+        chosen: the numbers of the n examples to pack, `[n]`; all by default.
     """
+    chosen = np.arange(len(rows)) if chosen is None else chosen
+    lengths = measure(rows)[chosen]
     shuffled = grain.MapDataset.source(range(len(chosen))).seed(seed).shuffle()
     order = np.fromiter((shuffled[step] for step in range(len(chosen))), np.int64, len(chosen))
     members, ends = _first_fit(order, np.maximum(lengths - np.array([0, 1], lengths.dtype), 0), (source, target))

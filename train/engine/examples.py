@@ -34,9 +34,10 @@ from train.checkpoints.disk_space import check_room
 from train.checkpoints.durable import replace
 from train.config import Experiment, encode
 from train.data import tokenized
-from train.data.batches import Example, measure
+from train.data.batches import Example
 from train.data.cache_folder import CacheFolder, default_folder
 from train.data.texts import Texts
+from train.data.tokenized import measure
 from train.devices.processes import is_first
 from train.objectives import Objective
 from train.reports.progress import Progress

@@ -8,7 +8,8 @@ import pytest
 from absl import flags
 
 from train.data import batches
-from train.data.batches import Batches, collate, group_by_length, iterate, measure, once, stream
+from train.data.batches import Batches, collate, group_by_length, iterate, once, stream
+from train.data.tokenized import measure
 
 ROWS = [([10 + index] * (1 + index % 7), [1, *[10 + index] * (1 + index % 5), 2]) for index in range(53)]
 CONFIG = Batches(tokens=64, max_length=16, buckets=3)

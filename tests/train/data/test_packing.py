@@ -13,7 +13,9 @@ from grain.experimental import FirstFitPackIterDataset
 from seqattn.models import LanguageModel, LanguageModelConfig, Transformer, TransformerConfig
 from seqattn.nn import BlockConfig
 from train.data import packing
-from train.data.batches import Batches, collate, filled, iterate, measure, stream
+from train.data.batches import Batches, collate, filled, iterate, stream
+from train.data.packing import pack
+from train.data.tokenized import measure
 from train.data.tokenizer import Characters, Tokenizer
 from train.objectives import SequenceToSequence
 
@@ -28,10 +30,6 @@ CONFIG = Batches(tokens=90, max_length=17, packed=True)
 
 def capacities(rows, longest):
     return packing.capacities(measure(rows), longest)
-
-
-def pack(rows, source, target, *, seed):
-    return packing.pack(rows, np.arange(len(rows)), measure(rows), source, target, seed=seed)
 
 
 def texts(row):
