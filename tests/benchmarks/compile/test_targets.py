@@ -48,7 +48,7 @@ TILED = [
 ]
 
 
-@pytest.mark.parametrize(("program", "target"), TILED, ids="-on-".join)
+@pytest.mark.parametrize(("program", "target"), TILED, ids=map("-on-".join, TILED))
 def test_tiled_attention_keeps_no_scores(compile_for, program, target):
     answer = compile_for(program, target)
     # The scores alone are 8 x 8192 x 8192 in float32.
