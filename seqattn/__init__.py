@@ -11,6 +11,7 @@ from seqattn.coordinates import Coordinates, Tile
 from seqattn.drop_in import dot_product_attention
 from seqattn.dropout import Dropout
 from seqattn.kernels.dispatch import Explanation, explain
+from seqattn.kernels.split import Split
 from seqattn.losses import cross_entropy
 from seqattn.mask import Mask, MaskMod, Reach
 from seqattn.masks import Causal, Dilated, Neighborhood, NotPadding, Prefix, SameBlock, SameSegment, SlidingWindow
@@ -42,6 +43,7 @@ __all__ = [
     "ScoreMod",
     "SlidingWindow",
     "SoftCap",
+    "Split",
     "Tile",
     "angular_frequencies",
     "attend",

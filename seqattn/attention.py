@@ -23,6 +23,7 @@ from seqattn.kernels.call import (
 )
 from seqattn.kernels.dispatch import serve
 from seqattn.kernels.shared_keys import Folding, fold
+from seqattn.kernels.split import Split
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreModLike
 
@@ -42,6 +43,7 @@ def attend(
     scale: float | Array | None = ...,
     dropout: Dropout | None = ...,
     implementation: str | Sequence[str] | None = ...,
+    split: Split | None = ...,
     return_lse: Literal[False] = ...,
 ) -> Array: ...
 @overload
@@ -59,6 +61,7 @@ def attend(
     scale: float | Array | None = ...,
     dropout: Dropout | None = ...,
     implementation: str | Sequence[str] | None = ...,
+    split: Split | None = ...,
     return_lse: Literal[True],
 ) -> tuple[Array, Array]: ...
 
@@ -77,6 +80,7 @@ def attend(
     scale: float | Array | None = None,
     dropout: Dropout | None = None,
     implementation: str | Sequence[str] | None = None,
+    split: Split | None = None,
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Computes scaled dot-product attention with a mask over coordinates (Vaswani 2017, equation 1).
@@ -109,6 +113,8 @@ def attend(
         dropout: drops attention weights after the softmax.
         implementation: a name such as "chunked", a sequence of names in order of preference, or None for the first
             implementation in the device's order that accepts the call. See `explain`.
+        split: the mesh axes that split the call over devices, for kernels that the compiler cannot split. Defaults to
+            the axes in the type of the queries, which only Explicit mesh axes are. See `Split`.
         return_lse: If True, also returns the log-sum-exp of the logits, which is differentiable. It is -inf for a fully
             masked query, or the sink if there is one.
 
@@ -118,7 +124,8 @@ def attend(
 
     Raises:
         TypeError: dtypes differ or are not floating, or the mask is not boolean.
-        ValueError: shapes do not fit, an implementation is unknown, or coordinates are missing or would be ignored.
+        ValueError: shapes do not fit, an implementation is unknown, coordinates are missing or would be ignored, or the
+            axes of `split` do not divide the call.
         NotImplementedError: no candidate implementation can serve the call. The message holds each one's reason.
 
     See also: `explain`, `attention_weights`, `attend_scores`, `ring_attend`.
@@ -143,10 +150,11 @@ def attend(
     sinks, folding = check_sinks(sinks, query), Folding.of(query, key, value)
     options: dict[str, Any] = {"mask": mask, "bias": bias, "score_mod": score_mod, "q_at": q_at, "kv_at": kv_at}
     options |= {"scale": scale, "dropout": dropout}
-    folded, key, value, options = fold(query, key, value, options)
+    # Rows that share their keys become queries of one row, unless a mesh splits the rows.
+    folded, key, value, options = fold(query, key, value, options, repeat=split is not None)
     call = Call.of(folded, key, value, **options)
     # The sink is not a key of any kernel: its effect follows from the log-sum-exp alone, for all implementations.
-    output, lse = serve(implementation, call)
+    output, lse = serve(implementation, call, split)
     if sinks is not None:
         output, lse = _with_sinks(output, lse, sinks.reshape(1, 1, -1))
     output, lse = (x.reshape(*folded.shape[:-3], *x.shape[1:]) for x in (output, lse))
@@ -165,6 +173,7 @@ def attend_columns(
     kv_at: Coordinates | None = None,
     dropout: Dropout | None = None,
     implementation: str | Sequence[str] | None = None,
+    split: Split | None = None,
 ) -> Float[Array, "B T N V"]:
     """Like `attend`, for keys and values in the layout of a cache (see `Columns`), with one batch dimension.
 
@@ -176,7 +185,7 @@ def attend_columns(
     [1.]
     """
     call = Call.of_columns(query, columns, mask=mask, score_mod=score_mod, q_at=q_at, kv_at=kv_at, dropout=dropout)
-    return serve(implementation, call)[0]
+    return serve(implementation, call, split)[0]
 
 
 def attention_weights(

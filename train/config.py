@@ -21,6 +21,7 @@ from seqattn.models import (
     TransformerConfig,
 )
 from train.data.batches import Batches
+from train.data.cache_folder import DataCache
 from train.data.tokenizer import ByteLevelBPE, Characters, SavedTokenizer
 from train.devices.parallel import Parallel, Replicated
 from train.devices.processes import Processes
@@ -75,6 +76,8 @@ class Experiment:
     """Tokenizer, trained on the training split."""
     batches: Batches = Batches()
     """Batch size and grouping of the examples."""
+    data_cache: DataCache = DataCache()
+    """Cache of large training files."""
     optimizer: Optimizer = Optimizer()
     """Optimization algorithm, learning-rate schedule and clipping."""
     steps: int = 1000

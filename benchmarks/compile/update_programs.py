@@ -110,9 +110,10 @@ def _update(training: Training, axis: str, devices: Sequence[Any], platform: str
     model = nnx.eval_shape(lambda: model_type(training.model)(training.model, rngs=nnx.Rngs(params=0)))
     graph, params = nnx.split(model, nnx.Param)
     state = jax.eval_shape(lambda params: start(nnx.merge(graph, params), optimizer)[1], params)
-    update = make_update(graph, optimizer, SequenceToSequence.loss, seed=0, compute_dtype=jnp.bfloat16)
     # Each axis alone takes all devices. `data` takes those that the others leave.
     sharded = Sharded() if axis == "data" else Sharded(**{axis: len(devices)})
+    options: dict[str, Any] = {"compute_dtype": jnp.bfloat16, "prepare": sharded.prepare}
+    update = make_update(graph, optimizer, SequenceToSequence.loss, seed=0, **options)
     batch = training.batch(training.rows * (len(devices) if axis in _SPLITS_ROWS else 1))
     lowered = sharded.spread(update, devices).lower(state, batch)
     return Built(lowered, of_function(platform, update, state, batch))

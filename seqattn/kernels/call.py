@@ -57,6 +57,28 @@ class Columns:
 
 @pytree
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a device's share of a call begins in the whole call, so that dropout drops the same weights on any mesh.
+
+    Attributes:
+        batch: the index of its first batch row, an integer scalar.
+        head: the index of its first query head.
+        query: the index of its first query.
+        key: the index of its first key.
+        num_heads: N of the whole call; static.
+        length: T of the whole call; static.
+    """
+
+    batch: Any
+    head: Any
+    query: Any
+    key: Any
+    num_heads: int = static()
+    length: int = static()
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
 class Call:
     """The arguments of a kernel: checked, with exactly one batch dim. Created by `Call.of`.
 
@@ -74,6 +96,7 @@ class Call:
         dropout: applied to the weights; or None.
         columns: keys and values in the layout of a cache; then `key` and `value` are None, and the dispatcher converts
             them to rows for a kernel that reads no columns.
+        origin: where a device's share of a call begins in the whole call; or None.
         platform: "cpu", "gpu" or "tpu", for which the call is computed; None if the program may run on any.
     """
 
@@ -89,6 +112,7 @@ class Call:
     scale: Any
     dropout: Any
     columns: Any = None
+    origin: Any = None
     platform: Any = static(default=None)
 
     @staticmethod

@@ -16,6 +16,8 @@ from jaxtyping import Array
 
 from seqattn.kernels import cached, chunked, cudnn, guard, reference, shared_keys, splash, xla
 from seqattn.kernels.call import Call, Kernel, Result, Shaped, check_sinks, is_known
+from seqattn.kernels.split import Split, spread
+from seqattn.kernels.split import check as check_split
 from seqattn.platforms import all_platforms, by_platform, platform_of
 from seqattn.sizes import may_exceed
 
@@ -29,33 +31,41 @@ class Implementation:
         refuse: raises the same without computing. If None, `attend` is traced instead.
         note: takes the call and returns a sentence on its cost for `explain`, or None.
         reads_columns: True if the kernel reads keys and values in the layout of a cache.
+        in_shares: True if the compiler cannot split the kernel over a mesh, so that each device must run it on its own
+            share of the call.
+        typed: False if the kernel does not state to `jax.shard_map` over which mesh axes its results vary.
     """
 
     attend: Kernel
     refuse: Callable[[Call], None] | None = None
     note: Callable[[Call], str | None] | None = None
     reads_columns: bool = False
+    in_shares: bool = False
+    typed: bool = True
 
     def __call__(self, call: Call) -> Result:
         """Runs the kernel. Converts the keys to rows first if the kernel reads no columns."""
         return self.attend(call if self.reads_columns else cached.in_rows(call))
 
-    def check(self, call: Call) -> None:
+    def check(self, call: Call, split: Split | None = None) -> None:
         """Raises NotImplementedError, with the reason, if the kernel cannot serve the call."""
+        rows = cached.as_if_in_rows(call)
+        if split is not None and self.in_shares and not rows.is_empty:
+            check_split(rows, split, rings=self.typed)
         if self.refuse is None:
             # A plug-in without `refuse` refuses while it is traced; tracing computes nothing.
             jax.eval_shape(lambda: self(call))
         else:
-            self.refuse(call if self.reads_columns else cached.as_if_in_rows(call))
+            self.refuse(call if self.reads_columns else rows)
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(reference.attend, reference.refuse),
     "cached": Implementation(cached.attend, cached.refuse, reads_columns=True),
-    "chunked": Implementation(chunked.attend, chunked.refuse),
+    "chunked": Implementation(chunked.attend, chunked.refuse, in_shares=True),
     "xla": Implementation(xla.attend, xla.refuse, xla.note),
     "cudnn": Implementation(cudnn.attend, cudnn.refuse, guard.lse_note),
-    "splash": Implementation(splash.attend, splash.refuse, guard.lse_note),
+    "splash": Implementation(splash.attend, splash.refuse, guard.lse_note, in_shares=True, typed=False),
 }
 """The names that `implementation` accepts."""
 
@@ -67,21 +77,28 @@ FEW_OF_CACHE = 64
 """Up to this many queries read a cache in its own layout, with all scores in memory; more queries use tiles."""
 
 
-def serve(implementation: str | Sequence[str] | None, call: Call) -> Result:
+def serve(implementation: str | Sequence[str] | None, call: Call, split: Split | None = None) -> Result:
     """Runs the first implementation that does not refuse, among the named ones or in the platform's order.
+
+    Over Explicit mesh axes the type of the queries states how the call is split; over Auto axes `split` does.
 
     Raises:
         ValueError: a name is unknown.
         NotImplementedError: none of them can serve the call. The message holds each one's reason.
     """
-    if (platform := platform_of(jax.tree.leaves(call))) is not None:
-        return _first_able(names(implementation, platform, call), dataclasses.replace(call, platform=platform))
+    split = Split.of(call.query) if split is None else split
+    if split is not None:
+        split.sizes()
+    # A mesh of devices tells the platform, also of devices that this machine lacks.
+    platform = platform_of(jax.tree.leaves(call)) if split is None or split.platform is None else split.platform
+    if platform is not None:
+        return _first_able(names(implementation, platform, call), dataclasses.replace(call, platform=platform), split)
     # Traced: the platform is unknown until the program is lowered, so each platform's choice is worked out now.
-    able = {each: _able(implementation, dataclasses.replace(call, platform=each)) for each in all_platforms()}
+    able = {each: _able(implementation, dataclasses.replace(call, platform=each), split) for each in all_platforms()}
     if not able[jax.default_backend()]:
         # Report the reasons for the local platform, though the program may be compiled for another.
         here = dataclasses.replace(call, platform=jax.default_backend())
-        return _first_able(names(implementation, here.platform, call), here)
+        return _first_able(names(implementation, here.platform, call), here, split)
     # Platforms with the same choice share one branch, which is traced once.
     platforms: dict[tuple[str, ...], list[str]] = {}
     for each, ordered in able.items():
@@ -90,7 +107,7 @@ def serve(implementation: str | Sequence[str] | None, call: Call) -> Result:
     branches: dict[str, Callable[[], Result]] = {}
     for ordered, alike in platforms.items():
         # A shared branch knows no platform: its kernels must then make no assumption about one.
-        branch = _Branch(ordered, dataclasses.replace(call, platform=alike[0] if len(alike) == 1 else None))
+        branch = _Branch(ordered, dataclasses.replace(call, platform=alike[0] if len(alike) == 1 else None), split)
         branches |= dict.fromkeys(alike, branch)
     return by_platform(branches)
 
@@ -104,24 +121,25 @@ class _Branch:
 
     names: Sequence[str]
     call: Call
+    split: Split | None
 
     def __call__(self) -> Result:
-        return _first_able(self.names, self.call)
+        return _first_able(self.names, self.call, self.split)
 
 
-def _able(implementation: str | Sequence[str] | None, call: Call) -> tuple[str, ...]:
+def _able(implementation: str | Sequence[str] | None, call: Call, split: Split | None) -> tuple[str, ...]:
     """Returns the implementations to try on the call's platform, starting at the first that does not refuse."""
     ordered = names(implementation, call.platform, call)
     for i, name in enumerate(ordered):
-        if _reason(name, call) is None:
+        if _reason(name, call, split) is None:
             return ordered[i:]
     return ()
 
 
-def _reason(name: str, call: Call) -> str | None:
+def _reason(name: str, call: Call, split: Split | None) -> str | None:
     """Returns why an implementation refuses a call, or None if it does not; nothing is computed."""
     try:
-        IMPLEMENTATIONS[name].check(call)
+        IMPLEMENTATIONS[name].check(call, split)
     except NotImplementedError as reason:
         return str(reason)
     return None
@@ -160,17 +178,27 @@ def order(platform: str, query: Shaped, key: Shaped) -> tuple[str, ...]:
     return own + (("xla", "reference", "chunked") if tiny else ("chunked", "xla", "reference"))
 
 
-def _first_able(ordered: Sequence[str], call: Call) -> Result:
+def _first_able(ordered: Sequence[str], call: Call, split: Split | None) -> Result:
     """Returns the result of the first named implementation that does not refuse."""
     reasons: dict[str, NotImplementedError] = {}
     for name in ordered:
         # A kernel may still refuse at this point, if its reason only shows while it is traced.
         try:
-            return _without_explicit_axes(IMPLEMENTATIONS[name], call)
+            return _in_shares(IMPLEMENTATIONS[name], call, split)
         except NotImplementedError as reason:
             reasons[name] = reason
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise NotImplementedError(f"no implementation can serve this call: {told}") from next(iter(reasons.values()), None)
+
+
+def _in_shares(implementation: Implementation, call: Call, split: Split | None) -> Result:
+    """Runs an implementation on each device's share of the call, or on the whole call if the compiler can split it."""
+    if split is None or not implementation.in_shares or cached.as_if_in_rows(call).is_empty:
+        # The compiler splits such a kernel by itself.
+        return _without_explicit_axes(implementation, call)
+    call = cached.in_rows(call)
+    check_split(call, split, rings=implementation.typed)
+    return spread(implementation, call, split, typed=implementation.typed)
 
 
 def _without_explicit_axes(kernel: Kernel, call: Call) -> Result:
@@ -261,18 +289,19 @@ def explain(
     """
     check_sinks(arguments.pop("sinks", None), query)
     arguments.pop("return_lse", None)  # kernels ignore it: they always return both
+    split = arguments.pop("split", None)
     if unknown := arguments.keys() - set(_OPTIONS):
         raise TypeError(f"explain takes the arguments of attend, which has no {', '.join(sorted(unknown))}")
-    make = functools.partial(call_of, **arguments)
-    return explain_call(implementation, make, (query, key, value), platform=platform)
+    make = functools.partial(call_of, **arguments, repeat=split is not None)
+    return explain_call(implementation, make, (query, key, value), platform=platform, split=split)
 
 
 _OPTIONS = tuple(x.name for x in inspect.signature(Call.of).parameters.values() if x.kind is x.KEYWORD_ONLY)
 
 
-def call_of(query: Array, key: Array, value: Array, **options: Any) -> Call:
-    """Returns the call that `attend` makes of these arguments."""
-    query, key, value, options = shared_keys.fold(query, key, value, dict.fromkeys(_OPTIONS) | options)
+def call_of(query: Array, key: Array, value: Array, *, repeat: bool = False, **options: Any) -> Call:
+    """Returns the call that `attend` makes of these arguments. With `repeat`, rows share no keys."""
+    query, key, value, options = shared_keys.fold(query, key, value, dict.fromkeys(_OPTIONS) | options, repeat=repeat)
     return Call.of(query, key, value, **options)
 
 
@@ -282,10 +311,14 @@ def explain_call(
     arrays: tuple[Any, ...],
     *,
     platform: str | None = None,
+    split: Split | None = None,
 ) -> Explanation:
     """Explains the call that `make` returns for arrays, or for their shapes and dtypes."""
     if platform is not None and platform not in all_platforms():
         raise ValueError(f"platform ({platform!r}) must be one of {', '.join(all_platforms())}")
+    if split is not None:
+        split.sizes()
+        platform = platform or split.platform
     platform = platform_of(jax.tree.leaves(arrays)) if platform is None else platform
     here = jax.default_backend() if platform is None else platform
     refusals: dict[str, str | None] = {}
@@ -296,7 +329,7 @@ def explain_call(
         call = dataclasses.replace(make(*arrays), platform=here)
         tried.extend(names(implementation, here, call))
         for name, each in IMPLEMENTATIONS.items():
-            refusals[name] = _reason(name, call)
+            refusals[name] = _reason(name, call, split)
             note = None if each.note is None or refusals[name] is not None else each.note(cached.in_rows(call))
             notes.update({} if note is None else {name: note})
 

@@ -18,38 +18,46 @@ from seqattn.kernels.mesh_axes import over
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Instructions:
-    """A jaxpr that receives its constants as operands.
+    """A jaxpr that receives its constants as operands, which are its first inputs.
 
     Two are equal if their primitives, parameters, types, literals and data flow are equal. A parameter that cannot be
     compared, such as the derivative rule of a `jax.custom_jvp`, is equal to nothing.
 
     Attributes:
-        jaxpr: its constvars are the operands.
+        jaxpr: its inputs are the operands, then the arguments. It has no constvars: from JAX 0.12 on, only inputs with
+            a value are constvars.
+        num_operands: the number of operands.
         key: the instructions as a hashable value. Computed at once, because a NumPy array in the jaxpr may be
             overwritten later.
     """
 
     jaxpr: core.Jaxpr
+    num_operands: int
     key: Hashable
 
     @staticmethod
-    def of(jaxpr: core.Jaxpr) -> "Instructions":
-        """Returns the instructions of a jaxpr."""
-        return Instructions(jaxpr, _key_of_jaxpr(jaxpr))
+    def of(jaxpr: core.Jaxpr, num_operands: int) -> "Instructions":
+        """Returns the instructions of a jaxpr without constvars, whose first inputs are the operands."""
+        return Instructions(jaxpr, num_operands, (num_operands, _key_of_jaxpr(jaxpr)))
+
+    @property
+    def inputs(self) -> list[Any]:
+        """The variables of the arguments."""
+        return self.jaxpr.invars[self.num_operands :]
 
     def run(self, operands: Sequence[Any], arguments: Sequence[Any]) -> Any:
         """Evaluates the instructions; casts arguments to the types for which the jaxpr was traced."""
-        types: list[Any] = [x.aval for x in self.jaxpr.invars]
+        types: list[Any] = [x.aval for x in self.inputs]
         # The jaxpr fixes dtypes and the mesh axes over which each input varies; tiles may bring weaker types.
         typed = [
             over(jnp.asarray(x, t.dtype), t.manual_axis_type.varying) for x, t in zip(arguments, types, strict=True)
         ]
-        (result,) = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, operands))(*typed)
+        (result,) = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, ()))(*operands, *typed)
         return result
 
     def reads(self, argument: int) -> bool:
         """Returns whether the result is computed from an argument."""
-        return _reads(self.jaxpr, argument)
+        return _reads(self.jaxpr, self.inputs[argument])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Instructions) and self.key == other.key
@@ -70,15 +78,20 @@ class Once:
     run: Callable[[Sequence[Any], Sequence[Any]], Any]
     jaxpr: core.Jaxpr
 
+    @property
+    def inputs(self) -> list[Any]:
+        """The variables of the arguments."""
+        return self.jaxpr.invars
+
     def reads(self, argument: int) -> bool:
         """Returns whether the result is computed from an argument."""
-        return _reads(self.jaxpr, argument)
+        return _reads(self.jaxpr, self.inputs[argument])
 
 
-def _reads(jaxpr: core.Jaxpr, argument: int) -> bool:
-    """Returns whether an equation or an output of the jaxpr uses the argument."""
+def _reads(jaxpr: core.Jaxpr, variable: Any) -> bool:
+    """Returns whether an equation or an output of the jaxpr uses the variable."""
     used = [x for equation in jaxpr.eqns for x in equation.invars] + jaxpr.outvars
-    return any(x is jaxpr.invars[argument] for x in used)
+    return any(x is variable for x in used)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

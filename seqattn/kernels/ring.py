@@ -75,7 +75,7 @@ def attend(call: Call, axis_name: Hashable) -> Result:
     As `reference.attend`, except that a boolean mask and a bias have a column for each key of each device, in the order
     of the devices. Supports reverse mode only.
     """
-    if call.dropout is not None:
+    if call.dropout is not None and call.origin is None:
         raise NotImplementedError(
             "the ring has no dropout: it depends on a weight's index in the whole batch, which one device does not know"
         )
@@ -102,8 +102,11 @@ def _block(call: Call) -> Block:
 
 def _step(call: Call, block: Block, source: int | Array) -> tuple[Plan, Leaves]:
     """Returns the call of `chunked` for the block of one device."""
-    of_pairs = {name: _columns(getattr(call, name), source, block["key"].shape[1]) for name in ("mask", "bias")}
-    return prepare(dataclasses.replace(call, **block, **of_pairs))
+    size, origin = block["key"].shape[1], call.origin
+    of_pairs = {name: _columns(getattr(call, name), source, size) for name in ("mask", "bias")}
+    # The index of the first key of the block among the keys of all devices, which dropout reads.
+    origin = None if origin is None else dataclasses.replace(origin, key=source * size)
+    return prepare(dataclasses.replace(call, **block, **of_pairs, origin=origin))
 
 
 def _columns(x: Any, source: int | Array, size: int) -> Any:

@@ -88,11 +88,13 @@ class Folding:
         return self.fold(full.swapaxes(-3, -2)).swapaxes(-3, -2)
 
 
-def fold(query: Array, key: Array, value: Array, options: dict[str, Any]) -> tuple[Array, Array, Array, dict[str, Any]]:
+def fold(
+    query: Array, key: Array, value: Array, options: dict[str, Any], *, repeat: bool = False
+) -> tuple[Array, Array, Array, dict[str, Any]]:
     """Returns the arguments of `seqattn.attend` with queries that share their keys as additional queries of one row.
 
     If rows differ in more than their queries (dropout, coordinates of keys by row, a mask or a score modification that
-    reads `query.batch`), keys and values are repeated instead.
+    reads `query.batch`), or with `repeat`, keys and values are repeated instead.
 
     Raises:
         TypeError: as the same call with repeated keys.
@@ -104,7 +106,7 @@ def fold(query: Array, key: Array, value: Array, options: dict[str, Any]) -> tup
         return query, key, value, options
     # Checked on the call as the user wrote it, so that messages name the user's shapes; nothing is computed.
     jax.eval_shape(functools.partial(_check, folding, options), query, key, value)
-    if _must_repeat(query, key, options):
+    if repeat or _must_repeat(query, key, options):
         return query, *_repeated(folding, key, value, options)
     length, size, mask = query.shape[-3], key.shape[-3], options["mask"]
     bias = None if options["bias"] is None else folding.pairs(jnp.asarray(options["bias"]), length)

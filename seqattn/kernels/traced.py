@@ -78,8 +78,10 @@ class Program:
         constants = list(zip(closed.jaxpr.constvars, closed.consts, strict=True))
         # Arrays with gradients come first: the operands of the instructions are `(*arrays, *fixed)`.
         arrays, fixed = ([x for x in constants if _may_differ(x[1]) is differs] for differs in (True, False))
-        jaxpr = closed.jaxpr.replace(constvars=[variable for variable, _ in (*arrays, *fixed)])
-        return Program(tuple(x for _, x in arrays), tuple(_own(x) for _, x in fixed), Instructions.of(jaxpr))
+        operands = [variable for variable, _ in (*arrays, *fixed)]
+        jaxpr = _with_inputs(closed.jaxpr, [], [*operands, *closed.jaxpr.invars])
+        instructions = Instructions.of(jaxpr, len(operands))
+        return Program(tuple(x for _, x in arrays), tuple(_own(x) for _, x in fixed), instructions)
 
     def __call__(self, *arguments: Any) -> Array:
         """Evaluates the program for one pair."""
@@ -95,10 +97,10 @@ class Program:
         if not _has_rules(jaxpr):
             return self
         constants = (*self.arrays, *self.fixed)
-        avals: list[Any] = [x.aval for x in jaxpr.invars]
+        avals: list[Any] = [x.aval for x in self.instructions.inputs]
         types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals]
         # The bodies of `jit` are inlined as well, since rules may be nested in them.
-        plain = jax.make_jaxpr(lambda *given: _inlined(jaxpr, constants, given, ("jit", *_RULES)))(*types)
+        plain = jax.make_jaxpr(lambda *given: _inlined(jaxpr, (), (*constants, *given), ("jit", *_RULES)))(*types)
         return Program.of(plain)
 
     def reads(self, argument: int) -> bool:
@@ -153,7 +155,7 @@ class TracedMod(ScoreMod):
     @property
     def uses_coordinates(self) -> bool:
         """Whether it reads more than the score: coordinates, or the head."""
-        return any(self.program.reads(i) for i in range(1, len(self.program.instructions.jaxpr.invars) - 1))
+        return any(self.program.reads(i) for i in range(1, len(self.program.instructions.inputs) - 1))
 
     @property
     def arrays(self) -> list[Array]:

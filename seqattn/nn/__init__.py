@@ -9,7 +9,7 @@ from seqattn.nn.feed_forward import Activation, FeedForward
 from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.nn.local_window import Monotonic, Predictive
 from seqattn.nn.mixture import MixtureOfExperts, routings
-from seqattn.nn.multi_head_attention import MultiHeadAttention, with_implementation
+from seqattn.nn.multi_head_attention import MultiHeadAttention, with_implementation, with_split
 from seqattn.nn.normalization import BatchNorm, BatchStatistics, BatchSums, Statistic, measurements, move_statistics
 from seqattn.nn.recurrent import Cell, Direction, Recurrent, RecurrentEncoder
 from seqattn.nn.routing import MixtureConfig, Routing
@@ -56,4 +56,5 @@ __all__ = [
     "move_statistics",
     "routings",
     "with_implementation",
+    "with_split",
 ]

@@ -7,6 +7,7 @@ one of 128 values, none beyond 2.9 standard deviations, with a mean of -0.015 st
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer
@@ -46,5 +47,13 @@ orthogonal = drawn_wide(nnx.initializers.orthogonal())
 
 
 def normal(stddev: float) -> Initializer:
-    """Normal with mean 0 and standard deviation `stddev`."""
-    return drawn_wide(nnx.initializers.normal(stddev))
+    """Normal with mean 0 and standard deviation `stddev`; the same bits inside and outside of `jax.jit`."""
+
+    def draw(key: PRNGKeyArray, shape: Sequence[Any], dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
+        options = {} if out_sharding is None else {"out_sharding": out_sharding}
+        # `jax.random.normal` ends with a product by a constant. The barrier keeps XLA from multiplying both constants
+        # first, which would round differently.
+        drawn = jax.lax.optimization_barrier(jax.random.normal(key, shape, dtype, **options))
+        return drawn * jnp.array(stddev, dtype)
+
+    return drawn_wide(draw)

@@ -15,6 +15,7 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels.call import Call, Columns, check_heads
 from seqattn.kernels.dispatch import Explanation, call_of, explain_call
+from seqattn.kernels.split import Split
 from seqattn.mask import Mask
 from seqattn.nn.cache import Cache
 from seqattn.nn.key_value import KeyColumns, KeyValue, Written
@@ -99,6 +100,7 @@ class MultiHeadAttention(nnx.Module):
         # A mask that captures arrays is data for NNX. A mask of static sizes must not become a leaf of the module.
         self.mask = nnx.data(mask) if jax.tree.leaves(mask) else mask
         self.rotary_base, self.dropout_rate, self.implementation = rotary_base, dropout_rate, implementation
+        self.split: Split | None = None  # see `with_split`
 
         def linear(inputs: int, outputs: int) -> Linear:
             init = nnx.initializers.xavier_uniform()
@@ -162,7 +164,7 @@ class MultiHeadAttention(nnx.Module):
         """
         query = self._rotated(self._heads(self.query(x), self.query_norm), at)
         dropout = None if dropout_key is None else Dropout(self.dropout_rate, dropout_key)
-        options: dict[str, Any] = {"dropout": dropout, "implementation": self.implementation}
+        options: dict[str, Any] = {"dropout": dropout, "implementation": self.implementation, "split": self.split}
         if isinstance(kv, KeyColumns):
             # The columns go to the kernel as they are: a step must not copy the whole cache.
             options |= _located(_of_slots(self.mask, at, kv, self.num_heads), at, kv.at, score_mod)
@@ -191,9 +193,9 @@ class MultiHeadAttention(nnx.Module):
                 columns = Columns(kv.key, kv.value, kv.finite)
                 return Call.of_columns(query, columns, **{"q_at": None, "kv_at": None} | located, dropout=dropout)
             located = _located(self._mask_over(kv), at, kv.at, score_mod)
-            return call_of(query, kv.key, kv.value, **located, dropout=dropout)
+            return call_of(query, kv.key, kv.value, **located, dropout=dropout, repeat=self.split is not None)
 
-        return explain_call(self.implementation, call, (x,), platform=platform)
+        return explain_call(self.implementation, call, (x,), platform=platform, split=self.split)
 
     def weights(
         self,
@@ -250,6 +252,24 @@ def with_implementation(
     for _, module in nnx.iter_modules(changed):
         if isinstance(module, of):
             module.implementation = implementation
+    return changed
+
+
+def with_split(model: Model, split: Split | None) -> Model:
+    """Returns a model like `model` whose attention modules are split over a mesh. `model` does not change.
+
+    Args:
+        model: any module. The copy shares its parameters.
+        split: as in `seqattn.attend`.
+
+    >>> attention = MultiHeadAttention(8, num_heads=2, rngs=nnx.Rngs(0))
+    >>> with_split(attention, Split(batch="data")).split.batch
+    'data'
+    """
+    changed = nnx.merge(*nnx.split(model))
+    for _, module in nnx.iter_modules(changed):
+        if isinstance(module, MultiHeadAttention):
+            module.split = split
     return changed
 
 

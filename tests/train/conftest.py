@@ -96,7 +96,7 @@ def compiled_once() -> Callable[[], AbstractContextManager[None]]:
         placed: list[Placed] = []
         spread = Replicated.spread
 
-        def first(choice: Replicated, update: Any) -> Placed:
+        def first(choice: Replicated, update: Any, **_: Any) -> Placed:
             placed[:] = placed or [spread(choice, update)]
             return placed[0]
 

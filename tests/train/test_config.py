@@ -266,7 +266,9 @@ def test_the_one_codec_reads_and_writes_what_was_written_before_it():
         frozen=("embedding/*",),
     )
     assert decode(json.loads(WRITTEN_BEFORE)) == expected
-    assert json.dumps(encode(expected)) == " ".join(WRITTEN_BEFORE.split())
+    now = encode(expected)
+    assert now.pop("data_cache") == encode(DataCache())  # a field added since, whose default is what was done before
+    assert json.dumps(now) == " ".join(WRITTEN_BEFORE.split())
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ def average(trees: Iterable[Any]) -> Any:
     {'kernel': Array([1.5, 3. ], dtype=float32)}
 
     Args:
-        trees: pytrees of arrays with the same structure, shapes and dtypes.
+        trees: pytrees of arrays with the same structure, shapes, dtypes and shardings. Sharded arrays are averaged part
+            by part.
 
     Returns:
         A pytree of the same structure, shapes and dtypes.
@@ -38,23 +39,43 @@ def average(trees: Iterable[Any]) -> Any:
     sums = [_wide(leaf) for leaf in leaves]
     for count, tree in enumerate(rest, 2):  # noqa: B007
         _check_same(first, tree)
-        sums = [total + _wide(leaf) for total, leaf in zip(sums, jax.tree.leaves(tree), strict=True)]
+        sums = [
+            [total + part for total, part in zip(totals, _wide(leaf), strict=True)]
+            for totals, leaf in zip(sums, jax.tree.leaves(tree), strict=True)
+        ]
     if count == 1:
         return first
     means = [
-        jnp.asarray((total / count).astype(leaf.dtype)) if _is_inexact(leaf) else leaf
-        for leaf, total in zip(leaves, sums, strict=True)
+        _joined(leaf, [(total / count).astype(leaf.dtype) for total in totals]) if _is_inexact(leaf) else leaf
+        for leaf, totals in zip(leaves, sums, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(first), means)
+
+
+def _parts(leaf: Any) -> list[np.ndarray]:
+    """The parts of an array that this process holds, one for each device."""
+    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+        return [np.asarray(shard.data) for shard in leaf.addressable_shards]
+    return [np.asarray(leaf)]
+
+
+def _joined(like: Any, parts: list[np.ndarray]) -> jax.Array:
+    """The array whose parts these are, on the devices of another one."""
+    if not (isinstance(like, jax.Array) and len(like.sharding.device_set) > 1):
+        return jnp.asarray(parts[0])
+    devices = [shard.device for shard in like.addressable_shards]
+    placed = [jax.device_put(part, device) for part, device in zip(parts, devices, strict=True)]
+    return jax.make_array_from_single_device_arrays(like.shape, like.sharding, placed)
 
 
 def _is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def _wide(leaf: Any) -> np.ndarray:
-    """Converts to float64 or complex128, which hold every smaller float exactly."""
-    return np.asarray(leaf).astype(np.complex128 if jnp.iscomplexobj(leaf) else np.float64)
+def _wide(leaf: Any) -> list[np.ndarray]:
+    """Converts the parts to float64 or complex128, which hold every smaller float exactly."""
+    dtype = np.complex128 if jnp.iscomplexobj(leaf) else np.float64
+    return [part.astype(dtype) for part in _parts(leaf)]
 
 
 def _check_same(first: Any, tree: Any) -> None:
@@ -65,5 +86,5 @@ def _check_same(first: Any, tree: Any) -> None:
         if (one.shape, one.dtype) != (other.shape, other.dtype):
             here, there = f"{one.dtype}{list(one.shape)}", f"{other.dtype}{list(other.shape)}"
             raise ValueError(f"{name} has no mean: it is {here} in one tree and {there} in another")
-        if not _is_inexact(one) and not np.array_equal(one, other):
+        if not _is_inexact(one) and not all(map(np.array_equal, _parts(one), _parts(other))):
             raise ValueError(f"{name} has no mean: its dtype is {one.dtype} and its values differ")

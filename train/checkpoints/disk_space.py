@@ -1,4 +1,4 @@
-"""Checks before training that the disk has room for the checkpoints of a run."""
+"""Checks before training that the disk has room for what a run writes."""
 
 import logging
 import shutil
@@ -24,13 +24,39 @@ def check_space(folder: Path, state: TrainState, keep: int) -> None:
         state: the state to save, of arrays or shapes.
         keep: the number of checkpoints to keep.
     """
-    folder = folder.absolute()
     held = sum(path.name.isdecimal() for path in folder.iterdir()) if folder.is_dir() else 0
-    count, there = max(1, keep + 1 - held), next(path for path in (folder, *folder.parents) if path.is_dir())
-    size, free = estimate(state), shutil.disk_usage(there).free
+    count, size = max(1, keep + 1 - held), estimate(state)
+    free = _free(folder)
     if free < count * size:
         log.warning(
             "%s: the run will save %d checkpoints of %s MB, but the disk has only %s MB free: free some space, keep "
             "fewer with --keep-checkpoints, or give another folder with --run",
-            *(folder, count, f"{size / 1e6:,.1f}", f"{free / 1e6:,.1f}"),
+            *(folder, count, _megabytes(size), _megabytes(free)),
         )
+
+
+def check_room(folder: Path, size: int, what: str, remedy: str) -> None:
+    """Warns if the disk lacks room for something else.
+
+    Args:
+        folder: the folder that will hold it; it may be missing.
+        size: its size in bytes.
+        what: what it is, for the message.
+        remedy: what helps, beside freeing space.
+    """
+    free = _free(folder)
+    if free < size:
+        log.warning(
+            "%s: %s need about %s MB, but the disk has only %s MB free: free some space, or %s",
+            *(folder, what, _megabytes(size), _megabytes(free), remedy),
+        )
+
+
+def _free(folder: Path) -> int:
+    """The number of free bytes on the disk of a folder, which may be missing."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir())).free
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f}"

@@ -6,10 +6,11 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 from datasets import Dataset
 from flax import nnx
 
@@ -19,11 +20,12 @@ from seqattn.models import EncoderConfig, TextLabels, TokenLabels
 from train.checkpoints import averaging
 from train.checkpoints.checkpoints import Checkpoints, MissingStep
 from train.config import FROM_DATA, FROM_TOKENIZER, Experiment, Model, decode, differences, encode
+from train.data.texts import Texts
 from train.data.tokenizer import Tokenizer
 from train.devices.processes import Processes
 from train.tasks.task import Task
 from train.update.freezing import freeze
-from train.update.step import start
+from train.update.step import TrainState, start_shapes
 
 PARAMETERS = "model.safetensors"
 """A file that only the folder of an exported model has, and no run folder."""
@@ -35,7 +37,7 @@ _TRIES = 5
 
 _SHOWN = (
     *("run", "log_every", "tensorboard", "wandb", "profile", "bleu", "average", "beam_size"),
-    *("keep_best", "max_skipped", "parallel", "processes", "accept_changes"),
+    *("keep_best", "max_skipped", "parallel", "processes", "data_cache", "accept_changes"),
 )
 _FREE = (*_SHOWN, "evaluate_every", "evaluate_examples", "keep_checkpoints")
 """Fields that a resumed run may change freely: they affect what is shown and kept, not the parameters.
@@ -124,7 +126,7 @@ def resolve(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...
     return dataclasses.replace(experiment, model=model)
 
 
-def fingerprint(splits: Mapping[str, Dataset]) -> str:
+def fingerprint(splits: Mapping[str, Dataset] | Mapping[str, Texts]) -> str:
     """Computes a SHA-256 digest of all texts of all splits, in order, in hexadecimal."""
     digest = hashlib.sha256()
     for name in sorted(splits):
@@ -152,6 +154,13 @@ def task_source(task: Task) -> str:
                 return ""
             digest.update(Path(file).read_bytes())
     return digest.hexdigest()
+
+
+def spread(shapes: TrainState, shardings: Any) -> TrainState:
+    """Adds to the shapes of a state the sharding of each array, so that each device restores its own part."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
+    )
 
 
 def to_text(experiment: Experiment) -> str:
@@ -226,13 +235,15 @@ def judged_by(folder: Path, step: int) -> tuple[int, int]:
     return (found.get("average", 1), found.get("beam_size", 1)) if found.get("steps") == step else (1, 1)
 
 
-def load(folder: Path, *, average: int | None = None) -> Run:
+def load(folder: Path, *, average: int | None = None, shardings: Callable[[TrainState], Any] | None = None) -> Run:
     """Loads the latest model of a run folder, even while the run is training.
 
     Args:
         folder: the run folder.
         average: the number of latest checkpoints to average. By default as many as for the run's results, or fewer if
             some of them are damaged; only the latest checkpoint if the run has no results yet.
+        shardings: returns the sharding of each array of a state of shapes, for a model that no device holds whole. By
+            default the model is on the default device.
 
     Returns:
         The model with config, tokenizer and labels.
@@ -246,11 +257,25 @@ def load(folder: Path, *, average: int | None = None) -> Run:
     for _ in range(_TRIES - 1):
         # A run that is training may remove a checkpoint while it is read here. By then it has saved a newer one.
         with contextlib.suppress(MissingStep):
-            return _load(folder, average)
-    return _load(folder, average)
+            return _load(folder, average, shardings)
+    return _load(folder, average, shardings)
 
 
-def _load(folder: Path, average: int | None) -> Run:
+def tokenizer_of(folder: Path) -> tuple[Experiment, Tokenizer]:
+    """Loads config and tokenizer of a run folder, without its arrays.
+
+    Raises:
+        FileNotFoundError: the folder holds no checkpoint.
+        ValueError: the folder is an exported model.
+    """
+    checkpoints, latest = _opened(folder)
+    with checkpoints:
+        texts = checkpoints.texts(latest)
+    return decode(json.loads(texts["config"])), Tokenizer.from_json(texts["tokenizer"])
+
+
+def _opened(folder: Path) -> tuple[Checkpoints, int]:
+    """The checkpoints of a run folder and the latest step."""
     if (folder / PARAMETERS).exists():
         raise ValueError(f"{folder} is an exported model and holds no checkpoints: give the folder of its run")
     checkpoints = Checkpoints(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
@@ -259,6 +284,11 @@ def _load(folder: Path, average: int | None) -> Run:
         raise FileNotFoundError(
             f"{folder} holds no checkpoint; train it with python -m train EXPERIMENT --run {folder}"
         )
+    return checkpoints, latest
+
+
+def _load(folder: Path, average: int | None, shardings: Callable[[TrainState], Any] | None) -> Run:
+    checkpoints, latest = _opened(folder)
     experiment: Experiment = decode(json.loads(checkpoints.texts(latest)["config"]))
     if average is None:
         wanted = judged_by(folder, latest)[0]
@@ -272,9 +302,11 @@ def _load(folder: Path, average: int | None) -> Run:
         )
     texts = checkpoints.texts(steps[-1])
     optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
-    graph, fresh = start(build(experiment.model, seed=0), optimizer, average=experiment.ema is not None)
+    model = nnx.eval_shape(lambda: build(experiment.model, seed=0))
+    graph, shapes = start_shapes(model, optimizer, average=experiment.ema is not None)
+    like = shapes if shardings is None else spread(shapes, shardings(shapes))
     # A generator, so that only one state is in memory at a time.
-    states = (checkpoints.restore(fresh, step) for step in steps)
+    states = (checkpoints.restore(like, step) for step in steps)
     params = averaging.average(state.params if state.average is None else state.average for state in states)
     checkpoints.close()
     labels = tuple(json.loads(texts.get("labels", "[]")))

@@ -13,6 +13,7 @@ import numpy as np
 
 from seqattn.checks import check_integer
 from train.data.packing import capacities, pack
+from train.data.tokenized import Tokenized
 from train.data.tokenizer import Tokenizer
 
 Example = tuple[list[int] | np.ndarray, list[int] | np.ndarray]
@@ -71,9 +72,10 @@ class Batches:
 def examples(pairs: Any, tokenizer: Tokenizer) -> list[Example]:
     """Encodes the examples of a split with the columns "source" and "target"."""
     start, end = [tokenizer.start_id], [tokenizer.end_id]
-    # Arrays need less memory than lists of numbers.
-    sources = [np.array(ids + end, np.int32) for ids in tokenizer.encode_batch(pairs["source"])]
-    targets = [np.array(start + ids + end, np.int32) for ids in tokenizer.encode_batch(pairs["target"])]
+    # Arrays need less memory than lists of numbers. [:] gives a whole column: one by one, texts take as long to read as
+    # to encode.
+    sources = [np.array(ids + end, np.int32) for ids in tokenizer.encode_batch(pairs["source"][:])]
+    targets = [np.array(start + ids + end, np.int32) for ids in tokenizer.encode_batch(pairs["target"][:])]
     return list(zip(sources, targets, strict=True))
 
 
@@ -130,45 +132,76 @@ def stream(
     Raises:
         ValueError: no example is short enough, or a batch has no room for `multiple` rows per part.
     """
-    short = [row for row in rows if max(len(row[0]), len(row[1])) <= config.max_length]
-    if not short:
+    lengths_of = measure(rows)
+    short = np.flatnonzero(lengths_of.max(axis=1, initial=0) <= config.max_length)
+    short = short.astype(np.int32 if len(rows) < 2**31 else np.int64)  # half of the memory of a bucket
+    if not len(short):
         raise ValueError(f"all {len(rows)} training examples are longer than max_length ({config.max_length}) tokens")
     if len(short) < len(rows):
         log.warning(
             "left out %d of %d examples: longer than %d tokens", len(rows) - len(short), len(rows), config.max_length
         )
+    sizes = {"multiple": multiple * part[1], "lengths": lengths}
     if config.packed:
-        return _stream_packed(config, short, seed=seed, multiple=multiple, lengths=lengths, part=part)
+        return _stream_packed(config, rows, short, lengths_of[short], seed=seed, part=part, **sizes)
     parts, weights = [], []
-    for index, bucket in enumerate(group_by_length(short, config.buckets, config.tokens)):
-        longest = max(len(source) for source, _ in bucket), max(len(target) for _, target in bucket)
-        shape = _shape(longest, config.tokens, multiple * part[1], lengths)
+    for index, group in enumerate(group_by_length(lengths_of[short], config.buckets, config.tokens)):
+        bucket = short[group]
+        source, target = lengths_of[bucket].max(axis=0).tolist()
+        shape = _shape((source, target), config.tokens, **sizes)
         mine = _part(shape[0], part)
 
         # The default arguments bind the values of this bucket, as the function is called after the loop.
-        def batch(chosen: Sequence[Example], shape: tuple[int, int, int] = shape, mine: slice = mine) -> Batch:
-            return collate(chosen[mine], (mine.stop - mine.start, *shape[1:]))
+        def batch(chosen: Sequence[int], shape: tuple[int, int, int] = shape, mine: slice = mine) -> Batch:
+            return collate([rows[row] for row in chosen[mine]], (mine.stop - mine.start, *shape[1:]))
 
-        # Shuffle before repeat: grain then reseeds each pass and still computes the element of any step directly.
-        order = grain.MapDataset.source(bucket).seed(seed + index).shuffle().repeat(_PASSES)
-        parts.append(order.batch(shape[0], batch_fn=batch))
+        parts.append(_shuffled(bucket, seed + index).batch(shape[0], batch_fn=batch))
         weights.append(len(bucket) / shape[0])
     return grain.MapDataset.mix(parts, weights=weights)
 
 
 def _stream_packed(
-    config: Batches, rows: Sequence[Example], *, seed: int, multiple: int, lengths: int, part: tuple[int, int]
+    config: Batches,
+    rows: Sequence[Example],
+    short: np.ndarray,
+    lengths_of: np.ndarray,
+    *,
+    seed: int,
+    multiple: int,
+    lengths: int,
+    part: tuple[int, int],
 ) -> grain.MapDataset:
-    """Makes the sequence of `stream` from packed rows."""
-    count, *room = _shape(capacities(rows, config.max_length), config.tokens, multiple * part[1], lengths)
+    """Makes the sequence of `stream` from packed rows of the examples `short` with these lengths."""
+    count, *room = _shape(capacities(lengths_of, config.max_length), config.tokens, multiple, lengths)
     mine = _part(count, part)
+    # Rows are planned once, before shuffling. Packing anew in each pass would need state that grows with the step.
+    packed = pack(rows, short, lengths_of, *room, seed=seed)
 
-    def batch(chosen: Sequence[Batch]) -> Batch:
-        return {name: np.stack([row[name] for row in chosen[mine]]) for name in chosen[0]}
+    def batch(chosen: Sequence[int]) -> Batch:
+        made = [packed[row] for row in chosen[mine]]
+        return {name: np.stack([row[name] for row in made]) for name in made[0]}
 
-    # Rows are packed once, before shuffling. Packing anew in each pass would need state that grows with the step.
-    order = grain.MapDataset.source(pack(rows, *room, seed=seed)).seed(seed).shuffle().repeat(_PASSES)
-    return order.batch(count, batch_fn=batch)
+    return _shuffled(range(len(packed)), seed).batch(count, batch_fn=batch)
+
+
+def _shuffled(rows: Sequence[int] | np.ndarray, seed: int) -> grain.MapDataset:
+    """Makes an endless sequence of row numbers, each pass in its own order.
+
+    Only numbers are shuffled, so that a process reads no rows but those of its own part.
+    """
+    # Shuffle before repeat: grain then reseeds each pass and still computes the element of any step directly.
+    return grain.MapDataset.source(rows).seed(seed).shuffle().repeat(_PASSES)
+
+
+def measure(rows: Sequence[Example]) -> np.ndarray:
+    """Returns the number of source and target tokens of each example, `[len(rows), 2]`.
+
+    >>> measure([([5, 2], [1, 7, 2]), ([], [1, 2])]).tolist()
+    [[2, 3], [0, 2]]
+    """
+    if isinstance(rows, Tokenized):  # stored beside the tokens, so no example is read
+        return rows.measure()
+    return np.array([(len(source), len(target)) for source, target in rows], np.int64).reshape(len(rows), 2)
 
 
 def filled(batch: Batch) -> Batch:
@@ -187,7 +220,7 @@ def iterate(batches: grain.MapDataset, *, start: int) -> Iterator[Batch]:
     return iter(batches.slice(slice(start, None)).to_iter_dataset(options))
 
 
-def once(rows: Sequence[Example], *, size: int) -> Iterator[tuple[list[int], Batch]]:
+def once(rows: Sequence[Example], *, size: int, multiple: int = 1) -> Iterator[tuple[list[int], Batch]]:
     """Iterates over every example once, for evaluation.
 
     Sources are padded to 64, 128, 256, ... tokens, or to the longest source, and targets to the longest target of such
@@ -197,6 +230,7 @@ def once(rows: Sequence[Example], *, size: int) -> Iterator[tuple[list[int], Bat
     Args:
         rows: the examples.
         size: maximum number of rows per batch.
+        multiple: the number of rows is rounded up to a multiple of this.
 
     Yields:
         The indices of the examples of a batch, and the batch.
@@ -208,22 +242,27 @@ def once(rows: Sequence[Example], *, size: int) -> Iterator[tuple[list[int], Bat
         groups.setdefault(padded, []).append(index)
     for padded, group in sorted(groups.items()):
         target = max(len(rows[index][1]) for index in group)
-        count = rows_of(padded + target, size)
+        count = rows_of(padded + target, size, multiple)
         for first in range(0, len(group), count):
             chosen = group[first : first + count]
             yield chosen, collate([rows[index] for index in chosen], (count, padded, target))
 
 
-def rows_of(length: int, most: int) -> int:
+def rows_of(length: int, most: int, multiple: int = 1) -> int:
     """Returns how many texts of a length are evaluated or decoded together: at most 32,768 tokens, and at most `most`.
+
+    The number is rounded up to a multiple of `multiple`, which devices share.
 
     >>> [rows_of(length, 64) for length in (16, 512, 1024, 40_000)]
     [64, 64, 32, 1]
+    >>> rows_of(40_000, 64, multiple=8)
+    8
     """
-    return min(most, max(1, _TOKENS // max(1, length)))
+    count = min(most, max(1, _TOKENS // max(1, length)))
+    return -(-count // multiple) * multiple
 
 
-def group_by_length(rows: Sequence[Example], count: int, tokens: int) -> list[list[Example]]:
+def group_by_length(lengths: np.ndarray, count: int, tokens: int) -> list[np.ndarray]:
     """Divides examples into at most `count` groups of similar length such that padding is minimal; shortest first.
 
     Sources and targets of a group are padded to the longest of the group. A group has at least as many examples as one
@@ -234,12 +273,20 @@ def group_by_length(rows: Sequence[Example], count: int, tokens: int) -> list[li
     best ones.
 
     Args:
-        rows: the examples.
+        lengths: number of source and target tokens of each of n examples, `[n, 2]`, as from `measure`.
         count: maximum number of groups.
         tokens: maximum number of tokens of a batch, including padding.
+
+    Returns:
+        The numbers of the examples of each group.
+
+    >>> [group.tolist() for group in group_by_length(np.array([[2, 2], [9, 9], [3, 2], [9, 8]]), 2, 10)]
+    [[0, 2], [3, 1]]
     """
-    ordered = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
-    lengths = np.array([(len(source), len(target)) for source, target in ordered])
+    total = lengths.sum(axis=1)
+    # Numbers of 16 bits are sorted in linear time.
+    ordered = np.argsort(total.astype(np.uint16) if total.max() < 2**16 else total, kind="stable")
+    lengths = lengths[ordered]
     # Groups begin only where the length changes, and at no more than _EDGES places: the table below is quadratic.
     edges = np.append(np.flatnonzero(np.diff(lengths.sum(axis=1), prepend=-1)), len(ordered))
     edges = edges[np.unique(np.linspace(0, len(edges) - 1, _EDGES).round().astype(int))]
@@ -258,12 +305,13 @@ def group_by_length(rows: Sequence[Example], count: int, tokens: int) -> list[li
         total[0] = cost[0]  # all examples in one group, which is always possible
         cuts.append(total.argmin(axis=0))
         best = total.min(axis=0)
-    groups, end = [], len(edges) - 1
+    groups: list[np.ndarray] = []
+    end = len(edges) - 1
     for cut in reversed(cuts):
         groups.append(ordered[edges[cut[end]] : edges[end]])
         end = cut[end]
     groups.append(ordered[: edges[end]])
-    return [group for group in reversed(groups) if group]
+    return [group for group in reversed(groups) if len(group)]
 
 
 def _like(rows: Sequence[Example]) -> tuple[tuple[int, ...], Any]:

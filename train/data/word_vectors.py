@@ -6,11 +6,11 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
 from seqattn.checks import check_integer
-from seqattn.nn import TokenEmbedding
 from train.tasks.lines import read_lines
 
 log = logging.getLogger(__name__)
@@ -74,28 +74,28 @@ def load_table(path: Path, tokens: Sequence[str], dim: int) -> tuple[Table, Foun
     return table, found
 
 
-def put_vectors(embedding: TokenEmbedding, table: Table, found: Found) -> None:
-    """Writes the vectors that were found into the embedding table of a model; other rows are unchanged.
+def as_rows(table: Table, found: Found, like: jax.ShapeDtypeStruct) -> tuple[Table, Found]:
+    """Converts vectors to the rows of the embedding table of a model.
 
     The model multiplies embeddings by `sqrt(D)`. The vectors are divided by it here, so that the model sees the values
     of the file.
 
     Args:
-        embedding: the embedding of a model with a table `[V, D]`, which is changed in place.
         table: vectors `[V, D]`, as from `load_table`.
-        found: the rows to write, bool `[V]`.
+        found: the rows that have a vector, bool `[V]`.
+        like: shape and dtype of the model's table.
+
+    Returns:
+        The rows `[V, D]`, and which of them count, bool `[V]`.
 
     Raises:
         ValueError: the shapes do not fit the table.
     """
-    current = embedding.table[...]
-    if table.shape != current.shape or found.shape != current.shape[:1]:
+    if table.shape != like.shape or found.shape != like.shape[:1]:
         raise ValueError(
-            f"vectors {list(table.shape)} and found {list(found.shape)} must fit the model's table "
-            f"{list(current.shape)}"
+            f"vectors {list(table.shape)} and found {list(found.shape)} must fit the model's table {list(like.shape)}"
         )
-    scaled = (table / math.sqrt(table.shape[1])).astype(current.dtype)
-    embedding.table[...] = current.at[np.flatnonzero(found)].set(scaled[found])
+    return (table / math.sqrt(table.shape[1])).astype(like.dtype), found
 
 
 def _header(line: str, dim: int, where: str) -> int | None:

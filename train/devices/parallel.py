@@ -7,25 +7,36 @@ make the same number of updates, and none waits for one that has run out of batc
 import abc
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from seqattn.checks import check_integer
-from train.devices.sharding import AXES, shardings, whole_over
+from seqattn.kernels.split import Split
+from seqattn.models import CaptionerConfig, RecurrentLanguageModelConfig, Seq2SeqConfig
+from seqattn.models.parameter_rules import PARAMETER_RULES
+from seqattn.nn import with_split
+from seqattn.nn.parameter_rule import ParameterRule
+from train.devices.fit import check_model, whole_heads
+from train.devices.sharding import AXES, ROWS, one_at_a_time, put, shardings, whole_over
+from train.update.parameters import paths
 from train.update.step import Metrics, TrainState, Update
 
 Batch = Mapping[str, np.ndarray]
 """This process's rows of a batch, as `train.data.batches` makes them: each array has its rows first."""
 
+Given = Mapping[str, tuple[Any, Any]]
+"""Parameters by path: an array, and the rows of it that count, bool `[V]`; None for all rows."""
+
 _AXIS = "devices"
-# The `expert` axis splits rows too. Otherwise its devices would all repeat the layers without experts.
-_ROWS = ("data", "fsdp", "expert")
+_IN_ORDER = (Seq2SeqConfig, RecurrentLanguageModelConfig, CaptionerConfig)
+"""Models with a layer that needs the whole of a text, or of an image, on one device."""
 
 
 class Placed(abc.ABC):
@@ -78,10 +89,22 @@ class Placed(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} cannot lower an update without arrays")
 
     @abc.abstractmethod
-    def gather(self, tree: Any) -> Any:
-        """Gathers a part of the state, such as the parameters, onto the first device of each process.
+    def draw(self, make: Callable[[Given], TrainState], given: Given) -> TrainState:
+        """Makes the state before the first update. All processes must call it.
 
-        All processes must call it. The result may share buffers with the state, so it is invalid after the next update.
+        Args:
+            make: returns the state, with these parameters in place of its own. A pure function, which may be compiled.
+            given: parameters by path, as from `train.engine.start.given`; the same in every process.
+
+        Returns:
+            The state. Over a mesh it is made where it belongs, and no device holds more than its part.
+        """
+
+    @abc.abstractmethod
+    def for_evaluation(self, params: Any) -> Any:
+        """Returns parameters as evaluation and decoding take them; see `train.devices.layout`.
+
+        The result may share buffers with the state, so it is invalid after the next update.
         """
 
 
@@ -93,8 +116,18 @@ class Replicated:
     device's share; running statistics follow the whole batch.
     """
 
-    def spread(self, update: Update, devices: Sequence[jax.Device] | None = None) -> Placed:
-        """Distributes `update` over devices, by default those of all processes."""
+    def check(self, config: Any) -> None:
+        """Accepts every model: each device computes all of it."""
+
+    def prepare(self, model: nnx.Module) -> nnx.Module:
+        """Returns the model unchanged: inside `jax.pmap` it computes a device's own rows."""
+        return model
+
+    def spread(
+        self, update: Update, devices: Sequence[jax.Device] | None = None, *, model: nnx.Module | None = None
+    ) -> Placed:
+        """Distributes `update` over devices, by default those of all processes. Any model fits."""
+        del model
         return _Mapped(update, jax.devices() if devices is None else devices)
 
 
@@ -139,14 +172,38 @@ class Sharded:
         shape = (self.data or len(devices) // fixed, *(sizes[name] for name in AXES[1:]))
         return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
-    def spread(self, update: Update, devices: Sequence[jax.Device] | None = None) -> Placed:
+    def check(self, config: Any) -> None:
+        """Raises ValueError if the mesh cannot split a model of this config."""
+        if self.sequence > 1 and isinstance(config, _IN_ORDER):
+            raise ValueError(
+                f"sequence ({self.sequence}) splits each text over devices, but a {type(config).__name__} reads it "
+                "from end to end: set --parallel.sequence 1"
+            )
+
+    def prepare(self, model: nnx.Module) -> nnx.Module:
+        """Returns a model whose attention computes on each device its own rows, heads and part of each text."""
+        return with_split(model, Split(batch=ROWS, heads="tensor", sequence="sequence"))
+
+    def spread(
+        self, update: Update, devices: Sequence[jax.Device] | None = None, *, model: nnx.Module | None = None
+    ) -> Placed:
         """Distributes `update` over devices, by default those of all processes.
 
+        Args:
+            update: the update, as from `make_update`.
+            devices: the devices.
+            model: the model, of arrays or shapes, to check that the axes divide its heads and experts. Key and value
+                heads that `tensor` does not divide are whole on every device.
+
         Raises:
-            ValueError: the product of the axis sizes is not the number of devices, or the rows of two processes overlap
-                only in part.
+            ValueError: the product of the axis sizes is not the number of devices; the rows of two processes overlap
+                only in part; or the axes do not divide the heads or experts of the model.
         """
-        return _Compiled(update, self.mesh(devices))
+        mesh, rules = self.mesh(devices), PARAMETER_RULES
+        if model is not None:
+            check_model(model, tensor=self.tensor, expert=self.expert)
+            rules = (*whole_heads(model, tensor=self.tensor), *rules)
+        return _Compiled(update, mesh, rules)
 
 
 Parallel = Replicated | Sharded
@@ -183,7 +240,7 @@ class _Mapped(Placed):
             # An update returns a state on all devices. An input placed differently would be compiled for separately.
             state = self.place(state)
         shares = {name: self._shares(name, array) for name, array in batch.items()}
-        return _one_at_a_time(self._several, self._mapped(state, shares))
+        return one_at_a_time(self._several, self._mapped(state, shares))
 
     def _shares(self, name: str, array: np.ndarray) -> np.ndarray:
         """Reshapes `[B, ...]` to `[devices, B / devices, ...]`."""
@@ -191,29 +248,37 @@ class _Mapped(Placed):
             raise ValueError(f"the batch's {len(array)} rows ({name}) must be a multiple of the {self.rows} devices")
         return array.reshape(self.rows, len(array) // self.rows, *array.shape[1:])
 
-    def gather(self, tree: Any) -> Any:
-        return _first_copies(tree)
+    def draw(self, make: Callable[[Given], TrainState], given: Given) -> TrainState:
+        return make(given)
+
+    def for_evaluation(self, params: Any) -> Any:
+        """Returns the copies on the first device of each process."""
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
 
 
 class _Compiled(Placed):
     """`jax.jit` over a mesh: arrays are global, and each process sees its own shards."""
 
-    def __init__(self, update: Update, mesh: Mesh) -> None:
-        self._update, self._mesh = update, mesh
+    def __init__(self, update: Update, mesh: Mesh, rules: Sequence[ParameterRule] = PARAMETER_RULES) -> None:
+        self._update, self._mesh, self._rules = update, mesh, rules
         self.rows, self.part = _share(mesh)
-        self.lengths = mesh.shape["sequence"]
+        # The zigzag order cuts each text into two chunks for each device.
+        self.lengths = 2 * mesh.shape["sequence"] if mesh.shape["sequence"] > 1 else 1
         self._whole = NamedSharding(mesh, P())
+        self._known: dict[Any, Any] = {}
         self._shardings: Any = None
         self._compiled: Any = None
 
     def shardings(self, state: TrainState) -> Any:
-        if self._shardings is None:
-            self._shardings = shardings(state, self._mesh)
-        return self._shardings
+        key = jax.tree.structure(state), tuple(leaf.shape for leaf in jax.tree.leaves(state))
+        # Computed once for each kind of state, as it warns of arrays that are not split.
+        if key not in self._known:
+            self._known[key] = shardings(state, self._mesh, self._rules)
+        return self._known[key]
 
     def place(self, state: TrainState) -> TrainState:
         self._jit(state)
-        return jax.tree.map(_put, state, self._shardings)
+        return jax.tree.map(put, state, self._shardings)
 
     def lower(self, state: TrainState, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Lowered:
         def on_mesh(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
@@ -221,14 +286,16 @@ class _Compiled(Placed):
 
         rows = {name: on_mesh(leaf, self._sharding_of(leaf)) for name, leaf in batch.items()}
         update = self._jit(state)
-        return update.lower(jax.tree.map(on_mesh, state, self._shardings), rows)
+        with jax.set_mesh(self._mesh):
+            return update.lower(jax.tree.map(on_mesh, state, self._shardings), rows)
 
     def _jit(self, state: TrainState) -> Any:
         """Returns the compiled update for states of these shapes, made once."""
         if self._compiled is None:
             # Without `out_shardings` the compiler might shard the new state differently, and the next update would
             # compile again.
-            out_shardings = (self.shardings(state), self._whole)
+            self._shardings = self.shardings(state)
+            out_shardings = (self._shardings, self._whole)
             self._compiled = jax.jit(self._with_whole_params, donate_argnums=0, out_shardings=out_shardings)
         return self._compiled
 
@@ -236,45 +303,57 @@ class _Compiled(Placed):
         arrays = {name: self._global(name, array) for name, array in batch.items()}
         if self._compiled is None or getattr(state.step, "sharding", None) != self._shardings.step:
             state = self.place(state)
-        return _one_at_a_time(self._mesh.size > 1, self._compiled(state, arrays))
+        # Inside, the axes of `Sharded.prepare` are those of this mesh.
+        with jax.set_mesh(self._mesh):
+            return one_at_a_time(self._mesh.size > 1, self._compiled(state, arrays))
 
     def _with_whole_params(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        # Without this constraint the compiler may gather the activations of all rows in place of the parameters.
+        # Without this constraint the compiler may gather the activations of all rows in place of the parameters. It is
+        # inside the differentiated function, so it holds for the gradients too: they are added over the rows before
+        # they are split, and no activation takes over their split.
         whole = whole_over("fsdp", self._shardings.params)
-        return self._update(
-            dataclasses.replace(state, params=jax.lax.with_sharding_constraint(state.params, whole)), batch
-        )
+        return self._update(state, batch, gathered=lambda params: jax.lax.with_sharding_constraint(params, whole))
 
     def _global(self, name: str, array: np.ndarray) -> jax.Array:
         """Makes the global array from this process's rows."""
         _, count = self.part
         if len(array) % self.rows:
-            sizes = " x ".join(f"{axis} ({self._mesh.shape[axis]})" for axis in _ROWS)
+            sizes = " x ".join(f"{axis} ({self._mesh.shape[axis]})" for axis in ROWS)
             among = f" among {count} processes" if count > 1 else ""
             raise ValueError(
                 f"the batch's {len(array)} rows ({name}) must be a multiple of {self.rows}, that is {sizes}{among}"
             )
-        if array.ndim == 2 and array.shape[1] % self.lengths:
-            raise ValueError(
-                f"the batch's length {array.shape[1]} ({name}) must be a multiple of sequence ({self.lengths})"
-            )
+        if array.ndim == 2 and array.shape[1] % (parts := self._mesh.shape["sequence"]):
+            raise ValueError(f"the batch's length {array.shape[1]} ({name}) must be a multiple of sequence ({parts})")
         shape = (len(array) * count, *array.shape[1:])
         return jax.make_array_from_process_local_data(self._sharding_of(array), array, shape)
 
     def _sharding_of(self, array: Any) -> NamedSharding:
         """Returns how an array of a batch is split."""
         # Images stay whole: neighboring rows of pixels belong together, so the second axis is not split.
-        return NamedSharding(self._mesh, P(_ROWS, "sequence") if array.ndim == 2 else P(_ROWS))
+        return NamedSharding(self._mesh, P(ROWS, "sequence") if array.ndim == 2 else P(ROWS))
 
-    def gather(self, tree: Any) -> Any:
-        return _first_copies(jax.device_put(tree, self._whole))
+    def draw(self, make: Callable[[Given], TrainState], given: Given) -> TrainState:
+        where = self.shardings(jax.eval_shape(make, given))
+        by_path = dict(zip(jax.tree.leaves(paths(where.params)), jax.tree.leaves(where.params), strict=True))
+        placed = {
+            path: (put(values, by_path[path]), None if rows is None else put(rows, self._whole))
+            for path, (values, rows) in given.items()
+        }
+        # One program with sharded outputs. Random bits depend on the key and the index alone, so each device draws its
+        # part of an array, and the numbers are those of one device.
+        return one_at_a_time(self._mesh.size > 1, jax.jit(make, out_shardings=where)(placed))
+
+    def for_evaluation(self, params: Any) -> Any:
+        """Returns the parameters as they are, sharded."""
+        return params
 
 
 def _share(mesh: Mesh) -> tuple[int, tuple[int, int]]:
     """The number of row shards of this process in a global batch over the mesh, and `Placed.part`."""
-    total = math.prod(mesh.shape[axis] for axis in _ROWS)
+    total = math.prod(mesh.shape[axis] for axis in ROWS)
     held: dict[int, set[int]] = {}
-    for device, (shard,) in NamedSharding(mesh, P(_ROWS)).devices_indices_map((total,)).items():
+    for device, (shard,) in NamedSharding(mesh, P(ROWS)).devices_indices_map((total,)).items():
         held.setdefault(device.process_index, set()).add(shard.start or 0)  # type: ignore[attr-defined]
     parts = sorted({tuple(sorted(shards)) for shards in held.values()})
     if sum(map(len, parts)) != total or len(set(map(len, parts))) != 1:
@@ -285,27 +364,3 @@ def _share(mesh: Mesh) -> tuple[int, tuple[int, int]]:
         )
     mine = tuple(sorted(held[jax.process_index()]))
     return len(mine), (parts.index(mine), len(parts))
-
-
-def _put(leaf: Any, sharding: Sharding) -> jax.Array:
-    """Puts a replicated array on the devices of a sharding, possibly devices of other processes."""
-    is_global = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-    if sharding.is_fully_addressable or is_global:
-        return jax.device_put(leaf, sharding)
-    # `jax.device_put` would send the whole array to all processes to compare it.
-    host = np.asarray(leaf)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-
-def _one_at_a_time(several: bool, made: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-    """Waits for an update on several CPU devices; returns at once on other backends.
-
-    Updates queued on CPU devices occupy the threads that the first one needs for its all-reduce. XLA then aborts after
-    40 seconds (jaxlib 0.10.2: 300 updates of eight devices on two cores, in three of four runs).
-    """
-    return jax.block_until_ready(made) if several and jax.default_backend() == "cpu" else made
-
-
-def _first_copies(tree: Any) -> Any:
-    """The copies of replicated arrays on the first device of this process."""
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)

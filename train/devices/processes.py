@@ -177,6 +177,15 @@ def differing(texts: Mapping[str, str]) -> list[str]:
     return [name for name, digests in zip(names, found.swapaxes(0, 1), strict=True) if (digests != digests[0]).any()]
 
 
+def check_same(texts: dict[str, str]) -> None:
+    """Raises ValueError in all processes if these texts differ between them."""
+    # Processes that train different models would add up unrelated gradients without an error.
+    if others := differing(texts):
+        raise ValueError(
+            f"the processes differ in {', '.join(others)}; give all of them the same flags, files and versions"
+        )
+
+
 class Agreement:
     """Agreement of all processes on a flag that any of them may set, such as after a signal.
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -288,7 +289,7 @@ def _greet(session: Session, progress: Progress) -> None:
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     progress.print(
         f"{session.experiment.run}: {sum(leaf.size for leaf in leaves):,} parameters, "
-        f"{len(session.splits['train']):,} training examples, "
+        f"{session.training_examples:,} training examples, "
         f"{session.objective.tokenizer.vocab_size:,} tokens, "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}{processes}"
     )
@@ -339,21 +340,24 @@ def _described(scores: Scores) -> str:
 def _finish(session: Session) -> None:
     """Evaluates the model on the test split, draws the pictures, and prints where the files are."""
     experiment, folder, test = session.experiment, session.experiment.run, session.splits["test"]
-    # Until `is_first`, all processes take part: reading checkpoints needs all of them. A checkpoint may have been
+    # All processes take part: reading checkpoints, and a model on a mesh, need all of them. A checkpoint may have been
     # damaged since it was written.
     session.checkpoints.read_again()
     # There may be fewer checkpoints than `average`: early stopping removes later ones, and earlier settings kept fewer.
     average = max(1, min(experiment.average, len(run.regular(session.checkpoints.steps, experiment))))
-    model = run.load(folder, average=average).model if average > 1 else session.model
-    if not is_first():
-        return
-    if average < experiment.average:
-        print(f"the mean is of {average} checkpoints, not of {experiment.average}: {folder} holds no more")
+    model = session.averaged(average) if average > 1 else session.model
     # A new objective, since validation uses greedy decoding and the test split `beam_size` hypotheses.
     objective = objectives.make(
         experiment, session.objective.tokenizer, session.objective.labels, beam_size=experiment.beam_size
     )
     scores = objective.evaluate(model, test)
+    if not is_first():
+        # The pictures need all processes too. Those of process 0 stay.
+        with tempfile.TemporaryDirectory() as elsewhere:
+            objective.draw(model, test, Path(elsewhere))
+        return
+    if average < experiment.average:
+        print(f"the mean is of {average} checkpoints, not of {experiment.average}: {folder} holds no more")
     results = {"split": "test", "examples": len(test), "steps": int(session.state.step), **scores.numbers}
     results |= {"average": average, "beam_size": experiment.beam_size}
     if scores.signatures:

@@ -4,22 +4,18 @@ Mistakes in the settings are reported before anything is compiled or written.
 """
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grain
-import jax
-import numpy as np
 import optax
 from datasets import Dataset
 from flax import nnx
 
-from seqattn.models import Learned
 from train import objectives
 from train.checkpoints import lock, run
 from train.checkpoints.checkpoints import Checkpoints
@@ -27,15 +23,17 @@ from train.checkpoints.disk_space import check_space
 from train.checkpoints.durable import replace
 from train.config import Experiment
 from train.data.batches import Example, stream
+from train.data.sequence_order import zigzagged
 from train.data.tokenizer import Tokenizer
 from train.devices.parallel import Placed
-from train.devices.processes import any_process, differing, is_first
-from train.engine import without_effect
-from train.engine.start import fresh
+from train.devices.processes import any_process, check_same, is_first
+from train.engine import examples, versions, without_effect
+from train.engine.examples import Examples
+from train.engine.start import drawn, sharded
 from train.hub import exported
 from train.objectives import Objective
 from train.update.freezing import freeze
-from train.update.step import TrainState, make_update, start
+from train.update.step import TrainState, make_update, start_shapes
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +45,8 @@ class Session:
     Attributes:
         experiment: the resolved experiment.
         objective: the objective of the run, with its tokenizer and labels.
-        splits: examples by split: "train", "validation" and "test".
+        splits: the texts by split: "validation" and "test", and "train" if it is in memory.
+        training_examples: number of training examples.
         batches: the batches of all updates, in order.
         texts: the texts in each checkpoint beside the arrays: config, tokenizer, digests of data and task, labels,
             versions.
@@ -61,6 +60,7 @@ class Session:
     experiment: Experiment
     objective: Objective
     splits: dict[str, Dataset]
+    training_examples: int
     batches: grain.MapDataset
     texts: dict[str, str]
     graph: nnx.GraphDef
@@ -73,11 +73,21 @@ class Session:
     def model(self) -> Any:
         """The model with the current parameters, or with their moving average if the run keeps one.
 
-        With several processes, all of them must access it.
+        On a mesh it is sharded, and with several processes all of them must use it together.
         """
         # The average is what the run reports and exports, so evaluations must use it too.
         params = self.state.params if self.state.average is None else self.state.average
-        return nnx.merge(self.graph, self.placed.gather(params))
+        return nnx.merge(self.graph, self.placed.for_evaluation(params))
+
+    def averaged(self, count: int) -> Any:
+        """The model with the mean of the parameters of the latest checkpoints, where `model` is.
+
+        With several processes, all of them must call it.
+
+        Args:
+            count: the number of checkpoints.
+        """
+        return run.load(self.experiment.run, average=count, shardings=sharded(self.experiment, self.placed)).model
 
     def save(self) -> None:
         """Saves a checkpoint of the current state; logs a failed earlier save and retries.
@@ -115,7 +125,7 @@ class _Resolved:
     Attributes:
         experiment: the resolved experiment.
         objective: the objective of the run.
-        splits: examples by split.
+        examples: the examples.
         texts: the texts in each checkpoint beside the arrays.
         checkpoints: the checkpoints of the run folder; None for a new run.
         saved: the texts of the latest checkpoint; None for a new run.
@@ -124,7 +134,7 @@ class _Resolved:
 
     experiment: Experiment
     objective: Objective
-    splits: dict[str, Dataset]
+    examples: Examples
     texts: dict[str, str]
     checkpoints: Checkpoints | None
     saved: dict[str, str] | None
@@ -164,33 +174,39 @@ def prepare(experiment: Experiment) -> Session:
 
 def _resolve(experiment: Experiment) -> _Resolved:
     """Reads the examples and the run folder, and checks that they fit together."""
-    versions = json.dumps(_versions())
+    installed = json.dumps(versions.installed())
     # Before any branch that depends on the settings: processes in different branches would wait for each other.
-    _check_processes({"settings": run.shared(experiment), "versions": versions})
+    check_same({"settings": run.shared(experiment), "versions": installed})
     check_folder(experiment.run)
     without_effect.check_settings(experiment)
-    splits = experiment.task.load()
     # Process 0 decides: it may have created the folder already, or be the only one that sees it.
     is_begun = any_process(is_first() and (experiment.run / "checkpoints").is_dir())
     checkpoints = _checkpoints(experiment) if is_begun else None
     saved = None if checkpoints is None else _saved(checkpoints)
+    found = examples.find(experiment)
     # The tokenizer comes before the model: its vocabulary sets the size of the embedding.
-    objective = _objective(experiment, splits["train"], saved)
+    objective = _objective(experiment, found, saved)
     experiment = run.resolve(experiment, objective.tokenizer, objective.labels)
-    texts = _texts(experiment, objective, splits) | {"versions": versions}
-    # Each process has read its own files, which may differ.
-    _check_processes({name: texts[name] for name in ("tokenizer", "data", "labels")})
+    experiment.parallel.check(experiment.model)
     changes: list[str] = []
+    noted = ""
     if checkpoints is not None and saved is not None:
+        # Before the examples: a refused run must not tokenize large files first.
         changes = run.changes(experiment.run, saved["config"], experiment)
         done = checkpoints.latest or 0
         _check_steps(done, experiment)
+        noted = _noted(saved.get("changes", ""), done, changes)
+    found.use(objective)
+    texts = _texts(experiment, objective, found) | {"versions": installed}
+    # Each process has read its own files, which may differ.
+    check_same({name: texts[name] for name in ("tokenizer", "data", "labels")})
+    if saved is not None:
         # Recorded in every later checkpoint: the config alone no longer reproduces the run.
-        texts["changes"] = _noted(saved.get("changes", ""), done, changes)
+        texts["changes"] = noted
         # Other data may have other splits, so the model may have trained on the new test examples.
         if saved["data"] != texts["data"]:
             raise ValueError(f"the data changed since {experiment.run} was trained; give another folder with --run")
-    return _Resolved(experiment, objective, splits, texts, checkpoints, saved, changes)
+    return _Resolved(experiment, objective, found, texts, checkpoints, saved, changes)
 
 
 def _restore_or_start(resolved: _Resolved) -> _Begun:
@@ -200,24 +216,21 @@ def _restore_or_start(resolved: _Resolved) -> _Begun:
     """
     experiment, objective = resolved.experiment, resolved.objective
     optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
-    model: nnx.Module
-    if resolved.saved is None:
-        model = fresh(experiment, objective.tokenizer)
-        graph, state = start(model, optimizer, average=experiment.ema is not None)
-        # Replicas that start from different parameters would never agree, and no error would show it.
-        _check_processes({"the initial parameters": _digest(state.params)})
-    else:
-        # Only shapes: the checkpoint replaces every array, and word vectors or `start_from` may be gone by now.
-        model = nnx.eval_shape(lambda: run.build(experiment.model, seed=experiment.seed))
-        graph, state = _shapes(model, optimizer, average=experiment.ema is not None)
-    without_effect.check_parameters(experiment, state.params)
-    examples = _examples(experiment, objective, resolved.splits, model)
-    placed = _placed(experiment, objective, graph, optimizer)
-    batches, rows = _batches(experiment, examples, placed), _rows(experiment, placed)
+    # Only shapes: nothing is computed before all checks, and a model may fit on no single device.
+    model = nnx.eval_shape(lambda: run.build(experiment.model, seed=experiment.seed))
+    graph, shapes = start_shapes(model, optimizer, average=experiment.ema is not None)
+    without_effect.check_parameters(experiment, shapes.params)
+    # Before the examples, which take longer to check.
+    placed = _placed(experiment, objective, graph, optimizer, model)
+    rows_of = examples.training_rows(experiment, objective, resolved.examples, model)
+    batches, rows = _batches(experiment, objective, rows_of, placed), _rows(experiment, placed)
     if resolved.checkpoints is not None and resolved.saved is not None:
         _warn_of_differences(experiment.run, resolved.saved, rows)
-        # With shardings, each device reads its own part, and no device holds more than its share.
-        state = resolved.checkpoints.restore(_spread(state, placed))
+        # With shardings, each device reads its own part, and no device holds more than its share. The checkpoint has
+        # every array: word vectors or `start_from` may be gone by now.
+        state = resolved.checkpoints.restore(run.spread(shapes, placed.shardings(shapes)))
+    else:
+        state = drawn(experiment, objective.tokenizer, optimizer, placed)
     return _Begun(graph, state, placed, batches, rows)
 
 
@@ -235,7 +248,8 @@ def _place(resolved: _Resolved, begun: _Begun) -> Session:
     return Session(
         experiment=experiment,
         objective=resolved.objective,
-        splits=resolved.splits,
+        splits=resolved.examples.splits,
+        training_examples=resolved.examples.count,
         batches=begun.batches,
         texts=texts,
         graph=begun.graph,
@@ -246,12 +260,12 @@ def _place(resolved: _Resolved, begun: _Begun) -> Session:
     )
 
 
-def _texts(experiment: Experiment, objective: Objective, splits: dict[str, Dataset]) -> dict[str, str]:
+def _texts(experiment: Experiment, objective: Objective, found: Examples) -> dict[str, str]:
     """The texts in each checkpoint beside the arrays, for a resolved experiment."""
     return {
         "config": run.to_text(experiment),
         "tokenizer": objective.tokenizer.to_json(),
-        "data": run.fingerprint(splits),
+        "data": found.digest,
         "source": run.task_source(experiment.task),
         "labels": json.dumps(objective.labels, ensure_ascii=False),
     }
@@ -270,7 +284,7 @@ def _warn_of_differences(folder: Path, saved: dict[str, str], rows: str) -> None
             "%s: the number of rows in a batch was a multiple of %s and is now a multiple of %s: the batches change",
             *(folder, saved["rows"], rows),
         )
-    if others := _other_versions(json.loads(saved.get("versions", "{}"))):
+    if others := versions.changed(json.loads(saved.get("versions", "{}"))):
         log.warning("%s: %s: another version may change numbers or the order of examples", folder, others)
 
 
@@ -283,7 +297,11 @@ def _checkpoints(experiment: Experiment) -> Checkpoints:
 
 
 def _placed(
-    experiment: Experiment, objective: Objective, graph: nnx.GraphDef, optimizer: optax.GradientTransformation
+    experiment: Experiment,
+    objective: Objective,
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    model: nnx.Module,
 ) -> Placed:
     update = make_update(
         graph,
@@ -295,11 +313,12 @@ def _placed(
         compute_dtype=None if experiment.compute_dtype == "float32" else experiment.compute_dtype,
         decay=experiment.ema,
         patience=experiment.max_skipped,
+        prepare=experiment.parallel.prepare,
     )
-    return experiment.parallel.spread(update)
+    return experiment.parallel.spread(update, model=model)
 
 
-def _objective(experiment: Experiment, split: Dataset, saved: dict[str, str] | None) -> Objective:
+def _objective(experiment: Experiment, found: Examples, saved: dict[str, str] | None) -> Objective:
     """The objective, with tokenizer and labels from the checkpoint, or for a new run from the training split."""
     # Not trained again: another version of the tokenizers library could give other ids to the same texts.
     if saved is not None:
@@ -308,12 +327,11 @@ def _objective(experiment: Experiment, split: Dataset, saved: dict[str, str] | N
     kind = objectives.kind(experiment)
     if experiment.start_from is not None:
         # Embeddings only make sense with the tokenizer that they were trained with.
-        origin = run.load(experiment.start_from, average=1)
-        without_effect.warn_of_tokenizer(experiment, origin.experiment.tokenizer)
-        tokenizer = origin.tokenizer
+        origin, tokenizer = run.tokenizer_of(experiment.start_from)
+        without_effect.warn_of_tokenizer(experiment, origin.tokenizer)
     else:
-        tokenizer = Tokenizer.train(experiment.tokenizer, kind.texts(split))
-    return objectives.make(experiment, tokenizer, kind.find_labels(split))
+        tokenizer = Tokenizer.train(experiment.tokenizer, found.texts(kind))
+    return objectives.make(experiment, tokenizer, found.labels(kind))
 
 
 def _saved(checkpoints: Checkpoints) -> dict[str, str] | None:
@@ -340,40 +358,6 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{folder} holds files but no run; give an empty or new folder with --run")
 
 
-def _check_processes(texts: dict[str, str]) -> None:
-    """Raises ValueError in all processes if these texts differ between them."""
-    # Processes that train different models would add up unrelated gradients without an error.
-    if others := differing(texts):
-        raise ValueError(
-            f"the processes differ in {', '.join(others)}; give all of them the same flags, files and versions"
-        )
-
-
-def _digest(params: Any) -> str:
-    """A SHA-256 digest of parameters; of nothing if there is only one process, which has none to compare with."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params) if jax.process_count() > 1 else ():
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
-
-
-def _shapes(
-    model: nnx.Module, optimizer: optax.GradientTransformation, *, average: bool
-) -> tuple[nnx.GraphDef, TrainState]:
-    """`start` for a model of shapes, without allocating arrays."""
-    graph, params = nnx.split(model, nnx.Param)
-    return graph, jax.eval_shape(lambda params: start(nnx.merge(graph, params), optimizer, average=average)[1], params)
-
-
-def _spread(shapes: TrainState, placed: Placed) -> TrainState:
-    """Adds to the shapes of a state the sharding of each array."""
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        placed.shardings(shapes),
-    )
-
-
 def _noted(before: str, done: int, changes: list[str]) -> str:
     """The history of changed settings, one per line; also logs the new ones."""
     if changes:
@@ -386,8 +370,8 @@ def _check_steps(latest: int, experiment: Experiment) -> None:
         raise ValueError(f"steps ({experiment.steps}) must be at least the {latest} updates that {experiment.run} has")
 
 
-def _batches(experiment: Experiment, rows: list[Example], placed: Placed) -> grain.MapDataset:
-    return stream(
+def _batches(experiment: Experiment, objective: Objective, rows: Sequence[Example], placed: Placed) -> grain.MapDataset:
+    batches = stream(
         experiment.batches,
         rows,
         seed=experiment.seed,
@@ -395,52 +379,7 @@ def _batches(experiment: Experiment, rows: list[Example], placed: Placed) -> gra
         lengths=placed.lengths,
         part=placed.part,
     )
-
-
-_VERSIONED = ("jax", "jaxlib", "flax", "optax", "grain", "numpy", "tokenizers")
-"""Packages that affect the computed numbers or the order of examples."""
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _VERSIONED}
-
-
-def _other_versions(saved: dict[str, str]) -> str:
-    """The packages with another version than the saved one, in words."""
-    others = {name: now for name, now in _versions().items() if saved.get(name, now) != now}
-    return ", ".join(f"{name} {saved[name]}, now {now}" for name, now in others.items())
-
-
-def _examples(experiment: Experiment, objective: Objective, splits: dict[str, Dataset], model: Any) -> list[Example]:
-    """The examples of the training split, as token ids.
-
-    Raises:
-        ValueError: a text of any split has an unknown label, or more tokens than the model has learned positions.
-    """
-    limits = ", ".join(f"{flag} ({most})" for flag, most in _learned(experiment.model, "--model"))
-    beyond: list[tuple[int, int, str]] = []
-    # Other splits are only needed to find unknown labels and texts beyond the learned positions.
-    rows = {name: objective.examples(splits[name]) for name in splits if name == "train" or limits or objective.labels}
-    for name, examples in rows.items():
-        for source, target in examples if limits else ():
-            # Batches leave out training texts over their own limit, so the model never sees those.
-            left_out = name == "train" and max(len(source), len(target)) > experiment.batches.max_length
-            room, wanted = model.room(len(source)), max(1, len(target) - 1)
-            if not left_out and room is not None and room < wanted:
-                beyond.append((len(source), wanted, name))
-    if beyond:
-        source_length, target_length, name = max(beyond, key=lambda found: found[0] + found[1])
-        raise ValueError(
-            f"{len(beyond)} texts are longer than the learned positions, the longest in the {name} split: a source of "
-            f"{source_length} and a target of {target_length} tokens; raise {limits}"
-        )
-    return rows["train"]
-
-
-def _learned(config: Any, flag: str) -> Iterator[tuple[str, int]]:
-    """The learned positions in a config: the command-line flag and the number of positions of each."""
-    if isinstance(config, Learned):
-        yield f"{flag}.max-length", config.max_length
-    elif dataclasses.is_dataclass(config):
-        for field in dataclasses.fields(config):
-            yield from _learned(getattr(config, field.name), f"{flag}.{field.name.replace('_', '-')}")
+    # Only attention over coordinates may read the tokens of a text in any order.
+    if placed.lengths == 1 or not objective.by_coordinates:
+        return batches
+    return batches.map(partial(zigzagged, devices=placed.lengths // 2))

@@ -1,7 +1,7 @@
 """Human-written dates in 40 languages to ISO 8601, by a small Transformer: the default experiment.
 
 Command: `make train`, or `python -m train dates`.
-Time: 3 min 33 s on 2 CPU cores (AVX2, float32), without the installation.
+Time: 3 min 33 s on 2 CPU cores (Intel Xeon, AVX2, float32), without the installation.
 Result: 99.1 % exact match on 1,000 dates of held-out days (seed 0, 1,500 updates).
 """
 

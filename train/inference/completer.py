@@ -14,6 +14,7 @@ from seqattn.checks import check_integer
 from seqattn.decoding import Greedy, Sampling, generate
 from seqattn.models import EncoderDecoder
 from train.data.tokenizer import Tokenizer
+from train.devices.layout import TABLES, Layout, fetch
 from train.inference.translator import padded_length
 
 _GREEDY = Greedy()
@@ -43,10 +44,11 @@ class Completer:
         seed: int = 0,
     ) -> None:
         check_integer("length", length, 1)
-        self.tokenizer, self._length, self._sampling, self._seed = tokenizer, length, sampling, seed
+        self.tokenizer, self._length, self._sampling, self._seed = tokenizer, length, sampling, np.uint32(seed % 2**32)
         self._limit = model.room(0)
         graph, self._params = nnx.split(model)
-        self._find = _compiled(graph, tokenizer.end_id, tokenizer.pad_id)
+        self._layout = Layout.of(self._params)
+        self._find = _compiled(graph, tokenizer.end_id, tokenizer.pad_id, self._layout)
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """Returns the continuation of each text, without the text itself.
@@ -57,6 +59,8 @@ class Completer:
         if not texts:
             return []
         ids = [[self.tokenizer.start_id, *text] for text in self.tokenizer.encode_batch(list(texts))]
+        # Devices share the rows. Those that only fill the batch repeat a text.
+        ids += [ids[-1]] * (-len(ids) % self._layout.parts)
         width = padded_length(max(map(len, ids)))
         # The cache is filled with all tokens but the last, which is the input of the first decoding step. Padding on
         # the right is masked, so texts of different lengths share a batch.
@@ -73,24 +77,25 @@ class Completer:
                 )
             # The shortest text sets the limit. A longer one ends when it has no position left: its logits are NaN then.
             room = min(room, self._limit - int(lengths.min()))
-        found = self._find(self._params, read, lengths, last, self._sampling, jax.random.key(self._seed), room=room)
-        tokens, length = map(np.asarray, found)
-        return [self.tokenizer.decode(row[:count].tolist()) for row, count in zip(tokens, length, strict=True)]
+        rows, chosen = (read, lengths, last), (self._sampling, self._seed)
+        found = self._find(self._params, *self._layout.split(rows), *self._layout.copied(chosen), room=room)
+        tokens, length = fetch(found)
+        return [self.tokenizer.decode(tokens[row, : length[row]].tolist()) for row in range(len(texts))]
 
 
 @cache
-def _compiled(graph: nnx.GraphDef, end_id: int, pad_id: int) -> Any:
+def _compiled(graph: nnx.GraphDef, end_id: int, pad_id: int, layout: Layout) -> Any:
     def complete(
         params: nnx.State,
         read: jax.Array,
         lengths: jax.Array,
         last: jax.Array,
         sampling: Sampling,
-        key: jax.Array,
+        seed: jax.Array,
         *,
         room: int,
     ) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graph, params)
+        model = layout.merged(graph, params, TABLES)
         nothing = jnp.zeros((len(read), 0), jnp.int32)
         memory = model.encode(nothing, Coordinates(nothing, nothing))
         _, state = model.prefill(read, lengths, model.start(memory, read.shape[1] + room))
@@ -100,7 +105,7 @@ def _compiled(graph: nnx.GraphDef, end_id: int, pad_id: int) -> Any:
             end_token=end_id,
             pad_token=pad_id,
             sampling=sampling,
-            key=key,
+            key=jax.random.key(seed),
         )
         return found.tokens, found.length
 

@@ -30,6 +30,7 @@ from seqattn.models import EncoderDecoder
 from seqattn.pytrees import pytree
 from train.data.batches import Example, collate, rows_of
 from train.data.tokenizer import Tokenizer
+from train.devices.layout import TABLES, Layout, fetch
 
 FAILED = "[FAILED]"
 """Replaces an output if the logits of the model were not finite."""
@@ -90,7 +91,7 @@ class Translator:
     Args:
         model: any encoder-decoder; later changes of its parameters have no effect.
         tokenizer: the tokenizer of source and target.
-        batch_size: maximum number of texts decoded together.
+        batch_size: maximum number of texts decoded together; on a mesh, rounded up to a multiple of its parts of rows.
         search: the search for outputs.
         processors: logits processors that constrain outputs, applied in this order.
         max_length: maximum number of tokens of an output, including the end token; by default twice the padded source
@@ -123,7 +124,8 @@ class Translator:
         if most is not None and self._shortest > most:
             raise ValueError(f"min_length ({self._shortest}) exceeds the learned positions of the model ({most})")
         graph, self.params = nnx.split(model)
-        self._find = _compiled(graph, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
+        self._layout = Layout.of(self.params)
+        self._find = _compiled(graph, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id, self._layout)
 
     @property
     def n_best(self) -> int:
@@ -168,18 +170,18 @@ class Translator:
         """Yields the index of each text in its chunk and its outputs, batch by batch; `first` texts came before."""
         rest = [_NOT_FOUND] * (self.n_best - 1)
         yield from ((index, [_EMPTY, *rest]) for index, (ids, _) in enumerate(sources) if len(ids) == 1)
-        for chosen, padded in _batches(sources, rows, self._padded):
+        for chosen, padded in _batches(sources, rows, self._padded, self._layout.parts):
             # Rows that only fill the batch repeat a text, so that they end when it does.
-            count = rows_of(padded, rows)
+            count = rows_of(padded, rows, self._layout.parts)
             filled = [*chosen, *[chosen[-1]] * (count - len(chosen))]
             batch = collate([sources[index] for index in filled], (count, padded, 1))
             indices = ((np.array(filled) + first) % 2**32).astype(np.uint32)
             found = self._find(
-                *(self.params, batch["source"], batch["source_length"], indices, self._seed),
-                *(self.search, self._processors),
+                *(self.params, *self._layout.split((batch["source"], batch["source_length"], indices))),
+                *self._layout.copied((self._seed, self.search, self._processors)),
                 max_length=self._room(padded, len(sources[chosen[0]][0])),
             )
-            tokens, length, score, failed = map(np.asarray, found)
+            tokens, length, score, failed = fetch(found)
             for row, index in enumerate(chosen):
                 if failed[row]:
                     yield index, [Output(FAILED, math.nan), *rest]
@@ -234,23 +236,27 @@ def padded_length(length: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def _batches(sources: list[Example], rows: int, pad: Callable[[int], int]) -> Iterator[tuple[list[int], int]]:
+def _batches(
+    sources: list[Example], rows: int, pad: Callable[[int], int], multiple: int
+) -> Iterator[tuple[list[int], int]]:
     """Yields the indices of texts of similar length, and their padded length; batches with the earliest texts first."""
     groups: dict[int, list[int]] = {}
     for index, (ids, _) in enumerate(sources):
         if len(ids) > 1:
             groups.setdefault(pad(len(ids)), []).append(index)
     batches = [
-        (group[start : start + rows_of(padded, rows)], padded)
+        (group[start : start + rows_of(padded, rows, multiple)], padded)
         for padded, group in groups.items()
-        for start in range(0, len(group), rows_of(padded, rows))
+        for start in range(0, len(group), rows_of(padded, rows, multiple))
     ]
     # The output of text 0 is due first, so the batch of the earliest text comes first.
     return iter(sorted(batches))
 
 
 @cache
-def _compiled(graph: nnx.GraphDef, start_id: int, end_id: int, pad_id: int) -> Callable[..., tuple[Array, ...]]:
+def _compiled(
+    graph: nnx.GraphDef, start_id: int, end_id: int, pad_id: int, layout: Layout
+) -> Callable[..., tuple[Array, ...]]:
     """Returns one compiled function for all models of a structure, so that the evaluations of a run share it.
 
     It returns tokens `[B, n_best, L]`, length and score `[B, n_best]`, and whether a row failed `[B]`.
@@ -267,7 +273,7 @@ def _compiled(graph: nnx.GraphDef, start_id: int, end_id: int, pad_id: int) -> C
         *,
         max_length: int,
     ) -> tuple[Array, ...]:
-        model = nnx.merge(graph, params)
+        model = layout.merged(graph, params, TABLES)
         memory = model.encode(source, Coordinates.from_lengths(length, source.shape[1]))
         state, first = model.start(memory, max_length), jnp.full(len(source), start_id, jnp.int32)
         tokens: dict[str, Any] = {"max_length": max_length, "end_token": end_id, "pad_token": pad_id}

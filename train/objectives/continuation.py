@@ -27,16 +27,17 @@ class Continuation(Objective):
     command = "complete"
     models = SequenceToSequence.models
     given = ("target",)
+    by_coordinates = True
 
     @staticmethod
     def texts(split: Dataset) -> list[str]:
         """Returns the targets."""
-        return list(split["target"])
+        return split["target"][:]
 
     def examples(self, split: Dataset) -> list[Example]:
         """Returns pairs of an empty source and the start token followed by the ids of the text."""
         start = self.tokenizer.start_id
-        return [([], [start, *ids]) for ids in self.tokenizer.encode_batch(list(split["target"]))]
+        return [([], [start, *ids]) for ids in self.tokenizer.encode_batch(split["target"][:])]
 
     @staticmethod
     def loss(

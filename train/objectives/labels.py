@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from datasets import Dataset
 from flax import nnx
+from jaxtyping import Array
 
 from seqattn import Coordinates, cross_entropy
 from seqattn.models import Encoder, EncoderConfig, TextLabels, TokenLabels
 from train.data.batches import Batch, Example, once
+from train.devices.layout import Layout, fetch
 from train.objectives.objective import Arrays, Objective, Scores, Sums
 from train.objectives.pictures import draw_heads
 
@@ -29,12 +31,12 @@ class Tagging(Objective):
     @staticmethod
     def texts(split: Dataset) -> list[str]:
         """Returns the sources; targets are labels and need no tokens."""
-        return list(split["source"])
+        return split["source"][:]
 
     @staticmethod
     def find_labels(split: Dataset) -> tuple[str, ...]:
         """Returns the different characters of the targets, sorted."""
-        return tuple(sorted(set("".join(split["target"]))))
+        return tuple(sorted(set("".join(split["target"][:]))))
 
     def examples(self, split: Dataset) -> list[Example]:
         """Returns pairs of source ids and the label id of each source token.
@@ -44,7 +46,7 @@ class Tagging(Objective):
         """
         number = {label: index for index, label in enumerate(self.labels)}
         rows: list[Example] = []
-        for ids, labels in zip(self.tokenizer.encode_batch(list(split["source"])), split["target"], strict=True):
+        for ids, labels in zip(self.tokenizer.encode_batch(split["source"][:]), split["target"][:], strict=True):
             # Labels and tokens are aligned by position, which is right only if each character is one token.
             if len(ids) != len(labels):
                 raise ValueError(
@@ -98,7 +100,7 @@ class Classification(Tagging):
     @staticmethod
     def find_labels(split: Dataset) -> tuple[str, ...]:
         """Returns the different targets, sorted."""
-        return tuple(sorted(set(split["target"])))
+        return tuple(sorted(set(split["target"][:])))
 
     def examples(self, split: Dataset) -> list[Example]:
         """Returns pairs of source ids and a list with the label id of the text.
@@ -107,10 +109,10 @@ class Classification(Tagging):
             ValueError: a text has a label that the training split lacks.
         """
         number = {label: index for index, label in enumerate(self.labels)}
-        if unknown := sorted(set(split["target"]) - number.keys()):
+        if unknown := sorted(set(split["target"][:]) - number.keys()):
             raise ValueError(f"the labels {unknown} are not in the training split")
-        sources = self.tokenizer.encode_batch(list(split["source"]))
-        return [(ids, [number[label]]) for ids, label in zip(sources, split["target"], strict=True)]
+        sources = self.tokenizer.encode_batch(split["source"][:])
+        return [(ids, [number[label]]) for ids, label in zip(sources, split["target"][:], strict=True)]
 
     @staticmethod
     def loss(
@@ -126,7 +128,7 @@ class Classification(Tagging):
         """Measures `loss` and `accuracy`, the fraction of texts with the right label; outputs are labels."""
         best = [int(found) for found in best_labels(model, self.examples(split), batch_size)]
         outputs = [self.labels[label] for label in best]
-        right = sum(output == label for output, label in zip(outputs, split["target"], strict=True))
+        right = sum(output == label for output, label in zip(outputs, split["target"][:], strict=True))
         numbers = {"loss": self.mean_loss(model, split, batch_size=batch_size), "accuracy": right / len(outputs)}
         return Scores(numbers, outputs)
 
@@ -143,18 +145,24 @@ def best_labels(model: Encoder, rows: list[Example], batch_size: int) -> list[np
         An array for each example, in order: `[T]` with T of its batch, padding included, or a scalar for text labels.
     """
     graph, params = nnx.split(model)
-    find = _compiled(graph)
+    layout = Layout.of(params)
+    find = _compiled(graph, layout)
     found: dict[int, np.ndarray] = {}
-    for chosen, batch in once(rows, size=batch_size):
-        best = np.asarray(find(params, batch))
+    for chosen, batch in once(rows, size=batch_size, multiple=layout.parts):
+        best = fetch(find(params, layout.split(batch)))
         found.update({index: best[row] for row, index in enumerate(chosen)})
     return [found[index] for index in range(len(rows))]
 
 
 @cache
-def _compiled(graph: nnx.GraphDef) -> Any:
+def _compiled(graph: nnx.GraphDef, layout: Layout) -> Any:
     """Returns one compiled function for all models of a structure, so that the evaluations of a run share it."""
-    return jax.jit(lambda params, batch: jnp.argmax(nnx.merge(graph, params)(batch["source"], _at(batch)), axis=-1))
+
+    def best(params: nnx.State, batch: Arrays) -> Array:
+        model = layout.merged(graph, params)
+        return jnp.argmax(model(batch["source"], _at(batch)), axis=-1)
+
+    return jax.jit(best)
 
 
 def _at(batch: Arrays) -> Coordinates:

@@ -33,11 +33,11 @@ class Masking(Objective):
     @staticmethod
     def texts(split: Dataset) -> list[str]:
         """Returns the targets."""
-        return list(split["target"])
+        return split["target"][:]
 
     def examples(self, split: Dataset) -> list[Example]:
         """Returns the ids of each text, with an unused target; the tokens themselves are the labels."""
-        return [(ids, [0]) for ids in self.tokenizer.encode_batch(list(split["target"]))]
+        return [(ids, [0]) for ids in self.tokenizer.encode_batch(split["target"][:])]
 
     @staticmethod
     def loss(

@@ -14,6 +14,7 @@ from flax import nnx
 
 from train.data.batches import Batch, Example, once
 from train.data.tokenizer import Tokenizer
+from train.devices.layout import Layout
 
 Arrays = dict[str, jax.Array]
 """A batch (see `train.data.batches.Batch`) on a device."""
@@ -54,6 +55,7 @@ class Objective(abc.ABC):
         given: the inputs of a model under teacher forcing, among "source", "target" and "image".
         searches: if True, outputs are texts generated from a source text, by beam search if asked for, and BLEU can
             measure them.
+        by_coordinates: if True, `loss` reads the coordinates of a packed batch, so that tokens may be in any order.
     """
 
     name: ClassVar[str]
@@ -64,6 +66,7 @@ class Objective(abc.ABC):
     head: ClassVar[type | None] = None
     given: ClassVar[tuple[str, ...]] = ("source",)
     searches: ClassVar[bool] = False
+    by_coordinates: ClassVar[bool] = False
 
     def __init__(self, tokenizer: Tokenizer, labels: tuple[str, ...] = ()) -> None:
         self.tokenizer, self.labels = tokenizer, labels
@@ -85,7 +88,7 @@ class Objective(abc.ABC):
     @staticmethod
     def texts(split: Dataset) -> list[str]:
         """Returns the texts of a training split that the tokenizer is trained on."""
-        return [*split["source"], *split["target"]]
+        return [*split["source"][:], *split["target"][:]]
 
     @staticmethod
     def find_labels(split: Dataset) -> tuple[str, ...]:
@@ -132,8 +135,10 @@ class Objective(abc.ABC):
             ValueError: the split has no label, as when no token of a few short texts was hidden.
         """
         graph, params = nnx.split(model)
-        compiled = _compiled(graph, type(self))
-        sums = [compiled(params, batch) for _, batch in once(self.examples(split), size=batch_size)]
+        layout = Layout.of(params)
+        compiled = _compiled(graph, type(self), layout)
+        batches = once(self.examples(split), size=batch_size, multiple=layout.parts)
+        sums = [layout.waited(compiled(params, layout.split(batch))) for _, batch in batches]
         labels = float(sum(count for _, count in sums))
         if not labels:
             raise ValueError(f"the split of {len(split)} examples has no label to measure: give more examples")
@@ -166,5 +171,5 @@ def bits_per_character(loss: float, tokens: int, texts: Sequence[str]) -> float:
 
 
 @cache
-def _compiled(graph: nnx.GraphDef, objective: type[Objective]) -> Any:
-    return jax.jit(lambda params, batch: objective.loss(nnx.merge(graph, params), batch))
+def _compiled(graph: nnx.GraphDef, objective: type[Objective], layout: Layout) -> Any:
+    return jax.jit(lambda params, batch: objective.loss(layout.merged(graph, params), batch))

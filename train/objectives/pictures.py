@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 
 from seqattn import Coordinates
 from seqattn.models import Encoder, EncoderDecoder
 from train.data.batches import collate
 from train.data.tokenizer import Tokenizer
+from train.devices.layout import fetch
 from train.inference.translator import FAILED, Translator
 from train.reports.plots import attention_map
 
@@ -24,10 +24,11 @@ def draw_heads(model: Encoder, tokenizer: Tokenizer, texts: Sequence[str], folde
         ids = tokenizer.encode(shown)
         if not ids:
             continue
-        heads = model.attention(jnp.asarray([ids], jnp.int32), Coordinates.from_lengths([len(ids)], len(ids)))[0]
+        at = Coordinates.from_lengths([len(ids)], len(ids))
+        heads = fetch(model.attention(jnp.asarray([ids], jnp.int32), at))[0]
         folder.mkdir(parents=True, exist_ok=True)
         names = tokenizer.tokens(ids)
-        paths += attention_map(np.asarray(heads), names, names, folder / f"{number}-heads", title=shown)
+        paths += attention_map(heads, names, names, folder / f"{number}-heads", title=shown)
     return paths
 
 
@@ -73,7 +74,7 @@ def _draw(
     memory = model.encode(jnp.asarray(batch["source"]), Coordinates.from_lengths([len(ids)], len(ids)))
     inputs = jnp.asarray(batch["target"][:, :-1])
     weights = model.alignment(inputs, Coordinates.from_lengths([inputs.shape[1]], inputs.shape[1]), memory)
-    heads = np.asarray(weights[0])
+    heads = fetch(weights)[0]
     if not len(heads):
         return []
     path_stem.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from seqattn.decoding import generate
 from seqattn.models import Captioner, CaptionerConfig
 from train.data.batches import Batch, Example, collate, once
 from train.data.tokenizer import Tokenizer
+from train.devices.layout import TABLES, Layout, fetch
 from train.inference.translator import FAILED
 from train.objectives.objective import Arrays, Objective, Scores, Sums
 from train.reports.overlay import attention_over_image
@@ -36,12 +37,12 @@ class Reading(Objective):
     @staticmethod
     def texts(split: Dataset) -> list[str]:
         """Returns the targets."""
-        return list(split["target"])
+        return split["target"][:]
 
     def examples(self, split: Dataset) -> list[Example]:
         """Returns pairs of a picture, uint8 `[height, width]`, and target ids between start and end token."""
         start, end = self.tokenizer.start_id, self.tokenizer.end_id
-        targets = self.tokenizer.encode_batch(list(split["target"]))
+        targets = self.tokenizer.encode_batch(split["target"][:])
         return [(render(recipe), [start, *ids, end]) for recipe, ids in zip(split["source"], targets, strict=True)]
 
     @staticmethod
@@ -58,7 +59,7 @@ class Reading(Objective):
 
     def evaluate(self, model: Captioner, split: Dataset, *, batch_size: int = 64) -> Scores:
         """Measures `loss`, and of greedy outputs `exact_match` (0 to 1) and `cer`, the character error rate."""
-        references = list(split["target"])
+        references = split["target"][:]
         outputs = self._read(model, self.examples(split), batch_size)
         matches = sum(output == reference for output, reference in zip(outputs, references, strict=True))
         numbers = {
@@ -85,15 +86,17 @@ class Reading(Objective):
         """Returns the greedy output for the picture of each example, in order."""
         tokenizer = self.tokenizer
         graph, params = nnx.split(model)
-        read = _compiled(graph, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id)
+        layout = Layout.of(params)
+        read = _compiled(graph, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id, layout)
         # No letter is narrower than two pixels, and one token is needed for the end.
         room = np.asarray(rows[0][0]).shape[1] // 2 + 1
         limit = model.room(len(rows[0][0]))
         room = room if limit is None else min(room, limit)
         outputs: dict[int, str] = {}
-        for chosen, batch in once(rows, size=batch_size):
-            found = read(params, batch["source"], batch["source_length"], max_length=room)
-            for index, tokens, length, failed in zip(chosen, *map(np.asarray, found), strict=False):
+        for chosen, batch in once(rows, size=batch_size, multiple=layout.parts):
+            pictures = layout.split((batch["source"], batch["source_length"]))
+            found = fetch(read(params, *pictures, max_length=room))
+            for index, tokens, length, failed in zip(chosen, *found, strict=False):
                 outputs[index] = FAILED if failed else tokenizer.decode(tokens[:length].tolist())
         return [outputs[index] for index in range(len(rows))]
 
@@ -131,14 +134,14 @@ def _encode(model: Captioner, source: jax.Array | np.ndarray, length: jax.Array 
 
 
 @cache
-def _compiled(graph: nnx.GraphDef, start_id: int, end_id: int, pad_id: int) -> Any:
+def _compiled(graph: nnx.GraphDef, start_id: int, end_id: int, pad_id: int, layout: Layout) -> Any:
     """Returns one compiled function for all models of a structure.
 
     It returns tokens `[B, L]`, their number `[B]`, and whether decoding failed `[B]`.
     """
 
     def read(params: nnx.State, source: jax.Array, length: jax.Array, *, max_length: int) -> tuple[jax.Array, ...]:
-        model = nnx.merge(graph, params)
+        model = layout.merged(graph, params, TABLES)
         state = model.start(_encode(model, source, length), max_length)
         first = jnp.full(len(source), start_id, jnp.int32)
         found = generate(model.step, state, first, max_length=max_length, end_token=end_id, pad_token=pad_id)
@@ -154,10 +157,10 @@ def _draw(model: Captioner, tokenizer: Tokenizer, image: np.ndarray, output: str
     batch = collate([(image, target[: None if room is None else room + 1])])
     inputs = jnp.asarray(batch["target"][:, :-1])
     at = Coordinates.from_lengths([inputs.shape[1]], inputs.shape[1])
-    heads = model.alignment(inputs, at, _encode(model, batch["source"], batch["source_length"]))[0]
+    heads = fetch(model.alignment(inputs, at, _encode(model, batch["source"], batch["source_length"])))[0]
     if not len(heads):
         return []
-    weights = np.asarray(heads, np.float64).mean(axis=0).reshape(-1, *model.grid(*image.shape[:2]))
+    weights = heads.astype(np.float64).mean(axis=0).reshape(-1, *model.grid(*image.shape[:2]))
     path_stem.parent.mkdir(parents=True, exist_ok=True)
     labels = tokenizer.tokens(target[1 : len(weights) + 1])
     return [*attention_over_image(image, weights, labels, path_stem, title=f"read: {output}")]

@@ -45,6 +45,7 @@ class SequenceToSequence(Objective):
     models = (TransformerConfig, Seq2SeqConfig, LanguageModelConfig, RecurrentLanguageModelConfig)
     given = ("source", "target")
     searches = True
+    by_coordinates = True
 
     def __init__(self, tokenizer: Tokenizer, *, bleu: bool = False, rouge: bool = False, beam_size: int = 1) -> None:
         super().__init__(tokenizer)
@@ -83,11 +84,11 @@ class SequenceToSequence(Objective):
         tokens) and `rouge_l` from 0 to 100, with the words of `rouge.words`. If the references are English, there are
         also `rouge_l_english` and `rouge_l_english_stemmed`, which can be compared with published values.
         """
-        references = list(split["target"])
+        references = split["target"][:]
         # ROUGE compares single lines. The limit also ends outputs of models that do not learn to stop.
         longest = _LINE if self._rouge else None
         options: dict[str, Any] = {"batch_size": batch_size, "search": self._search, "max_length": longest}
-        outputs = Translator(model, self.tokenizer, **options)(list(split["source"]))
+        outputs = Translator(model, self.tokenizer, **options)(split["source"][:])
         matches = sum(output == reference for output, reference in zip(outputs, references, strict=True))
         loss = self.mean_loss(model, split, batch_size=batch_size)
         numbers, signatures = {"loss": loss, "exact_match": matches / len(references)}, {}

@@ -22,6 +22,7 @@ class Progress:
 
     Args:
         total: number of steps in the whole run.
+        what: what is counted, as the first word of a plain line.
         initial_step: number of steps done before this session.
         seconds: minimum time between two plain lines, in seconds.
         stream: the output stream, by default standard output. Characters outside its encoding are escaped from now on.
@@ -32,12 +33,13 @@ class Progress:
         self,
         total: int,
         *,
+        what: str = "step",
         initial_step: int = 0,
         seconds: float = 10.0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._total, self._seconds, self._clock = total, seconds, clock
+        self._total, self._what, self._seconds, self._clock = total, what, seconds, clock
         self._stream = sys.stdout if stream is None else stream
         if isinstance(self._stream, io.TextIOWrapper):
             self._stream.reconfigure(errors="backslashreplace")
@@ -61,7 +63,7 @@ class Progress:
         if not self._is_bar and (now - self._printed >= self._seconds or step == self._total):
             self._printed = now
             eta = f"ETA {_duration(self._bar.tasks[0].time_remaining)}"
-            self.print("  ".join(filter(None, [f"step {step}/{self._total}", text, eta])))
+            self.print("  ".join(filter(None, [f"{self._what} {step}/{self._total}", text, eta])))
 
     def print(self, text: str) -> None:
         """Prints lines, above the bar if there is one."""

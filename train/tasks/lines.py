@@ -4,6 +4,8 @@ import gzip
 import zlib
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from train.tasks.task import Pair
@@ -20,22 +22,35 @@ _NO_TEXT = (
 """First bytes of files that are not UTF-8, each with the error message."""
 
 
-def read_pairs(source: Path, target: Path) -> list[Pair]:
-    """Reads two parallel files as a list of (source line, target line).
+@dataclass(frozen=True)
+class ParallelLines:
+    """The pairs (source line, target line) of two parallel files, which are read anew by each iteration.
 
     Raises:
         ValueError: as `read_lines`; or one file has more lines than the other, and the message names both counts and
             the first line without a partner.
+
+    Attributes:
+        source: the file in the source language.
+        target: the file in the target language.
     """
-    sources, targets = list(read_lines(source)), list(read_lines(target))
-    if len(sources) != len(targets):
-        first = min(len(sources), len(targets))
-        path, line = (source, sources[first]) if len(sources) > first else (target, targets[first])
-        raise ValueError(
-            f"{source} has {len(sources)} lines and {target} has {len(targets)}: "
-            f"{path}:{first + 1} has no partner: {line[:60]!r}"
-        )
-    return list(zip(sources, targets, strict=True))
+
+    source: Path
+    target: Path
+
+    def __iter__(self) -> Iterator[Pair]:
+        sources, targets = read_lines(self.source), read_lines(self.target)
+        for number, (source, target) in enumerate(zip_longest(sources, targets), start=1):
+            if source is None or target is None:
+                # One file has ended. The message also has the number of lines of the other one.
+                longer, lines = (self.target, targets) if source is None else (self.source, sources)
+                more, less = number + sum(1 for _ in lines), number - 1
+                counts = (less, more) if source is None else (more, less)
+                raise ValueError(
+                    f"{self.source} has {counts[0]} lines and {self.target} has {counts[1]}: "
+                    f"{longer}:{number} has no partner: {(source or target or '')[:60]!r}"
+                )
+            yield source, target
 
 
 def read_lines(path: Path) -> Iterator[str]:

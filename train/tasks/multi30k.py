@@ -7,7 +7,7 @@ from typing import Literal
 
 from datasets import Dataset
 
-from train.tasks.lines import read_pairs
+from train.tasks.lines import ParallelLines
 from train.tasks.translation import HubTranslation, TranslationTask
 
 _FILES = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
@@ -49,7 +49,7 @@ class Multi30k(TranslationTask):
         if not self.data.is_dir():
             raise FileNotFoundError(f"--task.data: there is no folder {self.data}")
         found = {
-            split: read_pairs(*(_file(self.data, f"{name}.{language}") for language in (self.source, target)))
+            split: ParallelLines(*(_file(self.data, f"{name}.{language}") for language in (self.source, target)))
             for split, name in _FILES.items()
         }
         return self.choose(found)

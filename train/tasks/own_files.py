@@ -57,6 +57,10 @@ class OwnFiles(Task):
         given = [split for split in ("validation", "test") if getattr(self, split) is not None]
         check_held_out(self, {split: f"--task.{split}" for split in given}, "share")
 
+    def files(self) -> tuple[Path, ...]:
+        """Returns the files of all splits; raises as `found` if there is none."""
+        return tuple(file for split, path in self._paths().items() for file in _files(path, f"--task.{split}"))
+
     def found(self, read: Callable[[Path], Iterable[Pair]]) -> dict[str, list[Pair]]:
         """Reads the files of each split that has some.
 
@@ -71,13 +75,9 @@ class OwnFiles(Task):
                 a file nor a folder, such as a link to a folder or a broken link. Also what `read` raises.
             FileNotFoundError: a file or folder does not exist.
         """
-        if self.train is None:
-            raise ValueError("set --task.train to a file or folder; --task.validation and --task.test are optional")
-        paths = {"train": self.train, "validation": self.validation, "test": self.test}
         return {
             split: [pair for file in _files(path, f"--task.{split}") for pair in read(file)]
-            for split, path in paths.items()
-            if path is not None
+            for split, path in self._paths().items()
         }
 
     def divide(self, found: Mapping[str, Sequence[Pair]]) -> dict[str, list[Pair]]:
@@ -114,6 +114,13 @@ class OwnFiles(Task):
             cure = self._how_to_fill([split for split in empty if split not in found])
             raise ValueError(f"nothing to use for {' and '.join(empty)} ({'; '.join(counts.values())}){cure}")
         return {split: list(kept.values()) for split, kept in chosen.items()}
+
+    def _paths(self) -> dict[str, Path]:
+        """The file or folder of each split that has one."""
+        if self.train is None:
+            raise ValueError("set --task.train to a file or folder; --task.validation and --task.test are optional")
+        paths = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {split: path for split, path in paths.items() if path is not None}
 
     def _how_to_fill(self, drawn: Sequence[str]) -> str:
         """Returns advice for the error message if no text was held out for the splits `drawn`."""

@@ -7,12 +7,14 @@ import pkgutil
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 from datasets import Dataset
 
 from seqattn.checks import check_integer
+from train.data.texts import write_texts
 
 Pair = tuple[str, str]
 """One example: the source text and the target text."""
@@ -41,6 +43,21 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def load(self) -> dict[str, Dataset]:
         """Returns the splits "train", "validation" and "test", none empty, with the columns "source" and "target"."""
+
+    def files(self) -> tuple[Path, ...]:
+        """Returns the local files that, with the settings and the code of the task, decide all examples.
+
+        Training caches the examples of large files (see `train.engine.examples`). A task without files is not cached.
+        """
+        return ()
+
+    def write(self, folder: Path) -> None:
+        """Writes the splits of `load` to train.arrow, validation.arrow and test.arrow in a folder that exists.
+
+        A task that reads large files may override this, to hold few of their texts in memory at a time.
+        """
+        for split, rows in self.load().items():
+            write_texts(zip(rows["source"], rows["target"], strict=True), folder / f"{split}.arrow")
 
 
 def check_held_out(task: Task, given: Mapping[str, str], amount: str) -> None:
@@ -89,21 +106,26 @@ def splits(train: Sequence[Pair], validation: Sequence[Pair], test: Sequence[Pai
     >>> splits([("ab", "ba")], [("cd", "dc")], [("ef", "fe")])["test"][0]
     {'source': 'ef', 'target': 'fe'}
     """
-    if not (train and validation and test):
-        raise ValueError(
-            "every split needs an example: "
-            f"train has {len(train)}, validation has {len(validation)}, test has {len(test)}"
-        )
+    check_none_empty(len(train), len(validation), len(test))
     return {"train": _dataset(train), "validation": _dataset(validation), "test": _dataset(test)}
 
 
-def normalized(pairs: Iterable[Pair]) -> list[Pair]:
-    r"""Brings pairs to NFC, the form that tokenizers write; texts are compared, counted and split in this form only.
+def check_none_empty(train: int, validation: int, test: int) -> None:
+    """Raises ValueError if one of these numbers of examples is 0."""
+    if not (train and validation and test):
+        raise ValueError(
+            f"every split needs an example: train has {train}, validation has {validation}, test has {test}"
+        )
 
-    >>> normalized([("u\u0308ber", "over")])
+
+def normalized(pairs: Iterable[Pair]) -> Iterator[Pair]:
+    r"""Yields pairs in NFC, the form that tokenizers write; texts are compared, counted and split in this form only.
+
+    >>> list(normalized([("u\u0308ber", "over")]))
     [('über', 'over')]
     """
-    return [(unicodedata.normalize("NFC", source), unicodedata.normalize("NFC", target)) for source, target in pairs]
+    for source, target in pairs:
+        yield unicodedata.normalize("NFC", source), unicodedata.normalize("NFC", target)
 
 
 def _dataset(pairs: Sequence[Pair]) -> Dataset:

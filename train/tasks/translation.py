@@ -1,20 +1,24 @@
 """Translation: parallel text from local files or from the Hugging Face hub."""
 
+import hashlib
 import logging
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
 from numpy.random import Generator
 
-from train.tasks.lines import read_pairs
+from train.data.texts import write_texts
+from train.tasks.lines import ParallelLines
 from train.tasks.tables import Table, tables
-from train.tasks.task import Pair, Task, check_held_out, generator, normalized, splits
+from train.tasks.task import Pair, Task, check_held_out, check_none_empty, generator, normalized, splits
 
 log = logging.getLogger(__name__)
 
@@ -37,50 +41,103 @@ class TranslationTask(Task):
     seed: int = 0
     """any integer; decides which examples are held out"""
 
-    def choose(self, found: Mapping[str, Sequence[Pair]]) -> dict[str, Dataset]:
+    def choose(self, found: Mapping[str, Iterable[Pair]]) -> dict[str, Dataset]:
         """Makes the splits from the pairs found for "train" and perhaps for "validation" and "test".
 
         Pairs with a blank side are skipped; so are training pairs that are too long. The counts are logged. A missing
         split is held out of training as distinct sources. All pairs with a held-out source leave training, even with
         another target. Characters are counted, and sources compared, in NFC.
 
+        Args:
+            found: the pairs of each split, which are iterated over two times.
+
         Raises:
             ValueError: too few pairs are left; the message has the counts.
         """
-        kept = {split: self._usable(split, normalized(pairs)) for split, pairs in found.items()}
-        random = generator(self.seed)
+        return splits(**{split: list(pairs) for split, pairs in self._chosen(found)})
+
+    def write_chosen(self, found: Mapping[str, Iterable[Pair]], folder: Path) -> None:
+        """Writes the splits of `choose` to a folder, as `Task.write`, without all pairs in memory."""
+        counts = {split: write_texts(pairs, folder / f"{split}.arrow") for split, pairs in self._chosen(found)}
+        check_none_empty(**counts)
+
+    def _chosen(self, found: Mapping[str, Iterable[Pair]]) -> Iterator[tuple[str, Iterable[Pair]]]:
+        """Yields the splits with their pairs. The pairs of a split must be taken before those of the next."""
+        sources = {split: self._sources(split, pairs) for split, pairs in found.items()}
+        random, left = generator(self.seed), sources["train"]
+        held_out: dict[str, dict[int, Pair | None]] = {}
         # The test first: a change of validation_examples then leaves the test as it is.
         for split, examples in (("test", self.test_examples), ("validation", self.validation_examples)):
-            if split not in kept:
-                kept[split], kept["train"] = _hold_out(split, examples, kept["train"], random)
-        return splits(**kept)
+            if split not in found:
+                chosen = _hold_out(split, examples, left, random)
+                left = left[~np.isin(left, chosen)]
+                held_out[split] = dict.fromkeys(chosen.tolist())
+        # Taking the training pairs fills the held-out splits.
+        yield "train", _without(self._usable("train", found["train"]), list(held_out.values()))
+        for split in ("validation", "test"):
+            pairs = held_out.get(split)
+            yield split, self._usable(split, found[split]) if pairs is None else filter(None, pairs.values())
 
-    def _usable(self, split: str, pairs: Sequence[Pair]) -> list[Pair]:
-        written = [pair for pair in pairs if all(text.strip() for text in pair)]
-        kept = [pair for pair in written if split != "train" or max(map(len, pair)) <= self.max_characters]
+    def _usable(self, split: str, pairs: Iterable[Pair]) -> Iterator[Pair]:
+        return (pair for pair in normalized(pairs) if self._is_written(pair) and not self._is_long(split, pair))
+
+    def _is_written(self, pair: Pair) -> bool:
+        return all(text.strip() for text in pair)
+
+    def _is_long(self, split: str, pair: Pair) -> bool:
+        return split == "train" and max(map(len, pair)) > self.max_characters
+
+    def _sources(self, split: str, pairs: Iterable[Pair]) -> np.ndarray:
+        """Returns a digest of the source of each usable pair, uint64 `[n]`, and logs how many pairs are left out."""
+        sources, total, blank = array("Q"), 0, 0
+        for pair in normalized(pairs):
+            total += 1
+            if not self._is_written(pair):
+                blank += 1
+            elif not self._is_long(split, pair):
+                sources.append(_digest(pair[0]))
         counts = (
-            f"{len(kept)} of {len(pairs)} pairs kept, {len(pairs) - len(written)} have a blank side, "
-            f"{len(written) - len(kept)} are longer than max_characters ({self.max_characters})"
+            f"{len(sources)} of {total} pairs kept, {blank} have a blank side, "
+            f"{total - blank - len(sources)} are longer than max_characters ({self.max_characters})"
         )
-        if not kept:
+        if not sources:
             raise ValueError(f"nothing to use for {split}: {counts}")
-        if len(kept) < len(pairs):
+        if len(sources) < total:
             log.warning("%s: %s", split, counts)
-        return kept
+        return np.frombuffer(sources, np.uint64)
 
 
-def _hold_out(split: str, examples: int, pairs: Sequence[Pair], random: Generator) -> tuple[list[Pair], list[Pair]]:
-    """Returns `examples` pairs of different sources, and the pairs without any of these sources."""
-    first_target = dict(reversed(pairs))  # reversed, as a dict keeps the last target of a source
-    sources = list(first_target)
-    if not 1 <= examples < len(sources):
+def _digest(text: str) -> int:
+    # 64 bits stand for a text: two of ten million texts share them with a probability of 3 in a million, and then leave
+    # training together.
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
+
+
+def _hold_out(split: str, examples: int, sources: np.ndarray, random: Generator) -> np.ndarray:
+    """Draws `examples` different sources; returns their digests in the order in which they were drawn."""
+    # In the order of their last occurrence, the latest first.
+    distinct, first = np.unique(sources[::-1], return_index=True)
+    distinct = distinct[np.argsort(first)]
+    if not 1 <= examples < len(distinct):
         raise ValueError(
-            f"{split}_examples ({examples}) must be at least 1 and fewer than the {len(sources)} different sources "
+            f"{split}_examples ({examples}) must be at least 1 and fewer than the {len(distinct)} different sources "
             "of the training text"
         )
-    chosen = [sources[number] for number in random.choice(len(sources), examples, replace=False)]
-    held_out = {source: first_target[source] for source in chosen}
-    return list(held_out.items()), [pair for pair in pairs if pair[0] not in held_out]
+    return distinct[random.choice(len(distinct), examples, replace=False)]
+
+
+def _without(pairs: Iterable[Pair], held_out: Sequence[dict[int, Pair | None]]) -> Iterator[Pair]:
+    """Yields the pairs whose source is not held out; puts the first pair of each other source into its split."""
+    if not held_out:
+        yield from pairs
+        return
+    for pair in pairs:
+        source = _digest(pair[0])
+        split = next((split for split in held_out if source in split), None)
+        if split is None:
+            yield pair
+        elif split[source] is None:
+            split[source] = pair
 
 
 @dataclass(frozen=True)
@@ -120,12 +177,22 @@ class ParallelFiles(TranslationTask):
             ValueError: a file is not given (the message names the flag), two files have different numbers of lines, a
                 line cannot be read, or too few pairs are left.
         """
-        found = {"train": read_pairs(self._path("source"), self._path("target"))}
-        if self.validation_source or self.validation_target:
-            found["validation"] = read_pairs(self._path("validation_source"), self._path("validation_target"))
-        if self.test_source or self.test_target:
-            found["test"] = read_pairs(self._path("test_source"), self._path("test_target"))
-        return self.choose(found)
+        return self.choose(self._found())
+
+    def files(self) -> tuple[Path, ...]:
+        """Returns the files of all splits; raises as `load` if one is missing."""
+        return tuple(file for lines in self._found().values() for file in (lines.source, lines.target))
+
+    def write(self, folder: Path) -> None:
+        """Writes the splits of `load`, as `Task.write`; few of the pairs are in memory at a time."""
+        self.write_chosen(self._found(), folder)
+
+    def _found(self) -> dict[str, ParallelLines]:
+        found = {"train": ParallelLines(self._path("source"), self._path("target"))}
+        for split in ("validation", "test"):
+            if getattr(self, f"{split}_source") or getattr(self, f"{split}_target"):
+                found[split] = ParallelLines(self._path(f"{split}_source"), self._path(f"{split}_target"))
+        return found
 
     def _path(self, field: str) -> Path:
         path: Path | None = getattr(self, field)

@@ -9,12 +9,13 @@ from typing import Literal, Protocol, TypeVar, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn.initializers import normal, variance_scaling
+from jax.nn.initializers import variance_scaling
 from jaxtyping import Array
 
 from seqattn.checks import check_number
 from seqattn.models.parameter_rules import rule_of
 from seqattn.nn import MemoryCompressedAttention
+from seqattn.nn.initializers import normal
 from train.update.parameters import matrices, paths
 
 Distribution = Literal["normal", "uniform"]
@@ -89,7 +90,7 @@ class Xavier:
 
     def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
         """Draws an array of this shape."""
-        return variance_scaling(self.gain**2, "fan_avg", self.distribution, batch_axis=stack)(key, shape)
+        return _scaled(key, shape, stack, self.gain**2, "fan_avg", self.distribution)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Kaiming:
 
     def draw(self, key: Array, shape: tuple[int, ...], stack: Sequence[int]) -> Array:
         """Draws an array of this shape."""
-        return variance_scaling(self.gain**2, self.mode, self.distribution, batch_axis=stack)(key, shape)
+        return _scaled(key, shape, stack, self.gain**2, self.mode, self.distribution)
 
 
 def redraw(model: Model, initializer: Initializer, *, seed: int) -> Model:
@@ -143,15 +144,16 @@ def redraw(model: Model, initializer: Initializer, *, seed: int) -> Model:
     graph, params, *others = nnx.split(model, nnx.Param, ...)
 
     def anew(value: Array, name: str, is_matrix: bool) -> Array:
-        # A layer that starts at zero is meant to have no effect at first, such as the noise of a gate.
-        if not is_matrix or not value.any():
+        if not is_matrix:
             return value
         # Without a known window every leading axis counts matrices, as for the weights of experts.
         stack, rows = stacks.get(name, range(value.ndim - 2)), _rows(name, value.ndim)
         shape = value.shape if rows is None else (*value.shape[:rows], *value.shape[rows + 1 :], value.shape[rows])
         # Drawn as [..., in, out], where initializers expect the fans; the axis of outputs moves back afterwards.
         matrix = initializer.draw(_key(seed, name), shape, stack)
-        return (matrix if rows is None else jnp.moveaxis(matrix, -1, rows)).astype(value.dtype)
+        matrix = (matrix if rows is None else jnp.moveaxis(matrix, -1, rows)).astype(value.dtype)
+        # A layer that starts at zero is meant to have no effect at first, such as the noise of a gate.
+        return jnp.where(value.any(), matrix, value)
 
     drawn = jax.tree.map(anew, params, paths(params), matrices(params))
     return nnx.merge(graph, drawn, *others)
@@ -180,6 +182,24 @@ def _rows(name: str, ndim: int) -> int | None:
 def _key(seed: int, path: str) -> Array:
     # A checksum, since Python's hash of a string differs from process to process.
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+
+
+def _scaled(
+    key: Array,
+    shape: tuple[int, ...],
+    stack: Sequence[int],
+    scale: float,
+    mode: Fan | Literal["fan_avg"],
+    distribution: Distribution,
+) -> Array:
+    """Draws with variance `scale` divided by a fan; see `Initializer.draw`."""
+    if distribution == "uniform":
+        return variance_scaling(scale, mode, distribution, batch_axis=stack)(key, shape)
+    # `variance_scaling` gives other bits under `jax.jit` here; see `seqattn.nn.initializers.normal`.
+    window = math.prod(size for axis, size in enumerate(shape[:-2]) if axis not in stack)
+    fans = {"fan_in": window * shape[-2], "fan_out": window * shape[-1]}
+    fan = sum(fans.values()) / 2 if mode == "fan_avg" else fans[mode]
+    return normal(math.sqrt(scale / fan))(key, shape)
 
 
 def _check_one_of(name: str, value: str, choices: object) -> None:

@@ -49,7 +49,7 @@ class TrainState:
 
 
 Update = Callable[..., tuple[TrainState, Metrics]]
-"""`update(state, batch, axis_name=None) -> (state, metrics)`."""
+"""`update(state, batch, axis_name=None, gathered=...) -> (state, metrics)`, see `make_update`."""
 
 
 Loss = Callable[..., tuple[jax.Array, jax.Array]]
@@ -66,6 +66,12 @@ class _Settings:
     compute_dtype: DTypeLike | None
     decay: float | None
     patience: int
+    prepare: Callable[[nnx.Module], nnx.Module]
+    gathered: Callable[[Any], Any]
+
+
+def _as_they_are(tree: Any) -> Any:
+    return tree
 
 
 def start(
@@ -87,6 +93,14 @@ def start(
     return graph, TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average=copy)
 
 
+def start_shapes(
+    model: nnx.Module, optimizer: optax.GradientTransformation, *, average: bool = False
+) -> tuple[nnx.GraphDef, TrainState]:
+    """`start` for a model of shapes, as from `nnx.eval_shape`: a state of `jax.ShapeDtypeStruct`, without arrays."""
+    graph, params = nnx.split(model, nnx.Param)
+    return graph, jax.eval_shape(lambda params: start(nnx.merge(graph, params), optimizer, average=average)[1], params)
+
+
 def make_update(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
@@ -98,6 +112,7 @@ def make_update(
     compute_dtype: DTypeLike | None = None,
     decay: float | None = None,
     patience: int = 10,
+    prepare: Callable[[nnx.Module], nnx.Module] = _as_they_are,
 ) -> Update:
     """Makes the function that computes one update from the gradient of the mean loss.
 
@@ -120,24 +135,30 @@ def make_update(
         decay: the upper limit of the decay of the moving average (Polyak 1992). After n updates the decay is
             `min(decay, (1 + n) / (10 + n))`. None if the state has no average.
         patience: the number of consecutive skipped updates after which every further update is skipped too.
+        prepare: changes the model before it computes, such as `Sharded.prepare`; parameters stay as they are.
 
     Returns:
-        A pure function `update(state, batch, axis_name=None) -> (state, metrics)`. With `axis_name`, losses and
-        gradients are summed over that axis of `jax.pmap`.
+        A pure function `update(state, batch, axis_name=None, gathered=...) -> (state, metrics)`. With `axis_name`,
+        losses and gradients are summed over that axis of `jax.pmap`. `gathered` is applied to the parameters, in the
+        dtype of the computation, where they are used; it is differentiated too.
 
     Raises:
         ValueError: by `update` at trace time, if the rows of the batch are not a multiple of `pieces`.
     """
-    settings = _Settings(seed, label_smoothing, pieces, compute_dtype, decay, patience)
+    settings = _Settings(seed, label_smoothing, pieces, compute_dtype, decay, patience, prepare, _as_they_are)
 
     def update(
-        state: TrainState, batch: dict[str, jax.Array], axis_name: str | None = None
+        state: TrainState,
+        batch: dict[str, jax.Array],
+        axis_name: str | None = None,
+        gathered: Callable[[Any], Any] = _as_they_are,
     ) -> tuple[TrainState, Metrics]:
         # The key follows from the step, not from a key in the state: a resumed run repeats the dropout of this step.
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         # Devices see different rows, so they must not share a dropout mask.
         key = key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        sums, gradients = _add_pieces(graph, loss, settings, state.params, batch, key)
+        told = dataclasses.replace(settings, gathered=gathered)
+        sums, gradients = _add_pieces(graph, loss, told, state.params, batch, key)
         # pmap differentiates each device's own sum, so the gradients are added here; inside shard_map with its default
         # check_vma=True the same line would count them once for each device.
         sums, gradients = (sums, gradients) if axis_name is None else jax.lax.psum((sums, gradients), axis_name)
@@ -198,7 +219,8 @@ def _sums_and_gradients(
 
     def total_loss(params: Any) -> tuple[jax.Array, dict[str, Any]]:
         # The cast is inside the differentiated function, so gradients have the dtype of the parameters.
-        model = nnx.merge(graph, _cast(params, settings.compute_dtype))
+        # Cast first: devices then send each other the narrower numbers.
+        model = settings.prepare(nnx.merge(graph, settings.gathered(_cast(params, settings.compute_dtype))))
         given = _cast(batch, settings.compute_dtype)
         options: dict[str, Any] = {"label_smoothing": settings.label_smoothing, "dropout_key": key}
         (total, count), found, measured = _told(loss, model, given, **options)

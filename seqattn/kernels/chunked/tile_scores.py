@@ -124,8 +124,15 @@ def dropped(plan: Plan, place: Place, x: Float[Array, "..."]) -> Float[Array, ".
     lane = at[0] * grid.lanes + lax.iota(jnp.int32, grid.lanes)
     head = lane[:, None] * grid.group + lax.iota(jnp.int32, grid.group)[None]
     query = at[1] * grid.queries + lax.iota(jnp.int32, grid.queries)
-    row = (head[:, :, None] * grid.length + query[None, None]).reshape(grid.lanes, 1, -1)
     column = (at[2] * grid.block + lax.iota(jnp.int32, grid.keys))[None, :, None]
+    if (origin := call.origin) is None:
+        row = head[:, :, None] * grid.length + query[None, None]
+    else:
+        # A device's share counts from where it begins in the whole call.
+        batch, head = lane[:, None] // grid.num_kv_heads, head % (grid.num_kv_heads * grid.group)
+        head = (batch + origin.batch) * origin.num_heads + head + origin.head
+        row, column = head[:, :, None] * origin.length + query[None, None] + origin.query, column + origin.key
+    row = row.reshape(grid.lanes, 1, -1)
     keep = kept(call.words, plan.dropout_rate, row.astype(jnp.uint32), column.astype(jnp.uint32))
     return jnp.where(keep, x / (1 - plan.dropout_rate), jnp.zeros_like(x))
 

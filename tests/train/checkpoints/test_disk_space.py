@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from train.checkpoints import disk_space
-from train.checkpoints.disk_space import check_space, estimate
+from train.checkpoints.disk_space import check_room, check_space, estimate
 from train.update.step import TrainState
 
 STATE = TrainState(
@@ -53,6 +53,17 @@ def test_d7_what_is_there_already_needs_no_room(tmp_path, free, caplog):
     caplog.clear()
     check_space(tmp_path, STATE, keep=1)  # one is always being written
     assert not caplog.records
+
+
+def test_d7_room_for_anything_else_is_checked_too(tmp_path, free, caplog):
+    folder = tmp_path / "new" / "cache"
+    free(5_000_000)
+    check_room(folder, 5_000_000, "the tokens", "buy a disk")
+    assert not caplog.records
+    check_room(folder, 5_000_001, "the tokens", "buy a disk")
+    assert f"{folder}: the tokens need about 5.0 MB, but the disk has only 5.0 MB free" in caplog.text
+    assert "free some space, or buy a disk" in caplog.text
+    assert not folder.parent.exists()
 
 
 def test_a_real_disk_is_asked(tmp_path, caplog):

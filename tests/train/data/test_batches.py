@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 
 from train.data import batches
-from train.data.batches import Batches, collate, group_by_length, iterate, once, stream
+from train.data.batches import Batches, collate, group_by_length, iterate, measure, once, stream
 
 ROWS = [([10 + index] * (1 + index % 7), [1, *[10 + index] * (1 + index % 5), 2]) for index in range(53)]
 CONFIG = Batches(tokens=64, max_length=16, buckets=3)
@@ -65,6 +65,11 @@ def test_evaluation_takes_fewer_long_texts_at_a_time(monkeypatch):
     assert {batch["source"].shape for _, batch in found} == {(4, 64), (2, 190)}
 
 
+def grouped(rows, count, tokens):
+    """The examples of each group."""
+    return [[rows[index] for index in group] for group in group_by_length(measure(rows), count, tokens)]
+
+
 def padded(groups):
     """Tokens of all examples, each as long as the longest of its group on either side."""
     return sum(len(group) * sum(max(len(row[side]) for row in group) for side in (0, 1)) for group in groups)
@@ -91,7 +96,7 @@ def test_groups_need_least_padding_of_all_that_fill_their_batches(count):
         parts = [(padded([rows[start:end]]), end) for end in ends if fills(rows[start:end])]
         return min((cost + (best(end, left - 1) if end < 31 else 0) for cost, end in parts), default=np.inf)
 
-    groups = group_by_length([rows[index] for index in random.permutation(31)], count, tokens)
+    groups = grouped([rows[index] for index in random.permutation(31)], count, tokens)
     assert 1 <= len(groups) <= count
     assert all(map(fills, groups))
     assert [size(row) for group in groups for row in group] == [size(row) for row in rows]
@@ -100,7 +105,7 @@ def test_groups_need_least_padding_of_all_that_fill_their_batches(count):
 
 def test_lengths_beyond_those_that_are_tried_are_still_grouped():
     rows = [([7] * length, [1, 2]) for length in [1] * 701 + list(range(1, 700))]
-    groups = group_by_length(rows, 5, 700)
+    groups = grouped(rows, 5, 700)
     assert [row for group in groups for row in group] == rows
     equal = [rows[start : start + 280] for start in range(0, 1400, 280)]
     assert padded(groups) < 0.9 * padded(equal)
@@ -108,7 +113,7 @@ def test_lengths_beyond_those_that_are_tried_are_still_grouped():
 
 def test_empty_examples_are_grouped_with_others_and_batched():
     rows = [([], []), ([], []), *ROWS[:20]]
-    assert sum(map(len, group_by_length(rows, 4, 30))) == 22
+    assert sum(map(len, grouped(rows, 4, 30))) == 22
     order = stream(Batches(tokens=30, max_length=16, buckets=4), rows, seed=0)
     assert all(order[step]["source_length"].sum() > 0 for step in range(20))
 
@@ -121,7 +126,7 @@ def test_batches_of_one_example():
 
 
 def test_c9_too_few_examples_to_fill_a_batch_are_one_group():
-    assert [len(group) for group in group_by_length(ROWS[:3], 2, 1000)] == [3]
+    assert [len(group) for group in grouped(ROWS[:3], 2, 1000)] == [3]
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -2,16 +2,18 @@
 
 import itertools
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from grain.experimental import FirstFitPackIterDataset
 
 from seqattn.models import LanguageModel, LanguageModelConfig, Transformer, TransformerConfig
 from seqattn.nn import BlockConfig
-from train.data.batches import Batches, collate, filled, iterate, stream
-from train.data.packing import capacities, pack
+from train.data import packing
+from train.data.batches import Batches, collate, filled, iterate, measure, stream
 from train.data.tokenizer import Characters, Tokenizer
 from train.objectives import SequenceToSequence
 
@@ -22,6 +24,14 @@ PAIRS = [
 ]
 TEXTS = [([], target) for _, target in PAIRS]
 CONFIG = Batches(tokens=90, max_length=17, packed=True)
+
+
+def capacities(rows, longest):
+    return packing.capacities(measure(rows), longest)
+
+
+def pack(rows, source, target, *, seed):
+    return packing.pack(rows, np.arange(len(rows)), measure(rows), source, target, seed=seed)
 
 
 def texts(row):
@@ -47,6 +57,26 @@ def test_every_example_is_in_one_row(pairs):
     assert all(row["source"].shape == (source,) and row["target"].shape == (target,) for row in rows)
     assert all(array.dtype == np.int32 for row in rows for array in row.values())
     assert len(rows) < len(pairs) / 2
+
+
+@pytest.mark.parametrize("pairs", [PAIRS * 41, TEXTS * 41, [([], [1])] * 5], ids=["pairs", "texts", "empty"])
+def test_rows_are_those_of_the_packer_of_grain(pairs):
+    source, target = capacities(pairs, 17)
+    room = {"source": source, "target": target, "label": target}
+    elements = [
+        {name: np.array(ids, np.int32) for name, ids in zip(room, (source, ids[:-1], ids[1:]), strict=True)}
+        for source, ids in pairs
+    ]
+    shuffled = grain.MapDataset.source(elements).seed(7).shuffle().to_iter_dataset(grain.ReadOptions(num_threads=0))
+    packer = FirstFitPackIterDataset(shuffled, length_struct=room, num_packing_bins=64, shuffle_bins=False)
+    theirs, ours = list(packer), pack(pairs, source, target, seed=7)
+    assert len(ours) == len(theirs) > (len(pairs) > 1000) * 128  # rows are closed more than once
+    for row, other in zip(ours, theirs, strict=True):
+        for side in ("source", "target"):
+            np.testing.assert_array_equal(row[side], other[side])
+            np.testing.assert_array_equal(row[f"{side}_segment"], other[f"{side}_segment_ids"])
+            np.testing.assert_array_equal(row[f"{side}_position"], other[f"{side}_positions"])
+        np.testing.assert_array_equal(row["label"], other["label"])
 
 
 def test_the_seed_decides_which_examples_meet():

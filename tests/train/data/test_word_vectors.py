@@ -4,13 +4,14 @@ import gzip
 import logging
 import unicodedata
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from seqattn.nn import TokenEmbedding
-from train.data.word_vectors import load_table, put_vectors
+from train.data.word_vectors import as_rows, load_table
 
 GLOVE = "the 0.5 -1 2e-3\nchat 1 2 3\n. . 4 5 6\n"
 TOKENS = ["[PAD]", "chat", ". .", "dog", "the"]
@@ -102,7 +103,9 @@ def test_vectors_without_values_are_refused(written):
 def test_the_model_sees_the_vectors_of_the_file(written, dtype, tolerance):
     embedding = TokenEmbedding(5, 3, param_dtype=dtype, rngs=nnx.Rngs(0))
     before = np.asarray(embedding(jnp.arange(5)))
-    put_vectors(embedding, *load_table(written(GLOVE), TOKENS, 3))
+    table = embedding.table[...]
+    rows, found = as_rows(*load_table(written(GLOVE), TOKENS, 3), table)
+    embedding.table[...] = jnp.where(found[:, None], rows, table)
     seen = embedding(jnp.arange(5))
     assert seen.dtype == dtype
     expected = np.where(np.array(FOUND)[:, None], TABLE, before.astype(np.float32))
@@ -110,6 +113,6 @@ def test_the_model_sees_the_vectors_of_the_file(written, dtype, tolerance):
 
 
 def test_vectors_that_do_not_fit_are_refused():
-    embedding = TokenEmbedding(5, 3, rngs=nnx.Rngs(0))
+    like = jax.ShapeDtypeStruct((5, 3), jnp.float32)
     with pytest.raises(ValueError, match=r"vectors \[5, 2\] and found \[5\] must fit the model's table \[5, 3\]"):
-        put_vectors(embedding, np.zeros((5, 2), np.float32), np.zeros(5, bool))
+        as_rows(np.zeros((5, 2), np.float32), np.zeros(5, bool), like)

@@ -243,6 +243,7 @@ def test_training_uses_every_setting(finished, tiny, monkeypatch, tmp_path):
         "compute_dtype": "bfloat16",
         "decay": 0.9,
         "patience": 7,
+        "prepare": tiny.parallel.prepare,
     }
     assert seen["stream"] == {"seed": 3, "multiple": 2 * jax.local_device_count(), "lengths": 1, "part": (0, 1)}
     rows = [row for row in read_metrics(finished / "metrics.jsonl") if row["kind"] == "train"]

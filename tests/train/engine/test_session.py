@@ -22,7 +22,7 @@ def session(tmp_path):
         for step in (2, 9, 11):
             checkpoints.save(state(step), {})
         placed = types.SimpleNamespace(place=lambda state: state)
-        others = dict.fromkeys(("experiment", "objective", "splits", "batches", "texts", "graph"))
+        others = dict.fromkeys(("experiment", "objective", "splits", "training_examples", "batches", "texts", "graph"))
         yield Session(**others, placed=placed, state=state(11), checkpoints=checkpoints, changed=False)
 
 

@@ -3,8 +3,10 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -12,15 +14,21 @@ from seqattn.models import CaptionerConfig, Patches, Seq2SeqConfig, TransformerC
 from seqattn.nn import BlockConfig
 from train.checkpoints import run
 from train.data.tokenizer import ByteLevelBPE, Characters, Tokenizer
-from train.engine import loop
-from train.engine.start import fresh
-from train.update.initializers import Uniform, redraw
+from train.devices.parallel import Sharded
+from train.engine import loop, start
+from train.update import step
+from train.update.initializers import Uniform, Xavier, redraw
+from train.update.parameters import paths
 
 
 def flat(model):
     """The parameters by path."""
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
     return {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in state}
+
+
+def fresh(experiment, tokenizer):
+    return start.fresh(experiment, start.given(experiment, tokenizer))
 
 
 def resolved(experiment, tokenizer, labels=("a", "b")):
@@ -139,6 +147,54 @@ def test_vectors_stay_when_the_rest_is_drawn_anew(plain, tmp_path):
     (index,) = tokenizer.encode("a")
     np.testing.assert_allclose(table[index], 2 / math.sqrt(dim), rtol=1e-6)
     assert np.abs(np.delete(table, index, axis=0)).max() <= 0.01
+
+
+WEIGHTS = [Xavier("normal"), None]
+
+
+@pytest.mark.parametrize("initializer", WEIGHTS, ids=["xavier", "default"])
+def test_e5_a_mesh_draws_the_bits_of_one_device_in_parts(initializer, plain, tmp_path):
+    experiment, tokenizer = plain
+    cells = Seq2SeqConfig(tokenizer.vocab_size, embedding_dim=16, hidden_dim=16)
+    block = dataclasses.replace(experiment.model.block, model_dim=16, hidden_dim=64, num_heads=2)
+    model = cells if initializer is None else dataclasses.replace(experiment.model, vocab_size=128, block=block)
+    (tmp_path / "vectors.txt").write_text("c" + " 1.5" * 16)
+    vectors = tmp_path / "vectors.txt" if model is cells else None
+    experiment = dataclasses.replace(experiment, model=model, initializer=initializer, word_vectors=vectors)
+    given = start.given(experiment, tokenizer)
+    assert bool(given) == (model is cells)
+
+    def make(given):
+        return step.start(start.fresh(experiment, given), optax.adam(0.1), average=True)[1]
+
+    programs, jit = [], jax.jit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.devices.parallel.jax.jit", lambda *args, **options: Kept(jit(*args, **options), programs))
+        state = Sharded(fsdp=4, tensor=2).spread(None).draw(make, given)
+    alone = make(given)
+    for path, value, other in zip(*map(jax.tree.leaves, (paths(alone), alone, state)), strict=True):
+        assert np.asarray(value).tobytes() == np.asarray(other).tobytes(), path
+    assert {len(leaf.devices()) for leaf in jax.tree.leaves(state)} == {8}
+    # Random bits are as large as what they become, so parts of two copies of the model are in memory at once.
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(alone.params)]
+    held = sum(shard.nbytes for shard in (leaf.addressable_data(0) for leaf in jax.tree.leaves(state)))
+    (memory,) = programs
+    assert memory.output_size_in_bytes <= held + 1024
+    if model is not cells:  # the kernels of cells are not split by `tensor`, and orthogonal ones are drawn whole
+        assert held < sum(leaf.nbytes for leaf in jax.tree.leaves(alone)) / 6
+        assert memory.temp_size_in_bytes <= 3 * sum(sizes) / 8 + max(sizes)
+
+
+class Kept:
+    """A jitted function that notes the memory of what it runs."""
+
+    def __init__(self, function, memories):
+        self.function, self.memories = function, memories
+
+    def __call__(self, *args):
+        compiled = self.function.lower(*args).compile()
+        self.memories.append(compiled.memory_analysis())
+        return compiled(*args)
 
 
 WRITER = TransformerConfig(0, 0, 1, BlockConfig(model_dim=8, hidden_dim=5, num_heads=2))

@@ -27,7 +27,7 @@ def refused(tiny, tmp_path, monkeypatch):
     """Expects that the tiny experiment with these settings is refused by these words, and nothing is done before."""
 
     def check(words, **settings):
-        monkeypatch.setattr("train.engine.session.make_update", lambda *_, **__: pytest.fail("an update was made"))
+        monkeypatch.setattr("train.engine.start.fresh", lambda *_: pytest.fail("a model was drawn"))
         with pytest.raises(ValueError, match=words):
             loop.train(dataclasses.replace(tiny, run=tmp_path / "new", **settings))
         assert not (tmp_path / "new").exists()

@@ -190,7 +190,9 @@ def test_an_output_is_given_as_soon_as_it_and_all_before_it_are_known():
 
 def test_batches_hold_texts_of_one_padded_length_and_the_earliest_come_first():
     lengths = [20, 3, 40, 16, 17, 1, 2, 31]  # 1: the end token alone
-    batches = list(module._batches([([5] * length, [0]) for length in lengths], rows=2, pad=module.padded_length))
+    batches = list(
+        module._batches([([5] * length, [0]) for length in lengths], rows=2, pad=module.padded_length, multiple=1)
+    )
     assert batches == [([0, 4], 32), ([1, 3], 16), ([2], 48), ([6], 16), ([7], 32)]
 
 

@@ -43,6 +43,10 @@ def test_plain_lines_show_metrics_until_they_are_given_anew():
     ]
 
 
+def test_plain_lines_say_what_is_counted():
+    assert plain_lines(7, [(0, 7, {})], what="tokenized") == ["tokenized 7/7  ETA 0:00:00"]
+
+
 def test_plain_lines_come_at_most_every_so_many_seconds_and_at_the_end():
     lines = plain_lines(9, [(1, step, {}) for step in range(1, 10)], seconds=3)
     assert [line.split()[1] for line in lines] == ["1/9", "4/9", "7/9", "9/9"]

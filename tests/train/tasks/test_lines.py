@@ -2,7 +2,7 @@ import gzip
 
 import pytest
 
-from train.tasks.lines import read_lines, read_pairs
+from train.tasks.lines import ParallelLines, read_lines
 
 
 @pytest.fixture
@@ -24,9 +24,9 @@ def test_plain_and_gzip_files_hold_the_same_lines(written):
 def test_c2_line_counts_differ_names_the_first_line(written):
     source, target = written("a\nb\nc\nd\n", "s"), written("A\nB\n", "t")
     with pytest.raises(ValueError, match=r"s has 4 lines and .*t has 2: .*s:3 has no partner: 'c'"):
-        read_pairs(source, target)
+        list(ParallelLines(source, target))
     with pytest.raises(ValueError, match=r"t has 2 lines and .*s has 4: .*s:3 has no partner: 'c'"):
-        read_pairs(target, source)
+        list(ParallelLines(target, source))
 
 
 def test_c3_only_a_newline_ends_a_line(written):

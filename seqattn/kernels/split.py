@@ -1,0 +1,390 @@
+"""A call split over a mesh: each device computes its own batch rows, heads and part of the sequence.
+
+The compiler cannot split a loop over tiles, nor a kernel written by hand: it would gather their operands on every
+device. So such kernels run inside `jax.shard_map`, on calls as small as a device's share.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from seqattn.coordinates import Coordinates
+from seqattn.kernels import ring
+from seqattn.kernels.call import Call, Kernel, Origin, Result
+from seqattn.mask import Mask, reads
+from seqattn.pytrees import pytree, static
+from seqattn.score_mod import ScoreMod
+
+Axes = str | tuple[str, ...] | None
+"""Names of mesh axes that split one dim together; None or () if it is whole."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The mesh axes over which a call of `attend` is split.
+
+    Each device then computes its own part, and no query, key or value is gathered along batch or heads.
+
+    - `batch` splits the batch rows (several batch dims count as one).
+    - `heads` splits the query heads and, if it divides their number, the key heads. Otherwise each device keeps all key
+      heads and uses those of its query heads, which the axis must divide evenly.
+    - `sequence` splits queries and keys. With as many queries as keys, blocks of keys travel from device to device
+      (`ring_attend`). Otherwise the shorter side is gathered.
+
+    Only coordinates tell where a token is, so a split sequence may be in any order, such as that of `zigzag`.
+
+    Attributes:
+        batch: axes of the batch.
+        heads: axes of the heads.
+        sequence: axes of the sequence.
+        mesh: the mesh. Defaults to that of `jax.set_mesh`.
+
+    >>> Split(batch=("data", "fsdp"), heads="tensor").heads
+    'tensor'
+    """
+
+    batch: Axes = None
+    heads: Axes = None
+    sequence: Axes = None
+    mesh: Mesh | AbstractMesh | None = None
+
+    @staticmethod
+    def of(query: Array) -> "Split | None":
+        """Returns the split that the type of the queries `[B, T, N, H]` states, over Explicit mesh axes, or None."""
+        sharding = jax.typeof(query).sharding
+        if not sharding.mesh.explicit_axes:
+            return None
+        batch, sequence, heads, _ = (*sharding.spec, *[None] * 4)[:4]
+        return Split(batch, heads, sequence, sharding.mesh) if any((batch, sequence, heads)) else None
+
+    def sizes(self) -> dict[str, int]:
+        """Returns the number of parts of the batch, the heads and the sequence.
+
+        Raises:
+            ValueError: there is no mesh, or it lacks an axis.
+        """
+        shape = self.resolved().shape
+        if missing := [name for name in self.axes() if name not in shape]:
+            raise ValueError(f"{self!r} names {missing[0]!r}, but the axes of the mesh are {tuple(shape)}")
+        parts = {name: _names(getattr(self, name)) for name in ("batch", "heads", "sequence")}
+        return {name: math.prod(shape[axis] for axis in axes) for name, axes in parts.items()}
+
+    def axes(self) -> tuple[str, ...]:
+        """Returns the names of all its axes.
+
+        Raises:
+            ValueError: two dims share an axis.
+        """
+        names = (*_names(self.batch), *_names(self.heads), *_names(self.sequence))
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{self!r} splits two dims over {twice[0]!r}")
+        return names
+
+    @property
+    def platform(self) -> str | None:
+        """The platform of the mesh, or None if it names no devices."""
+        if not isinstance(self.mesh, Mesh):
+            return None
+        name = self.mesh.devices.flat[0].platform
+        return "gpu" if name in ("cuda", "rocm") else name
+
+    def resolved(self) -> Mesh | AbstractMesh:
+        """Returns the mesh. Raises ValueError if there is none."""
+        mesh = jax.sharding.get_abstract_mesh() if self.mesh is None else self.mesh
+        if mesh.empty:
+            raise ValueError("a Split needs a mesh: give Split(mesh=...), or call jax.set_mesh first")
+        return mesh
+
+
+def spread(kernel: Kernel, call: Call, split: Split, *, typed: bool = True) -> Result:
+    """Runs a kernel on each device's share of a call.
+
+    Args:
+        kernel: the kernel.
+        call: the whole call.
+        split: the mesh axes.
+        typed: False for a kernel that does not state over which mesh axes its results vary. Gradients are then also
+            summed over axes that split nothing.
+
+    Raises:
+        ValueError: the split does not fit the mesh, or its axes do not divide batch or heads.
+    """
+    parts = _Parts.of(call, split)
+    if parts.whole:
+        return kernel(call)
+    mesh = split.resolved()
+    call = parts.indexed(call)
+    # Arrays become operands, each with the axes that split it. All else, such as coordinates known at trace time that
+    # no axis splits, stays known inside.
+    named, tree = jax.tree_util.tree_flatten_with_path(call)
+    leaves, specs = [x for _, x in named], [parts.spec(path[0].name, x) for path, x in named]
+    given = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array) or any(specs[i])]
+
+    def share(*arrays: Array) -> Result:
+        known = dict(zip(given, arrays, strict=True))
+        local = jax.tree.unflatten(tree, [known.get(i, x) for i, x in enumerate(leaves)])
+        return parts.compute(kernel, local)
+
+    options: dict[str, Any] = {"in_specs": tuple(specs[i] for i in given), "out_specs": parts.results()}
+    here = jax.shard_map(share, mesh=mesh, check_vma=typed, **options)
+
+    # Outside of `jax.jit` a NumPy operand lies on one device, and `reshard` would not move it to the mesh.
+    @jax.jit
+    def everywhere(*arrays: Array) -> Result:
+        return here(*(_placed(x, mesh, specs[i]) for i, x in zip(given, arrays, strict=True)))
+
+    return everywhere(*(leaves[i] for i in given))
+
+
+def check(call: Call, split: Split, *, rings: bool) -> None:
+    """Raises an error if a call cannot be spread.
+
+    Args:
+        call: the whole call. Shapes and dtypes suffice.
+        split: the mesh axes.
+        rings: whether the kernel may be replaced by the ring, which splits a sequence.
+
+    Raises:
+        ValueError: as `spread`.
+        NotImplementedError: the sequence is split and the kernel has no ring.
+    """
+    parts = _Parts.of(call, split)
+    if (parts.queries or parts.keys) and not rings:
+        raise NotImplementedError("only 'chunked' splits a sequence over devices, as a ring")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """How the dims of a call are split.
+
+    Attributes:
+        batch: the axes of the batch.
+        heads: the axes of the query heads.
+        kv_heads: the axes of the key heads, none if each device keeps all of them.
+        queries: the axes of the queries, none if they are gathered.
+        keys: the axes of the keys, none if they are gathered.
+        length: T of the whole call.
+        num_heads: N of the whole call.
+        group: N / K.
+    """
+
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+    kv_heads: tuple[str, ...]
+    queries: tuple[str, ...]
+    keys: tuple[str, ...]
+    length: int
+    num_heads: int
+    group: int
+
+    @staticmethod
+    def of(call: Call, split: Split) -> "_Parts":
+        """Checks the split against the sizes of a call."""
+        sizes = split.sizes()
+        (batch, length, num_heads, _), (_, size, num_kv_heads, _) = call.query.shape, call.key.shape
+        if batch % sizes["batch"]:
+            raise ValueError(f"the batch rows ({batch}) must be a multiple of {_told(split, 'batch')}")
+        group, heads = num_heads // num_kv_heads, sizes["heads"]
+        # A device's query heads must lie in whole groups, or within one group.
+        if num_heads % heads or (num_kv_heads % heads and group % (num_heads // heads)):
+            raise ValueError(
+                f"{_told(split, 'heads')} must divide num_kv_heads ({num_kv_heads}), or cut each group of {group} "
+                "query heads into equal parts"
+            )
+        queries, keys = _sequences(_names(split.sequence), sizes["sequence"], length, size)
+        return _Parts(
+            batch=_names(split.batch) if sizes["batch"] > 1 else (),
+            heads=_names(split.heads) if heads > 1 else (),
+            kv_heads=_names(split.heads) if heads > 1 and num_kv_heads % heads == 0 else (),
+            queries=queries,
+            keys=keys,
+            length=length,
+            num_heads=num_heads,
+            group=group,
+        )
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is split."""
+        return not any((self.batch, self.heads, self.queries, self.keys))
+
+    def indexed(self, call: Call) -> Call:
+        """Returns the call with coordinates in the form in which they are split."""
+        return dataclasses.replace(
+            call,
+            q_at=_rows_alike(call.q_at, self.queries),
+            kv_at=_rows_alike(call.kv_at, self.keys),
+        )
+
+    def spec(self, name: str, leaf: Any) -> P:
+        """Returns the mesh axes of a leaf of the call's field `name`."""
+        if name in ("query", "rows"):
+            return self._axes(self.batch, self.queries, self.heads)
+        if name in ("key", "value"):
+            return self._axes(self.batch, self.keys, self.kv_heads)
+        if name in ("q_at", "kv_at"):
+            return self._axes(self.batch if leaf.shape[0] > 1 else (), self.queries if name == "q_at" else self.keys)
+        if name in ("mask", "bias") and jnp.ndim(leaf) == 4:
+            # In a ring a device needs the columns of all keys, in the order of the devices.
+            dims = (self.batch, self.heads, self.queries, () if self.queries else self.keys)
+            return self._axes(*(axes if n > 1 else () for n, axes in zip(leaf.shape, dims, strict=True)))
+        # Arrays of masks and score modifications, the scale and the key of dropout are whole on each device.
+        return P()
+
+    @staticmethod
+    def _axes(*dims: tuple[str, ...]) -> P:
+        return P(*(axes or None for axes in dims))
+
+    def results(self) -> tuple[P, P]:
+        """Returns the mesh axes of the output and the log-sum-exp."""
+        each = self._axes(self.batch, self.queries, self.heads)
+        return each, each
+
+    def compute(self, kernel: Kernel, call: Call) -> Result:
+        """Computes a device's share, inside `jax.shard_map`."""
+        rows, own, heads, _ = call.query.shape
+        origin = Origin(
+            batch=_index(self.batch) * rows,
+            head=_index(self.heads) * heads,
+            query=_index(self.queries) * own,
+            key=_index(self.keys) * call.key.shape[1],
+            num_heads=self.num_heads,
+            length=self.length,
+        )
+        call = dataclasses.replace(call, origin=origin, mask=_shifted_mask(call, origin))
+        call = dataclasses.replace(call, score_mod=_shifted_mod(call, origin))
+        if self.heads and not self.kv_heads:
+            # The device's query heads lie in one group, which reads one key head.
+            head = origin.head // self.group
+            one = {name: lax.dynamic_slice_in_dim(getattr(call, name), head, 1, axis=2) for name in ("key", "value")}
+            call = dataclasses.replace(call, **one)
+        if self.queries and self.keys:
+            return ring.attend(call, self.keys)
+        output, lse = kernel(call)
+        return _merged(output, lse, self.keys) if self.keys else (output, lse)
+
+
+def _sequences(axes: tuple[str, ...], parts: int, length: int, size: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the axes that split the queries and the keys."""
+    if parts == 1:
+        return (), ()
+    # As many queries as keys: a ring, whose memory is that of one block.
+    if length == size:
+        return (axes, axes) if length % parts == 0 else ((), ())
+    # Otherwise the shorter side is gathered; a side that the axes do not divide cannot be split.
+    if size < length:
+        return (axes if length % parts == 0 else ()), ()
+    return (), (axes if size % parts == 0 else ())
+
+
+def _merged(output: Array, lse: Array, axes: tuple[str, ...]) -> Result:
+    """Merges the results of devices that hold different keys: softmaxes over parts, weighted by their totals."""
+    # The largest total is subtracted before exp. It cancels, so it needs no gradient.
+    peak = lax.pmax(lax.stop_gradient(lse), axes)
+    share = jnp.exp(lse - peak)
+    total = lax.psum(share, axes)
+    merged = lax.psum(output.astype(lse.dtype) * share[..., None], axes) / total[..., None]
+    # A row that no device can see has the lowest number everywhere, and adding log(n) to it changes nothing.
+    return merged.astype(output.dtype), peak + jnp.log(total)
+
+
+def _placed(x: Array, mesh: Mesh | AbstractMesh, spec: P) -> Array:
+    """Returns an array with the type that `jax.shard_map` requires over Explicit axes."""
+    return jax.sharding.reshard(x, NamedSharding(mesh, spec)) if mesh.explicit_axes else x
+
+
+def _rows_alike(at: Coordinates, split: tuple[str, ...]) -> Coordinates:
+    """Returns coordinates of one row where all rows are known to be alike, so that they stay known at trace time."""
+
+    def field(x: Any) -> Any:
+        alike = isinstance(x, np.ndarray) and not split and (x == x[:1]).all()
+        return x[:1] if alike else x
+
+    return jax.tree.map(field, at)
+
+
+def _index(axes: tuple[str, ...]) -> Array | np.int32:
+    """Returns the index of a device among the parts of a dim."""
+    return lax.axis_index(axes) if axes else np.int32(0)
+
+
+def _names(axes: Axes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def _told(split: Split, name: str) -> str:
+    """Names the axes of a dim with their sizes."""
+    shape = split.resolved().shape
+    return " x ".join(f"{axis} ({shape[axis]})" for axis in _names(getattr(split, name)))
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class _ShiftedMask(Mask):
+    """A mask that reads the indices of the whole call, on a device that counts its own rows and heads from 0."""
+
+    inner: Mask
+    batch: Any
+    head: Any
+
+    def __call__(self, query: Coordinates, key: Coordinates) -> Array:
+        return self.inner(_shifted(query, self.batch, self.head), key)
+
+    def reach(self, query: Any, key: Any) -> Any:
+        """Returns the reach of the mask, which does not depend on these indices."""
+        return self.inner.reach(query, key)
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class _ShiftedMod(ScoreMod):
+    """A score modification that reads the indices of the whole call, likewise."""
+
+    inner: ScoreMod
+    batch: Any
+    head: Any
+    size: int = static()
+
+    def __call__(
+        self, score: Array, query: Coordinates, key: Coordinates, head: Array | int, row: Array | None = None
+    ) -> Array:
+        return self.inner(score, _shifted(query, self.batch, self.head), key, head + self.head, row)
+
+    @property
+    def row_size(self) -> int:
+        """The number of features of a row."""
+        return self.size
+
+    @property
+    def uses_coordinates(self) -> bool:
+        """Whether it reads coordinates."""
+        return self.inner.uses_coordinates
+
+
+def _shifted(query: Coordinates, batch: Any, head: Any) -> Coordinates:
+    """Returns a query with its indices in the whole call."""
+    own: tuple[Any, Any] = (query.batch, query.head)
+    row, head = (None if x is None else x + by for x, by in zip(own, (batch, head), strict=True))
+    return dataclasses.replace(query, batch=row, head=head)
+
+
+def _shifted_mask(call: Call, origin: Origin) -> Any:
+    """Returns the mask of a device's share of a call."""
+    if not isinstance(call.mask, Mask):
+        return call.mask
+    read = reads(call.mask, call.q_at, call.kv_at)
+    return _ShiftedMask(call.mask, origin.batch, origin.head) if read.batch or read.head else call.mask
+
+
+def _shifted_mod(call: Call, origin: Origin) -> Any:
+    """Returns the score modification of a device's share of a call."""
+    mod = call.score_mod
+    return None if mod is None else _ShiftedMod(mod, origin.batch, origin.head, mod.row_size)

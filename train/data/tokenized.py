@@ -1,0 +1,218 @@
+"""Token ids of a training split in Arrow files, written once and memory-mapped afterwards.
+
+Each file, a shard, has the ids of 100,000 examples. Several processes may write shards of the same folder side by side,
+and an interrupted process goes on at the first missing shard.
+"""
+
+import hashlib
+import logging
+import mmap
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+
+from train.checkpoints.disk_space import check_room
+from train.data.cache_folder import CacheFolder
+
+log = logging.getLogger(__name__)
+
+Ids = tuple[np.ndarray, np.ndarray]
+"""Source and target ids of an example, int32."""
+
+SHARD = 100_000
+"""Number of examples of each shard but the last."""
+_NAME = re.compile(r"(\d{5})-([0-9a-f]{16})\.arrow")
+"""The name of a shard: its number, and the start of the SHA-256 of its content."""
+_TOGETHER = 10_000
+"""Number of examples that are tokenized at a time."""
+_KEPT = 1_000
+"""Number of examples that are read before the pages of all shards are given back: some 100 MB, as the system maps 16
+pages around each page that is read."""
+
+
+class Tokenized(Sequence[Ids]):
+    """The examples of memory-mapped shards.
+
+    The system reads pages of tokens when they are needed. After every 1,000 examples the pages are given back, so that
+    those that were read do not pile up in the memory of the process; they stay in the page cache.
+
+    Args:
+        files: the shards, in order.
+        shard: number of examples of each shard but the last.
+    """
+
+    def __init__(self, files: Sequence[Path], shard: int) -> None:
+        self._shard, self._reads = shard, 0
+        self._maps = [_map(file) for file in files]
+        self._sides = [_sides(mapped) for mapped in self._maps]
+        self._count = sum(len(starts) - 1 for (starts, _), _ in self._sides)
+
+    def measure(self) -> np.ndarray:
+        """Returns the number of source and target tokens of each example, int32 `[n, 2]`, without reading tokens."""
+        found = np.empty((self._count, 2), np.int32)
+        first = 0
+        for sides in self._sides:
+            last = first + len(sides[0][0]) - 1
+            for side, (starts, _) in enumerate(sides):
+                np.subtract(starts[1:], starts[:-1], out=found[first:last, side])
+            first = last
+        self._give_back()
+        return found
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Ids: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Ids]: ...
+    def __getitem__(self, index: int | slice) -> Ids | list[Ids]:
+        """Reads an example, or several."""
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        shard, row = divmod(range(len(self))[index], self._shard)
+        source, target = (ids[starts[row] : starts[row + 1]].astype(np.int32) for starts, ids in self._sides[shard])
+        self._reads += 1
+        if self._reads % _KEPT == 0:
+            self._give_back()
+        return source, target
+
+    def _give_back(self) -> None:
+        # Another thread that reads meanwhile only faults its page in again.
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split to tokenize.
+
+    Attributes:
+        examples: number of examples.
+        encode: returns the ids of the examples from a first one up to, and without, a last one.
+        vocab_size: number of different ids. Up to 65,536 of them need two bytes each.
+        shard: number of examples of each shard but the last.
+    """
+
+    examples: int
+    encode: Callable[[int, int], Sequence[tuple[Any, Any]]]
+    vocab_size: int
+    shard: int
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of stored ids."""
+        return np.uint16 if self.vocab_size <= 2**16 else np.int32
+
+
+def read(folder: CacheFolder, shard: int) -> Tokenized:
+    """Maps the shards of a folder that is whole; `shard` is that of the `Split`."""
+    return Tokenized([file for _, file in sorted(_shards(folder).items())], shard)
+
+
+def write(folder: CacheFolder, split: Split, show: Callable[[int], None] = lambda done: None) -> None:
+    """Tokenizes a split into the shards of a folder, together with other processes that do the same.
+
+    Shards that are there already are kept if their digest is right. A shard belongs to the process that holds its lock.
+    If that process dies, another one takes the shard over.
+
+    Args:
+        folder: the folder, which has begun.
+        split: the split.
+        show: called with the number of examples that are done.
+
+    Raises:
+        OSError: a shard cannot be written, such as on a full disk. Shards that are whole stay.
+    """
+    _drop_damaged(folder)
+    numbers = range(-(-split.examples // split.shard))
+    checked = False
+    while missing := [number for number in numbers if number not in _shards(folder)]:
+        if not checked:
+            _check_room(folder, split, len(missing) * split.shard)
+            checked = True
+        for number in missing:
+            with folder.claim(f"{number:05}", wait=False) as mine:
+                if mine and number not in _shards(folder):
+                    _write_shard(folder, split, number, show)
+        left = [number for number in missing if number not in _shards(folder)]
+        if left:  # other processes are writing them; the first one is done, or its process is dead, when it is released
+            with folder.claim(f"{left[0]:05}"):
+                pass
+    show(split.examples)
+
+
+def _write_shard(folder: CacheFolder, split: Split, number: int, show: Callable[[int], None]) -> None:
+    first = number * split.shard
+    last = min(first + split.shard, split.examples)
+    before = len(_shards(folder)) * split.shard
+    columns: dict[str, list[np.ndarray]] = {"source": [], "target": []}
+    lengths: dict[str, list[int]] = {"source": [], "target": []}
+    for start in range(first, last, _TOGETHER):
+        rows = split.encode(start, min(start + _TOGETHER, last))
+        for side, several in zip(columns, zip(*rows, strict=True), strict=True):
+            # In as few bytes as possible at once: Python's numbers take twenty times the memory.
+            columns[side].append(np.concatenate([np.asarray(ids, split.dtype) for ids in several]))
+            lengths[side] += map(len, several)
+        show(min(before + start + len(rows) - first, split.examples))
+    lists = {
+        side: pa.ListArray.from_arrays(np.cumsum([0, *lengths[side]], dtype=np.int32), pa.array(np.concatenate(parts)))
+        for side, parts in columns.items()
+    }
+    fresh = folder.work / f"{number:05}.new"
+    try:
+        table = pa.record_batch(lists)
+        with pa.OSFile(str(fresh), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_batch(table)
+        folder.add(fresh, f"{number:05}-{_digest(fresh)}.arrow")
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        reason = f"{folder.path}: the tokens cannot be written ({error.strerror or error})"
+        raise OSError(f"{reason}; free some space, or give another folder with --data-cache.folder") from error
+
+
+def _check_room(folder: CacheFolder, split: Split, examples: int) -> None:
+    """Warns if the disk lacks room for the shards, by the sizes of the first examples."""
+    sample = split.encode(0, min(1000, split.examples))
+    ids = sum(len(source) + len(target) for source, target in sample) / len(sample)
+    size = round(examples * (ids * np.dtype(split.dtype).itemsize + 2 * np.dtype(np.int32).itemsize))
+    check_room(folder.path, size, "the tokens of the training split", "give another folder with --data-cache.folder")
+
+
+def _drop_damaged(folder: CacheFolder) -> None:
+    """Removes shards of an interrupted process whose content does not have the digest in their name."""
+    for number, file in sorted(_shards(folder).items()):
+        if _digest(file) != file.stem.partition("-")[2]:
+            # The lock: another process may have seen the same, and have written the shard again.
+            with folder.claim(f"{number:05}"):
+                if file.exists() and _digest(file) != file.stem.partition("-")[2]:
+                    log.warning("%s: its content changed after it was written; it is made anew", file)
+                    file.unlink()
+
+
+def _shards(folder: CacheFolder) -> dict[int, Path]:
+    names = ((_NAME.fullmatch(path.name), path) for path in folder.path.iterdir())
+    return {int(match[1]): path for match, path in names if match}
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
+
+
+def _map(file: Path) -> mmap.mmap:
+    with file.open("rb") as content:
+        return mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _sides(mapped: mmap.mmap) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The starts and the ids of both columns of a shard, as views of the mapped file."""
+    batch = pa.ipc.open_file(pa.py_buffer(mapped)).get_batch(0)
+    columns: Iterator[Any] = (batch.column(side) for side in ("source", "target"))
+    return [(column.offsets.to_numpy(), column.values.to_numpy()) for column in columns]
