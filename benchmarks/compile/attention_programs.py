@@ -141,7 +141,8 @@ def _ring(case: AttentionCase, devices: Sequence[Any], platform: str) -> Built:
     at = jax.ShapeDtypeStruct(case.shape.query[:2], jnp.int32, sharding=NamedSharding(mesh, split))
 
     def attention(query: Any, key: Any, value: Any, position: Any, segment: Any) -> Any:
-        places = Coordinates(position, segment)
+        # Coordinates without a mask are refused.
+        places = None if mask is None else Coordinates(position, segment)
         return ring_attend(query, key, value, axis_name="sequence", mask=mask, q_at=places, kv_at=places)
 
     spread = jax.shard_map(attention, mesh=mesh, in_specs=(split,) * 5, out_specs=split)
@@ -159,6 +160,7 @@ def _ring_work(case: AttentionCase, devices: int) -> Work:
     order, _ = zigzag(length, devices)
     at = jax.tree.map(lambda field: jnp.asarray(field)[order], at)
     x = jax.ShapeDtypeStruct(case.shape.query[1:], jnp.bfloat16)
-    cost = ring_cost(x, x, x, devices=devices, mask=_mask(case.pattern), q_at=at, kv_at=at)
+    places = {} if case.pattern == "full" else {"q_at": at, "kv_at": at}
+    cost = ring_cost(x, x, x, devices=devices, mask=_mask(case.pattern), **places)
     forward, backward = (float(flops.sum()) for flops in (cost.flops_forward, cost.flops_backward))
     return Work(forward + backward * case.backward)

@@ -45,7 +45,9 @@ def answer(program: Program, target: Target, devices: Any, reports: Path) -> dic
         return {"status": "refused", "reason": first_line(error)}
     except Exception as error:  # the compiler's own, of many types
         return {"status": "failed", "reason": first_line(error), "seconds": time.perf_counter() - begun}
-    done, memory, text = time.perf_counter(), compiled.memory_analysis(), compiled.as_text()
+    done, memory, text = time.perf_counter(), compiled.memory_analysis(), compiled.as_text() or ""
+    if memory is None:
+        return {"status": "failed", "reason": "the compiler does not say how much memory the program takes"}
     done_by_each = products(text)
     return {
         "status": "compiled",

@@ -48,7 +48,7 @@ TILED = [
 ]
 
 
-@pytest.mark.parametrize(("program", "target"), TILED, ids="-on-".join)
+@pytest.mark.parametrize(("program", "target"), TILED, ids=map("-on-".join, TILED))
 def test_tiled_attention_keeps_no_scores(compile_for, program, target):
     answer = compile_for(program, target)
     # The scores alone are 8 x 8192 x 8192 in float32.
@@ -73,7 +73,7 @@ def test_a_ring_sends_its_neighbours_blocks_and_nothing_else(compile_for, direct
     assert found["exact"]
     if TARGETS[target].platform == "tpu":
         assert found["count"] == count
-    assert answer["temp_bytes"] < 32 * MIB
+    assert answer["temp_bytes"] < 128 * MIB
 
 
 @pytest.mark.parametrize("target", ["v5e-8", "h200-8"])
@@ -81,6 +81,7 @@ def test_a_ring_sends_its_neighbours_blocks_and_nothing_else(compile_for, direct
 def test_an_update_under_data_parallelism_compiles(compile_for, target):
     answer = compile_for("update/base-scan/data", target)
     assert "all-reduce" in {each["kind"] for each in answer["collectives"]}
+    assert answer["warnings"] == []
     assert answer["temp_bytes"] < 8 * GIB
 
 

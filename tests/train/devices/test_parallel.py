@@ -299,3 +299,21 @@ def test_attention_over_a_mesh_is_that_of_one_device(implementation):
     expected = of_all(*arrays, at)
     result = of_all(*jax.device_put(arrays, NamedSharding(mesh, P("data", "sequence", "tensor"))), spread_at)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6, rtol=3e-6), expected, result)
+
+
+def test_shapes_are_lowered_to_the_program_of_arrays(plain):
+    update, state, losses, _ = plain
+    (batch,) = batches(updates=1)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state, batch))
+    placed = spread(Sharded(fsdp=2), update, 4)
+    compiled = placed.lower(*shapes).compile()
+    assert compiled.input_shardings[0][0].params == placed.shardings(state).params
+    _, rows = compiled.input_shardings[0]
+    given = jax.tree.map(jax.device_put, batch, rows)
+    _, metrics = compiled(placed.place(state), given)
+    assert float(metrics["loss"]) == pytest.approx(losses[0], abs=LOSS_TOLERANCE)
+
+
+def test_replicas_have_no_program_of_shapes(plain):
+    with pytest.raises(NotImplementedError, match="cannot lower an update without arrays"):
+        spread(Replicated(), plain[0], 2).lower(plain[1], {})
