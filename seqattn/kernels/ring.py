@@ -44,7 +44,8 @@ class Ring:
         axis_name: the mesh axis, or axes, over which the sequence is split.
         devices: the number of devices along it.
         grid: the tiles of each step.
-        tree: the structure of the `Call`, whose leaves are the inputs of the compiled program.
+        tree: the structure of the `Call` and of its mask as the caller gave it, whose leaves are the inputs of the
+            compiled program.
     """
 
     axis_name: Hashable
@@ -52,8 +53,12 @@ class Ring:
     grid: Grid
     tree: jax.tree_util.PyTreeDef
 
-    def call(self, leaves: Leaves) -> Call:
-        """Rebuilds the call from its leaves."""
+    def call(self, leaves: Leaves) -> tuple[Call, Mask | None]:
+        """Rebuilds the call and the mask from their leaves.
+
+        The call has its mask as a program, which evaluates pairs but knows nothing of tiles. The mask knows which tiles
+        it reaches.
+        """
         return jax.tree.unflatten(self.tree, leaves)
 
     def source(self, step: int | Array) -> Array:
@@ -87,10 +92,11 @@ def attend(call: Call, axis_name: Hashable) -> Result:
     # arrays: all blocks must share one grid, whatever coordinates they bring.
     call = jax.tree.map(jnp.asarray, dataclasses.replace(call, scale=jnp.asarray(call.scale, call.high)))
     here = lax.axis_index(axis_name)
-    call = varying(capture(call, like=[call, here]), [call, here])
-    leaves, tree = jax.tree.flatten(call)
+    mask = lax.stop_gradient(call.mask) if isinstance(call.mask, Mask) else None
+    call, mask = varying((capture(call, like=[call, here]), mask), [call, here])
+    leaves, tree = jax.tree.flatten((call, mask))
     # Any block gives the same grid, as grids of traced coordinates depend on shapes alone.
-    plan, _ = _step(call, _block(call), 0)
+    plan, _ = _step(call, mask, _block(call), 0)
     return _attend(Ring(axis_name, devices, plan.grid, tree), leaves)
 
 
@@ -100,13 +106,13 @@ def _block(call: Call) -> Block:
     return {name: getattr(call, name) for name in ("key", "value", *(["kv_at"] if matter else []))}
 
 
-def _step(call: Call, block: Block, source: int | Array) -> tuple[Plan, Leaves]:
+def _step(call: Call, mask: Mask | None, block: Block, source: int | Array) -> tuple[Plan, Leaves]:
     """Returns the call of `chunked` for the block of one device."""
     size, origin = block["key"].shape[1], call.origin
     of_pairs = {name: _columns(getattr(call, name), source, size) for name in ("mask", "bias")}
     # The index of the first key of the block among the keys of all devices, which dropout reads.
     origin = None if origin is None else dataclasses.replace(origin, key=source * size)
-    return prepare(dataclasses.replace(call, **block, **of_pairs, origin=origin))
+    return prepare(dataclasses.replace(call, **block, **of_pairs, origin=origin), reaching=mask)
 
 
 def _columns(x: Any, source: int | Array, size: int) -> Any:
@@ -148,17 +154,17 @@ def _backward(ring: Ring, residuals: tuple, directions: tuple) -> tuple[list[Arr
 @functools.partial(jax.jit, static_argnums=0)
 def _results(ring: Ring, leaves: Leaves) -> tuple[Array, Array, Array]:
     """Runs the forward ring and returns what `tile_loop.finish` does, for the keys of all devices."""
-    call = ring.call(leaves)
+    call, mask = ring.call(leaves)
 
     def absorb(step: int | Array, block: Block, state: tile_loop.State) -> tile_loop.State:
-        return tile_loop.absorb(*_step(call, block, ring.source(step)), state)
+        return tile_loop.absorb(*_step(call, mask, block, ring.source(step)), state)
 
     def absorb_and_send(step: Array, carry: tuple[Block, tile_loop.State]) -> tuple[Block, tile_loop.State]:
         block, state = carry
         # Sending does not depend on the computation, so the compiler may overlap the two.
         return ring.send(block), absorb(step, block, state)
 
-    first = _step(call, _block(call), ring.source(0))
+    first = _step(call, mask, _block(call), ring.source(0))
     block, state = _block(call), varying(tile_loop.start(*first), leaves)
     # The last block is absorbed outside the loop. No other device needs it, so one transfer is saved.
     last = ring.devices - 1
@@ -173,7 +179,7 @@ def _gradients(
     ring: Ring, leaves: Leaves, output: Array, peak: Array, log_total: Array, d_output: Array, d_lse: Array
 ) -> list[Array]:
     """Returns the gradients with respect to all floating leaves of the call."""
-    call, high = ring.call(leaves), accumulator(output.dtype)
+    (call, mask), high = ring.call(leaves), accumulator(output.dtype)
 
     def zeros(tree: Any) -> Any:
         return varying(jax.tree.map(lambda x: jnp.zeros(x.shape, high), tree), leaves)
@@ -182,7 +188,7 @@ def _gradients(
         source, total = ring.source(step), travelling | resting
         # FlashAttention-2's backward for this block alone. Output and log-sum-exp are those of all keys, so the weights
         # are final and the contributions of the blocks just add up.
-        part = backward.backward(*_step(call, block, source), output, peak, log_total, d_output, d_lse)
+        part = backward.backward(*_step(call, mask, block, source), output, peak, log_total, d_output, d_lse)
         new = {name: jax.tree.map(jnp.add, total[name], part[name]) for name in total if name != "bias"}
         # The bias stays with the queries; this block's gradient belongs to its own columns.
         new["bias"] = _add_columns(total["bias"], part["bias"], source, block["key"].shape[1])
@@ -204,7 +210,9 @@ def _gradients(
     travelling, resting = add(last, block, travelling, resting)
     # One more transfer brings the gradients of a block back to the device that owns it.
     gradients = ring.send(travelling) | resting
-    everything = jax.tree.leaves(backward.with_gradients(call, gradients))
+    # The mask that tells of tiles has no gradients.
+    unmoved = jax.tree.map(jnp.zeros_like, mask)
+    everything = jax.tree.leaves((backward.with_gradients(call, gradients), unmoved))
     return [d.astype(x.dtype) for d, x in zip(everything, leaves, strict=True) if is_floating(x)]
 
 

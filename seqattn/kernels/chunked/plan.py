@@ -11,6 +11,7 @@ from seqattn.kernels.call import Call
 from seqattn.kernels.chunked import schedule
 from seqattn.kernels.chunked.schedule import Grid
 from seqattn.kernels.traced import capture
+from seqattn.mask import Mask
 from seqattn.pytrees import pytree
 
 Leaves = list[Any]
@@ -58,12 +59,18 @@ class Plan:
         return jax.tree.unflatten(self.tree, leaves)
 
 
-def prepare(call: Call) -> tuple[Plan, Leaves]:
-    """Returns a call of `attend` with its grid and schedule, split into the static plan and the leaves."""
+def prepare(call: Call, *, reaching: Mask | None = None) -> tuple[Plan, Leaves]:
+    """Returns a call of `attend` with its grid and schedule, split into the static plan and the leaves.
+
+    Args:
+        call: the call.
+        reaching: the mask that tells which tiles are visible, if that of the call is a program already.
+    """
     batch, length, num_heads, _ = call.query.shape
     size, num_kv_heads = call.key.shape[1:3]
     shape = (batch, num_kv_heads, num_heads // num_kv_heads, length, size)
-    grid, tiles = schedule.plan(shape, call.mask, call.bias is not None, call.q_at, call.kv_at)
+    mask = call.mask if reaching is None else reaching
+    grid, tiles = schedule.plan(shape, mask, call.bias is not None, call.q_at, call.kv_at)
     # The program receives the dropout key as two words, which are all that `dropout.kept` reads.
     words = None if call.dropout is None else call.dropout.words()
     given = {field.name: getattr(call, field.name) for field in dataclasses.fields(Call)}
