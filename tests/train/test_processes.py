@@ -27,10 +27,13 @@ from tests.train.conftest import TINY
 from pathlib import Path
 from train.engine import loop
 from train.devices import environment
+from train.devices.parallel import Sharded
 from train.devices.processes import Processes
 
 processes = Processes(f"127.0.0.1:{port}", count, index, timeout=60) if count > 1 else Processes()
 settings = json.loads(sys.argv[5])
+if "parallel" in settings:
+    settings["parallel"] = Sharded(**settings["parallel"])
 experiment = dataclasses.replace(TINY, run=Path(folder), processes=processes, **settings)
 environment.command(lambda: loop.train(experiment))
 """
@@ -61,8 +64,10 @@ def ended(processes, code=0):
 
 
 @pytest.mark.slow
-def test_c10_two_processes_train_evaluate_save_and_end_as_one(tmp_path):
-    settings = {"keep_checkpoints": 3, "average": 2, "beam_size": 2, "keep_best": 1}
+@pytest.mark.parametrize("parallel", [{}, {"parallel": {"fsdp": 2}}], ids=["pmap", "mesh"])
+def test_c10_two_processes_train_evaluate_save_and_end_as_one(parallel, tmp_path):
+    """On a mesh, no process has the whole model at any time."""
+    settings = {"keep_checkpoints": 3, "average": 2, "beam_size": 2, "keep_best": 1, **parallel}
     ended(start(tmp_path / "one", settings))
     first, second = ended(start(tmp_path / "two", settings, settings))
     assert "test exact match" in first

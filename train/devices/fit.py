@@ -18,17 +18,30 @@ def check_model(model: nnx.Module, *, tensor: int, expert: int) -> None:
         expert: the size of the axis that splits experts.
 
     Raises:
-        ValueError: `tensor` does not divide a number of heads, or `expert` a number of experts.
+        ValueError: `tensor` does not divide a number of heads, or cuts groups of query heads unevenly; or `expert` does
+            not divide a number of experts.
     """
     for path, module in nnx.iter_modules(model):
         where = "/".join(map(str, path))
-        if isinstance(module, MultiHeadAttention) and module.num_heads % tensor:
-            # A device with a part of a head would need the other parts for every score.
-            raise ValueError(f"parallel.tensor ({tensor}) must divide num_heads ({module.num_heads}) of {where}")
+        if isinstance(module, MultiHeadAttention):
+            _check_heads(module.num_heads, module.num_kv_heads, tensor, where)
         if isinstance(module, MixtureOfExperts) and module.config.num_experts % expert:
             raise ValueError(
                 f"parallel.expert ({expert}) must divide num_experts ({module.config.num_experts}) of {where}"
             )
+
+
+def _check_heads(num_heads: int, num_kv_heads: int, tensor: int, where: str) -> None:
+    # A device with a part of a head would need the other parts for every score.
+    if num_heads % tensor:
+        raise ValueError(f"parallel.tensor ({tensor}) must divide num_heads ({num_heads}) of {where}")
+    # As `seqattn.attend` demands: the query heads of a device are whole groups, or lie within one group.
+    group = num_heads // num_kv_heads
+    if num_kv_heads % tensor and group % (num_heads // tensor):
+        raise ValueError(
+            f"parallel.tensor ({tensor}) must divide num_kv_heads ({num_kv_heads}) of {where}, or cut each group of "
+            f"{group} query heads into equal parts"
+        )
 
 
 def whole_heads(model: nnx.Module, *, tensor: int) -> tuple[ParameterRule, ...]:

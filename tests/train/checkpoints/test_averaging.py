@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from train.checkpoints import run
 from train.checkpoints.averaging import average
@@ -146,3 +147,20 @@ def test_a_checkpoint_that_training_removes_meanwhile_is_followed_by_a_newer_one
     monkeypatch.setattr(Checkpoints, "restore", always_gone)
     with pytest.raises(MissingStep):
         run.load(copy)
+
+
+def test_sharded_trees_are_averaged_part_by_part():
+    place = NamedSharding(jax.make_mesh((4,), ("fsdp",), devices=jax.devices()[:4]), PartitionSpec("fsdp"))
+    trees = [{"kernel": np.random.default_rng(seed).normal(size=(8, 3)).astype(np.float32)} for seed in (0, 1)]
+    mean = average(jax.device_put(trees, place))["kernel"]
+    assert mean.sharding == place
+    np.testing.assert_array_equal(mean, average(trees)["kernel"])
+
+
+def test_a_run_is_loaded_in_parts(finished):
+    place = NamedSharding(jax.make_mesh((2,), ("fsdp",), devices=jax.devices()[:2]), PartitionSpec())
+    alone = run.load(finished).model
+    spread = run.load(finished, shardings=lambda state: jax.tree.map(lambda _: place, state)).model
+    for ours, theirs in zip(jax.tree.leaves(spread), jax.tree.leaves(alone), strict=True):
+        assert ours.sharding == place
+        np.testing.assert_array_equal(ours, theirs)

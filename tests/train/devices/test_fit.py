@@ -23,7 +23,12 @@ def model(**block):
         (
             {"tensor": 4},
             {"num_heads": 6},
-            r"^parallel.tensor \(4\) must divide num_heads \(6\)",
+            r"^parallel.tensor \(4\) must divide num_heads \(6\) of stack/blocks/0/attention$",
+        ),
+        (
+            {"tensor": 2},
+            {"num_heads": 6, "num_kv_heads": 3},
+            r"^parallel.tensor \(2\) must divide num_kv_heads \(3\) of .*, or cut each group of 2 query heads",
         ),
         (
             {"expert": 4},
@@ -31,7 +36,7 @@ def model(**block):
             r"^parallel.expert \(4\) must divide num_experts \(6\) of stack/blocks/0/feed_forward$",
         ),
     ],
-    ids=["heads", "experts"],
+    ids=["heads", "groups", "experts"],
 )
 def test_e6_a_mesh_that_the_model_does_not_divide_over_is_refused(axes, block, said):
     with pytest.raises(ValueError, match=said):

@@ -17,6 +17,7 @@ from seqattn.masks import Causal, SameSegment
 from seqattn.models import Encoder, EncoderConfig, Rotary, TokenLabels, Transformer, TransformerConfig
 from seqattn.nn import BlockConfig, MixtureConfig
 from train.data.batches import collate
+from train.devices.layout import fetch
 from train.devices.parallel import Replicated, Sharded
 from train.objectives import SequenceToSequence, Tagging
 from train.update.step import TrainState, make_update, start
@@ -53,7 +54,7 @@ def trained(placed, state, given):
     for batch in given:
         state, metrics = placed.update(state, batch)
         losses.append(float(metrics["loss"]))
-    return losses, jax.device_get(state.params), state
+    return losses, fetch(state.params), state
 
 
 @pytest.fixture(scope="module")

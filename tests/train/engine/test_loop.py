@@ -162,6 +162,21 @@ def test_d12_a_run_of_pmap_goes_on_over_a_mesh(finished, tiny, tmp_path):
     assert split > 10
 
 
+@pytest.mark.slow
+def test_e5_a_run_on_a_mesh_reports_what_one_without_parts_does(tiny, tmp_path):
+    """From the first weights to the mean of two checkpoints, with a moving average; only sums are added differently."""
+    block = dataclasses.replace(tiny.model.block, model_dim=16, hidden_dim=32, num_heads=2)
+    settings = {"model": dataclasses.replace(tiny.model, block=block), "average": 2, "keep_checkpoints": 3, "ema": 0.5}
+    found = []
+    for name, parallel in (("rows", Sharded()), ("parts", Sharded(data=2, fsdp=2, tensor=2))):
+        assert loop.train(dataclasses.replace(tiny, **settings, run=tmp_path / name, parallel=parallel)) == 0
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
+        losses = [row["loss"] for row in rows if row["kind"] == "validation"]
+        found.append([*losses, json.loads((tmp_path / name / "results.json").read_text())["loss"]])
+        assert list((tmp_path / name / "attention").iterdir())
+    np.testing.assert_allclose(*found, rtol=2e-3)
+
+
 def test_c11_other_versions_are_told(finished, tiny, monkeypatch, caplog):
     assert json.loads(loop.prepare(dataclasses.replace(tiny, run=finished)).texts["versions"])["jax"] == jax.__version__
     assert "other versions" not in caplog.text
