@@ -36,14 +36,15 @@ class Layout:
     def of(cls, params: Any) -> "Layout":
         """Returns the layout of the parameters of a model, or of any arrays in it."""
         leaves = jax.tree.leaves(params)
-        places = tuple(getattr(leaf, "sharding", None) for leaf in leaves)
+        places: tuple[Any, ...] = tuple(getattr(leaf, "sharding", None) for leaf in leaves)
         split = all(isinstance(place, NamedSharding) and set(ROWS) <= {*place.mesh.shape} for place in places)
         return cls(places) if places and split else cls()
 
     @property
     def mesh(self) -> Mesh | None:
         """The mesh of the parameters; None on one device."""
-        return self.shardings[0].mesh if self.shardings else None
+        mesh: Any = self.shardings[0].mesh if self.shardings else None
+        return mesh
 
     @property
     def parts(self) -> int:

@@ -120,8 +120,10 @@ def _vectors(
     """Yields the path of each table of tokens, its rows, and which of them have a vector."""
     # A token of byte-level BPE at the start of a word includes the space before it, which files of vectors lack.
     tokens = [token.removeprefix("␣") or token for token in tokenizer.tokens(list(range(tokenizer.vocab_size)))]
-    captioner = isinstance(experiment.model, CaptionerConfig)
-    config, where = (experiment.model.decoder, "decoder/") if captioner else (experiment.model, "")
+    config: Any = experiment.model
+    where = ""
+    if isinstance(config, CaptionerConfig):
+        config, where = config.decoder, "decoder/"
     table, found = load_table(file, tokens, shapes[f"{where}embedding/table"].shape[1])
     if not found.any():
         raise ValueError(f"--word-vectors: {file} has a vector for none of the {len(tokens)} tokens")
