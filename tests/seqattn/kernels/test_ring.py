@@ -15,6 +15,7 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels import ring
 from seqattn.kernels.call import Call
+from seqattn.kernels.chunked import tile_loop
 from seqattn.masks import Causal, NotPadding, Prefix, SameSegment, SlidingWindow
 from seqattn.ring_attention import ring_attend, ring_cost, zigzag
 from seqattn.score_mod import compose
@@ -342,3 +343,43 @@ def test_second_derivatives_are_refused():
 
     with pytest.raises(NotImplementedError, match="the ring has no second derivatives"):
         jax.make_jaxpr(jax.grad(lambda x: jnp.sum(jax.grad(loss)(x))))(jnp.ones((1, 4, 1, 2)))
+
+
+def tiles_visited(monkeypatch, mask, order, length):
+    """The tiles that all devices visit in a forward ring, counted while it runs."""
+    counts, visit = [], tile_loop.visit
+
+    def noted(call, step, carry):
+        for steps in (call.schedule.full, call.schedule.partial):
+            number = len(steps.at) if steps.count is None else steps.count
+            jax.debug.callback(lambda n: counts.append(int(n)), jnp.asarray(number))
+        return visit(call, step, carry)
+
+    monkeypatch.setattr(tile_loop, "visit", noted)
+    x = jnp.zeros((length, 1, 2))
+    at = jax.tree.map(lambda field: jnp.asarray(field)[order], Coordinates.range(length))
+
+    def local(x, at):
+        located = {} if mask is None else {"q_at": at, "kv_at": at}
+        return ring_attend(x, x, x, axis_name="sequence", mask=mask, **located)
+
+    mesh = mesh_of(sequence=4)
+    parts = P("sequence")
+    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(parts, parts), out_specs=parts))
+    jax.block_until_ready(run(x, at))
+    jax.effects_barrier()
+    return sum(counts)
+
+
+def test_a_ring_visits_the_tiles_that_its_cost_counts(monkeypatch):
+    length, tokens = 8192, jax.ShapeDtypeStruct((8192, 1, 2), np.float32)
+    order, _ = zigzag(length, devices=4)
+    at = jax.tree.map(lambda field: field[order], Coordinates.range(length))
+    causal, full = (
+        ring_cost(tokens, tokens, tokens, devices=4, **options).flops_forward.sum()
+        for options in ({"mask": Causal(), "q_at": at, "kv_at": at}, {})
+    )
+    visited = [tiles_visited(monkeypatch, mask, order, length) for mask in (Causal(), None)]
+    assert visited[1] > 0
+    assert visited[0] / visited[1] == pytest.approx(causal / full, rel=0.02)
+    assert visited[0] < 0.6 * visited[1]
