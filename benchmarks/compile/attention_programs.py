@@ -15,7 +15,7 @@ from benchmarks.attention.case import BACKWARD, AttentionCase
 from benchmarks.attention.shapes import Shape
 from benchmarks.compile.program import Built, Program
 from benchmarks.compile.work import AT_MOST, Work, of_function
-from seqattn import Causal, Coordinates, attend, explain, ring_attend, ring_cost, zigzag
+from seqattn import Causal, Coordinates, Split, attend, explain, ring_attend, ring_cost, zigzag
 from seqattn.kernels.dispatch import IMPLEMENTATIONS
 from seqattn.masks import Mask, SameSegment, SlidingWindow
 
@@ -25,6 +25,8 @@ MASKS = ("full", "causal", "window", "documents")
 _ONLY_ON = {"cudnn": ("gpu",), "splash": ("tpu",)}
 LENGTH, LONG = 8192, 65536
 _HEADS, _DIM = 8, 128
+_ROWS = 4
+"""Parts of the rows, where a mesh of 8 devices splits rows and heads."""
 _TILE = 128
 """Queries and keys of a tile of a vendor's kernel, to count the tiles that it visits."""
 
@@ -49,6 +51,22 @@ def attention_programs() -> list[Program]:
     ]
 
 
+def split_programs() -> list[Program]:
+    """Makes causal attention over a mesh that splits rows and heads, by each kernel that runs on a device's share."""
+    case = {direction: _case(LENGTH, "causal", direction, batch=_ROWS * 2) for direction in ("fwd", "bwd")}
+    return [
+        Program(
+            f"split/{name}/causal/t{LENGTH}/{direction}",
+            (8,),
+            functools.partial(_split, name, case[direction]),
+            case[direction].fields() | {"implementation_of_attention": name},
+        )
+        for name, implementation in IMPLEMENTATIONS.items()
+        if implementation.in_shares
+        for direction in case
+    ]
+
+
 def ring_programs() -> list[Program]:
     """Makes the programs of `ring_attend`, in the zigzag order."""
     return [
@@ -59,8 +77,8 @@ def ring_programs() -> list[Program]:
     ]
 
 
-def _case(length: int, mask: str, direction: str) -> AttentionCase:
-    return AttentionCase(Shape(f"t{length}", 1, length, _HEADS, _DIM, "this table"), mask, direction, "bfloat16")
+def _case(length: int, mask: str, direction: str, batch: int = 1) -> AttentionCase:
+    return AttentionCase(Shape(f"t{length}", batch, length, _HEADS, _DIM, "this table"), mask, direction, "bfloat16")
 
 
 def _mask(pattern: str) -> Mask | None:
@@ -132,6 +150,24 @@ def _with_gradients(attention: Callable[..., Any]) -> Callable[..., Any]:
         return output, *backward(d_output)
 
     return both
+
+
+def _split(name: str, case: AttentionCase, devices: Sequence[Any], platform: str) -> Built:
+    mesh = Mesh(np.array(devices).reshape(_ROWS, -1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    parts = NamedSharding(mesh, P("data", None, "tensor"))
+    x = jax.ShapeDtypeStruct(case.shape.query, jnp.dtype(case.dtype), sharding=parts)
+    split, options = Split("data", "tensor", mesh=mesh), {"mask": _mask(case.pattern)}
+    if reason := explain(x, x, x, **options, platform=platform, split=split).refusals[name]:
+        raise NotImplementedError(reason)
+
+    def attention(*arrays: Any) -> Any:
+        return attend(*arrays, **options, implementation=name, split=split)
+
+    function = _with_gradients(attention) if case.backward else attention
+    arrays = (x,) * (4 if case.backward else 3)
+    lowered = jax.jit(function, out_shardings=parts).trace(*arrays).lower()
+    pairs = visited(case, _TILE, _TILE)
+    return Built(lowered, Work(4 * pairs * _HEADS * _DIM * (BACKWARD if case.backward else 1)))
 
 
 def _ring(case: AttentionCase, devices: Sequence[Any], platform: str) -> Built:

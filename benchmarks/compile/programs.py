@@ -1,13 +1,19 @@
 """All programs, by name."""
 
-from benchmarks.compile.attention_programs import attention_programs, ring_programs
+from benchmarks.compile.attention_programs import attention_programs, ring_programs, split_programs
 from benchmarks.compile.decoding_programs import decoding_programs
 from benchmarks.compile.program import Program
 from benchmarks.compile.update_programs import update_programs
 
 PROGRAMS: dict[str, Program] = {
     program.name: program
-    for program in (*attention_programs(), *ring_programs(), *update_programs(), *decoding_programs())
+    for program in (
+        *attention_programs(),
+        *split_programs(),
+        *ring_programs(),
+        *update_programs(),
+        *decoding_programs(),
+    )
 }
 
 SHORT = tuple(

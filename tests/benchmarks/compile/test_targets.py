@@ -76,13 +76,39 @@ def test_a_ring_sends_its_neighbours_blocks_and_nothing_else(compile_for, direct
     assert answer["temp_bytes"] < 128 * MIB
 
 
+SPLIT = [("splash", "v5e-8"), ("chunked", "v5e-8"), ("chunked", "h200-8"), ("cudnn", "h200-8")]
+
+
+@pytest.mark.parametrize(("name", "target"), SPLIT, ids=map("-on-".join, SPLIT))
+def test_attention_over_rows_and_heads_sends_nothing(compile_for, name, target):
+    answer = compile_for(f"split/{name}/causal/t8192/bwd", target)
+    assert answer["collectives"] == []
+    # Of a device's 2 rows and 4 heads; the scores of one head are 256 MiB.
+    assert answer["temp_bytes"] < 256 * MIB
+
+
+AXES = {
+    "data": {"all-reduce"},
+    "tensor": {"all-gather", "all-reduce"},
+    "sequence": {"all-gather", "all-reduce", "collective-permute"},
+}
+
+
+@pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("target", ["v5e-8", "h200-8"])
 @pytest.mark.slow
-def test_an_update_under_data_parallelism_compiles(compile_for, target):
-    answer = compile_for("update/base-scan/data", target)
-    assert "all-reduce" in {each["kind"] for each in answer["collectives"]}
+def test_an_update_compiles_and_sends_what_its_axis_needs(compile_for, axis, target):
+    answer = compile_for(f"update/base-scan/{axis}", target)
+    assert {each["kind"] for each in answer["collectives"]} <= AXES[axis]
     assert answer["warnings"] == []
     assert answer["temp_bytes"] < 8 * GIB
+
+
+@pytest.mark.slow
+def test_a_long_text_trains_on_eight_small_chips(compile_for):
+    answer = compile_for("update/decoder-long/sequence", "v5e-8")
+    assert answer["temp_bytes"] < 12 * GIB
+    assert answer["warnings"] == []
 
 
 @pytest.mark.parametrize("program", [each.name for each in matching(["decode"], PROGRAMS)])
