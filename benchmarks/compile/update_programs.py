@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,10 +111,11 @@ def _update(training: Training, axis: str, devices: Sequence[Any], platform: str
     model = nnx.eval_shape(lambda: model_type(training.model)(training.model, rngs=nnx.Rngs(params=0)))
     graph, params = nnx.split(model, nnx.Param)
     state = jax.eval_shape(lambda params: start(nnx.merge(graph, params), optimizer)[1], params)
-    # Each axis alone takes all devices. `data` takes those that the others leave.
-    sharded = Sharded() if axis == "data" else Sharded(**{axis: len(devices)})
-    options: dict[str, Any] = {"compute_dtype": jnp.bfloat16, "prepare": sharded.prepare}
-    update = make_update(graph, optimizer, SequenceToSequence.loss, seed=0, **options)
-    batch = training.batch(training.rows * (len(devices) if axis in _SPLITS_ROWS else 1))
-    lowered = sharded.spread(update, devices).lower(state, batch)
-    return Built(lowered, of_function(platform, update, state, batch))
+    # Each axis alone takes all devices; `data` takes those that the others leave. Heads must divide over `tensor`.
+    size = math.gcd(training.model.block.num_heads, len(devices)) if axis == "tensor" else len(devices)
+    sharded = Sharded() if axis == "data" else Sharded(**{axis: size})
+    make = functools.partial(make_update, graph, optimizer, SequenceToSequence.loss, seed=0, compute_dtype=jnp.bfloat16)
+    batch = training.batch(training.rows * (len(devices) if axis in _SPLITS_ROWS else len(devices) // size))
+    lowered = sharded.spread(make(prepare=sharded.prepare), devices).lower(state, batch)
+    # Counted as one device computes it: the work is the same, however it is split.
+    return Built(lowered, of_function(platform, make(), state, batch))
