@@ -24,7 +24,7 @@ def products(text: str) -> Work:
 
     >>> import jax, jax.numpy as jnp
     >>> products(jax.jit(jnp.matmul).lower(jnp.ones((2, 3)), jnp.ones((3, 5))).compile().as_text())
-    Work(flop=60, bound='')
+    Work(flop=60.0, bound='')
     """
     total = Work()
     for instruction, computation, times in Module(text).instructions():

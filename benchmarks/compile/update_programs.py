@@ -116,6 +116,6 @@ def _update(training: Training, axis: str, devices: Sequence[Any], platform: str
     sharded = Sharded() if axis == "data" else Sharded(**{axis: size})
     make = functools.partial(make_update, graph, optimizer, SequenceToSequence.loss, seed=0, compute_dtype=jnp.bfloat16)
     batch = training.batch(training.rows * (len(devices) if axis in _SPLITS_ROWS else len(devices) // size))
-    lowered = sharded.spread(make(prepare=sharded.prepare), devices).lower(state, batch)
+    lowered = sharded.spread(make(prepare=sharded.prepare), devices, model=model).lower(state, batch)
     # Counted as one device computes it: the work is the same, however it is split.
     return Built(lowered, of_function(platform, make(), state, batch))

@@ -24,8 +24,9 @@ from seqattn.models.parameter_rules import PARAMETER_RULES
 from seqattn.nn import with_split
 from seqattn.nn.parameter_rule import ParameterRule
 from train.devices.fit import check_model, whole_heads
+from train.devices.layout import TABLES
 from train.devices.sharding import AXES, ROWS, one_at_a_time, put, shardings, whole_over
-from train.update.parameters import paths
+from train.update.parameters import matching, paths
 from train.update.step import Metrics, TrainState, Update
 
 Batch = Mapping[str, np.ndarray]
@@ -203,7 +204,9 @@ class Sharded:
         if model is not None:
             check_model(model, tensor=self.tensor, expert=self.expert)
             rules = (*whole_heads(model, tensor=self.tensor), *rules)
-        return _Compiled(update, mesh, rules)
+        # Layers in a scan are gathered one after the other. The constraint would gather them all before the scan.
+        block = getattr(getattr(model, "config", None), "block", None)
+        return _Compiled(update, mesh, rules, TABLES if getattr(block, "scan_layers", False) else "*")
 
 
 Parallel = Replicated | Sharded
@@ -259,8 +262,10 @@ class _Mapped(Placed):
 class _Compiled(Placed):
     """`jax.jit` over a mesh: arrays are global, and each process sees its own shards."""
 
-    def __init__(self, update: Update, mesh: Mesh, rules: Sequence[ParameterRule] = PARAMETER_RULES) -> None:
-        self._update, self._mesh, self._rules = update, mesh, rules
+    def __init__(
+        self, update: Update, mesh: Mesh, rules: Sequence[ParameterRule] = PARAMETER_RULES, gathered: str = "*"
+    ) -> None:
+        self._update, self._mesh, self._rules, self._gathered = update, mesh, rules, gathered
         self.rows, self.part = _share(mesh)
         # The zigzag order cuts each text into two chunks for each device.
         self.lengths = 2 * mesh.shape["sequence"] if mesh.shape["sequence"] > 1 else 1
@@ -311,8 +316,16 @@ class _Compiled(Placed):
         # Without this constraint the compiler may gather the activations of all rows in place of the parameters. It is
         # inside the differentiated function, so it holds for the gradients too: they are added over the rows before
         # they are split, and no activation takes over their split.
-        whole = whole_over("fsdp", self._shardings.params)
-        return self._update(state, batch, gathered=lambda params: jax.lax.with_sharding_constraint(params, whole))
+        def gathered(params: Any) -> Any:
+            whole = whole_over("fsdp", self._shardings.params)
+            return jax.tree.map(
+                lambda chosen, leaf, where: jax.lax.with_sharding_constraint(leaf, where) if chosen else leaf,
+                matching(params, [self._gathered]),
+                params,
+                whole,
+            )
+
+        return self._update(state, batch, gathered=gathered)
 
     def _global(self, name: str, array: np.ndarray) -> jax.Array:
         """Makes the global array from this process's rows."""

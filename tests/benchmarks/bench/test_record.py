@@ -65,7 +65,8 @@ ONE_OF_EACH = {
 
 
 def test_every_file_of_results_has_a_record():
-    assert {path.stem for path in RESULTS.glob("*.jsonl")} == set(ONE_OF_EACH)
+    # The fields of compiled programs differ from program to program: tests/benchmarks/compile/test_record.py.
+    assert {path.stem for path in RESULTS.glob("*.jsonl")} == {*ONE_OF_EACH, "compile"}
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
