@@ -156,7 +156,8 @@ def _split(name: str, case: AttentionCase, devices: Sequence[Any], platform: str
     mesh = Mesh(np.array(devices).reshape(_ROWS, -1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     parts = NamedSharding(mesh, P("data", None, "tensor"))
     x = jax.ShapeDtypeStruct(case.shape.query, jnp.dtype(case.dtype), sharding=parts)
-    split, options = Split("data", "tensor", mesh=mesh), {"mask": _mask(case.pattern)}
+    split = Split("data", "tensor", mesh=mesh)
+    options: dict[str, Any] = {"mask": _mask(case.pattern)}
     if reason := explain(x, x, x, **options, platform=platform, split=split).refusals[name]:
         raise NotImplementedError(reason)
 

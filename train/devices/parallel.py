@@ -36,6 +36,8 @@ Given = Mapping[str, tuple[Any, Any]]
 """Parameters by path: an array, and the rows of it that count, bool `[V]`; None for all rows."""
 
 _AXIS = "devices"
+_AT_ONCE = 2**30
+"""Bytes of parameters up to which the layers of a scan are gathered over `fsdp` all at once."""
 _IN_ORDER = (Seq2SeqConfig, RecurrentLanguageModelConfig, CaptionerConfig)
 """Models with a layer that needs the whole of a text, or of an image, on one device."""
 
@@ -204,9 +206,8 @@ class Sharded:
         if model is not None:
             check_model(model, tensor=self.tensor, expert=self.expert)
             rules = (*whole_heads(model, tensor=self.tensor), *rules)
-        # Layers in a scan are gathered one after the other. The constraint would gather them all before the scan.
         block = getattr(getattr(model, "config", None), "block", None)
-        return _Compiled(update, mesh, rules, TABLES if getattr(block, "scan_layers", False) else "*")
+        return _Compiled(update, mesh, rules, scanned=getattr(block, "scan_layers", False))
 
 
 Parallel = Replicated | Sharded
@@ -263,9 +264,9 @@ class _Compiled(Placed):
     """`jax.jit` over a mesh: arrays are global, and each process sees its own shards."""
 
     def __init__(
-        self, update: Update, mesh: Mesh, rules: Sequence[ParameterRule] = PARAMETER_RULES, gathered: str = "*"
+        self, update: Update, mesh: Mesh, rules: Sequence[ParameterRule] = PARAMETER_RULES, *, scanned: bool = False
     ) -> None:
-        self._update, self._mesh, self._rules, self._gathered = update, mesh, rules, gathered
+        self._update, self._mesh, self._rules, self._scanned = update, mesh, rules, scanned
         self.rows, self.part = _share(mesh)
         # The zigzag order cuts each text into two chunks for each device.
         self.lengths = 2 * mesh.shape["sequence"] if mesh.shape["sequence"] > 1 else 1
@@ -315,12 +316,16 @@ class _Compiled(Placed):
     def _with_whole_params(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         # Without this constraint the compiler may gather the activations of all rows in place of the parameters. It is
         # inside the differentiated function, so it holds for the gradients too: they are added over the rows before
-        # they are split, and no activation takes over their split.
+        # they are split, and no activation takes over their split. Layers in a scan would all be gathered before it: a
+        # model for which that is too much leaves them to the compiler, which gathers one after the other.
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+        pattern = TABLES if self._scanned and size > _AT_ONCE else "*"
+
         def gathered(params: Any) -> Any:
             whole = whole_over("fsdp", self._shardings.params)
             return jax.tree.map(
                 lambda chosen, leaf, where: jax.lax.with_sharding_constraint(leaf, where) if chosen else leaf,
-                matching(params, [self._gathered]),
+                matching(params, [pattern]),
                 params,
                 whole,
             )
