@@ -23,7 +23,7 @@ from seqattn.kernels.call import (
 )
 from seqattn.kernels.dispatch import serve
 from seqattn.kernels.shared_keys import Folding, fold
-from seqattn.kernels.split import Split, splits_rows
+from seqattn.kernels.split import Split, repeats_keys
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreModLike
 
@@ -151,7 +151,7 @@ def attend(
     options: dict[str, Any] = {"mask": mask, "bias": bias, "score_mod": score_mod, "q_at": q_at, "kv_at": kv_at}
     options |= {"scale": scale, "dropout": dropout}
     # Rows that share their keys become queries of one row, unless a mesh splits the rows.
-    folded, key, value, options = fold(query, key, value, options, repeat=splits_rows(split))
+    folded, key, value, options = fold(query, key, value, options, repeat=repeats_keys(split))
     call = Call.of(folded, key, value, **options)
     # The sink is not a key of any kernel: its effect follows from the log-sum-exp alone, for all implementations.
     output, lse = serve(implementation, call, split)

@@ -16,7 +16,7 @@ from jaxtyping import Array
 
 from seqattn.kernels import cached, chunked, cudnn, guard, reference, shared_keys, splash, xla
 from seqattn.kernels.call import Call, Kernel, Result, Shaped, check_sinks, is_known
-from seqattn.kernels.split import Split, splits_rows, spread
+from seqattn.kernels.split import Split, repeats_keys, spread
 from seqattn.kernels.split import check as check_split
 from seqattn.platforms import all_platforms, by_platform, platform_of
 from seqattn.sizes import may_exceed
@@ -292,7 +292,7 @@ def explain(
     split = arguments.pop("split", None)
     if unknown := arguments.keys() - set(_OPTIONS):
         raise TypeError(f"explain takes the arguments of attend, which has no {', '.join(sorted(unknown))}")
-    make = functools.partial(call_of, **arguments, repeat=splits_rows(split))
+    make = functools.partial(call_of, **arguments, repeat=repeats_keys(split))
     return explain_call(implementation, make, (query, key, value), platform=platform, split=split)
 
 

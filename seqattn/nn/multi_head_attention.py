@@ -15,7 +15,7 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels.call import Call, Columns, check_heads
 from seqattn.kernels.dispatch import Explanation, call_of, explain_call
-from seqattn.kernels.split import Split, splits_rows
+from seqattn.kernels.split import Split, repeats_keys
 from seqattn.mask import Mask
 from seqattn.nn.cache import Cache
 from seqattn.nn.key_value import KeyColumns, KeyValue, Written
@@ -193,7 +193,7 @@ class MultiHeadAttention(nnx.Module):
                 columns = Columns(kv.key, kv.value, kv.finite)
                 return Call.of_columns(query, columns, **{"q_at": None, "kv_at": None} | located, dropout=dropout)
             located = _located(self._mask_over(kv), at, kv.at, score_mod)
-            return call_of(query, kv.key, kv.value, **located, dropout=dropout, repeat=splits_rows(self.split))
+            return call_of(query, kv.key, kv.value, **located, dropout=dropout, repeat=repeats_keys(self.split))
 
         return explain_call(self.implementation, call, (x,), platform=platform, split=self.split)
 
