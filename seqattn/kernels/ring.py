@@ -24,6 +24,7 @@ from seqattn.kernels.call import Call, Result, refuse_unknown
 from seqattn.kernels.chunked import backward, tile_loop
 from seqattn.kernels.chunked.plan import Leaves, Plan, is_floating, prepare
 from seqattn.kernels.chunked.schedule import Grid
+from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.mesh_axes import varying
 from seqattn.kernels.traced import capture
 from seqattn.mask import Mask
@@ -135,13 +136,13 @@ def _add_columns(x: Array | None, new: Array | None, source: Array, size: int) -
 def _attend(ring: Ring, leaves: Leaves) -> tuple[Array, Array]:
     """Returns the output and the log-sum-exp; the custom derivative rules are attached below."""
     output, peak, log_total = _results(ring, leaves)
-    return output, tile_loop.lse_of(peak, log_total)
+    return output, lse_of(peak, log_total)
 
 
 def _forward(ring: Ring, leaves: Leaves) -> tuple[tuple[Array, Array], tuple]:
     """Returns the results, and the residuals for the backward pass: this device's part, and no travelling block."""
     output, peak, log_total = _results(ring, leaves)
-    return (output, tile_loop.lse_of(peak, log_total)), (leaves, output, peak, log_total)
+    return (output, lse_of(peak, log_total)), (leaves, output, peak, log_total)
 
 
 def _backward(ring: Ring, residuals: tuple, directions: tuple) -> tuple[list[Array | np.ndarray]]:

@@ -316,15 +316,20 @@ _RULES = ("custom_jvp_call", "custom_vjp_call")
 """Primitives that wrap a program with a custom derivative rule."""
 
 
-def _inner(equation: core.JaxprEqn) -> core.ClosedJaxpr:
+def inner_program(equation: core.JaxprEqn) -> core.ClosedJaxpr:
     """Returns the program inside an equation."""
     return equation.params["call_jaxpr" if equation.primitive.name in _RULES else "jaxpr"]
+
+
+def is_rule(equation: core.JaxprEqn) -> bool:
+    """Returns whether an equation is a program with a custom derivative rule."""
+    return equation.primitive.name in _RULES
 
 
 def _has_rules(jaxpr: core.Jaxpr) -> bool:
     """Returns whether a program, or a `jit` in it, has a custom derivative rule."""
     names = [equation.primitive.name for equation in jaxpr.eqns]
-    inner = (_inner(equation).jaxpr for equation in jaxpr.eqns if equation.primitive.name == "jit")
+    inner = (inner_program(equation).jaxpr for equation in jaxpr.eqns if equation.primitive.name == "jit")
     return any(name in _RULES for name in names) or any(map(_has_rules, inner))
 
 
@@ -337,15 +342,15 @@ def _inlined(jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any], na
     for equation in jaxpr.eqns:
         given = [x.val if isinstance(x, core.Literal) else values[x] for x in equation.invars]
         if equation.primitive.name in names:
-            inner = _inner(equation)
+            inner = inner_program(equation)
             results = _inlined(inner.jaxpr, inner.consts, given, names)
         else:
-            results = _alone(jaxpr, equation)(*given)
+            results = one_equation(jaxpr, equation)(*given)
         values |= zip(equation.outvars, results, strict=True)
     return [x.val if isinstance(x, core.Literal) else values[x] for x in jaxpr.outvars]
 
 
-def _alone(jaxpr: core.Jaxpr, equation: core.JaxprEqn) -> Callable[..., list[Any]]:
+def one_equation(jaxpr: core.Jaxpr, equation: core.JaxprEqn) -> Callable[..., list[Any]]:
     """Returns one equation of a program as a function of its inputs, including literal ones."""
     used, made = list(dict.fromkeys(_variables(equation.invars))), equation.outvars
     named = [x for x in made if not isinstance(x, core.DropVar)]

@@ -10,10 +10,10 @@ from jaxtyping import Array
 
 from seqattn.kernels.chunked import layouts, operands
 from seqattn.kernels.chunked.layouts import At
-from seqattn.kernels.chunked.operands import zero_unless_finite
 from seqattn.kernels.chunked.plan import Leaves, Plan
 from seqattn.kernels.chunked.tile_loop import Carry, visit
 from seqattn.kernels.chunked.tile_scores import Place, TileScores, dropped, product
+from seqattn.kernels.finite import zero_unless_finite
 from seqattn.kernels.traced import TracedMod
 
 

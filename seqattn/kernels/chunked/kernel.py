@@ -11,7 +11,8 @@ from jaxtyping import Array
 from seqattn.kernels.call import Call, Result, refuse_unknown
 from seqattn.kernels.chunked.backward import backward, with_gradients
 from seqattn.kernels.chunked.plan import Leaves, Plan, is_floating, prepare
-from seqattn.kernels.chunked.tile_loop import absorb, finish, lse_of, start
+from seqattn.kernels.chunked.tile_loop import absorb, finish, start
+from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.mesh_axes import varying
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from seqattn.coordinates import Coordinates, Tile
+from seqattn.coordinates import Coordinates
+from seqattn.kernels.blocks import reach_of_tiles
 from seqattn.mask import Mask, Reach, Truth
 from seqattn.pytrees import pytree
 
@@ -217,14 +218,9 @@ def _all_blocks(grid: Grid, every: np.ndarray | Array) -> np.ndarray | Array:
 
 def _reach(grid: Grid, mask: Mask | Array | None, q_at: Coordinates, kv_at: Coordinates) -> Reach:
     """Returns what the mask says of each tile, `[B or 1, query tiles or 1, key blocks or 1]`."""
-    if mask is None:
-        return Reach(some=np.ones((1, 1, 1), bool), every=np.ones((1, 1, 1), bool))
-    if not isinstance(mask, Mask):
+    if mask is not None and not isinstance(mask, Mask):
         return _reach_of_array(grid, mask)
-    # Shapes `[rows, tiles, 1]` and `[rows, 1, blocks]` make `Mask.reach` broadcast over all pairs of tiles.
-    query = jax.tree.map(lambda x: x[:, :, None], Tile.of(split(q_at, grid.queries)))
-    key = jax.tree.map(lambda x: x[:, None, :], Tile.of(split(kv_at, grid.block)))
-    return mask.reach(query, key)
+    return reach_of_tiles(mask, q_at, kv_at, grid.queries, grid.block)
 
 
 def _reach_of_array(grid: Grid, mask: Bool[Array, "..."]) -> Reach:
@@ -239,22 +235,6 @@ def _reach_of_array(grid: Grid, mask: Bool[Array, "..."]) -> Reach:
 
     # The padding must not decide: it counts as masked for `some` and as visible for `every`.
     return Reach(some=tiles(False).any(axis=(1, 3, 5)), every=tiles(True).all(axis=(1, 3, 5)))
-
-
-def split(at: Coordinates, tile: int) -> Coordinates:
-    """Returns coordinates `[rows, length]` as `[rows, tiles, tile]`, padded by repeating the last one."""
-    length = at.shape[-1]
-    return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, tile), pad(at, -(-length // tile) * tile))
-
-
-def pad(at: Coordinates, length: int) -> Coordinates:
-    """Returns coordinates padded to `[rows, length]`. Repeating the last one widens the range of no tile."""
-
-    def field(x: Array | np.ndarray) -> Array | np.ndarray:
-        xp = jnp if isinstance(x, jax.Array) else np
-        return xp.pad(x, ((0, 0), (0, length - x.shape[1])), mode="edge")
-
-    return jax.tree.map(field, at)
 
 
 def _lanes(grid: Grid, x: Truth) -> Any:

@@ -11,7 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import kept
-from seqattn.kernels.chunked import layouts, schedule
+from seqattn.kernels import blocks
+from seqattn.kernels.chunked import layouts
 from seqattn.kernels.chunked.layouts import At
 from seqattn.kernels.chunked.operands import Operands
 from seqattn.kernels.chunked.plan import Plan, TiledCall
@@ -237,7 +238,7 @@ def _coordinates(place: Place) -> tuple[Coordinates, Coordinates]:
             )
             return jnp.broadcast_to(here, (grid.rows, size))
 
-        return jax.tree.map(field, schedule.pad(coordinates, padded))
+        return jax.tree.map(field, blocks.pad(coordinates, padded))
 
     queries, keys = grid.padded
     query = take(call.q_at, at[1] * grid.queries, queries, grid.queries)

@@ -1,0 +1,135 @@
+"""The tiles that a mask reaches, as lists for kernels whose grid visits nothing else.
+
+A kernel on a device has a grid, not a loop: each step of the grid is one tile of queries and one of keys. The lists
+tell each step which tiles it has, so that an empty tile costs nothing, whether the mask is known at trace time or not.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from seqattn.coordinates import Coordinates, Tile
+from seqattn.mask import Mask, Reach
+from seqattn.pytrees import pytree
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+"""The kind of a tile: no pair is visible, some may be masked, all are visible."""
+
+FIRST, LAST, KIND = 1, 2, 4
+"""The bits of a step: whether it is the first or the last of its outer tile, and the kind of the tile times `KIND`."""
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The tiles to visit, in order: all inner tiles of an outer one follow each other.
+
+    An outer tile without visible pairs has one step of kind EMPTY, so that its result is written. Entries from `count`
+    on have no flags.
+
+    Attributes:
+        row: `[steps]` integers, the batch row; 0 if the rows share the list.
+        outer: `[steps]`, the outer tile: of queries, or of keys in the transposed lists.
+        inner: `[steps]`, the inner tile.
+        flags: `[steps]`, the bits FIRST and LAST, and the kind times KIND.
+        count: the number of steps to visit, or None if it was known at trace time: then all are visited.
+    """
+
+    row: Any
+    outer: Any
+    inner: Any
+    flags: Any
+    count: Any
+
+    @staticmethod
+    def of(kinds: np.ndarray | Array) -> "Steps":
+        """Returns the steps of tiles `[B or 1, outer tiles, inner tiles]`, given the kind of each."""
+        xp = jnp if isinstance(kinds, jax.Array) else np
+        visit = kinds != EMPTY
+        # One step for an outer tile that sees nothing: at the first inner tile.
+        nothing = ~visit.any(axis=-1, keepdims=True)
+        visit = visit | (nothing & (xp.arange(kinds.shape[-1]) == 0))
+        before, number = xp.cumsum(visit, axis=-1, dtype=np.int32), visit.sum(axis=-1, keepdims=True, dtype=np.int32)
+        flags = kinds.astype(np.int32) * KIND + (before == 1) * np.int32(FIRST) + (before == number) * np.int32(LAST)
+        if xp is np:
+            row, outer, inner = np.nonzero(visit)
+            return Steps(*(x.astype(np.int32) for x in (row, outer, inner, flags[visit])), None)
+        # Shapes are static under `jit`: list all tiles, visited ones first and in their order.
+        flat, count = visit.reshape(-1), visit.sum(dtype=jnp.int32)
+        order = jnp.argsort(~flat, stable=True)
+        row, outer, inner = (x.astype(jnp.int32) for x in jnp.unravel_index(order, visit.shape))
+        return Steps(row, outer, inner, jnp.where(flat, flags.reshape(-1), 0)[order], count)
+
+    @property
+    def size(self) -> int:
+        """The number of entries of the lists."""
+        return int(self.flags.shape[0])
+
+
+def kinds_of_tiles(
+    mask: Mask | None, q_at: Coordinates, kv_at: Coordinates, queries: int, keys: int
+) -> np.ndarray | Array:
+    """Returns the kind of each tile, `[B or 1, query tiles, key tiles]` int32.
+
+    A NumPy array if mask and coordinates are known at trace time. A tile with padding is never full: kernels hide the
+    padding where they evaluate the mask.
+
+    Args:
+        mask: the mask, or None.
+        q_at: coordinates of the queries, `[B or 1, T]`.
+        kv_at: coordinates of the keys, `[B or 1, S]`.
+        queries: queries in a tile.
+        keys: keys in a tile.
+    """
+    lengths = q_at.shape[-1], kv_at.shape[-1]
+    tiles = [-(-length // tile) for length, tile in zip(lengths, (queries, keys), strict=True)]
+    reach = reach_of_tiles(mask, q_at, kv_at, queries, keys)
+    whole = [
+        np.arange(1, n + 1) * tile <= length for n, tile, length in zip(tiles, (queries, keys), lengths, strict=True)
+    ]
+    every = reach.every & (whole[0][:, None] & whole[1])[None]
+    some = reach.some
+    xp = jnp if isinstance(some, jax.Array) or isinstance(every, jax.Array) else np
+    kinds = xp.where(some, xp.where(every, np.int32(FULL), np.int32(PARTIAL)), np.int32(EMPTY))
+    return xp.broadcast_to(kinds, (kinds.shape[0], *tiles))
+
+
+def reach_of_tiles(mask: Mask | None, q_at: Coordinates, kv_at: Coordinates, queries: int, keys: int) -> Reach:
+    """Returns what the mask says of each tile, `[B or 1, query tiles or 1, key tiles or 1]`."""
+    if mask is None:
+        return Reach(some=np.ones((1, 1, 1), bool), every=np.ones((1, 1, 1), bool))
+    # Shapes `[rows, tiles, 1]` and `[rows, 1, tiles]` make `Mask.reach` broadcast over all pairs of tiles.
+    query = jax.tree.map(lambda x: x[:, :, None], Tile.of(split(q_at, queries)))
+    key = jax.tree.map(lambda x: x[:, None, :], Tile.of(split(kv_at, keys)))
+    reach = mask.reach(query, key)
+    # A mask that reads no coordinates, such as one without `reach`, answers with a single number.
+    return Reach(
+        *(
+            x
+            if jnp.ndim(x) == 3
+            else jnp.reshape(x, (1, 1, 1))
+            if isinstance(x, jax.Array)
+            else np.reshape(x, (1, 1, 1))
+            for x in (reach.some, reach.every)
+        )
+    )
+
+
+def split(at: Coordinates, tile: int) -> Coordinates:
+    """Returns coordinates `[rows, length]` as `[rows, tiles, tile]`, padded by repeating the last one."""
+    length = at.shape[-1]
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, tile), pad(at, -(-length // tile) * tile))
+
+
+def pad(at: Coordinates, length: int) -> Coordinates:
+    """Returns coordinates padded to `[rows, length]`. Repeating the last one widens the range of no tile."""
+
+    def field(x: Array | np.ndarray) -> Array | np.ndarray:
+        xp = jnp if isinstance(x, jax.Array) else np
+        return xp.pad(x, ((0, 0), (0, length - x.shape[1])), mode="edge")
+
+    return jax.tree.map(field, at)

@@ -1,0 +1,122 @@
+"""The TPU kernel as a function with a custom derivative rule. Its contract is that of `reference`."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from seqattn.kernels.call import Call, Result, refuse_unknown
+from seqattn.kernels.guard import refuse_platform, relaxed
+from seqattn.kernels.log_total import lse_of
+from seqattn.kernels.mesh_axes import mesh_axes
+from seqattn.kernels.tpu.plan import Operands, Plan, prepare
+from seqattn.mask import Mask
+from seqattn.platforms import on_tpu
+
+_DTYPES = ("float32", "bfloat16")
+
+
+def refuse(call: Call) -> None:
+    """Raises NotImplementedError, with the reason, if `attend` cannot serve the call."""
+    _refuse(call)
+    if not call.is_empty:
+        # What a mask or a score modification does for each pair shows when it is traced; nothing is computed.
+        jax.eval_shape(lambda call: prepare(call, interpret=False)[1], call)
+
+
+def attend(call: Call, *, interpret: bool = False) -> Result:
+    """Returns the output and the log-sum-exp of the logits, as `reference.attend`.
+
+    Supports reverse mode only.
+
+    Args:
+        call: the call.
+        interpret: run the kernel in Pallas's interpreter, without a TPU.
+    """
+    _refuse(dataclasses.replace(call, platform=None) if interpret else call)
+    if call.is_empty:
+        return call.nothing()
+    plan, operands = prepare(call, interpret=interpret)
+    return _attend(plan, operands)
+
+
+def _refuse(call: Call) -> None:
+    """Raises NotImplementedError for what shows without a trace."""
+    refuse_platform("the TPU kernel", "tpu", call)
+    refuse_unknown("a grid of tiles", call.query.shape, call.key.shape)
+    dtype = call.query.dtype
+    if dtype not in _DTYPES or call.key.dtype != dtype:
+        raise NotImplementedError(
+            f"the TPU kernel takes {' and '.join(_DTYPES)}, not {dtype} with keys {call.key.dtype}"
+        )
+    if call.bias is not None or not isinstance(call.mask, Mask | None):
+        raise NotImplementedError("the TPU kernel takes no array for all pairs: write a Mask and a ScoreMod")
+    if call.value.shape[-1] == 0:
+        raise NotImplementedError("tiles need a value dim of at least 1, got 0")
+    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
+        raise NotImplementedError("the TPU kernel counts in 32 bits, and jax_enable_x64 is on")
+    if axes := mesh_axes(call):
+        along = ", ".join(sorted(map(str, axes)))
+        raise NotImplementedError(f"the TPU kernel does not declare to jax.shard_map that it varies over {along}")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan: Plan, operands: Operands) -> tuple[Array, Array]:
+    """Returns the output and the log-sum-exp; the custom derivative rules are attached below."""
+    return _forward(plan, operands)[0]
+
+
+def _forward(plan: Plan, operands: Operands) -> tuple[tuple[Array, Array], tuple]:
+    """Returns the results, and the residuals for the backward pass: O(T + S) numbers, no scores."""
+    output, peak, log_total = _here(plan, _results, operands)
+    lse = lse_of(peak, log_total).swapaxes(1, 2)
+    return (output, lse), (operands, output, peak, log_total)
+
+
+def _backward(plan: Plan, residuals: tuple, directions: tuple) -> tuple[Operands]:
+    """Returns the gradients of the operands; integers have the gradient dtype `float0`."""
+    operands, *results = residuals
+    gradients = _here(plan, _gradients, operands, *results, *directions)
+    zeros = jax.tree.map(_no_gradient, operands)
+    mod = [d if jnp.issubdtype(d.dtype, jnp.floating) else _no_gradient(d) for d in gradients.pop("mod")]
+    given = {name: d.astype(getattr(operands, name).dtype) for name, d in gradients.items()}
+    return (dataclasses.replace(zeros, **given, mod=mod),)
+
+
+def _no_gradient(x: Any) -> Any:
+    """Returns the gradient of an array that has none."""
+    floating = jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    return jnp.zeros(jnp.shape(x), jnp.result_type(x)) if floating else np.zeros(jnp.shape(x), jax.dtypes.float0)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _here(plan: Plan, fn: Any, *operands: Any) -> Any:
+    """Runs a kernel in a program for a TPU, or anywhere if it is interpreted."""
+    run = functools.partial(fn, plan)
+    with relaxed(plan.dtype):  # Pallas relies on dtype promotions
+        return run(*operands) if plan.interpret else on_tpu(run, *operands)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _results(plan: Plan, operands: Operands) -> tuple[Array, Array, Array]:
+    """Runs the forward pass, traced once for each plan and set of shapes."""
+    # Imported here, because the import of Pallas is slow.
+    from seqattn.kernels.tpu.forward import forward
+
+    return forward(plan, operands)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(
+    plan: Plan, operands: Operands, output: Array, peak: Array, log_total: Array, d_output: Array, d_lse: Array
+) -> dict[str, Any]:
+    """Runs the backward pass, traced once for each plan and set of shapes."""
+    from seqattn.kernels.tpu.backward import backward
+
+    return backward(plan, operands, output, peak, log_total, d_output, d_lse)

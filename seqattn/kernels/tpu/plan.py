@@ -1,0 +1,164 @@
+"""A call for the TPU kernel, split into a static plan and the arrays that the compiled program receives."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from seqattn.kernels import blocks
+from seqattn.kernels.blocks import Steps
+from seqattn.kernels.call import Call
+from seqattn.kernels.on_tile import TPU, check
+from seqattn.kernels.per_pair import Cut, Late, arguments_of, cut
+from seqattn.kernels.tpu.tiles import Tiles
+from seqattn.kernels.traced import capture
+from seqattn.pytrees import pytree
+
+MOST_STEPS = 50_000
+"""The most steps of a grid. Their lists are in a memory of 1 MiB for scalars."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static part of a call.
+
+    Attributes:
+        sizes: B, N, K, T, S, H and V.
+        dtype: the dtype of query, key and value.
+        tiles: queries and keys in a tile.
+        mask: the operations of the mask for each pair, or None.
+        score_mod: the operations of the score modification for each pair, or None.
+        dropout_rate: 0 if there is no dropout.
+        shared: whether all batch rows visit the same tiles.
+        interpret: whether Pallas interprets the kernel, without a TPU.
+    """
+
+    sizes: tuple[int, int, int, int, int, int, int]
+    dtype: np.dtype
+    tiles: Tiles
+    mask: Late | None
+    score_mod: Late | None
+    dropout_rate: float
+    shared: bool
+    interpret: bool
+
+    @property
+    def group(self) -> int:
+        """The number of query heads that share a key head."""
+        return self.sizes[1] // self.sizes[2]
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """T and S, rounded up to whole tiles."""
+        return self.tiles.padded(*self.sizes[3:5])
+
+    @property
+    def trained(self) -> list[tuple[int, int]]:
+        """The borders of the score modification that have gradients, each with its number of entries."""
+        borders = () if self.score_mod is None else self.score_mod.borders
+        return [(i, border.entries) for i, border in enumerate(borders) if border.trains]
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """The arrays of a call. Those with gradients come first.
+
+    Attributes:
+        query: `[B, T, N, H]`.
+        key: `[B, S, K, H]`.
+        value: `[B, S, K, V]`.
+        scale: a scalar, float32.
+        mod: the borders of the score modification, `[B or 1, N or 1, L]`.
+        mask: the borders of the mask, of the same form.
+        words: two words of the dropout key.
+        base: `[B, N, 2]` integers: the row and the column at which dropout starts to count.
+        steps: the tiles to visit for each tile of queries.
+        transposed: the tiles to visit for each tile of keys.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    scale: Any
+    mod: Any
+    mask: Any
+    words: Any
+    base: Any
+    steps: Steps
+    transposed: Steps
+
+
+def prepare(call: Call, *, interpret: bool) -> tuple[Plan, Operands]:
+    """Returns the plan and the arrays of a call.
+
+    Raises:
+        NotImplementedError: the kernel cannot compute the mask or the score modification.
+    """
+    batch, length, num_heads, head_dim = call.query.shape
+    size, num_kv_heads, value_dim = call.value.shape[1:]
+    tiles = Tiles.of(length, size, max(head_dim, value_dim))
+    # The tiles are decided by the mask itself. The kernel evaluates its trace, as it must not hold a user's function.
+    kinds = blocks.kinds_of_tiles(call.mask, call.q_at, call.kv_at, tiles.queries, tiles.keys)
+    steps, transposed = Steps.of(kinds), Steps.of(kinds.swapaxes(1, 2))
+    if max(steps.size, transposed.size) > MOST_STEPS:
+        raise NotImplementedError(
+            f"{max(steps.size, transposed.size)} pairs of tiles; the lists of the TPU kernel hold {MOST_STEPS}"
+        )
+    traced = capture(call, like=call)
+    mask = None if call.mask is None else _cut(traced, traced.mask.program, mod=False)
+    mod = None if call.score_mod is None else _cut(traced, traced.score_mod.program, mod=True)
+    rate = 0.0 if call.dropout is None else call.dropout.rate
+    plan = Plan(
+        (batch, num_heads, num_kv_heads, length, size, head_dim, value_dim),
+        np.dtype(call.query.dtype),
+        tiles,
+        None if mask is None else mask.late,
+        None if mod is None else mod.late,
+        rate,
+        kinds.shape[0] == 1,
+        interpret,
+    )
+    return plan, Operands(
+        call.query,
+        call.key,
+        call.value,
+        jnp.asarray(call.scale, jnp.float32),
+        [] if mod is None else _borders(traced, traced.score_mod.program, mod),
+        [] if mask is None else _borders(traced, traced.mask.program, mask),
+        None if rate == 0 else call.dropout.words(),
+        None if rate == 0 else _base(call),
+        steps,
+        transposed,
+    )
+
+
+def _cut(call: Call, program: Any, *, mod: bool) -> Cut:
+    """Returns the program of a call in two parts, if the kernel can compute the inner one."""
+    result = cut(program, arguments_of(call.q_at, call.kv_at, mod=mod, rows=mod and call.rows is not None))
+    check(result.late, TPU)
+    return result
+
+
+def _borders(call: Call, program: Any, parts: Cut) -> list[Array]:
+    batch, _, num_heads, _ = call.query.shape
+    fields = [jax.tree.leaves(at) for at in (call.q_at, call.kv_at)]
+    return parts.borders((*program.arrays, *program.fixed), *fields, batch, num_heads)
+
+
+def _base(call: Call) -> Array:
+    """Returns the row and the column at which dropout starts to count, for each batch row and head.
+
+    The same counters as in every kernel: row (b * N + n) * T + t and column s, of the whole call.
+    """
+    batch, length, num_heads, _ = call.query.shape
+    row, head = jnp.arange(batch, dtype=jnp.int32)[:, None], jnp.arange(num_heads, dtype=jnp.int32)[None]
+    if (origin := call.origin) is None:
+        first, column = (row * num_heads + head) * length, jnp.zeros((), jnp.int32)
+    else:
+        head = (row + origin.batch) * origin.num_heads + head + origin.head
+        first, column = head * origin.length + origin.query, jnp.asarray(origin.key, jnp.int32)
+    return jnp.stack([first, jnp.broadcast_to(column, first.shape)], axis=-1)
