@@ -177,7 +177,7 @@ class _Machine:
 def _unrolled(protocol: Protocol, program: Program, steps: int, consumer: int) -> list[_Operation]:
     """The operations of a warpgroup, one after the other; `consumer` is -1 for the memory warpgroup."""
     rows = [(row, 0) for row in program.before]
-    rows += [(row, step) for step in range(steps) for row in program.step]
+    rows += [(row, step) for step in range(steps + program.more) for row in program.step]
     rows += [(row, steps) for row in program.after]
     waits: dict[Place, int] = collections.Counter()
     operations = []
@@ -208,6 +208,7 @@ def _runs(protocol: Protocol, when: When, step: int, steps: int, consumer: int) 
         When.ANY: steps > 0,
         When.AGAIN: step >= protocol.slots,
         When.MORE: step + 1 < steps,
+        When.TILE: step < steps,
         When.FIRST: consumer == 0,
         When.SECOND: consumer == 1,
     }

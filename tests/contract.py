@@ -24,8 +24,9 @@ from seqattn.dropout import Dropout
 from seqattn.kernels import cached, ring
 from seqattn.kernels.call import Call, Columns
 from seqattn.kernels.dispatch import IMPLEMENTATIONS, Implementation
+from seqattn.kernels.hopper.plan import Tiling
 from seqattn.mask import Mask, MaskMod
-from tests import oracle
+from tests import hopper_plain, oracle
 
 PLATFORM = {"cudnn": "gpu", "splash": "tpu"}
 """Where an implementation runs at all, if not everywhere."""
@@ -34,6 +35,7 @@ REFUSED = {
     "xla": "no score modification|no dropout|softmax of float64",
     "ring": "no dropout",
     "cached": "has no dropout",
+    "hopper": "a bias|an array|has no dropout",
 }
 """What an implementation may refuse, by its reasons; any other refusal fails the test."""
 
@@ -108,7 +110,13 @@ def _cached(call):
     return cached.attend(dataclasses.replace(call, key=None, value=None, columns=columns))
 
 
+def _hopper(call):
+    """The kernel for Hopper in plain JAX, with small tiles, and with all dtypes and dims."""
+    return hopper_plain.attend(call, Tiling(2, 4, 2))
+
+
 HELD = {
+    "hopper": Implementation(_hopper),
     "xla": _of_equal_dims(IMPLEMENTATIONS["xla"]),
     "cached": Implementation(_cached),
     "ring": Implementation(_ring),

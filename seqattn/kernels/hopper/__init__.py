@@ -1,1 +1,5 @@
-"""Flash attention for NVIDIA Hopper in Pallas Mosaic GPU, with one memory warpgroup and two consumer warpgroups."""
+"""Attention for NVIDIA Hopper in Pallas Mosaic GPU, for any mask and score function, in tiles: see `kernel`."""
+
+from seqattn.kernels.hopper.kernel import attend, refuse
+
+__all__ = ["attend", "refuse"]

@@ -73,6 +73,8 @@ class When(enum.Enum):
     """If the slot was used before: from step `slots` on."""
     MORE = "more"
     """If another step follows."""
+    TILE = "tile"
+    """If the step has a tile of keys, and is none of those that `Program.more` adds."""
     FIRST = "first"
     """In the first consumer."""
     SECOND = "second"
@@ -98,11 +100,19 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The rows of a warpgroup: before all steps, in each step, and after them. A step is a tile of keys."""
+    """The rows of a warpgroup: before all steps, in each step, and after them. A step is a tile of keys.
+
+    Attributes:
+        before: rows before the steps.
+        step: rows of a step.
+        after: rows after the steps.
+        more: steps after the last tile.
+    """
 
     before: tuple[Row, ...]
     step: tuple[Row, ...]
     after: tuple[Row, ...]
+    more: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +203,23 @@ def forward(slots: int) -> Protocol:
     )
 
 
+def observed(table: Protocol) -> Protocol:
+    """Returns the table of `forward` with waits for the phases that nobody needs.
+
+    The interpreter requires that a thread which waits at a barrier waits for each of its phases.
+    """
+    turn = table.consumer.after.index(_LAST_TURN) + 1
+    after = (*table.consumer.after[:turn], Row(Action.WAIT, "turn", when=When.FIRST), *table.consumer.after[turn:])
+    loads = [
+        dataclasses.replace(row, when=When.TILE) if row.action is Action.LOAD else row for row in table.memory.step
+    ]
+    return dataclasses.replace(
+        table,
+        memory=dataclasses.replace(table.memory, step=tuple(loads), more=table.slots),
+        consumer=dataclasses.replace(table.consumer, after=after),
+    )
+
+
 _MEMORY = Program(
     before=(Row(Action.LOAD, "query", Index.FIRST), Row(Action.LOAD, "query", Index.SECOND)),
     step=(
@@ -206,6 +233,8 @@ _MEMORY = Program(
 )
 
 _PASS_TURN = (Row(Action.ARRIVE, "turn"), Row(Action.WAIT, "turn"))
+
+_LAST_TURN = Row(Action.ARRIVE, "turn", when=When.FIRST)
 
 _CONSUMER = Program(
     before=(
@@ -233,7 +262,7 @@ _CONSUMER = Program(
     ),
     after=(
         # The second consumer is half a step behind and waits for one more arrival. The first need not wait for it.
-        Row(Action.ARRIVE, "turn", when=When.FIRST),
+        _LAST_TURN,
         # The output takes the place of the queries, which all products have read.
         Row(Action.WRITE, "query", Index.OWN),
         Row(Action.FENCE, "query", Index.OWN),

@@ -40,6 +40,7 @@ def first_fault(table: Protocol) -> str | None:
 @pytest.mark.parametrize("slots", SLOTS)
 def test_no_order_of_events_goes_wrong(slots):
     assert first_fault(protocol.forward(slots)) is None
+    assert first_fault(protocol.observed(protocol.forward(slots))) is None
 
 
 LEFT_OUT = [each for each in rows(protocol.forward(2)) if each[3].action in ORDERING]

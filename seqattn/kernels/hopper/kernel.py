@@ -1,0 +1,137 @@
+"""The Hopper kernel as a function with a custom derivative rule. Its contract is that of `reference`.
+
+The forward pass is the kernel. The backward pass is that of `chunked`, from the log-sum-exp that the kernel returns.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from seqattn.kernels.call import Call, Result, refuse_unknown
+from seqattn.kernels.chunked.backward import backward, with_gradients
+from seqattn.kernels.chunked.plan import Leaves, is_floating
+from seqattn.kernels.chunked.plan import Plan as TiledPlan
+from seqattn.kernels.chunked.plan import prepare as prepare_tiles
+from seqattn.kernels.guard import refuse_platform, relaxed
+from seqattn.kernels.hopper.plan import TILINGS, Operands, Plan, prepare
+from seqattn.kernels.log_total import lse_of
+from seqattn.kernels.mesh_axes import mesh_axes
+from seqattn.mask import Mask
+
+_DTYPES = ("bfloat16", "float16")
+
+
+def refuse(call: Call) -> None:
+    """Raises NotImplementedError, with the reason, if `attend` cannot serve the call."""
+    _refuse(call)
+    if not call.is_empty:
+        # What a mask or a score modification does for each pair shows when it is traced; nothing is computed.
+        jax.eval_shape(lambda call: prepare(call)[1], call)
+
+
+def attend(call: Call, *, interpret: Any = None) -> Result:
+    """Returns the output and the log-sum-exp of the logits, as `reference.attend`.
+
+    Supports reverse mode only.
+
+    Args:
+        call: the call.
+        interpret: an `InterpretGPUParams`, to run the kernel in Pallas's interpreter without a GPU.
+    """
+    _refuse(call if interpret is None else dataclasses.replace(call, platform=None))
+    if call.is_empty:
+        return call.nothing()
+    plan, operands = prepare(call, interpret=interpret)
+    tiled, leaves = prepare_tiles(call)
+    # All gradients are those of the leaves, which hold the same arrays in the form of the backward pass.
+    return _attend(plan, tiled, jax.lax.stop_gradient(operands), leaves)
+
+
+def _refuse(call: Call) -> None:
+    """Raises NotImplementedError for what shows without a trace."""
+    refuse_platform("the Hopper kernel", "gpu", call)
+    refuse_unknown("a grid of tiles", call.query.shape, call.key.shape)
+    dtype, head_dim, value_dim = call.query.dtype, call.query.shape[-1], call.value.shape[-1]
+    if dtype not in _DTYPES or call.key.dtype != dtype:
+        raise NotImplementedError(
+            f"the Hopper kernel takes {' and '.join(_DTYPES)}, not {dtype} with keys {call.key.dtype}"
+        )
+    if head_dim not in TILINGS or value_dim != head_dim:
+        dims = ", ".join(map(str, TILINGS))
+        raise NotImplementedError(f"H ({head_dim}) and V ({value_dim}) must be equal, and one of {dims}")
+    if call.bias is not None or not isinstance(call.mask, Mask | None):
+        raise NotImplementedError("the Hopper kernel takes no array for all pairs: write a Mask and a ScoreMod")
+    if call.dropout is not None and call.dropout.rate != 0:
+        raise NotImplementedError("the Hopper kernel has no dropout")
+    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
+        raise NotImplementedError("the Hopper kernel counts in 32 bits, and jax_enable_x64 is on")
+    if axes := mesh_axes(call):
+        along = ", ".join(sorted(map(str, axes)))
+        raise NotImplementedError(f"the Hopper kernel does not declare to jax.shard_map that it varies over {along}")
+    _refuse_machine()
+
+
+def _refuse_machine() -> None:
+    """Raises NotImplementedError if Pallas Mosaic GPU is missing, or the machine's GPU is of another generation."""
+    try:
+        # Imported here, because the import is slow and needs absl-py, which JAX does not install.
+        from jax.experimental.pallas import mosaic_gpu  # noqa: F401
+    except ImportError as error:
+        raise NotImplementedError(f"Pallas Mosaic GPU cannot be imported ({error}); it needs absl-py") from error
+    if jax.default_backend() == "gpu" and (found := jax.local_devices()[0].compute_capability) != "9.0":
+        raise NotImplementedError(f"the Hopper kernel is for compute capability 9.0, and this GPU has {found}")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(plan: Plan, tiled: TiledPlan, operands: Operands, leaves: Leaves) -> tuple[Array, Array]:
+    """Returns the output and the log-sum-exp; the custom derivative rules are attached below."""
+    return _forward(plan, tiled, operands, leaves)[0]
+
+
+def _forward(plan: Plan, tiled: TiledPlan, operands: Operands, leaves: Leaves) -> tuple[tuple[Array, Array], tuple]:
+    """Returns the results, and the residuals for the backward pass: O(T + S) numbers, no scores."""
+    with relaxed(plan.dtype):  # Pallas relies on dtype promotions
+        output, peak, log_total = _results(plan, operands)
+    return (output, lse_of(peak, log_total)), (operands, leaves, output, peak, log_total)
+
+
+def _backward(plan: Plan, tiled: TiledPlan, residuals: tuple, directions: tuple) -> tuple[Operands, list[Any]]:
+    """Returns the gradients of operands, which are zeros, and of leaves."""
+    operands, leaves, *results = residuals
+    gradients = iter(_gradients(tiled, leaves, *results, *directions))
+    given = [next(gradients) if is_floating(x) else _no_gradient(x) for x in leaves]
+    return jax.tree.map(_no_gradient, operands), given
+
+
+def _no_gradient(x: Any) -> Any:
+    """Returns the gradient of an array that has none."""
+    floating = jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    return jnp.zeros(jnp.shape(x), jnp.result_type(x)) if floating else np.zeros(jnp.shape(x), jax.dtypes.float0)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _results(plan: Plan, operands: Operands) -> tuple[Array, Array, Array]:
+    """Runs the forward pass, traced once for each plan and set of shapes."""
+    # Imported here, because the import of Pallas is slow and needs absl-py.
+    from seqattn.kernels.hopper.forward import forward
+
+    return forward(plan, operands)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradients(
+    plan: TiledPlan, leaves: Leaves, output: Array, peak: Array, log_total: Array, d_output: Array, d_lse: Array
+) -> list[Array]:
+    """Returns the gradients with respect to all floating leaves of the call."""
+    call = plan.call(leaves)
+    gradients = backward(plan, leaves, output, peak, log_total, d_output, d_lse)
+    everything = jax.tree.leaves(with_gradients(call, gradients))
+    return [d.astype(x.dtype) for d, x in zip(everything, leaves, strict=True) if is_floating(x)]

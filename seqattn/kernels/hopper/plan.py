@@ -1,0 +1,171 @@
+"""A call for the Hopper kernel, split into a static plan and the arrays that the compiled program receives."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from seqattn.kernels import blocks
+from seqattn.kernels.call import Call
+from seqattn.kernels.hopper.protocol import CONSUMERS
+from seqattn.kernels.hopper.tile import HOPPER
+from seqattn.kernels.on_tile import check
+from seqattn.kernels.per_pair import Cut, Late, arguments_of, cut
+from seqattn.kernels.traced import capture
+from seqattn.pytrees import pytree
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How shared memory is used.
+
+    Attributes:
+        queries: queries in the tile of each consumer: 64, the rows of one wgmma. Tiles of 128 rows spill registers.
+        keys: keys in a tile, a multiple of 64.
+        slots: tiles of keys, and of values, in the ring.
+    """
+
+    queries: int
+    keys: int
+    slots: int
+
+    @property
+    def together(self) -> int:
+        """Queries of a block: those of both consumers."""
+        return CONSUMERS * self.queries
+
+
+TILINGS = {64: Tiling(64, 128, 3), 128: Tiling(64, 128, 2), 256: Tiling(64, 64, 2)}
+"""Tilings by head dim. They compile for an H200 without a spilled register."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The static part of a call.
+
+    Attributes:
+        sizes: B, N, K, T, S and H, which is also V.
+        dtype: the dtype of query, key and value.
+        tiling: how shared memory is used.
+        mask: the operations of the mask for each pair, or None.
+        score_mod: the operations of the score modification for each pair, or None.
+        interpret: an `InterpretGPUParams`, to run the kernel in Pallas's interpreter, or None.
+    """
+
+    sizes: tuple[int, int, int, int, int, int]
+    dtype: np.dtype
+    tiling: Tiling
+    mask: Late | None
+    score_mod: Late | None
+    interpret: Any
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """T and S, rounded up to whole tiles: those of both consumers, and those of keys."""
+        queries, keys = self.tiling.together, self.tiling.keys
+        return -(-self.sizes[3] // queries) * queries, -(-self.sizes[4] // keys) * keys
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """The arrays of a call.
+
+    Attributes:
+        query: `[B, T, N, H]`.
+        key: `[B, S, K, H]`.
+        value: `[B, S, K, H]`.
+        scale: `[1]`, float32 and positive.
+        mask: the borders of the mask, `[B or 1, N or 1, L]`.
+        mod: the borders of the score modification, of the same form.
+        counts: `[B or 1, I, 2]`: how many full and how many partial tiles of keys each pair of query tiles visits.
+        tiles: `[B or 1, I, J]`: the indices of these tiles, full ones first.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    scale: Any
+    mask: Any
+    mod: Any
+    counts: Any
+    tiles: Any
+
+
+def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
+    """Returns the plan and the arrays of a call.
+
+    Raises:
+        NotImplementedError: the kernel cannot compute the mask or the score modification.
+    """
+    batch, length, num_heads, head_dim = call.query.shape
+    size, num_kv_heads = call.key.shape[1:3]
+    tiling = TILINGS[head_dim]
+    # The tiles are decided by the mask itself. The kernel evaluates its trace, as it must not hold a user's function.
+    kinds = blocks.kinds_of_tiles(call.mask, call.q_at, call.kv_at, tiling.together, tiling.keys)
+    counts, tiles = lists(kinds)
+    traced = capture(call, like=call)
+    mask = None if call.mask is None else _cut(traced, traced.mask.program, mod=False)
+    mod = None if call.score_mod is None else _cut(traced, traced.score_mod.program, mod=True)
+    plan = Plan(
+        (batch, num_heads, num_kv_heads, length, size, head_dim),
+        np.dtype(call.query.dtype),
+        tiling,
+        None if mask is None else mask.late,
+        None if mod is None else mod.late,
+        interpret,
+    )
+    query, scale = _positive(call.query, call.scale)
+    return plan, Operands(
+        query,
+        call.key,
+        call.value,
+        scale,
+        [] if mask is None else _borders(traced, traced.mask.program, mask),
+        [] if mod is None else _borders(traced, traced.score_mod.program, mod),
+        counts,
+        tiles,
+    )
+
+
+def lists(kinds: np.ndarray | Array) -> tuple[Any, Any]:
+    """Returns the lists of the tiles to visit, from the kind of each tile `[B or 1, I, J]`.
+
+    Returns:
+        The numbers of full and of partial tiles, `[B or 1, I, 2]`, and the indices of tiles, full ones first and those
+        that are visited before all others, `[B or 1, I, J]`.
+    """
+    xp = jnp if isinstance(kinds, jax.Array) else np
+    full, partial = kinds == blocks.FULL, kinds == blocks.PARTIAL
+    counts = xp.stack([x.sum(axis=-1, dtype=np.int32) for x in (full, partial)], axis=-1)
+    rank = xp.where(full, np.int32(0), xp.where(partial, np.int32(1), np.int32(2)))
+    return counts, xp.argsort(rank, axis=-1, stable=True).astype(np.int32)
+
+
+_LEAST = 1e-30
+"""Takes the place of a scale of 0, with which masked scores would be -inf * 0 = NaN."""
+
+
+def _positive(query: Array, scale: Any) -> tuple[Array, Array]:
+    """Returns queries and a positive scale with the same products: the largest product then has the largest score."""
+    if not isinstance(scale, int | float | np.number):
+        query = jnp.where(scale < 0, -query, query)
+    elif scale < 0:
+        query = -query
+    return query, jnp.maximum(jnp.abs(jnp.asarray(scale, jnp.float32)), _LEAST).reshape(1)
+
+
+def _cut(call: Call, program: Any, *, mod: bool) -> Cut:
+    """Returns the program of a call in two parts, if the kernel can compute the inner one."""
+    result = cut(program, arguments_of(call.q_at, call.kv_at, mod=mod, rows=mod and call.rows is not None))
+    check(result.late, HOPPER)
+    return result
+
+
+def _borders(call: Call, program: Any, parts: Cut) -> list[Array]:
+    batch, _, num_heads, _ = call.query.shape
+    fields = [jax.tree.leaves(at) for at in (call.q_at, call.kv_at)]
+    return parts.borders((*program.arrays, *program.fixed), *fields, batch, num_heads)

@@ -1,0 +1,132 @@
+"""What a warpgroup does with a tile: products, loads of vectors, layouts. On the device, and as the interpreter can.
+
+The interpreter of Pallas Mosaic GPU knows neither a transposed operand nor layouts. So the kernel is written over a
+`Units`, and everything else (arithmetic, lists of tiles, indices, protocol) is the same code in both forms.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+Meanwhile = Callable[[], None]
+"""What the warpgroup does while a product runs."""
+
+
+class Units(abc.ABC):
+    """The operations that differ between the device and the interpreter."""
+
+    @abc.abstractmethod
+    def scores(self, query: Any, key: Any, meanwhile: Meanwhile) -> Array:
+        """Returns the products of the queries `[rows, H]` and the keys `[columns, H]` in shared memory, float32."""
+
+    @abc.abstractmethod
+    def output(self, total: Array, weights: Array, value: Any, meanwhile: Meanwhile) -> Array:
+        """Returns `total + weights @ value`, with the values `[columns, V]` in shared memory."""
+
+    @abc.abstractmethod
+    def tile(self, number: float, shape: tuple[int, int]) -> Array:
+        """Returns a float32 tile of equal numbers."""
+
+    @abc.abstractmethod
+    def rows(self, number: float, length: int) -> Array:
+        """Returns equal float32 numbers, one for each query."""
+
+    @abc.abstractmethod
+    def index(self, shape: tuple[int, int], axis: int) -> Array:
+        """Returns the row or the column of each entry of a tile, int32."""
+
+    @abc.abstractmethod
+    def vector(self, array: Any, at: tuple[Any, ...], first: Any, axis: int, shape: tuple[int, int]) -> Array:
+        """Returns a part of the last axis of an array in global memory, repeated over a tile.
+
+        Args:
+            array: the array.
+            at: indices of all axes but the last.
+            first: where the part begins.
+            axis: 0 for a number for each row, 1 for one for each column.
+            shape: the shape of the tile.
+        """
+
+    def spread(self, vector: Array, shape: tuple[int, int]) -> Array:
+        """Repeats a number of each query over a tile."""
+        return lax.broadcast_in_dim(vector, shape, (0,))
+
+
+class Device(Units):
+    """Operations of the tensor cores (wgmma) and the layouts of their operands in registers."""
+
+    def __init__(self) -> None:
+        # Imported here, as it needs absl-py, which JAX does not install.
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        self._pl, self._plgpu = pl, plgpu
+        self._whole = plgpu.Layout.WGMMA
+        self._of_axis = {0: plgpu.Layout.WGMMA.reduce(1), 1: plgpu.Layout.WGMMA.reduce(0)}
+
+    def scores(self, query: Any, key: Any, meanwhile: Meanwhile) -> Array:
+        def multiply(sums: Any) -> Array:
+            self._plgpu.wgmma(sums, query, self._plgpu.transpose_ref(key, (1, 0)))
+            meanwhile()
+            return sums[...]  # waits for the product
+
+        return self._pl.run_scoped(multiply, self._plgpu.ACC((query.shape[0], key.shape[0]), jnp.float32))
+
+    def output(self, total: Array, weights: Array, value: Any, meanwhile: Meanwhile) -> Array:
+        def multiply(sums: Any) -> None:
+            self._plgpu.wgmma(sums, weights, value)
+            meanwhile()
+
+        # `run_state` waits for the product before it returns the sums.
+        return self._pl.run_state(multiply)(self._plgpu.ACC.init(total))
+
+    def tile(self, number: float, shape: tuple[int, int]) -> Array:
+        return self._plgpu.layout_cast(jnp.full(shape, number, jnp.float32), self._whole)
+
+    def rows(self, number: float, length: int) -> Array:
+        return self._plgpu.layout_cast(jnp.full((length,), number, jnp.float32), self._of_axis[0])
+
+    def index(self, shape: tuple[int, int], axis: int) -> Array:
+        return self._plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=self._whole)
+
+    def vector(self, array: Any, at: tuple[Any, ...], first: Any, axis: int, shape: tuple[int, int]) -> Array:
+        part = (*at, self._pl.ds(first, shape[axis]))
+        loaded = self._plgpu.load(array, part, layout=self._of_axis[axis], optimized=False)
+        return lax.broadcast_in_dim(loaded, shape, (axis,))
+
+
+class Interpreted(Units):
+    """The same operations in terms of plain loads, which the interpreter knows and whose races it sees."""
+
+    def scores(self, query: Any, key: Any, meanwhile: Meanwhile) -> Array:
+        sums = lax.dot_general(query[...], key[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        meanwhile()
+        return sums
+
+    def output(self, total: Array, weights: Array, value: Any, meanwhile: Meanwhile) -> Array:
+        sums = lax.dot_general(weights, value[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        meanwhile()
+        return total + sums
+
+    def tile(self, number: float, shape: tuple[int, int]) -> Array:
+        return jnp.full(shape, number, jnp.float32)
+
+    def rows(self, number: float, length: int) -> Array:
+        return jnp.full((length,), number, jnp.float32)
+
+    def index(self, shape: tuple[int, int], axis: int) -> Array:
+        return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+    def vector(self, array: Any, at: tuple[Any, ...], first: Any, axis: int, shape: tuple[int, int]) -> Array:
+        from jax.experimental import pallas as pl
+
+        return lax.broadcast_in_dim(array[(*at, pl.ds(first, shape[axis]))], shape, (axis,))
+
+
+def units(*, interpret: bool) -> Units:
+    """Returns the operations of the device, or those that the interpreter knows."""
+    return Interpreted() if interpret else Device()
