@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from seqattn.attention import attend
 from seqattn.dropout import Dropout
-from seqattn.kernels import cached, ring
+from seqattn.kernels import cached, ring, tpu
 from seqattn.kernels.call import Call, Columns
 from seqattn.kernels.dispatch import IMPLEMENTATIONS, Implementation
 from seqattn.mask import Mask, MaskMod
@@ -34,6 +34,7 @@ REFUSED = {
     "xla": "no score modification|no dropout|softmax of float64",
     "ring": "no dropout",
     "cached": "has no dropout",
+    "tpu": "takes no bias|from which pairs choose|jax_enable_x64|float32 and bfloat16, not float|a gradient is indexed by",
 }
 """What an implementation may refuse, by its reasons; any other refusal fails the test."""
 
@@ -108,7 +109,13 @@ def _cached(call):
     return cached.attend(dataclasses.replace(call, key=None, value=None, columns=columns))
 
 
+def _tpu(call):
+    """The kernel for TPUs, as Pallas's interpreter runs it."""
+    return tpu.attend(call, interpret=True)
+
+
 HELD = {
+    "tpu": Implementation(_tpu),
     "xla": _of_equal_dims(IMPLEMENTATIONS["xla"]),
     "cached": Implementation(_cached),
     "ring": Implementation(_ring),
