@@ -1,6 +1,7 @@
 """Dropout (Srivastava 2014) as a value: a rate and the random key that decides which elements are dropped."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.extend.random
@@ -57,12 +58,12 @@ class Dropout:
         return jax.random.bits(self.key, (2,), jnp.uint32)
 
 
-def kept(words: UInt32[Array, "2"], rate: float, row: Array, column: Array) -> Bool[Array, "..."]:
+def kept(words: UInt32[Array, "2"] | Sequence[Array], rate: float, row: Array, column: Array) -> Bool[Array, "..."]:
     """Returns whether the elements at integers `row` and `column` are kept: True with probability `1 - rate`.
 
-    Row and column broadcast. Together they are the counter of one Threefry block (Salmon 2011), so that each element is
-    independent of all others and a matrix can be computed in tiles of any shape. The attention weight of batch row b,
-    head n, query t and key s has row `(b * N + n) * T + t` and column `s`.
+    The words are an array or two scalars. Row and column broadcast. Together they are the counter of one Threefry block
+    (Salmon 2011), so that each element is independent of all others and a matrix can be computed in tiles of any shape.
+    The attention weight of batch row b, head n, query t and key s has row `(b * N + n) * T + t` and column `s`.
 
     >>> words = Dropout(0.5, jax.random.key(0)).words()
     >>> print(kept(words, 0.5, jnp.arange(2)[:, None], jnp.arange(6)[None]).astype(int))

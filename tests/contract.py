@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from seqattn.attention import attend
 from seqattn.dropout import Dropout
-from seqattn.kernels import cached, ring
+from seqattn.kernels import cached, ring, tpu
 from seqattn.kernels.call import Call, Columns
 from seqattn.kernels.dispatch import IMPLEMENTATIONS, Implementation
 from seqattn.kernels.hopper.plan import Tiling
@@ -33,9 +33,10 @@ PLATFORM = {"cudnn": "gpu", "splash": "tpu"}
 
 REFUSED = {
     "xla": "no score modification|no dropout|softmax of float64",
+    "hopper": "takes no bias|from which pairs choose|has no dropout|a gradient is indexed by",
     "ring": "no dropout",
     "cached": "has no dropout",
-    "hopper": "a bias|an array|has no dropout",
+    "tpu": "takes no bias|from which pairs choose|jax_enable_x64|float32 and bfloat16, not float|a gradient is indexed by",
 }
 """What an implementation may refuse, by its reasons; any other refusal fails the test."""
 
@@ -102,6 +103,11 @@ def _is_real(query, key):
     return (query.position != _HIDDEN) & (key.position != _HIDDEN)
 
 
+def _hopper(call):
+    """The kernel for Hopper in plain JAX, with small tiles, and with all dtypes and dims."""
+    return hopper_plain.attend(call, Tiling(2, 4, 2))
+
+
 def _cached(call):
     """A call whose keys and values lie as a cache keeps them."""
     finite = jnp.isfinite(call.key).all(axis=-1) & jnp.isfinite(call.value).all(axis=-1)
@@ -110,15 +116,16 @@ def _cached(call):
     return cached.attend(dataclasses.replace(call, key=None, value=None, columns=columns))
 
 
-def _hopper(call):
-    """The kernel for Hopper in plain JAX, with small tiles, and with all dtypes and dims."""
-    return hopper_plain.attend(call, Tiling(2, 4, 2))
+def _tpu(call):
+    """The kernel for TPUs, as Pallas's interpreter runs it."""
+    return tpu.attend(call, interpret=True)
 
 
 HELD = {
-    "hopper": Implementation(_hopper),
+    "tpu": Implementation(_tpu),
     "xla": _of_equal_dims(IMPLEMENTATIONS["xla"]),
     "cached": Implementation(_cached),
+    "hopper": Implementation(_hopper),
     "ring": Implementation(_ring),
 }
 """Implementations in a form that takes all calls here: in the place of the library's own, or beside them."""

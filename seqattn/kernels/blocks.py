@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from seqattn.coordinates import Coordinates, Tile
 from seqattn.mask import Mask, Reach
@@ -52,9 +52,12 @@ class Steps:
         visit = kinds != EMPTY
         # One step for an outer tile that sees nothing: at the first inner tile.
         nothing = ~visit.any(axis=-1, keepdims=True)
-        visit = visit | (nothing & (xp.arange(kinds.shape[-1]) == 0))
+        visit = visit | (nothing & (np.arange(kinds.shape[-1]) == 0)[None, None])
         before, number = xp.cumsum(visit, axis=-1, dtype=np.int32), visit.sum(axis=-1, keepdims=True, dtype=np.int32)
-        flags = kinds.astype(np.int32) * KIND + (before == 1) * np.int32(FIRST) + (before == number) * np.int32(LAST)
+        bits = xp.where(before == 1, np.int32(FIRST), np.int32(0)) | xp.where(
+            before == number, np.int32(LAST), np.int32(0)
+        )
+        flags = kinds.astype(np.int32) * np.int32(KIND) | bits
         if xp is np:
             row, outer, inner = np.nonzero(visit)
             return Steps(*(x.astype(np.int32) for x in (row, outer, inner, flags[visit])), None)
@@ -71,7 +74,7 @@ class Steps:
 
 
 def kinds_of_tiles(
-    mask: Mask | None, q_at: Coordinates, kv_at: Coordinates, queries: int, keys: int
+    mask: Mask | Array | None, q_at: Coordinates, kv_at: Coordinates, queries: int, keys: int
 ) -> np.ndarray | Array:
     """Returns the kind of each tile, `[B or 1, query tiles, key tiles]` int32.
 
@@ -79,7 +82,7 @@ def kinds_of_tiles(
     padding where they evaluate the mask.
 
     Args:
-        mask: the mask, or None.
+        mask: a `Mask`, a boolean array `[B or 1, N or 1, T or 1, S or 1]`, or None.
         q_at: coordinates of the queries, `[B or 1, T]`.
         kv_at: coordinates of the keys, `[B or 1, S]`.
         queries: queries in a tile.
@@ -98,25 +101,48 @@ def kinds_of_tiles(
     return xp.broadcast_to(kinds, (kinds.shape[0], *tiles))
 
 
-def reach_of_tiles(mask: Mask | None, q_at: Coordinates, kv_at: Coordinates, queries: int, keys: int) -> Reach:
-    """Returns what the mask says of each tile, `[B or 1, query tiles or 1, key tiles or 1]`."""
+def reach_of_tiles(mask: Mask | Array | None, q_at: Coordinates, kv_at: Coordinates, queries: int, keys: int) -> Reach:
+    """Returns what the mask says of each tile, `[B or 1, query tiles or 1, key tiles or 1]`.
+
+    Args:
+        mask: a `Mask`, a boolean array `[B or 1, N or 1, T or 1, S or 1]`, or None.
+        q_at: coordinates of the queries, `[B or 1, T]`.
+        kv_at: coordinates of the keys, `[B or 1, S]`.
+        queries: queries in a tile.
+        keys: keys in a tile.
+    """
     if mask is None:
         return Reach(some=np.ones((1, 1, 1), bool), every=np.ones((1, 1, 1), bool))
+    if not isinstance(mask, Mask):
+        return _reach_of_array(mask, (q_at.shape[-1], kv_at.shape[-1]), (queries, keys))
     # Shapes `[rows, tiles, 1]` and `[rows, 1, tiles]` make `Mask.reach` broadcast over all pairs of tiles.
     query = jax.tree.map(lambda x: x[:, :, None], Tile.of(split(q_at, queries)))
     key = jax.tree.map(lambda x: x[:, None, :], Tile.of(split(kv_at, keys)))
     reach = mask.reach(query, key)
-    # A mask that reads no coordinates, such as one without `reach`, answers with a single number.
-    return Reach(
-        *(
-            x
-            if jnp.ndim(x) == 3
-            else jnp.reshape(x, (1, 1, 1))
-            if isinstance(x, jax.Array)
-            else np.reshape(x, (1, 1, 1))
-            for x in (reach.some, reach.every)
-        )
-    )
+    return Reach(_with_dims(reach.some), _with_dims(reach.every))
+
+
+def _with_dims(x: Any) -> Any:
+    """Returns an answer for all tiles, such as that of a mask without `reach`, with the dims of one for each tile."""
+    if jnp.ndim(x) == 3:
+        return x
+    return x.reshape(1, 1, 1) if isinstance(x, jax.Array) else np.reshape(x, (1, 1, 1))
+
+
+def _reach_of_array(mask: Bool[Array, "..."], lengths: tuple[int, int], tiles: tuple[int, int]) -> Reach:
+    """Returns the reach of a boolean array, reduced over each tile."""
+    shape, margin = [], [(0, 0), (0, 0)]
+    for present, length, tile in zip(mask.shape[2:], lengths, tiles, strict=True):
+        # A dim of size 1 is shared by all tiles.
+        count = -(-length // tile)
+        shape += [1, 1] if present == 1 else [count, tile]
+        margin += [(0, 0 if present == 1 else count * tile - length)]
+
+    def padded(filler: bool) -> Array:
+        return jnp.pad(mask, margin, constant_values=filler).reshape(*mask.shape[:2], *shape)
+
+    # The padding must not decide: it counts as masked for `some` and as visible for `every`.
+    return Reach(some=padded(False).any(axis=(1, 3, 5)), every=padded(True).all(axis=(1, 3, 5)))
 
 
 def split(at: Coordinates, tile: int) -> Coordinates:

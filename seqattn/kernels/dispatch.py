@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from seqattn.kernels import cached, chunked, cudnn, guard, reference, shared_keys, splash, xla
+from seqattn.kernels import cached, chunked, cudnn, guard, reference, shared_keys, splash, tpu, xla
 from seqattn.kernels.call import Call, Kernel, Result, Shaped, check_sinks, is_known
 from seqattn.kernels.split import Split, repeats_keys, spread
 from seqattn.kernels.split import check as check_split
@@ -65,6 +65,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(reference.attend, reference.refuse),
     "cached": Implementation(cached.attend, cached.refuse, reads_columns=True),
     "chunked": Implementation(chunked.attend, chunked.refuse, in_shares=True, rings=True),
+    "tpu": Implementation(tpu.attend, tpu.refuse, in_shares=True, typed=False, rings=True),
     "xla": Implementation(xla.attend, xla.refuse, xla.note),
     "cudnn": Implementation(cudnn.attend, cudnn.refuse, guard.lse_note, in_shares=True, typed=False),
     "splash": Implementation(splash.attend, splash.refuse, guard.lse_note, in_shares=True, typed=False),
@@ -172,8 +173,9 @@ def order(platform: str, query: Shaped, key: Shaped) -> tuple[str, ...]:
     # Tiles need numbers: with symbolic sizes only the kernels that keep all scores remain.
     if not is_known(query.shape, key.shape):
         return ("xla", "reference")
-    # A vendor's kernel comes first on its device, where this order has not been measured yet.
-    own = {"gpu": ("cudnn",), "tpu": ("splash",)}.get(platform, ())
+    # A kernel for the device comes first there. This order has not been measured yet: both kernels for TPUs have been
+    # compiled for v5e, v5p and v6e, and `tpu` moves fewer bytes than `splash` (`python -m benchmarks.compile`).
+    own = {"gpu": ("cudnn",), "tpu": ("tpu", "splash")}.get(platform, ())
     tiny = query.shape[-3] < FEW_QUERIES or query.shape[-3] * key.shape[-3] <= TINY_PAIRS
     return own + (("xla", "reference", "chunked") if tiny else ("chunked", "xla", "reference"))
 

@@ -85,7 +85,7 @@ class Cut:
     arguments: tuple[Reads, ...]
 
     def borders(
-        self, operands: Sequence[Any], query: Sequence[Array], key: Sequence[Array], batch: int, num_heads: int
+        self, operands: Sequence[Any], query: Sequence[Any], key: Sequence[Any], batch: int, num_heads: int
     ) -> list[Array]:
         """Returns the borders, `[B or 1, N or 1, L]`: L is T or S, or the number of entries if they read no token.
 
@@ -110,8 +110,8 @@ class Cut:
         part: core.Jaxpr,
         reads: Reads,
         operands: Sequence[Any],
-        query: Sequence[Array],
-        key: Sequence[Array],
+        query: Sequence[Any],
+        key: Sequence[Any],
         batch: int,
         num_heads: int,
     ) -> list[Array]:

@@ -218,23 +218,7 @@ def _all_blocks(grid: Grid, every: np.ndarray | Array) -> np.ndarray | Array:
 
 def _reach(grid: Grid, mask: Mask | Array | None, q_at: Coordinates, kv_at: Coordinates) -> Reach:
     """Returns what the mask says of each tile, `[B or 1, query tiles or 1, key blocks or 1]`."""
-    if mask is not None and not isinstance(mask, Mask):
-        return _reach_of_array(grid, mask)
     return reach_of_tiles(mask, q_at, kv_at, grid.queries, grid.block)
-
-
-def _reach_of_array(grid: Grid, mask: Bool[Array, "..."]) -> Reach:
-    """Returns the reach of a boolean array, reduced over each tile."""
-    (tiles_of_queries, blocks), (length, size) = grid.counts[1:], mask.shape[2:]
-    queries = (1, 1) if length == 1 else (tiles_of_queries, grid.queries)
-    keys = (1, 1) if size == 1 else (blocks, grid.block)
-    margin = ((0, 0), (0, 0), (0, queries[0] * queries[1] - length), (0, keys[0] * keys[1] - size))
-
-    def tiles(filler: bool) -> Array:
-        return jnp.pad(mask, margin, constant_values=filler).reshape(*mask.shape[:2], *queries, *keys)
-
-    # The padding must not decide: it counts as masked for `some` and as visible for `every`.
-    return Reach(some=tiles(False).any(axis=(1, 3, 5)), every=tiles(True).all(axis=(1, 3, 5)))
 
 
 def _lanes(grid: Grid, x: Truth) -> Any:

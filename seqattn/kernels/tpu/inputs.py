@@ -75,6 +75,17 @@ class Place:
 
         return pl.BlockSpec((None, None, self.plan.tiles.keys, dim), index)
 
+    def by_pair(self, shape: Sequence[int]) -> pl.BlockSpec:
+        """Returns the block of an array `[B or 1, N or 1, T, S]`."""
+
+        def index(*given: Any) -> tuple[Any, ...]:
+            ids, lists = given[:-LISTS], given[-LISTS:]
+            at = (self.row(ids, lists), self.head(ids))
+            first = (0 if n == 1 else x for n, x in zip(shape[:2], at, strict=True))
+            return *first, self.query_tile(ids, lists), self.key_tile(ids, lists)
+
+        return pl.BlockSpec((None, None, self.plan.tiles.queries, self.plan.tiles.keys), index)
+
     def vector(self, shape: Sequence[int], *, of_query: bool, kv_heads: bool = False) -> pl.BlockSpec:
         """Returns the block of an array `[B or 1, heads or 1, 1, T or S]`."""
         tile, width = (self.query_tile, self.plan.tiles.queries) if of_query else (self.key_tile, self.plan.tiles.keys)
@@ -118,6 +129,20 @@ class Inputs:
         self.arrays[name] = wide
         self.specs[name] = self.place.vector(wide.shape, of_query=of_query, kv_heads=kv_heads)
 
+    def pairs(self, x: Array) -> None:
+        """Adds a boolean array `[B or 1, N or 1, T or 1, S or 1]` of visible pairs."""
+        by_query, by_key = (n != 1 for n in x.shape[2:])
+        if by_query and by_key:
+            widths = zip(self.place.plan.padded, x.shape[2:], strict=True)
+            wide = jnp.pad(x.astype(jnp.int8), ((0, 0), (0, 0), *((0, whole - n) for whole, n in widths)))
+            self.arrays["pairs"], self.specs["pairs"] = wide, self.place.by_pair(wide.shape)
+        elif by_query:
+            self.vectors("visible_query", x[..., 0], of_query=True)
+        else:
+            # An array with one entry for all pairs is one with an entry for each key.
+            shape = (*x.shape[:2], self.place.plan.sizes[4])
+            self.vectors("visible_key", jnp.broadcast_to(x[:, :, 0], shape), of_query=False)
+
     def borders(self, prefix: str, late: Late | None, borders: Sequence[Array]) -> None:
         """Adds the borders of a mask or of a score modification."""
         for i, (border, x) in enumerate(zip(() if late is None else late.borders, borders, strict=True)):
@@ -133,7 +158,10 @@ def of_scores(place: Place, operands: Operands) -> Inputs:
     """Returns what every kernel reads apart from queries, keys and values."""
     plan, inputs = place.plan, Inputs(place, {}, {})
     inputs.scalars("scale", operands.scale)
-    inputs.borders("mask", plan.mask, operands.mask)
+    if plan.mask is not None:
+        inputs.borders("mask", plan.mask, operands.mask)
+    elif operands.mask is not None:
+        inputs.pairs(operands.mask)
     inputs.borders("mod", plan.score_mod, operands.mod)
     if plan.dropout_rate:
         inputs.scalars("words", operands.words)
@@ -152,7 +180,7 @@ def call(
     steps: Steps,
     outputs: Sequence[tuple[Any, pl.BlockSpec]],
     scratch: Sequence[Any],
-) -> list[Array]:
+) -> Sequence[Array]:
     """Runs a kernel over the steps of its lists.
 
     Args:

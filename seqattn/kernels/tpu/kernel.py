@@ -14,7 +14,6 @@ from seqattn.kernels.guard import refuse_platform, relaxed
 from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.mesh_axes import mesh_axes
 from seqattn.kernels.tpu.plan import Operands, Plan, prepare
-from seqattn.mask import Mask
 from seqattn.platforms import on_tpu
 
 _DTYPES = ("float32", "bfloat16")
@@ -53,8 +52,8 @@ def _refuse(call: Call) -> None:
         raise NotImplementedError(
             f"the TPU kernel takes {' and '.join(_DTYPES)}, not {dtype} with keys {call.key.dtype}"
         )
-    if call.bias is not None or not isinstance(call.mask, Mask | None):
-        raise NotImplementedError("the TPU kernel takes no array for all pairs: write a Mask and a ScoreMod")
+    if call.bias is not None:
+        raise NotImplementedError("the TPU kernel takes no bias: a ScoreMod computes one from coordinates")
     if call.value.shape[-1] == 0:
         raise NotImplementedError("tiles need a value dim of at least 1, got 0")
     if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:

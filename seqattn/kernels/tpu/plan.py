@@ -14,7 +14,7 @@ from seqattn.kernels.call import Call
 from seqattn.kernels.on_tile import TPU, check
 from seqattn.kernels.per_pair import Cut, Late, arguments_of, cut
 from seqattn.kernels.tpu.tiles import Tiles
-from seqattn.kernels.traced import capture
+from seqattn.kernels.traced import TracedMask, capture
 from seqattn.pytrees import pytree
 
 MOST_STEPS = 50_000
@@ -73,7 +73,7 @@ class Operands:
         value: `[B, S, K, V]`.
         scale: a scalar, float32.
         mod: the borders of the score modification, `[B or 1, N or 1, L]`.
-        mask: the borders of the mask, of the same form.
+        mask: the borders of the mask, of the same form; or one boolean array `[B or 1, N or 1, T or 1, S or 1]`.
         words: two words of the dropout key.
         base: `[B, N, 2]` integers: the row and the column at which dropout starts to count.
         steps: the tiles to visit for each tile of queries.
@@ -109,7 +109,8 @@ def prepare(call: Call, *, interpret: bool) -> tuple[Plan, Operands]:
             f"{max(steps.size, transposed.size)} pairs of tiles; the lists of the TPU kernel hold {MOST_STEPS}"
         )
     traced = capture(call, like=call)
-    mask = None if call.mask is None else _cut(traced, traced.mask.program, mod=False)
+    by_pair = isinstance(traced.mask, TracedMask)
+    mask = _cut(traced, traced.mask.program, mod=False) if by_pair else None
     mod = None if call.score_mod is None else _cut(traced, traced.score_mod.program, mod=True)
     rate = 0.0 if call.dropout is None else call.dropout.rate
     plan = Plan(
@@ -128,7 +129,7 @@ def prepare(call: Call, *, interpret: bool) -> tuple[Plan, Operands]:
         call.value,
         jnp.asarray(call.scale, jnp.float32),
         [] if mod is None else _borders(traced, traced.score_mod.program, mod),
-        [] if mask is None else _borders(traced, traced.mask.program, mask),
+        call.mask if mask is None else _borders(traced, traced.mask.program, mask),
         None if rate == 0 else call.dropout.words(),
         None if rate == 0 else _base(call),
         steps,

@@ -72,9 +72,16 @@ class Tile:
         plan = self.plan
         # Padding is hidden on both sides: a score modification may have an infinite derivative there.
         shown = (self.indices(of_query=True) < plan.sizes[3]) & (self.indices(of_query=False) < plan.sizes[4])
-        if plan.mask is None:
-            return shown
-        return shown & evaluate(plan.mask, self._borders("mask", plan.mask), (), self.shape, TPU)
+        if plan.mask is not None:
+            return shown & evaluate(plan.mask, self._borders("mask", plan.mask), (), self.shape, TPU)
+        # A boolean array, with an entry for each pair, query or key.
+        for name, of_query in (("visible_query", True), ("visible_key", False)):
+            if name in self.refs:
+                shown = shown & jnp.broadcast_to(self.vector(name, of_query=of_query) != 0, self.shape)
+        if "pairs" in self.refs:
+            pairs = self.refs["pairs"][...].astype(jnp.int32)
+            shown = shown & ((pairs.T if self.place.transposed else pairs) != 0)
+        return shown
 
     def logits(self, *, gradients: bool) -> tuple[Array, Array | None, Callable[[Array], Any] | None]:
         """Returns the logits, where they are visible (None: everywhere), and what pulls gradients back.
