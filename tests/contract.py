@@ -33,7 +33,7 @@ PLATFORM = {"cudnn": "gpu", "splash": "tpu"}
 
 REFUSED = {
     "xla": "no score modification|no dropout|softmax of float64",
-    "hopper": "takes no bias|from which pairs choose|has no dropout|a gradient is indexed by",
+    "hopper": "from which pairs choose|no dropout|a gradient is indexed by|not float64",
     "ring": "no dropout",
     "cached": "has no dropout",
     "tpu": "takes no bias|from which pairs choose|jax_enable_x64|float32 and bfloat16, not float|a gradient is indexed by",

@@ -6,6 +6,7 @@ copies, is in `abstract_machine` and in the tests that interpret the kernel.
 
 import collections
 import contextlib
+import dataclasses
 import functools
 from unittest import mock
 
@@ -29,6 +30,9 @@ class Plain(Interpreted):
         part = lax.dynamic_slice_in_dim(array[at], first, shape[axis])
         return lax.broadcast_in_dim(part, shape, (axis,))
 
+    def pairs(self, array, at, first, shape):
+        return lax.dynamic_slice(array[at], first, shape)
+
 
 def compute(plan: Plan, given: Operands) -> list[jax.Array]:
     """What `forward.compute` returns."""
@@ -40,7 +44,7 @@ def compute(plan: Plan, given: Operands) -> list[jax.Array]:
         given.value.shape[3],
     )
     units = Plain()
-    arithmetic = Arithmetic(units, plan.sizes[4], plan.mask, plan.score_mod, given.scale[0], (given.mask, given.mod))
+    arithmetic = Arithmetic(units, plan.sizes[4], plan.mask, plan.score_mod, given.scale[0], given)
 
     def tile(row, head, i):
         pair, first = i // CONSUMERS, i * queries
@@ -71,10 +75,14 @@ def compute(plan: Plan, given: Operands) -> list[jax.Array]:
 
 def attend(call: Call, tiling: Tiling | None = None) -> Result:
     """The Hopper kernel on any machine; with a tiling also for other dtypes and dims than the device has."""
+    if call.query.dtype == jnp.float32:
+        # `chunked`, which computes the gradients, scales float32 queries before the product. Huge scores would differ.
+        call = dataclasses.replace(call, query=call.query * jnp.float32(call.scale), scale=1.0)
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(forward, "compute", compute))
         if tiling is not None:
-            patches.enter_context(mock.patch.object(kernel, "_refuse"))
+            patches.enter_context(mock.patch.object(kernel, "_DTYPES", ("float32", "bfloat16", "float16")))
+            patches.enter_context(mock.patch.object(kernel, "_refuse_dims"))
             patches.enter_context(mock.patch.object(plans, "TILINGS", collections.defaultdict(lambda: tiling)))
         # The name keeps the traced programs apart from those of the device.
         return kernel.attend(call, interpret="plain")

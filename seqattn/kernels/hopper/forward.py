@@ -48,6 +48,9 @@ def padded(plan: Plan, operands: Operands) -> Operands:
         **whole,
         mask=_borders(plan, plan.mask, operands.mask),
         mod=_borders(plan, plan.score_mod, operands.mod),
+        # The compiler loads no booleans.
+        shown=[_pairs(plan, x.astype(jnp.int8)) for x in operands.shown],
+        bias=[_pairs(plan, x) for x in operands.bias],
         counts=jnp.asarray(operands.counts),
         tiles=jnp.asarray(operands.tiles),
     )
@@ -67,6 +70,15 @@ def _borders(plan: Plan, late: Late | None, borders: list[Array]) -> list[Array]
             wide = jnp.pad(wide, ((0, 0), (0, 0), (0, length - wide.shape[2])), mode="edge")
         given.append(wide)
     return given
+
+
+def _pairs(plan: Plan, x: Array) -> Array:
+    """Returns an array of pairs `[B or 1, N or 1, T or 1, S or 1]` padded to whole tiles, with all keys."""
+    x = jnp.broadcast_to(x, (*x.shape[:3], plan.sizes[4]))
+    behind = [(0, 0 if n == 1 else whole - n) for n, whole in zip(x.shape[2:], plan.padded, strict=True)]
+    if x.shape[3] == 1:
+        behind[1] = (0, plan.padded[1] - 1)
+    return jnp.pad(x, ((0, 0), (0, 0), *behind))
 
 
 def compute(plan: Plan, given: Operands, table: Protocol | None = None) -> list[Array]:
@@ -143,9 +155,7 @@ class _Block:
         self.plan, self.table, self.given = plan, table, given
         self.output, self.numbers, self.shared, self.barriers = output, (peak, log_total), shared, barriers
         self.units = units(interpret=plan.interpret is not None)
-        self.arithmetic = Arithmetic(
-            self.units, plan.sizes[4], plan.mask, plan.score_mod, given.scale[0], (given.mask, given.mod)
-        )
+        self.arithmetic = Arithmetic(self.units, plan.sizes[4], plan.mask, plan.score_mod, given.scale[0], given)
         self.batch, self.head = lax.axis_index("batch"), lax.axis_index("heads")
         # The last queries come first: under a causal mask they have most to do, and short blocks fill the gaps.
         self.pair = given.counts.shape[1] - 1 - lax.axis_index("queries")

@@ -21,7 +21,6 @@ from seqattn.kernels.guard import refuse_platform, relaxed
 from seqattn.kernels.hopper.plan import TILINGS, Operands, Plan, prepare
 from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.mesh_axes import mesh_axes
-from seqattn.mask import Mask
 
 _DTYPES = ("bfloat16", "float16")
 
@@ -56,16 +55,12 @@ def _refuse(call: Call) -> None:
     """Raises NotImplementedError for what shows without a trace."""
     refuse_platform("the Hopper kernel", "gpu", call)
     refuse_unknown("a grid of tiles", call.query.shape, call.key.shape)
-    dtype, head_dim, value_dim = call.query.dtype, call.query.shape[-1], call.value.shape[-1]
+    dtype = call.query.dtype
     if dtype not in _DTYPES or call.key.dtype != dtype:
         raise NotImplementedError(
             f"the Hopper kernel takes {' and '.join(_DTYPES)}, not {dtype} with keys {call.key.dtype}"
         )
-    if head_dim not in TILINGS or value_dim != head_dim:
-        dims = ", ".join(map(str, TILINGS))
-        raise NotImplementedError(f"H ({head_dim}) and V ({value_dim}) must be equal, and one of {dims}")
-    if call.bias is not None or not isinstance(call.mask, Mask | None):
-        raise NotImplementedError("the Hopper kernel takes no array for all pairs: write a Mask and a ScoreMod")
+    _refuse_dims(call.query.shape[-1], call.value.shape[-1])
     if call.dropout is not None and call.dropout.rate != 0:
         raise NotImplementedError("the Hopper kernel has no dropout")
     if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
@@ -74,6 +69,13 @@ def _refuse(call: Call) -> None:
         along = ", ".join(sorted(map(str, axes)))
         raise NotImplementedError(f"the Hopper kernel does not declare to jax.shard_map that it varies over {along}")
     _refuse_machine()
+
+
+def _refuse_dims(head_dim: int, value_dim: int) -> None:
+    """Raises NotImplementedError for dims without a tiling."""
+    if head_dim not in TILINGS or value_dim != head_dim:
+        dims = ", ".join(map(str, TILINGS))
+        raise NotImplementedError(f"H ({head_dim}) and V ({value_dim}) must be equal, and one of {dims}")
 
 
 def _refuse_machine() -> None:

@@ -10,11 +10,11 @@ from jaxtyping import Array
 
 from seqattn.kernels import blocks
 from seqattn.kernels.call import Call
+from seqattn.kernels.hopper.operations import HOPPER
 from seqattn.kernels.hopper.protocol import CONSUMERS
-from seqattn.kernels.hopper.tile import HOPPER
 from seqattn.kernels.on_tile import check
 from seqattn.kernels.per_pair import Cut, Late, arguments_of, cut
-from seqattn.kernels.traced import capture
+from seqattn.kernels.traced import TracedMask, capture
 from seqattn.pytrees import pytree
 
 
@@ -81,6 +81,8 @@ class Operands:
         scale: `[1]`, float32 and positive.
         mask: the borders of the mask, `[B or 1, N or 1, L]`.
         mod: the borders of the score modification, of the same form.
+        shown: a list of the boolean array `[B or 1, N or 1, T or 1, S or 1]` that takes the place of a mask, or empty.
+        bias: a list of an array of the same form that is added to the scores, or empty.
         counts: `[B or 1, I, 2]`: how many full and how many partial tiles of keys each pair of query tiles visits.
         tiles: `[B or 1, I, J]`: the indices of these tiles, full ones first.
     """
@@ -91,6 +93,8 @@ class Operands:
     scale: Any
     mask: Any
     mod: Any
+    shown: Any
+    bias: Any
     counts: Any
     tiles: Any
 
@@ -108,7 +112,8 @@ def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
     kinds = blocks.kinds_of_tiles(call.mask, call.q_at, call.kv_at, tiling.together, tiling.keys)
     counts, tiles = lists(kinds)
     traced = capture(call, like=call)
-    mask = None if call.mask is None else _cut(traced, traced.mask.program, mod=False)
+    by_pair = isinstance(traced.mask, TracedMask)
+    mask = _cut(traced, traced.mask.program, mod=False) if by_pair else None
     mod = None if call.score_mod is None else _cut(traced, traced.score_mod.program, mod=True)
     plan = Plan(
         (batch, num_heads, num_kv_heads, length, size, head_dim),
@@ -126,6 +131,8 @@ def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
         scale,
         [] if mask is None else _borders(traced, traced.mask.program, mask),
         [] if mod is None else _borders(traced, traced.score_mod.program, mod),
+        [] if by_pair or call.mask is None else [call.mask],
+        [] if call.bias is None else [call.bias],
         counts,
         tiles,
     )

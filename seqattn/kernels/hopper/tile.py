@@ -5,86 +5,22 @@ the layout of registers, is a `Units`.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float
 
 from seqattn.kernels import on_tile
+from seqattn.kernels.hopper.operations import HOPPER, LOG2_E
+from seqattn.kernels.hopper.plan import Operands
 from seqattn.kernels.hopper.units import Units
 from seqattn.kernels.log_total import EMPTY
 from seqattn.kernels.per_pair import QUERY, Border, Late
 from seqattn.precision import lowest
 
-LOG2_E = math.log2(math.e)
-"""Exponentials are powers of 2, which is what the hardware computes."""
-
 _LOWEST = lowest(np.dtype(np.float32))
-
-
-def _sqrt(x: Array, **_: Any) -> Array:
-    """Returns the square root as x / sqrt(x), and 0 for 0."""
-    return jnp.where(x == 0, jnp.zeros_like(x), x * lax.rsqrt(x))
-
-
-def _floor(x: Array, **_: Any) -> Array:
-    """Returns the largest integer that is not above x. Numbers of 2^23 and more are integers."""
-    whole = x.astype(jnp.int32).astype(x.dtype)
-    whole = jnp.where(whole > x, whole - 1, whole)
-    return jnp.where(jnp.abs(x) < 2.0**23, whole, x)
-
-
-def _tanh(x: Array, **_: Any) -> Array:
-    """Returns tanh(x) = (1 - t) / (1 + t) with t = exp(-2 |x|): the instruction for tanh has 11 bits."""
-    t = jnp.exp2(jnp.abs(x) * (-2 * LOG2_E))
-    size = (1 - t) / (1 + t)
-    return jnp.where(x < 0, -size, size)
-
-
-def _logistic(x: Array, **_: Any) -> Array:
-    """Returns 1 / (1 + exp(-x))."""
-    return 1 / (1 + jnp.exp2(x * -LOG2_E))
-
-
-def _pow(x: Array, y: Array, **_: Any) -> Array:
-    """Returns x to the power of y, for x >= 0."""
-    if not jnp.issubdtype(y.dtype, jnp.floating):
-        raise NotImplementedError("the Hopper kernel has no power with an exponent that differs by pair")
-    return jnp.exp2(y * jnp.log2(x))
-
-
-def _log1p(x: Array, **_: Any) -> Array:
-    """Returns log(1 + x); near 0 the quotient (Kahan) undoes the rounding of 1 + x."""
-    near = 1 + x
-    rest = near - 1
-    exact = jnp.log(near) * (x / jnp.where(rest == 0, jnp.ones_like(rest), rest))
-    return jnp.where(rest == 0, x, exact)
-
-
-_PLAIN = (
-    "add sub mul div rem neg abs max min integer_pow square eq ne lt le gt ge and or not xor shift_left "
-    "shift_right_logical shift_right_arithmetic exp exp2 log rsqrt sin cos erf sign convert_element_type"
-)
-
-HOPPER = on_tile.Device(
-    "the Hopper kernel",
-    frozenset(_PLAIN.split()),
-    {
-        "sqrt": _sqrt,
-        "floor": _floor,
-        "tanh": _tanh,
-        "logistic": _logistic,
-        "pow": _pow,
-        "log1p": _log1p,
-        "stop_gradient": lambda x, **_: x,
-        "copy": lambda x, **_: x,
-    },
-)
-"""What Pallas Mosaic GPU accepts (jax 0.10.2, compiled for H200), and what is rewritten for it."""
 
 
 class Place(NamedTuple):
@@ -101,7 +37,7 @@ class Sums(NamedTuple):
 
     Attributes:
         output: the weighted sums of values, `[queries, V]`.
-        peak: the largest score so far, `[queries]`: in powers of 2, or in powers of e behind a score modification.
+        peak: the largest score so far, `[queries]`; the largest product if nothing but the scale makes scores of them.
         total: the sums of weights, `[queries]`.
     """
 
@@ -120,7 +56,7 @@ class Arithmetic:
         mask: the operations of the mask for each pair, or None.
         score_mod: the operations of the score modification for each pair, or None.
         scale: what products are multiplied by, a positive scalar.
-        borders: the arrays of mask and score modification in global memory, `[B or 1, N or 1, L]`.
+        given: references to the arrays in global memory, or the arrays themselves.
     """
 
     units: Units
@@ -128,7 +64,7 @@ class Arithmetic:
     mask: Late | None
     score_mod: Late | None
     scale: Any
-    borders: tuple[Sequence[Any], Sequence[Any]]
+    given: Operands
 
     def start(self, queries: int, dim: int) -> Sums:
         """Returns the state before any key."""
@@ -147,22 +83,17 @@ class Arithmetic:
             place: where the tile is.
             partial: whether a pair in the tile may be masked. A full tile evaluates no mask.
         """
-        scores = products if self.score_mod is None else self._modified(products * self.scale, place)
+        scores = self._scores(products, place) if self.is_natural else products
         if partial:
             visible = self._visible(place, scores.shape)
             scores = scores if visible is None else jnp.where(visible, scores, -jnp.inf)
         spread = self.units.spread
         # The maximum is never -inf, so a row that is masked so far gives exp(-inf - finite) = 0 and no NaN.
-        if self.score_mod is None:
-            # One multiplication with addition for each score, as in FlashAttention-3.
-            unit = self.scale * jnp.float32(LOG2_E)
-            peak = jnp.maximum(sums.peak, scores.max(axis=1) * unit)
-            weights, shrink = jnp.exp2(scores * unit - spread(peak, scores.shape)), jnp.exp2(sums.peak - peak)
-        else:
-            # A modification may return any number, also one that overflows in powers of 2: the difference comes first.
-            peak = jnp.maximum(sums.peak, scores.max(axis=1))
-            weights = jnp.exp2((scores - spread(peak, scores.shape)) * jnp.float32(LOG2_E))
-            shrink = jnp.exp2((sums.peak - peak) * jnp.float32(LOG2_E))
+        peak = jnp.maximum(sums.peak, scores.max(axis=1))
+        # The difference comes first, and is exact near the maximum. FlashAttention-3 multiplies and subtracts in one
+        # instruction, but it is the exponential that takes the time: the GPU computes eight times as many differences.
+        weights = jnp.exp2((scores - spread(peak, scores.shape)) * self._unit)
+        shrink = jnp.exp2((sums.peak - peak) * self._unit)
         output = sums.output * spread(shrink, sums.output.shape)
         return weights, Sums(output, peak, sums.total * shrink + weights.sum(axis=1))
 
@@ -171,23 +102,50 @@ class Arithmetic:
         # The largest score of a row adds exp(0) = 1, so only fully masked rows have a total of 0. They get zeros.
         empty = sums.total == 0
         total = jnp.where(empty, jnp.ones_like(sums.total), sums.total)
-        peak = sums.peak if self.score_mod is not None else sums.peak * jnp.float32(1 / LOG2_E)
+        peak = sums.peak if self.is_natural else sums.peak * self.scale
         output = sums.output * self.units.spread(1 / total, sums.output.shape)
         return output, jnp.where(empty, jnp.float32(_LOWEST), peak), jnp.where(empty, EMPTY, jnp.log(total))
 
-    def _modified(self, scores: Float[Array, "Q K"], place: Place) -> Float[Array, "Q K"]:
-        """Returns the scores after the modification.
+    @property
+    def is_natural(self) -> bool:
+        """Whether scores are more than scaled products. They are then not multiplied by the scale a second time."""
+        return self.score_mod is not None or len(self.given.bias) > 0
 
-        The scores of queries and keys that are not finite are NaN. The modification sees 0 there, and the result is NaN
-        unless it masks the pair with -inf.
+    @property
+    def _unit(self) -> Array:
+        """The power of 2 in a score of 1; with the scale, if nothing but the scale makes scores of products."""
+        return jnp.float32(LOG2_E) * (jnp.float32(1) if self.is_natural else self.scale)
+
+    def _scores(self, products: Float[Array, "Q K"], place: Place) -> Float[Array, "Q K"]:
+        """Returns the scaled products after bias and score modification.
+
+        The products of queries and keys that are not finite are NaN. The modification sees 0 there, and the result is
+        NaN unless bias or modification mask the pair with -inf.
         """
-        finite = jnp.where(scores == scores, scores, jnp.zeros_like(scores))
-        after = self._evaluate(self.score_mod, self.borders[1], (finite,), place, scores.shape)
-        return jnp.where((scores == scores) | (after == -jnp.inf), after, jnp.nan)
+        seen = products == products
+        scores = jnp.where(seen, products, jnp.zeros_like(products)) * self.scale
+        for each in self.given.bias:
+            # A bias of -inf masks its pair, whatever the modification makes of it.
+            bias = self._pairs(each, place, products.shape).astype(jnp.float32)
+            scores, hidden = scores + jnp.where(bias == -jnp.inf, jnp.zeros_like(bias), bias), bias == -jnp.inf
+        if self.score_mod is not None:
+            scores = self._evaluate(self.score_mod, self.given.mod, (scores,), place, scores.shape)
+        if self.given.bias:
+            scores = jnp.where(hidden, -jnp.inf, scores)
+        return jnp.where(seen | (scores == -jnp.inf), scores, jnp.nan)
+
+    def _pairs(self, array: Any, place: Place, shape: tuple[int, int]) -> Array:
+        """Returns a tile of an array of pairs, `[B or 1, N or 1, T or 1, S]`."""
+        at = self._row_and_head(array, place)
+        if array.shape[2] == 1:
+            return self.units.vector(array, (*at, 0), place.key, 1, shape)
+        return self.units.pairs(array, at, (place.query, place.key), shape)
 
     def _visible(self, place: Place, shape: tuple[int, int]) -> Array | None:
         """Returns the visible pairs of a partial tile, or None if there are no others."""
-        visible = None if self.mask is None else self._evaluate(self.mask, self.borders[0], (), place, shape)
+        visible = None if self.mask is None else self._evaluate(self.mask, self.given.mask, (), place, shape)
+        for each in self.given.shown:
+            visible = self._pairs(each, place, shape) != 0
         if self.size % shape[1]:
             # Keys past the end are masked. Queries past the end are cut off in the results.
             real = self.units.index(shape, 1) + place.key < self.size
@@ -205,10 +163,13 @@ class Arithmetic:
         ]
         return on_tile.evaluate(late, given, scores, shape, HOPPER)
 
+    def _row_and_head(self, array: Any, place: Place) -> tuple[Any, Any]:
+        """Returns the indices of the first two axes of an array, which has size 1 where rows or heads share it."""
+        return place.batch if array.shape[0] > 1 else 0, place.head if array.shape[1] > 1 else 0
+
     def _border(self, border: Border, array: Any, place: Place, shape: tuple[int, int]) -> Any:
         """Returns a border as a tile, or as a list of scalars."""
-        row = place.batch if array.shape[0] > 1 else 0
-        head = place.head if array.shape[1] > 1 else 0
+        row, head = self._row_and_head(array, place)
         if not on_tile.tokens(border.reads):
             return [_typed(array[row, head, i], border) for i in range(border.entries)]
         axis = 0 if QUERY in border.reads else 1

@@ -51,6 +51,10 @@ class Units(abc.ABC):
             shape: the shape of the tile.
         """
 
+    @abc.abstractmethod
+    def pairs(self, array: Any, at: tuple[Any, ...], first: tuple[Any, Any], shape: tuple[int, int]) -> Array:
+        """Returns a tile of the last two axes of an array in global memory, that begins at `first`."""
+
     def spread(self, vector: Array, shape: tuple[int, int]) -> Array:
         """Repeats a number of each query over a tile."""
         return lax.broadcast_in_dim(vector, shape, (0,))
@@ -98,6 +102,10 @@ class Device(Units):
         loaded = self._plgpu.load(array, part, layout=self._of_axis[axis], optimized=False)
         return lax.broadcast_in_dim(loaded, shape, (axis,))
 
+    def pairs(self, array: Any, at: tuple[Any, ...], first: tuple[Any, Any], shape: tuple[int, int]) -> Array:
+        part = (*at, self._pl.ds(first[0], shape[0]), self._pl.ds(first[1], shape[1]))
+        return self._plgpu.load(array, part, layout=self._whole, optimized=False)
+
 
 class Interpreted(Units):
     """The same operations in terms of plain loads, which the interpreter knows and whose races it sees."""
@@ -125,6 +133,11 @@ class Interpreted(Units):
         from jax.experimental import pallas as pl
 
         return lax.broadcast_in_dim(array[(*at, pl.ds(first, shape[axis]))], shape, (axis,))
+
+    def pairs(self, array: Any, at: tuple[Any, ...], first: tuple[Any, Any], shape: tuple[int, int]) -> Array:
+        from jax.experimental import pallas as pl
+
+        return array[(*at, pl.ds(first[0], shape[0]), pl.ds(first[1], shape[1]))]
 
 
 def units(*, interpret: bool) -> Units:
