@@ -197,6 +197,8 @@ def call(
     number = steps.size if steps.count is None or plan.interpret else steps.count
     grid: tuple[Any, ...] = (batch if plan.shared else 1, num_kv_heads if place.transposed else num_heads, number)
     grid = (*grid, plan.group) if place.transposed else grid
+    # Rows and heads may be shared out among the cores of a chip; the steps of a head follow each other.
+    semantics: Any = ("parallel", "parallel", *["arbitrary"] * (len(grid) - 2))
     names = list(inputs.arrays)
 
     def kernel(*refs: Any) -> None:
@@ -214,9 +216,7 @@ def call(
             out_specs=[spec for _, spec in outputs],
             scratch_shapes=list(scratch),
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", *["arbitrary"] * (len(grid) - 2))
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         interpret=plan.interpret,
         name="seqattn_transposed" if place.transposed else "seqattn",
     )(*lists, *inputs.arrays.values())
