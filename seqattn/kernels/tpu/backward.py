@@ -92,6 +92,7 @@ def _of_queries(plan: Plan, operands: Operands, d_output: Array, rows: dict[str,
         operands.lists(transposed=False),
         [(query, place.by_query(head_dim)), (scalars, pl.BlockSpec((None, None, 1, width), whole_row))],
         [pltpu.VMEM((plan.tiles.queries, head_dim), jnp.float32)],
+        dims=2 * head_dim + plan.sizes[6],
     )
     return d_query[:, :, :length].swapaxes(1, 2), d_scalars
 
@@ -151,6 +152,7 @@ def _of_keys(plan: Plan, operands: Operands, d_output: Array, rows: dict[str, Ar
         operands.lists(transposed=True),
         [(shape, place.by_key(dim)) for shape, dim in zip(shapes, dims, strict=True)],
         [pltpu.VMEM((tile, dim), jnp.float32) for dim in dims],
+        dims=2 * (head_dim + value_dim),
     )
     d_key, d_value = (x[:, :, :size].swapaxes(1, 2) for x in results)
     return d_key, d_value

@@ -43,6 +43,7 @@ def forward(plan: Plan, operands: Operands) -> tuple[Array, Array, Array]:
             pltpu.VMEM((plan.tiles.queries, _LANES), jnp.float32),
             pltpu.VMEM((plan.tiles.queries, _LANES), jnp.float32),
         ],
+        dims=plan.sizes[5] + value_dim,
     )
     return output[:, :, :length].swapaxes(1, 2), peak[:, :, 0, :length], log_total[:, :, 0, :length]
 
