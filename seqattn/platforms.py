@@ -65,7 +65,7 @@ def by_platform(branches: Mapping[str, Callable[..., Result]], *operands: Array)
     return lax.platform_dependent(*operands, **lowered)
 
 
-def on_tpu(fn: Callable[..., Result], *operands: Any) -> Result:
+def on_tpu(fn: Callable[..., Any], *operands: Any, results: Any = None) -> Any:
     """Returns `fn(*operands)` in a program for a TPU.
 
     For kernels that JAX compiles for TPUs only, in a branch of `by_platform`. A program that `jax.export` compiles for
@@ -73,17 +73,29 @@ def on_tpu(fn: Callable[..., Result], *operands: Any) -> Result:
     the results are NaN on the other platforms, whose branch is never taken. The primitive has no derivatives; wrap it
     in a `jax.custom_vjp`.
 
+    Args:
+        fn: the function.
+        *operands: its arguments, pytrees of arrays.
+        results: the shapes and dtypes of the results. If given, the function is only traced where a program for a TPU
+            is lowered: on other machines a long kernel costs no time.
+
     Raises:
         NotImplementedError: while a program for another platform alone is compiled.
     """
     leaves, tree = jax.tree.flatten(operands)
 
-    def flat(*leaves: Array) -> Result:
-        return fn(*jax.tree.unflatten(tree, leaves))
+    def flat(*leaves: Array) -> list[Array]:
+        return jax.tree.leaves(fn(*jax.tree.unflatten(tree, leaves)))
 
-    closed, shapes = jax.make_jaxpr(flat, return_shape=True)(*leaves)
-    results = _on_tpu.bind(*leaves, closed=closed)
-    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+    if results is None:
+        closed, results = jax.make_jaxpr(lambda *leaves: fn(*jax.tree.unflatten(tree, leaves)), return_shape=True)(
+            *leaves
+        )
+        found = _on_tpu.bind(*leaves, run=core.jaxpr_as_fun(closed), types=tuple(closed.out_avals))
+    else:
+        types = tuple(jax.core.ShapedArray(x.shape, x.dtype) for x in jax.tree.leaves(results))
+        found = _on_tpu.bind(*leaves, run=flat, types=types)
+    return jax.tree.unflatten(jax.tree.structure(results), found)
 
 
 _on_tpu = core.Primitive("on_tpu")
@@ -91,35 +103,35 @@ _on_tpu.multiple_results = True
 
 
 @_on_tpu.def_impl
-def _run(*operands: Any, closed: Any) -> Any:
-    """Evaluates the traced function."""
-    return core.jaxpr_as_fun(closed)(*operands)
+def _run(*operands: Any, run: Callable[..., Any], types: Any) -> Any:
+    """Evaluates the function."""
+    return run(*operands)
 
 
 @_on_tpu.def_abstract_eval
-def _types(*operands: Any, closed: core.ClosedJaxpr) -> list[Any]:
+def _types(*operands: Any, run: Any, types: Any) -> list[Any]:
     """Returns the types of the results."""
-    return closed.out_avals
+    return list(types)
 
 
-def _nowhere(*operands: Any, closed: Any) -> Any:
+def _nowhere(*operands: Any, run: Any, types: Any) -> Any:
     """Returns NaN or 0 in place of the results, on platforms other than the TPU."""
-    return [
-        jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0, x.dtype) for x in closed.out_avals
-    ]
+    return [jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0, x.dtype) for x in types]
 
 
-def _batched(operands: Any, dims: Any, *, closed: core.ClosedJaxpr) -> tuple[list[Array], list[int]]:
-    """Applies `jax.vmap` to the traced function."""
-    results = on_tpu(jax.vmap(core.jaxpr_as_fun(closed), in_axes=tuple(dims)), *operands)
+def _batched(operands: Any, dims: Any, *, run: Callable[..., Any], types: Any) -> tuple[list[Array], list[int]]:
+    """Applies `jax.vmap` to the function."""
+    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    more = tuple(x.update(shape=(size, *x.shape)) for x in types)
+    results = _on_tpu.bind(*operands, run=jax.vmap(run, in_axes=tuple(dims)), types=more)
     return results, [0] * len(results)
 
 
-def _elsewhere(context: Any, *operands: Any, closed: Any) -> Any:
+def _elsewhere(context: Any, *operands: Any, run: Any, types: Any) -> Any:
     """Lowers to `_nowhere` in a program for several platforms, and raises in a program for one."""
     if len(platforms := context.module_context.platforms) == 1:
         raise NotImplementedError(f"a kernel for TPUs cannot be compiled for {platforms[0]}")
-    return mlir.lower_fun(_nowhere, multiple_results=True)(context, *operands, closed=closed)
+    return mlir.lower_fun(_nowhere, multiple_results=True)(context, *operands, run=run, types=types)
 
 
 mlir.register_lowering(_on_tpu, mlir.lower_fun(_run, multiple_results=True), platform="tpu")

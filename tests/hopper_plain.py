@@ -83,6 +83,8 @@ def attend(call: Call, tiling: Tiling | None = None) -> Result:
         if tiling is not None:
             patches.enter_context(mock.patch.object(kernel, "_DTYPES", ("float32", "bfloat16", "float16")))
             patches.enter_context(mock.patch.object(kernel, "_refuse_dims"))
-            patches.enter_context(mock.patch.object(plans, "TILINGS", collections.defaultdict(lambda: tiling)))
+            every = collections.defaultdict(lambda: tiling, {64: tiling})
+            for name in ("TILINGS", "SEARCHING"):
+                patches.enter_context(mock.patch.object(plans, name, every))
         # The name keeps the traced programs apart from those of the device.
         return kernel.attend(call, interpret="plain")

@@ -31,6 +31,8 @@ class Program:
         sizes: everything that determines the computation, in base units, for the JSON line.
         seconds: time limit for one compilation.
         platforms: the platforms that it is made for.
+        kinds: the kinds of device that it is made for, such as "v5e"; all if empty. Long compilations are for one kind
+            of each platform.
     """
 
     name: str
@@ -39,10 +41,12 @@ class Program:
     sizes: dict[str, Any] = field(default_factory=dict)
     seconds: int = 300
     platforms: tuple[str, ...] = ("tpu", "gpu")
+    kinds: tuple[str, ...] = ()
 
     def is_for(self, target: Target) -> bool:
-        """Whether the program is made for the platform and the number of devices of a target."""
-        return target.platform in self.platforms and target.count in self.counts
+        """Whether the program is made for the kind and the number of devices of a target."""
+        kind = not self.kinds or target.kind in self.kinds
+        return kind and target.platform in self.platforms and target.count in self.counts
 
     @property
     def group(self) -> str:

@@ -2,6 +2,7 @@
 
 from benchmarks.compile.attention_programs import attention_programs, ring_programs, split_programs
 from benchmarks.compile.decoding_programs import decoding_programs
+from benchmarks.compile.kernel_programs import kernel_programs
 from benchmarks.compile.program import Program
 from benchmarks.compile.update_programs import update_programs
 
@@ -9,6 +10,7 @@ PROGRAMS: dict[str, Program] = {
     program.name: program
     for program in (
         *attention_programs(),
+        *kernel_programs(),
         *split_programs(),
         *ring_programs(),
         *update_programs(),

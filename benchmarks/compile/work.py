@@ -104,8 +104,12 @@ def _shard_map(counter: Counter, equation: Any) -> Work:
 
 
 def _pallas_call(counter: Counter, equation: Any) -> Work:
-    """Counts every step of the grid as if it skipped nothing."""
-    grid = equation.params["grid_mapping"].grid
+    """Counts what the kernel says of itself, or every step of the grid as if it skipped nothing."""
+    grid, said = equation.params["grid_mapping"].grid, equation.params["cost_estimate"]
+    if said is not None:
+        # A grid whose size is known at run time only says what it computes at most.
+        known = all(isinstance(size, int) for size in grid)
+        return Work(said.flops) if known else Work(said.flops).to_at_most()
     work = counter(equation.params["jaxpr"])
     known = [size for size in grid if isinstance(size, int)]
     work = (work * math.prod(known)).to_at_most() if math.prod(known) != 1 else work
@@ -113,7 +117,9 @@ def _pallas_call(counter: Counter, equation: Any) -> Work:
 
 
 def _on_tpu(counter: Counter, equation: Any) -> Work:
-    return counter(equation.params["closed"].jaxpr)
+    """Traces the program, which is not traced elsewhere."""
+    types = (jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in equation.invars)
+    return counter(jax.make_jaxpr(equation.params["run"])(*types).jaxpr)
 
 
 RULES: dict[str, Rule] = {

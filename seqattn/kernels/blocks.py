@@ -48,8 +48,8 @@ class Steps:
     @staticmethod
     def of(kinds: np.ndarray | Array) -> "Steps":
         """Returns the steps of tiles `[B or 1, outer tiles, inner tiles]`, given the kind of each."""
-        xp = jnp if isinstance(kinds, jax.Array) else np
-        visit = kinds != EMPTY
+        xp: Any = jnp if isinstance(kinds, jax.Array) else np
+        visit: Any = kinds != EMPTY
         # One step for an outer tile that sees nothing: at the first inner tile.
         nothing = ~visit.any(axis=-1, keepdims=True)
         visit = visit | (nothing & (np.arange(kinds.shape[-1]) == 0)[None, None])
@@ -59,13 +59,13 @@ class Steps:
         )
         flags = kinds.astype(np.int32) * np.int32(KIND) | bits
         if xp is np:
-            row, outer, inner = np.nonzero(visit)
-            return Steps(*(x.astype(np.int32) for x in (row, outer, inner, flags[visit])), None)
+            row, outer, inner = (x.astype(np.int32) for x in np.nonzero(visit))
+            return Steps(row, outer, inner, flags[visit], None)
         # Shapes are static under `jit`: list all tiles, visited ones first and in their order.
         flat, count = visit.reshape(-1), visit.sum(dtype=jnp.int32)
         order = jnp.argsort(~flat, stable=True)
-        row, outer, inner = (x.astype(jnp.int32) for x in jnp.unravel_index(order, visit.shape))
-        return Steps(row, outer, inner, jnp.where(flat, flags.reshape(-1), 0)[order], count)
+        at = [x.astype(jnp.int32) for x in jnp.unravel_index(order, visit.shape)]
+        return Steps(at[0], at[1], at[2], jnp.where(flat, flags.reshape(-1), 0)[order], count)
 
     @property
     def size(self) -> int:

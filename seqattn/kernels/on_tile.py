@@ -19,7 +19,7 @@ from jax.extend import core
 from jaxtyping import Array
 
 from seqattn.kernels.per_pair import Late
-from seqattn.kernels.traced import inner_program, is_rule
+from seqattn.kernels.traced import inner_program, is_rule, one_equation
 
 Rule = Callable[..., Array]
 """Computes one primitive on tiles, from its operands and parameters."""
@@ -34,7 +34,7 @@ class Table:
         shape: the shape of the array.
     """
 
-    entries: Sequence[Any]
+    entries: Any
     shape: tuple[int, ...]
 
 
@@ -64,8 +64,13 @@ def check(late: Late, device: Device) -> None:
         ]
         return evaluate(late, borders, arguments, shape, device)
 
-    avals: list[Any] = [x.aval for x in late.instructions.inputs]
-    jax.eval_shape(run, *(jax.ShapeDtypeStruct(shape, x.dtype) for x in avals))
+    types = [jax.ShapeDtypeStruct(shape, x.aval.dtype) for x in late.instructions.inputs]
+    jax.eval_shape(run, *types)
+
+
+def aval(variable: Any) -> Any:
+    """Returns the type of a variable or of a literal of a program."""
+    return variable.aval
 
 
 def tokens(reads: frozenset[str]) -> bool:
@@ -115,11 +120,11 @@ class _Tile:
             return x.val if isinstance(x, core.Literal) else values[x]
 
         for equation in jaxpr.eqns:
-            results = self._equation(equation, [read(x) for x in equation.invars])
+            results = self._equation(jaxpr, equation, [read(x) for x in equation.invars])
             values |= zip(equation.outvars, results, strict=True)
         return [read(x) for x in jaxpr.outvars]
 
-    def _equation(self, equation: core.JaxprEqn, given: Sequence[Any]) -> list[Any]:
+    def _equation(self, jaxpr: core.Jaxpr, equation: core.JaxprEqn, given: Sequence[Any]) -> list[Any]:
         name, parameters = equation.primitive.name, equation.params
         if name == "jit":
             inner = inner_program(equation)
@@ -127,22 +132,22 @@ class _Tile:
         if name == "cond":
             return self._branches(given[0], [each.jaxpr for each in parameters["branches"]], given[1:])
         if is_rule(equation):
-            return self._with_rule(equation, given)
+            return self._with_rule(jaxpr, equation, given)
         if any(isinstance(x, Table) for x in given):
             return [self._from_table(name, parameters, given)]
-        if name in ("squeeze", "reshape", "broadcast_in_dim") and equation.outvars[0].aval.size == 1:
+        if name in ("squeeze", "reshape", "broadcast_in_dim") and aval(equation.outvars[0]).size == 1:
             return [given[0]]  # one number in another shape
-        if any(math.prod(x.aval.shape) != 1 for x in (*equation.invars, *equation.outvars)):
-            raise self._refusal(f"{name} of arrays {[x.aval.shape for x in equation.invars]} that differ by pair")
+        if any(math.prod(aval(x).shape) != 1 for x in (*equation.invars, *equation.outvars)):
+            raise self._refusal(f"{name} of arrays {[aval(x).shape for x in equation.invars]} that differ by pair")
         return [self._elementwise(name, equation, given)]
 
     def _elementwise(self, name: str, equation: core.JaxprEqn, given: Sequence[Any]) -> Array:
         """Computes a primitive on tiles."""
-        whole = [self._whole(x, variable.aval.dtype) for x, variable in zip(given, equation.invars, strict=True)]
-        booleans = equation.outvars[0].aval.dtype == jnp.bool_
+        whole = [self._whole(x, aval(variable).dtype) for x, variable in zip(given, equation.invars, strict=True)]
+        booleans = aval(equation.outvars[0]).dtype == jnp.bool_
         if name == "select_n":
             return _select(whole[0], whole[1:], booleans=booleans)
-        if name in ("eq", "ne") and equation.invars[0].aval.dtype == jnp.bool_:
+        if name in ("eq", "ne") and aval(equation.invars[0]).dtype == jnp.bool_:
             differ = lax.bitwise_xor(*whole)
             return differ if name == "ne" else lax.bitwise_not(differ)
         if name in self.device.rules:
@@ -162,15 +167,14 @@ class _Tile:
         results = [self.run(branch, given) for branch in branches]
         which, chosen = jnp.asarray(index), []
         for outputs, variable in zip(zip(*results, strict=True), branches[0].outvars, strict=True):
-            cases = [self._whole(x, variable.aval.dtype) for x in outputs]
-            chosen.append(_select(self._whole(which, which.dtype), cases, booleans=variable.aval.dtype == jnp.bool_))
+            cases = [self._whole(x, aval(variable).dtype) for x in outputs]
+            chosen.append(_select(self._whole(which, which.dtype), cases, booleans=aval(variable).dtype == jnp.bool_))
         return chosen
 
-    def _with_rule(self, equation: core.JaxprEqn, given: Sequence[Any]) -> list[Any]:
+    def _with_rule(self, jaxpr: core.Jaxpr, equation: core.JaxprEqn, given: Sequence[Any]) -> list[Any]:
         """Returns the results of a function with a derivative rule of its own, which differentiation then uses."""
-        whole = [self._whole(x, variable.aval.dtype) for x, variable in zip(given, equation.invars, strict=True)]
-        jaxpr = core.Jaxpr((), equation.invars, equation.outvars, [equation])
-        return list(jax.vmap(jax.vmap(core.jaxpr_as_fun(core.ClosedJaxpr(jaxpr, ()))))(*whole))
+        whole = [self._whole(x, aval(variable).dtype) for x, variable in zip(given, equation.invars, strict=True)]
+        return list(jax.vmap(jax.vmap(one_equation(jaxpr, equation)))(*whole))
 
     def _from_table(self, name: str, parameters: Mapping[str, Any], given: Sequence[Any]) -> Any:
         """Returns the entry of a table that each pair chooses."""
@@ -254,9 +258,14 @@ def _expm1(x: Array, **_: Any) -> Array:
     return jnp.where(jnp.abs(x) < 1, 2 * half / (1 - half), jnp.exp(x) - 1)
 
 
+def _clamp(low: Array, x: Array, high: Array, **_: Any) -> Array:
+    """Returns numbers within bounds."""
+    return jnp.minimum(jnp.maximum(x, low), high)
+
+
 TPU = Device(
     "the TPU kernel",
     frozenset(_ARITHMETIC | _COMPARISONS | _BITS | _FUNCTIONS | _TYPES),
-    {"sign": _sign, "expm1": _expm1},
+    {"sign": _sign, "expm1": _expm1, "clamp": _clamp},
 )
 """What Pallas's compiler for TPUs accepts (jax 0.10.2, compiled for v5e, v5p and v6e)."""

@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from seqattn.coordinates import Coordinates
 from seqattn.kernels.instructions import Instructions
-from seqattn.kernels.traced import Program, inner_program, one_equation
+from seqattn.kernels.traced import Program, inner_program, is_rule, one_equation
 
 SCORE, QUERY, KEY, BATCH, HEAD = "score", "query", "key", "batch", "head"
 """What a value of a program may depend on."""
@@ -171,7 +171,8 @@ def cut(program: Program, arguments: Sequence[str]) -> Cut:
     trained = set(jaxpr.invars[: len(program.arrays)])
     contents = dict(zip(jaxpr.invars, operands, strict=False))
     reads: dict[Any, Reads] = dict(zip(jaxpr.invars, [*[frozenset[str]()] * len(operands), *named], strict=True))
-    early, late = [], []
+    early: list[core.JaxprEqn] = []
+    late: list[core.JaxprEqn] = []
     for equation in jaxpr.eqns:
         union = frozenset().union(*(reads[x] for x in _variables(equation.invars)))
         (late if _by_pair(union) else early).append(equation)
@@ -287,10 +288,24 @@ def _walk(jaxpr: core.Jaxpr, inputs: Sequence[Read]) -> list[Read]:
             results = _walk(inner.jaxpr, [*((x, frozenset[str]()) for x in inner.consts), *given])
         elif equation.primitive is lax.dynamic_slice_p and len(given) > 2:
             results = [(_axis_by_axis(given, equation.params["slice_sizes"]), union)]
+        elif all(_is_number(x) for x, _ in given) and not is_rule(equation):
+            results = [(x, union) for x in _folded(jaxpr, equation, [x for x, _ in given])]
         else:
             results = [(x, union) for x in one_equation(jaxpr, equation)(*(x for x, _ in given))]
         values |= zip(equation.outvars, results, strict=True)
     return [read(x) for x in jaxpr.outvars]
+
+
+def _is_number(x: Any) -> bool:
+    """Returns whether a value is a number that the program itself holds."""
+    return not isinstance(x, jax.Array) and jnp.ndim(x) == 0
+
+
+def _folded(jaxpr: core.Jaxpr, equation: core.JaxprEqn, given: Sequence[Any]) -> list[Any]:
+    """Returns the results of an operation on numbers, as numbers: they need no place in the memory of a kernel."""
+    with jax.ensure_compile_time_eval():
+        results = one_equation(jaxpr, equation)(*given)
+    return [np.asarray(x)[()] if jnp.ndim(x) == 0 else x for x in results]
 
 
 def _axis_by_axis(given: Sequence[Read], sizes: Sequence[int]) -> Array:

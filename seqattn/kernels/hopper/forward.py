@@ -266,17 +266,21 @@ class _Block:
 
     def _step(self, rows: tuple[Row, ...], step: Any, sums: Sums, *, partial: bool) -> Sums:
         """Executes the rows of a step. What stands between the start and the end of a product runs beside it."""
-        at, products, weights = 0, None, None
+        at = 0
+        products: Any = None
+        weights: Any = None
         while at < len(rows):
             row = rows[at]
             if row.action is Action.ISSUE:
                 end = rows.index(dataclasses.replace(row, action=Action.FINISH))
                 meanwhile = functools.partial(self._rows, rows[at + 1 : end], step)
-                reads = [self._at(self.shared[x.buffer], x.index, step) for x in self.table.products[row.name]]
+                reads = {
+                    x.buffer: self._at(self.shared[x.buffer], x.index, step) for x in self.table.products[row.name]
+                }
                 if row.name == "scores":
-                    products = self.units.scores(*reads, meanwhile)
+                    products = self.units.scores(reads["query"], reads["key"], meanwhile)
                 else:
-                    sums = sums._replace(output=self.units.output(sums.output, weights, *reads, meanwhile))
+                    sums = sums._replace(output=self.units.output(sums.output, weights, reads["value"], meanwhile))
                 at = end
             elif row.action is Action.ENTER:
                 weights, sums = self._exponentials(products, step, sums, partial=partial)

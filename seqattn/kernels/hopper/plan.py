@@ -1,6 +1,7 @@
 """A call for the Hopper kernel, split into a static plan and the arrays that the compiled program receives."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,6 +41,12 @@ class Tiling:
 
 TILINGS = {64: Tiling(64, 128, 3), 128: Tiling(64, 128, 2), 256: Tiling(64, 64, 2)}
 """Tilings by head dim. They compile for an H200 without a spilled register."""
+
+SEARCHING = {64: Tiling(64, 64, 4), 128: Tiling(64, 64, 4), 256: Tiling(64, 64, 2)}
+"""Tilings of calls that search tables for each pair. The entries of a table take registers."""
+
+FEW_ENTRIES = 8
+"""The largest table at head dim 256 for which no register is spilled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +114,14 @@ def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
     """
     batch, length, num_heads, head_dim = call.query.shape
     size, num_kv_heads = call.key.shape[1:3]
-    tiling = TILINGS[head_dim]
-    # The tiles are decided by the mask itself. The kernel evaluates its trace, as it must not hold a user's function.
-    kinds = blocks.kinds_of_tiles(call.mask, call.q_at, call.kv_at, tiling.together, tiling.keys)
-    counts, tiles = lists(kinds)
     traced = capture(call, like=call)
     by_pair = isinstance(traced.mask, TracedMask)
     mask = _cut(traced, traced.mask.program, mod=False) if by_pair else None
     mod = None if call.score_mod is None else _cut(traced, traced.score_mod.program, mod=True)
+    tiling = _tiling(head_dim, [each.late for each in (mask, mod) if each is not None])
+    # The tiles are decided by the mask itself. The kernel evaluates its trace, as it must not hold a user's function.
+    kinds = blocks.kinds_of_tiles(call.mask, call.q_at, call.kv_at, tiling.together, tiling.keys)
+    counts, tiles = lists(kinds)
     plan = Plan(
         (batch, num_heads, num_kv_heads, length, size, head_dim),
         np.dtype(call.query.dtype),
@@ -136,6 +143,24 @@ def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
         counts,
         tiles,
     )
+
+
+def _tiling(head_dim: int, programs: Sequence[Late]) -> Tiling:
+    """Returns the tiling of a head dim for the operations of each pair."""
+    # A table of integers that is known at trace time is a part of the code and takes no registers.
+    sizes = [
+        border.entries
+        for late in programs
+        for border, known in zip(late.borders, late.tables, strict=True)
+        if known is None
+    ]
+    most = max(sizes, default=1)
+    if head_dim == max(TILINGS) and most > FEW_ENTRIES:
+        raise NotImplementedError(
+            f"a table of {most} entries that each pair searches; at head dim {head_dim} at most {FEW_ENTRIES} leave "
+            "enough registers"
+        )
+    return (TILINGS if most == 1 else SEARCHING)[head_dim]
 
 
 def lists(kinds: np.ndarray | Array) -> tuple[Any, Any]:
@@ -174,5 +199,5 @@ def _cut(call: Call, program: Any, *, mod: bool) -> Cut:
 
 def _borders(call: Call, program: Any, parts: Cut) -> list[Array]:
     batch, _, num_heads, _ = call.query.shape
-    fields = [jax.tree.leaves(at) for at in (call.q_at, call.kv_at)]
-    return parts.borders((*program.arrays, *program.fixed), *fields, batch, num_heads)
+    query, key = (jax.tree.leaves(at) for at in (call.q_at, call.kv_at))
+    return parts.borders((*program.arrays, *program.fixed), query, key, batch, num_heads)

@@ -134,14 +134,14 @@ class Arithmetic:
             scores = jnp.where(hidden, -jnp.inf, scores)
         return jnp.where(seen | (scores == -jnp.inf), scores, jnp.nan)
 
-    def _pairs(self, array: Any, place: Place, shape: tuple[int, int]) -> Array:
+    def _pairs(self, array: Any, place: Place, shape: tuple[int, ...]) -> Array:
         """Returns a tile of an array of pairs, `[B or 1, N or 1, T or 1, S]`."""
         at = self._row_and_head(array, place)
         if array.shape[2] == 1:
             return self.units.vector(array, (*at, 0), place.key, 1, shape)
         return self.units.pairs(array, at, (place.query, place.key), shape)
 
-    def _visible(self, place: Place, shape: tuple[int, int]) -> Array | None:
+    def _visible(self, place: Place, shape: tuple[int, ...]) -> Array | None:
         """Returns the visible pairs of a partial tile, or None if there are no others."""
         visible = None if self.mask is None else self._evaluate(self.mask, self.given.mask, (), place, shape)
         for each in self.given.shown:
@@ -153,7 +153,7 @@ class Arithmetic:
         return visible
 
     def _evaluate(
-        self, late: Late | None, borders: Sequence[Any], scores: tuple[Array, ...], place: Place, shape: tuple[int, int]
+        self, late: Late | None, borders: Sequence[Any], scores: tuple[Array, ...], place: Place, shape: tuple[int, ...]
     ) -> Array:
         assert late is not None
         known = zip(late.borders, late.tables, strict=True)
@@ -161,13 +161,13 @@ class Arithmetic:
         given = [
             None if table is not None else self._border(border, next(kept), place, shape) for border, table in known
         ]
-        return on_tile.evaluate(late, given, scores, shape, HOPPER)
+        return on_tile.evaluate(late, given, scores, (shape[0], shape[1]), HOPPER)
 
     def _row_and_head(self, array: Any, place: Place) -> tuple[Any, Any]:
         """Returns the indices of the first two axes of an array, which has size 1 where rows or heads share it."""
         return place.batch if array.shape[0] > 1 else 0, place.head if array.shape[1] > 1 else 0
 
-    def _border(self, border: Border, array: Any, place: Place, shape: tuple[int, int]) -> Any:
+    def _border(self, border: Border, array: Any, place: Place, shape: tuple[int, ...]) -> Any:
         """Returns a border as a tile, or as a list of scalars."""
         row, head = self._row_and_head(array, place)
         if not on_tile.tokens(border.reads):

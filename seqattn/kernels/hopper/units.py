@@ -28,7 +28,7 @@ class Units(abc.ABC):
         """Returns `total + weights @ value`, with the values `[columns, V]` in shared memory."""
 
     @abc.abstractmethod
-    def tile(self, number: float, shape: tuple[int, int]) -> Array:
+    def tile(self, number: float, shape: tuple[int, ...]) -> Array:
         """Returns a float32 tile of equal numbers."""
 
     @abc.abstractmethod
@@ -36,11 +36,11 @@ class Units(abc.ABC):
         """Returns equal float32 numbers, one for each query."""
 
     @abc.abstractmethod
-    def index(self, shape: tuple[int, int], axis: int) -> Array:
+    def index(self, shape: tuple[int, ...], axis: int) -> Array:
         """Returns the row or the column of each entry of a tile, int32."""
 
     @abc.abstractmethod
-    def vector(self, array: Any, at: tuple[Any, ...], first: Any, axis: int, shape: tuple[int, int]) -> Array:
+    def vector(self, array: Any, at: tuple[Any, ...], first: Any, axis: int, shape: tuple[int, ...]) -> Array:
         """Returns a part of the last axis of an array in global memory, repeated over a tile.
 
         Args:
@@ -52,10 +52,10 @@ class Units(abc.ABC):
         """
 
     @abc.abstractmethod
-    def pairs(self, array: Any, at: tuple[Any, ...], first: tuple[Any, Any], shape: tuple[int, int]) -> Array:
+    def pairs(self, array: Any, at: tuple[Any, ...], first: tuple[Any, Any], shape: tuple[int, ...]) -> Array:
         """Returns a tile of the last two axes of an array in global memory, that begins at `first`."""
 
-    def spread(self, vector: Array, shape: tuple[int, int]) -> Array:
+    def spread(self, vector: Array, shape: tuple[int, ...]) -> Array:
         """Repeats a number of each query over a tile."""
         return lax.broadcast_in_dim(vector, shape, (0,))
 
@@ -88,21 +88,21 @@ class Device(Units):
         # `run_state` waits for the product before it returns the sums.
         return self._pl.run_state(multiply)(self._plgpu.ACC.init(total))
 
-    def tile(self, number: float, shape: tuple[int, int]) -> Array:
+    def tile(self, number: float, shape: tuple[int, ...]) -> Array:
         return self._plgpu.layout_cast(jnp.full(shape, number, jnp.float32), self._whole)
 
     def rows(self, number: float, length: int) -> Array:
         return self._plgpu.layout_cast(jnp.full((length,), number, jnp.float32), self._of_axis[0])
 
-    def index(self, shape: tuple[int, int], axis: int) -> Array:
+    def index(self, shape: tuple[int, ...], axis: int) -> Array:
         return self._plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=self._whole)
 
-    def vector(self, array: Any, at: tuple[Any, ...], first: Any, axis: int, shape: tuple[int, int]) -> Array:
+    def vector(self, array: Any, at: tuple[Any, ...], first: Any, axis: int, shape: tuple[int, ...]) -> Array:
         part = (*at, self._pl.ds(first, shape[axis]))
         loaded = self._plgpu.load(array, part, layout=self._of_axis[axis], optimized=False)
         return lax.broadcast_in_dim(loaded, shape, (axis,))
 
-    def pairs(self, array: Any, at: tuple[Any, ...], first: tuple[Any, Any], shape: tuple[int, int]) -> Array:
+    def pairs(self, array: Any, at: tuple[Any, ...], first: tuple[Any, Any], shape: tuple[int, ...]) -> Array:
         part = (*at, self._pl.ds(first[0], shape[0]), self._pl.ds(first[1], shape[1]))
         return self._plgpu.load(array, part, layout=self._whole, optimized=False)
 
@@ -120,21 +120,21 @@ class Interpreted(Units):
         meanwhile()
         return total + sums
 
-    def tile(self, number: float, shape: tuple[int, int]) -> Array:
+    def tile(self, number: float, shape: tuple[int, ...]) -> Array:
         return jnp.full(shape, number, jnp.float32)
 
     def rows(self, number: float, length: int) -> Array:
         return jnp.full((length,), number, jnp.float32)
 
-    def index(self, shape: tuple[int, int], axis: int) -> Array:
+    def index(self, shape: tuple[int, ...], axis: int) -> Array:
         return lax.broadcasted_iota(jnp.int32, shape, axis)
 
-    def vector(self, array: Any, at: tuple[Any, ...], first: Any, axis: int, shape: tuple[int, int]) -> Array:
+    def vector(self, array: Any, at: tuple[Any, ...], first: Any, axis: int, shape: tuple[int, ...]) -> Array:
         from jax.experimental import pallas as pl
 
         return lax.broadcast_in_dim(array[(*at, pl.ds(first, shape[axis]))], shape, (axis,))
 
-    def pairs(self, array: Any, at: tuple[Any, ...], first: tuple[Any, Any], shape: tuple[int, int]) -> Array:
+    def pairs(self, array: Any, at: tuple[Any, ...], first: tuple[Any, Any], shape: tuple[int, ...]) -> Array:
         from jax.experimental import pallas as pl
 
         return array[(*at, pl.ds(first[0], shape[0]), pl.ds(first[1], shape[1]))]

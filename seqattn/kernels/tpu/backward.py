@@ -89,9 +89,10 @@ def _of_queries(plan: Plan, operands: Operands, d_output: Array, rows: dict[str,
     d_query, d_scalars = kernel_inputs.call(
         functools.partial(_step_of_queries, place),
         _inputs(place, operands, d_output, rows),
-        operands.steps,
+        operands.lists(transposed=False),
         [(query, place.by_query(head_dim)), (scalars, pl.BlockSpec((None, None, 1, width), whole_row))],
         [pltpu.VMEM((plan.tiles.queries, head_dim), jnp.float32)],
+        dims=2 * head_dim + plan.sizes[6],
     )
     return d_query[:, :, :length].swapaxes(1, 2), d_scalars
 
@@ -148,9 +149,10 @@ def _of_keys(plan: Plan, operands: Operands, d_output: Array, rows: dict[str, Ar
     results = kernel_inputs.call(
         functools.partial(_step_of_keys, place),
         _inputs(place, operands, d_output, rows),
-        operands.transposed,
+        operands.lists(transposed=True),
         [(shape, place.by_key(dim)) for shape, dim in zip(shapes, dims, strict=True)],
         [pltpu.VMEM((tile, dim), jnp.float32) for dim in dims],
+        dims=2 * (head_dim + value_dim),
     )
     d_key, d_value = (x[:, :, :size].swapaxes(1, 2) for x in results)
     return d_key, d_value

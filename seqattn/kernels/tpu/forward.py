@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from seqattn.kernels.blocks import FIRST, FULL, KIND, LAST, PARTIAL
-from seqattn.kernels.finite import marked, nan_unless_finite, zero_unless_finite
+from seqattn.kernels.finite import marked, marked_query, nan_unless_finite, zero_unless_finite
 from seqattn.kernels.log_total import EMPTY
 from seqattn.kernels.tpu import inputs as kernel_inputs
 from seqattn.kernels.tpu.inputs import Inputs, Place, in_heads
@@ -31,18 +31,19 @@ def forward(plan: Plan, operands: Operands) -> tuple[Array, Array, Array]:
     place = Place(plan, transposed=False)
     queries = plan.padded[0]
     row = jax.ShapeDtypeStruct((batch, num_heads, 1, queries), jnp.float32)
-    output = jax.ShapeDtypeStruct((batch, num_heads, queries, value_dim), plan.dtype)
+    whole = jax.ShapeDtypeStruct((batch, num_heads, queries, value_dim), plan.dtype)
     vector = place.vector(row.shape, of_query=True)
     output, peak, log_total = kernel_inputs.call(
         functools.partial(_step, place),
         _inputs(place, operands),
-        operands.steps,
-        [(output, place.by_query(value_dim)), (row, vector), (row, vector)],
+        operands.lists(transposed=False),
+        [(whole, place.by_query(value_dim)), (row, vector), (row, vector)],
         [
             pltpu.VMEM((plan.tiles.queries, value_dim), jnp.float32),
             pltpu.VMEM((plan.tiles.queries, _LANES), jnp.float32),
             pltpu.VMEM((plan.tiles.queries, _LANES), jnp.float32),
         ],
+        dims=plan.sizes[5] + value_dim,
     )
     return output[:, :, :length].swapaxes(1, 2), peak[:, :, 0, :length], log_total[:, :, 0, :length]
 
@@ -52,7 +53,7 @@ def _inputs(place: Place, operands: Operands) -> Inputs:
     plan, inputs = place.plan, kernel_inputs.of_scores(place, operands)
     queries, keys = plan.padded
     key, value = marked(operands.key, operands.value)
-    query = operands.query + nan_unless_finite(operands.query)
+    query = marked_query(operands.query)
     if plan.score_mod is not None:
         # A score modification works on finite scores, and NaN is added after it.
         bad = (nan_unless_finite(x)[..., 0].swapaxes(1, 2).astype(jnp.float32) for x in (query, key))

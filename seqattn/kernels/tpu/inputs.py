@@ -180,6 +180,7 @@ def call(
     steps: Steps,
     outputs: Sequence[tuple[Any, pl.BlockSpec]],
     scratch: Sequence[Any],
+    dims: int,
 ) -> Sequence[Array]:
     """Runs a kernel over the steps of its lists.
 
@@ -189,6 +190,7 @@ def call(
         steps: the tiles to visit.
         outputs: type and block of each output.
         scratch: the memory that keeps its contents from step to step.
+        dims: the multiplications for each pair, in all products together.
     """
     place, plan = inputs.place, inputs.place.plan
     batch, num_heads, num_kv_heads = plan.sizes[:3]
@@ -197,6 +199,8 @@ def call(
     number = steps.size if steps.count is None or plan.interpret else steps.count
     grid: tuple[Any, ...] = (batch if plan.shared else 1, num_kv_heads if place.transposed else num_heads, number)
     grid = (*grid, plan.group) if place.transposed else grid
+    # Rows and heads may be shared out among the cores of a chip; the steps of a head follow each other.
+    semantics: Any = ("parallel", "parallel", *["arbitrary"] * (len(grid) - 2))
     names = list(inputs.arrays)
 
     def kernel(*refs: Any) -> None:
@@ -214,9 +218,25 @@ def call(
             out_specs=[spec for _, spec in outputs],
             scratch_shapes=list(scratch),
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", *["arbitrary"] * (len(grid) - 2))
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
+        cost_estimate=_cost(place, inputs, steps, dims),
         interpret=plan.interpret,
         name="seqattn_transposed" if place.transposed else "seqattn",
     )(*lists, *inputs.arrays.values())
+
+
+def _cost(place: Place, inputs: Inputs, steps: Steps, dims: int) -> pl.CostEstimate:
+    """Returns what the kernel computes and moves, from which the compiler schedules what runs beside it.
+
+    If the number of steps is known at run time only, this is the most that it can be.
+    """
+    plan, tiles = place.plan, place.plan.tiles
+    visited = steps.size * plan.sizes[1] * (plan.sizes[0] if plan.shared else 1)
+    pairs = visited * tiles.queries * tiles.keys
+    # Each step reads the tile of its inner side; that of the outer side stays.
+    inner = (("query", "d_output") if place.transposed else ("key", "value")) if visited else ()
+    width = tiles.queries if place.transposed else tiles.keys
+    read = sum(inputs.arrays[name].shape[-1] for name in inner if name in inputs.arrays) * width
+    moved = visited * read * plan.dtype.itemsize
+    moved += sum(x.size * x.dtype.itemsize for name, x in inputs.arrays.items() if name not in inner)
+    return pl.CostEstimate(flops=2 * dims * pairs, transcendentals=pairs, bytes_accessed=moved)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from seqattn.kernels.call import Call, Result, refuse_unknown
 from seqattn.kernels.guard import refuse_platform, relaxed
 from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.mesh_axes import mesh_axes
-from seqattn.kernels.tpu.plan import Operands, Plan, prepare
+from seqattn.kernels.tpu.plan import Operands, Plan, check, prepare
 from seqattn.platforms import on_tpu
 
 _DTYPES = ("float32", "bfloat16")
@@ -23,8 +24,9 @@ def refuse(call: Call) -> None:
     """Raises NotImplementedError, with the reason, if `attend` cannot serve the call."""
     _refuse(call)
     if not call.is_empty:
-        # What a mask or a score modification does for each pair shows when it is traced; nothing is computed.
-        jax.eval_shape(lambda call: prepare(call, interpret=False)[1], call)
+        # What a mask or a score modification does for each pair shows when it is traced; nothing is computed. The call
+        # is no argument: coordinates and tables that are known must stay known.
+        jax.eval_shape(lambda: check(call))
 
 
 def attend(call: Call, *, interpret: bool = False) -> Result:
@@ -71,7 +73,10 @@ def _attend(plan: Plan, operands: Operands) -> tuple[Array, Array]:
 
 def _forward(plan: Plan, operands: Operands) -> tuple[tuple[Array, Array], tuple]:
     """Returns the results, and the residuals for the backward pass: O(T + S) numbers, no scores."""
-    output, peak, log_total = _here(plan, _results, operands)
+    batch, num_heads, _, length, _, _, value_dim = plan.sizes
+    output = jax.ShapeDtypeStruct((batch, length, num_heads, value_dim), plan.dtype)
+    row = jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)
+    output, peak, log_total = _here(plan, _results, (output, row, row), operands)
     lse = lse_of(peak, log_total).swapaxes(1, 2)
     return (output, lse), (operands, output, peak, log_total)
 
@@ -79,7 +84,11 @@ def _forward(plan: Plan, operands: Operands) -> tuple[tuple[Array, Array], tuple
 def _backward(plan: Plan, residuals: tuple, directions: tuple) -> tuple[Operands]:
     """Returns the gradients of the operands; integers have the gradient dtype `float0`."""
     operands, *results = residuals
-    gradients = _here(plan, _gradients, operands, *results, *directions)
+    names = ("query", "key", "value", "scale", "mod")
+    given = {name: getattr(operands, name) for name in names}
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), given)
+    types["mod"] = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands.mod]
+    gradients = _here(plan, _gradients, types, operands, *results, *directions)
     zeros = jax.tree.map(_no_gradient, operands)
     mod = [d if jnp.issubdtype(d.dtype, jnp.floating) else _no_gradient(d) for d in gradients.pop("mod")]
     given = {name: d.astype(getattr(operands, name).dtype) for name, d in gradients.items()}
@@ -95,11 +104,17 @@ def _no_gradient(x: Any) -> Any:
 _attend.defvjp(_forward, _backward)
 
 
-def _here(plan: Plan, fn: Any, *operands: Any) -> Any:
-    """Runs a kernel in a program for a TPU, or anywhere if it is interpreted."""
-    run = functools.partial(fn, plan)
-    with relaxed(plan.dtype):  # Pallas relies on dtype promotions
-        return run(*operands) if plan.interpret else on_tpu(run, *operands)
+def _here(plan: Plan, fn: Callable[..., Any], results: Any, *operands: Any) -> Any:
+    """Runs a kernel in a program for a TPU, or anywhere if it is interpreted.
+
+    In other programs it is not even traced: see `on_tpu`, which takes the types of the results.
+    """
+
+    def run(*operands: Any) -> Any:
+        with relaxed(plan.dtype):  # Pallas relies on dtype promotions
+            return fn(plan, *operands)
+
+    return run(*operands) if plan.interpret else on_tpu(run, *operands, results=results)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from seqattn.kernels import blocks
+from seqattn.kernels import blocks, on_tile
 from seqattn.kernels.blocks import Steps
 from seqattn.kernels.call import Call
-from seqattn.kernels.on_tile import TPU, check
 from seqattn.kernels.per_pair import Cut, Late, arguments_of, cut
 from seqattn.kernels.tpu.tiles import Tiles
 from seqattn.kernels.traced import TracedMask, capture
@@ -76,8 +75,9 @@ class Operands:
         mask: the borders of the mask, of the same form; or one boolean array `[B or 1, N or 1, T or 1, S or 1]`.
         words: two words of the dropout key.
         base: `[B, N, 2]` integers: the row and the column at which dropout starts to count.
-        steps: the tiles to visit for each tile of queries.
-        transposed: the tiles to visit for each tile of keys.
+        steps: the tiles to visit for each tile of queries, if they are known at trace time.
+        transposed: the tiles to visit for each tile of keys, if they are known at trace time.
+        kinds: the kind of each tile if they are not: `[B or 1, tiles of queries, tiles of keys]`.
     """
 
     query: Any
@@ -88,8 +88,15 @@ class Operands:
     mask: Any
     words: Any
     base: Any
-    steps: Steps
-    transposed: Steps
+    steps: Any
+    transposed: Any
+    kinds: Any
+
+    def lists(self, *, transposed: bool) -> Steps:
+        """Returns the tiles to visit for each tile of queries or, transposed, for each tile of keys."""
+        if self.kinds is None:
+            return self.transposed if transposed else self.steps
+        return Steps.of(self.kinds.swapaxes(1, 2) if transposed else self.kinds)
 
 
 def prepare(call: Call, *, interpret: bool) -> tuple[Plan, Operands]:
@@ -103,15 +110,11 @@ def prepare(call: Call, *, interpret: bool) -> tuple[Plan, Operands]:
     tiles = Tiles.of(length, size, max(head_dim, value_dim))
     # The tiles are decided by the mask itself. The kernel evaluates its trace, as it must not hold a user's function.
     kinds = blocks.kinds_of_tiles(call.mask, call.q_at, call.kv_at, tiles.queries, tiles.keys)
-    steps, transposed = Steps.of(kinds), Steps.of(kinds.swapaxes(1, 2))
-    if max(steps.size, transposed.size) > MOST_STEPS:
-        raise NotImplementedError(
-            f"{max(steps.size, transposed.size)} pairs of tiles; the lists of the TPU kernel hold {MOST_STEPS}"
-        )
-    traced = capture(call, like=call)
-    by_pair = isinstance(traced.mask, TracedMask)
-    mask = _cut(traced, traced.mask.program, mod=False) if by_pair else None
-    mod = None if call.score_mod is None else _cut(traced, traced.score_mod.program, mod=True)
+    # Lists are built where the kernel is lowered, unless NumPy can build them now: then the grid is known as well.
+    known = isinstance(kinds, np.ndarray)
+    steps = [Steps.of(x) for x in (kinds, kinds.swapaxes(1, 2))] if known else [None, None]
+    _check_number(max(x.size for x in steps) if known else kinds.size)
+    traced, mask, mod = _cut_all(call)
     rate = 0.0 if call.dropout is None else call.dropout.rate
     plan = Plan(
         (batch, num_heads, num_kv_heads, length, size, head_dim, value_dim),
@@ -132,22 +135,48 @@ def prepare(call: Call, *, interpret: bool) -> tuple[Plan, Operands]:
         call.mask if mask is None else _borders(traced, traced.mask.program, mask),
         None if rate == 0 else call.dropout.words(),
         None if rate == 0 else _base(call),
-        steps,
-        transposed,
+        *steps,
+        None if known else kinds,
     )
+
+
+def check(call: Call) -> None:
+    """Raises NotImplementedError if the kernel cannot compute the mask or the score modification of a call."""
+    length, size = call.query.shape[1], call.key.shape[1]
+    tiles = Tiles.of(length, size, max(call.query.shape[-1], call.value.shape[-1]))
+    queries, keys = tiles.padded(length, size)
+    number = call.query.shape[0] * (queries // tiles.queries) * (keys // tiles.keys)
+    # A grid with few tiles is within the limit whatever its mask. Else the mask tells how many are visited.
+    if number > MOST_STEPS:
+        prepare(call, interpret=False)
+    else:
+        _cut_all(call)
+
+
+def _check_number(steps: int) -> None:
+    if steps > MOST_STEPS:
+        raise NotImplementedError(f"{steps} pairs of tiles; the lists of the TPU kernel hold {MOST_STEPS}")
+
+
+def _cut_all(call: Call) -> tuple[Call, Cut | None, Cut | None]:
+    """Returns the call with traced functions, and its mask and score modification in two parts."""
+    traced = capture(call, like=call)
+    mask = _cut(traced, traced.mask.program, mod=False) if isinstance(traced.mask, TracedMask) else None
+    mod = None if call.score_mod is None else _cut(traced, traced.score_mod.program, mod=True)
+    return traced, mask, mod
 
 
 def _cut(call: Call, program: Any, *, mod: bool) -> Cut:
     """Returns the program of a call in two parts, if the kernel can compute the inner one."""
     result = cut(program, arguments_of(call.q_at, call.kv_at, mod=mod, rows=mod and call.rows is not None))
-    check(result.late, TPU)
+    on_tile.check(result.late, on_tile.TPU)
     return result
 
 
 def _borders(call: Call, program: Any, parts: Cut) -> list[Array]:
     batch, _, num_heads, _ = call.query.shape
-    fields = [jax.tree.leaves(at) for at in (call.q_at, call.kv_at)]
-    return parts.borders((*program.arrays, *program.fixed), *fields, batch, num_heads)
+    query, key = (jax.tree.leaves(at) for at in (call.q_at, call.kv_at))
+    return parts.borders((*program.arrays, *program.fixed), query, key, batch, num_heads)
 
 
 def _base(call: Call) -> Array:

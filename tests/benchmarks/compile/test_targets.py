@@ -38,6 +38,7 @@ def compile_for():
 TILED = [
     (f"attention/{name}/{mask}/t8192/{direction}", target)
     for name, masks, target in (
+        ("tpu", ("causal", "documents"), "v5e-1"),
         ("splash", ("causal",), "v5e-1"),
         ("chunked", ("causal", "documents"), "v5e-1"),
         ("cudnn", ("causal",), "h200-1"),
@@ -55,6 +56,14 @@ def test_tiled_attention_keeps_no_scores(compile_for, program, target):
     assert answer["temp_bytes"] < 256 * MIB
     assert answer["collectives"] == []
     assert not [kernel for kernel in answer["kernels"] if kernel["spill_bytes"]]
+
+
+@pytest.mark.parametrize("program", [each.name for each in matching(["kernel/tpu"], PROGRAMS)])
+@pytest.mark.parametrize("target", ["v5e-1", "v5p-1", "v6e-1"])
+@pytest.mark.slow
+def test_the_kernel_for_tpus_compiles_for_each_generation(compile_for, program, target):
+    """Masks and score functions that no vendor's kernel takes, within the memory of a core; no copy of a tile stays."""
+    assert compile_for(program, target)["temp_bytes"] < 128 * MIB
 
 
 @pytest.mark.parametrize("name", ["reference", "xla"])
@@ -76,7 +85,7 @@ def test_a_ring_sends_its_neighbours_blocks_and_nothing_else(compile_for, direct
     assert answer["temp_bytes"] < 128 * MIB
 
 
-SPLIT = [("splash", "v5e-8"), ("chunked", "v5e-8"), ("chunked", "h200-8"), ("cudnn", "h200-8")]
+SPLIT = [("tpu", "v5e-8"), ("splash", "v5e-8"), ("chunked", "v5e-8"), ("chunked", "h200-8"), ("cudnn", "h200-8")]
 
 
 @pytest.mark.parametrize(("name", "target"), SPLIT, ids=map("-on-".join, SPLIT))

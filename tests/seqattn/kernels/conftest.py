@@ -3,7 +3,6 @@
 import pytest
 
 from seqattn.kernels.chunked import schedule as tiles
-from seqattn.kernels.tpu import tiles as tpu_tiles
 
 
 @pytest.fixture(autouse=True)
@@ -11,5 +10,3 @@ def small_tiles(monkeypatch):
     """Four queries (of one head in a group) and four keys in blocks of two, one lane, several steps."""
     for name, value in {"_VECTOR": 2, "_BLOCK": 2, "_QUERIES": (4, 8), "_KEYS": 4, "_LANES": 1, "_AT_ONCE": 0}.items():
         monkeypatch.setattr(tiles, name, value)
-    monkeypatch.setattr(tpu_tiles, "_LANES", 2)
-    monkeypatch.setattr(tpu_tiles, "_TILES", dict.fromkeys(tpu_tiles._TILES, ((4, 4), (4, 4))))

@@ -115,8 +115,8 @@ def test_a_kernel_that_refuses_as_it_computes_is_passed_over_and_explained(ran, 
 
 # Long enough for tiles on the CPU, of the dtype and head dim of cuDNN, and of the lengths of splash attention.
 ANYWHERE = jnp.ones((1, 128, 2, 8), jnp.bfloat16)
-PROGRAMS = {"cpu": [], "cuda": ["__cudnn$fmha"], "tpu": ["splash"]}
-CHOSEN = {"cpu": "chunked", "gpu": "cudnn", "tpu": "splash"}
+PROGRAMS = {"cpu": [], "cuda": ["__cudnn$fmha"], "tpu": ["tpu_custom_call"]}
+CHOSEN = {"cpu": "chunked", "gpu": "cudnn", "tpu": "tpu"}
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -137,7 +137,7 @@ def test_the_choice_follows_the_platform_that_a_program_is_lowered_for(monkeypat
 def test_what_is_exported_for_several_platforms_holds_each_and_runs_here():
     exported = jax.export.export(jax.jit(lambda x: attend(x, x, x, mask=Causal())), platforms=("cpu", "tpu"))(ANYWHERE)
     np.testing.assert_array_equal(exported.call(ANYWHERE), attend(ANYWHERE, ANYWHERE, ANYWHERE, mask=Causal()))
-    assert "splash" in exported.mlir_module()
+    assert "tpu_custom_call" in exported.mlir_module()
 
 
 def test_named_ones_are_chosen_by_platform_too_and_refused_where_this_one_has_none():
@@ -236,11 +236,10 @@ def test_the_order_of_each_device():
     assert dispatch.order("cpu", long, tiny)[0] == "chunked"
     assert dispatch.order("gpu", tiny, tiny)[:2] == ("cudnn", "xla")
     assert dispatch.order("gpu", long, tiny)[:2] == ("cudnn", "chunked")
-    assert dispatch.order("tpu", tiny, tiny)[:2] == ("splash", "xla")
-    assert dispatch.order("tpu", long, tiny)[:2] == ("splash", "chunked")
-    assert set(dispatch.order("gpu", tiny, tiny) + dispatch.order("tpu", tiny, tiny)) == set(IMPLEMENTATIONS) - {
-        "cached"
-    }
+    assert dispatch.order("tpu", tiny, tiny) == dispatch.order("cpu", tiny, tiny)
+    assert dispatch.order("tpu", long, tiny)[:3] == ("tpu", "splash", "chunked")
+    everywhere = dispatch.order("gpu", long, tiny) + dispatch.order("tpu", long, tiny)
+    assert set(everywhere) == set(IMPLEMENTATIONS) - {"cached"}
     for platform in ("cpu", "gpu", "tpu"):
         assert dispatch.order(platform, long, long)[-1] == "reference"
 
