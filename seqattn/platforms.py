@@ -5,6 +5,7 @@ ahead-of-time compilation may compile it for platforms that this machine lacks. 
 programs.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -82,6 +83,17 @@ def on_tpu(fn: Callable[..., Any], *operands: Any, results: Any = None) -> Any:
     Raises:
         NotImplementedError: while a program for another platform alone is compiled.
     """
+    return _only_on("tpu", fn, operands, results)
+
+
+def on_gpu(fn: Callable[..., Any], *operands: Any, results: Any = None) -> Any:
+    """Returns `fn(*operands)` in a program for an NVIDIA GPU. The same as `on_tpu`, for kernels of that kind."""
+    return _only_on("gpu", fn, operands, results)
+
+
+def _only_on(platform: str, fn: Callable[..., Any], operands: tuple[Any, ...], results: Any) -> Any:
+    """Returns `fn(*operands)` in a program for one platform."""
+    primitive = _ONLY[platform]
     leaves, tree = jax.tree.flatten(operands)
 
     def flat(*leaves: Array) -> list[Array]:
@@ -91,49 +103,54 @@ def on_tpu(fn: Callable[..., Any], *operands: Any, results: Any = None) -> Any:
         closed, results = jax.make_jaxpr(lambda *leaves: fn(*jax.tree.unflatten(tree, leaves)), return_shape=True)(
             *leaves
         )
-        found = _on_tpu.bind(*leaves, run=core.jaxpr_as_fun(closed), types=tuple(closed.out_avals))
+        found = primitive.bind(*leaves, run=core.jaxpr_as_fun(closed), types=tuple(closed.out_avals))
     else:
         types = tuple(jax.core.ShapedArray(x.shape, x.dtype) for x in jax.tree.leaves(results))
-        found = _on_tpu.bind(*leaves, run=flat, types=types)
+        found = primitive.bind(*leaves, run=flat, types=types)
     return jax.tree.unflatten(jax.tree.structure(results), found)
 
 
-_on_tpu = core.Primitive("on_tpu")
-_on_tpu.multiple_results = True
+_ONLY = {"tpu": core.Primitive("on_tpu"), "gpu": core.Primitive("on_gpu")}
+"""A primitive for each platform, which stands for a function that is compiled for that platform only."""
 
 
-@_on_tpu.def_impl
 def _run(*operands: Any, run: Callable[..., Any], types: Any) -> Any:
     """Evaluates the function."""
     return run(*operands)
 
 
-@_on_tpu.def_abstract_eval
 def _types(*operands: Any, run: Any, types: Any) -> list[Any]:
     """Returns the types of the results."""
     return list(types)
 
 
 def _nowhere(*operands: Any, run: Any, types: Any) -> Any:
-    """Returns NaN or 0 in place of the results, on platforms other than the TPU."""
+    """Returns NaN or 0 in place of the results, on other platforms."""
     return [jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0, x.dtype) for x in types]
 
 
-def _batched(operands: Any, dims: Any, *, run: Callable[..., Any], types: Any) -> tuple[list[Array], list[int]]:
+def _batched(
+    primitive: core.Primitive, operands: Any, dims: Any, *, run: Callable[..., Any], types: Any
+) -> tuple[list[Array], list[int]]:
     """Applies `jax.vmap` to the function."""
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
     more = tuple(x.update(shape=(size, *x.shape)) for x in types)
-    results = _on_tpu.bind(*operands, run=jax.vmap(run, in_axes=tuple(dims)), types=more)
+    results = primitive.bind(*operands, run=jax.vmap(run, in_axes=tuple(dims)), types=more)
     return results, [0] * len(results)
 
 
-def _elsewhere(context: Any, *operands: Any, run: Any, types: Any) -> Any:
+def _elsewhere(kind: str, context: Any, *operands: Any, run: Any, types: Any) -> Any:
     """Lowers to `_nowhere` in a program for several platforms, and raises in a program for one."""
     if len(platforms := context.module_context.platforms) == 1:
-        raise NotImplementedError(f"a kernel for TPUs cannot be compiled for {platforms[0]}")
+        raise NotImplementedError(f"a kernel for {kind} cannot be compiled for {platforms[0]}")
     return mlir.lower_fun(_nowhere, multiple_results=True)(context, *operands, run=run, types=types)
 
 
-mlir.register_lowering(_on_tpu, mlir.lower_fun(_run, multiple_results=True), platform="tpu")
-mlir.register_lowering(_on_tpu, _elsewhere)
-batching.primitive_batchers[_on_tpu] = _batched
+for _platform, _lowered, _kind in (("tpu", "tpu", "TPUs"), ("gpu", "cuda", "NVIDIA GPUs")):
+    _primitive = _ONLY[_platform]
+    _primitive.multiple_results = True
+    _primitive.def_impl(_run)
+    _primitive.def_abstract_eval(_types)
+    mlir.register_lowering(_primitive, mlir.lower_fun(_run, multiple_results=True), platform=_lowered)
+    mlir.register_lowering(_primitive, functools.partial(_elsewhere, _kind))
+    batching.primitive_batchers[_primitive] = functools.partial(_batched, _primitive)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqattn.platforms import all_platforms, by_platform, on_tpu, platform_of
+from seqattn.platforms import all_platforms, by_platform, on_gpu, on_tpu, platform_of
 
 BRANCHES = {"cpu": jnp.sin, "gpu": jnp.cos, "tpu": jnp.tan}
 
@@ -53,9 +53,10 @@ def test_one_branch_alone_does_not_stand_for_the_platforms_that_have_none():
         traced.lower(lowering_platforms=("cpu",))
 
 
-def test_a_kernel_for_tpus_is_never_compiled_for_another_platform_alone():
-    traced = jax.jit(lambda x: on_tpu(jnp.sin, x)).trace(jnp.ones(3))
-    assert "stablehlo.sine" in traced.lower(lowering_platforms=("tpu",)).as_text()
-    assert "stablehlo.sine" in traced.lower(lowering_platforms=("cpu", "tpu")).as_text()
-    with pytest.raises(NotImplementedError, match="for TPUs cannot be compiled for cpu"):
+@pytest.mark.parametrize(("on", "kind", "name"), [(on_tpu, "TPUs", "tpu"), (on_gpu, "NVIDIA GPUs", "cuda")])
+def test_a_kernel_for_one_platform_is_never_compiled_for_another_alone(on, kind, name):
+    traced = jax.jit(lambda x: on(jnp.sin, x)).trace(jnp.ones(3))
+    assert "stablehlo.sine" in traced.lower(lowering_platforms=(name,)).as_text()
+    assert "stablehlo.sine" in traced.lower(lowering_platforms=("cpu", name)).as_text()
+    with pytest.raises(NotImplementedError, match=f"for {kind} cannot be compiled for cpu"):
         traced.lower(lowering_platforms=("cpu",))

@@ -21,6 +21,7 @@ from seqattn.kernels.guard import refuse_platform, relaxed
 from seqattn.kernels.hopper.plan import TILINGS, Operands, Plan, prepare
 from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.mesh_axes import mesh_axes
+from seqattn.platforms import on_gpu
 
 _DTYPES = ("bfloat16", "float16")
 
@@ -97,8 +98,12 @@ def _attend(plan: Plan, tiled: TiledPlan, operands: Operands, leaves: Leaves) ->
 
 def _forward(plan: Plan, tiled: TiledPlan, operands: Operands, leaves: Leaves) -> tuple[tuple[Array, Array], tuple]:
     """Returns the results, and the residuals for the backward pass: O(T + S) numbers, no scores."""
+    batch, num_heads, _, length = plan.sizes[:4]
+    row = jax.ShapeDtypeStruct((batch, length, num_heads), jnp.float32)
+    types = jax.ShapeDtypeStruct((*row.shape, operands.value.shape[-1]), plan.dtype), row, row
+    run = functools.partial(_results, plan)
     with relaxed(plan.dtype):  # Pallas relies on dtype promotions
-        output, peak, log_total = _results(plan, operands)
+        output, peak, log_total = run(operands) if plan.interpret else on_gpu(run, operands, results=types)
     return (output, lse_of(peak, log_total)), (operands, leaves, output, peak, log_total)
 
 

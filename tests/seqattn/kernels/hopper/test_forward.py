@@ -20,10 +20,10 @@ from tests import hopper_plain
 from tests.contract import Shape, arrays, close
 
 pytest.importorskip("absl", reason="Pallas Mosaic GPU needs absl-py")
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # noqa: E402
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # noqa: E402
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from seqattn.kernels.hopper import forward  # noqa: E402
+from seqattn.kernels.hopper import forward
 
 # The interpreter runs the three warpgroups at the same time in threads of XLA. With too few, it waits for ever.
 pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="the interpreter needs a thread for each warpgroup")

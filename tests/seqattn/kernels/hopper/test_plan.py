@@ -72,5 +72,5 @@ def test_tables_take_smaller_tiles_and_are_refused_at_head_dim_256():
     searching = prepare(Call.of(x, x, x, mask=None, q_at=at, kv_at=at, score_mod=mod, **GIVEN))[0]
     assert searching.tiling.keys < plain.tiling.keys
     wide = jnp.zeros((1, 5, 2, 256), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="a table of 32 entries .* at head dim 256 at most 8"):
+    with pytest.raises(NotImplementedError, match=r"a table of 32 entries .* at head dim 256 at most 8"):
         prepare(Call.of(wide, wide, wide, mask=None, q_at=at, kv_at=at, score_mod=mod, **GIVEN))

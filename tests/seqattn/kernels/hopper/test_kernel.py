@@ -1,0 +1,86 @@
+"""What the kernel refuses, and the programs that it lowers to. No GPU is needed."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqattn.coordinates import Coordinates
+from seqattn.dropout import Dropout
+from seqattn.kernels import hopper
+from seqattn.kernels.call import Call
+from seqattn.masks import Causal, SameSegment
+from seqattn.score_mods import Alibi
+
+pytest.importorskip("absl", reason="Pallas Mosaic GPU needs absl-py")
+
+
+def call(dtype="bfloat16", dim=64, value_dim=None, length=7, **options):
+    given = {"mask": None, "bias": None, "score_mod": None, "q_at": None, "kv_at": None, "scale": None, "dropout": None}
+    query, key = (jnp.zeros((2, length, heads, dim), dtype) for heads in (6, 3))
+    value = jnp.zeros((2, length, 3, dim if value_dim is None else value_dim), dtype)
+    return Call.of(query, key, value, **(given | options))
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (lambda: call("float32"), "takes bfloat16 and float16, not float32"),
+        (lambda: call(dim=80), r"H \(80\) and V \(80\) must be equal, and one of 64, 128, 256"),
+        (lambda: call(value_dim=128), r"H \(64\) and V \(128\) must be equal"),
+        (lambda: call(dropout=Dropout(0.5, jax.random.key(0))), "has no dropout"),
+        (lambda: dataclasses.replace(call(), platform="cpu"), "runs on a gpu, and this is a cpu"),
+    ],
+)
+def test_what_the_kernel_refuses(made, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        hopper.refuse(made())
+
+
+def test_without_absl_it_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.mosaic_gpu", None)
+    monkeypatch.delattr("jax.experimental.pallas.mosaic_gpu", raising=False)
+    with pytest.raises(NotImplementedError, match="it needs absl-py"):
+        hopper.refuse(call())
+
+
+def test_an_empty_call_has_no_kernel():
+    output, lse = hopper.attend(call(length=0))
+    assert output.shape == (2, 0, 6, 64)
+    assert lse.shape == (2, 0, 6)
+
+
+def lowered(fn, dtype, dim):
+    """The program for a GPU, with documents known at run time, an array that is captured, and odd lengths."""
+    arrays = [jax.ShapeDtypeStruct((2, 301, heads, dim), dtype) for heads in (6, 3, 3)]
+    others = jax.ShapeDtypeStruct((2, 301), np.int32), jax.ShapeDtypeStruct((6,), np.float32)
+
+    def attend(query, key, value, segment, slopes):
+        at = Coordinates.from_segments(segment)
+        options = {"mask": Causal() & SameSegment(), "score_mod": Alibi(slopes), "q_at": at, "kv_at": at}
+        return hopper.attend(Call.of(query, key, value, **options, bias=None, scale=None, dropout=None))
+
+    return jax.jit(fn(attend)).trace(*arrays, *others).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_a_program_for_a_gpu_holds_the_kernel_and_no_loop_over_tiles():
+    text = lowered(lambda attend: attend, "bfloat16", 64)
+    assert text.count("@mosaic_gpu") == 1
+    assert "dot_general" not in text
+
+
+def test_its_gradient_is_computed_by_the_tiles_of_chunked_from_its_log_sum_exp():
+    def gradient(attend):
+        def total(*arrays):
+            output, lse = attend(*arrays)
+            return output.astype(jnp.float32).sum() + lse.sum()
+
+        return jax.grad(total, (0, 1, 2, 4))
+
+    text = lowered(gradient, "float16", 128)
+    # The forward pass runs once and keeps no scores.
+    assert text.count("@mosaic_gpu") == 1
+    assert "dot_general" in text
