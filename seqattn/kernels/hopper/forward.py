@@ -20,10 +20,11 @@ from seqattn.kernels.finite import marked, marked_query
 from seqattn.kernels.hopper import protocol
 from seqattn.kernels.hopper.plan import Operands, Plan
 from seqattn.kernels.hopper.protocol import CONSUMERS, Action, Index, Protocol, Row, When
+from seqattn.kernels.hopper.rule import Rule
 from seqattn.kernels.hopper.tile import Arithmetic, Place, Sums
 from seqattn.kernels.hopper.units import units
 from seqattn.kernels.on_tile import tokens
-from seqattn.kernels.per_pair import QUERY, Late
+from seqattn.kernels.per_pair import QUERY
 
 Results = tuple[Float[Array, "B T N V"], Float[Array, "B T N"], Float[Array, "B T N"]]
 """The output, the largest logit of each row and the log of the sum of `exp(logit - largest)`."""
@@ -46,8 +47,8 @@ def padded(plan: Plan, operands: Operands) -> Operands:
     return dataclasses.replace(
         operands,
         **whole,
-        mask=_borders(plan, plan.mask, operands.mask),
-        mod=_borders(plan, plan.score_mod, operands.mod),
+        mask=_vectors(plan, plan.mask, operands.mask),
+        mod=_vectors(plan, plan.score_mod, operands.mod),
         # The compiler loads no booleans.
         shown=[_pairs(plan, x.astype(jnp.int8)) for x in operands.shown],
         bias=[_pairs(plan, x) for x in operands.bias],
@@ -56,14 +57,12 @@ def padded(plan: Plan, operands: Operands) -> Operands:
     )
 
 
-def _borders(plan: Plan, late: Late | None, borders: list[Array]) -> list[Array]:
-    """Returns the borders that the kernel reads, padded to whole tiles with their last entry."""
-    if late is None:
-        return []
+def _vectors(plan: Plan, rule: Rule | None, arrays: list[Array]) -> list[Array]:
+    """Returns what the pairs read, padded to whole tiles with the last entry."""
+    borders = [] if rule is None else [border for border, _, read in rule.sources() if read]
     given = []
-    for border, table, x in zip(late.borders, late.tables, borders, strict=True):
-        if table is not None:
-            continue
+    for border, x in zip(borders, arrays, strict=True):
+        # The compiler loads no booleans.
         wide = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
         if tokens(border.reads):
             length = plan.padded[0 if QUERY in border.reads else 1]

@@ -11,10 +11,8 @@ from jaxtyping import Array
 
 from seqattn.kernels import blocks
 from seqattn.kernels.call import Call
-from seqattn.kernels.hopper.operations import HOPPER
 from seqattn.kernels.hopper.protocol import CONSUMERS
-from seqattn.kernels.on_tile import check
-from seqattn.kernels.per_pair import Cut, Late, arguments_of, cut
+from seqattn.kernels.hopper.rule import Rule, rule_of
 from seqattn.kernels.traced import TracedMask, capture
 from seqattn.pytrees import pytree
 
@@ -65,8 +63,8 @@ class Plan:
     sizes: tuple[int, int, int, int, int, int]
     dtype: np.dtype
     tiling: Tiling
-    mask: Late | None
-    score_mod: Late | None
+    mask: Rule | None
+    score_mod: Rule | None
     interpret: Any
 
     @property
@@ -86,8 +84,8 @@ class Operands:
         key: `[B, S, K, H]`.
         value: `[B, S, K, H]`.
         scale: `[1]`, float32 and positive.
-        mask: the borders of the mask, `[B or 1, N or 1, L]`.
-        mod: the borders of the score modification, of the same form.
+        mask: what the pairs read for the mask, arrays `[B or 1, N or 1, L]`: L is T or S, or the entries of a table.
+        mod: what they read for the score modification, of the same form.
         shown: a list of the boolean array `[B or 1, N or 1, T or 1, S or 1]` that takes the place of a mask, or empty.
         bias: a list of an array of the same form that is added to the scores, or empty.
         counts: `[B or 1, I, 2]`: how many full and how many partial tiles of keys each pair of query tiles visits.
@@ -116,9 +114,10 @@ def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
     size, num_kv_heads = call.key.shape[1:3]
     traced = capture(call, like=call)
     by_pair = isinstance(traced.mask, TracedMask)
-    mask = _cut(traced, traced.mask.program, mod=False) if by_pair else None
-    mod = None if call.score_mod is None else _cut(traced, traced.score_mod.program, mod=True)
-    tiling = _tiling(head_dim, [each.late for each in (mask, mod) if each is not None])
+    nothing: tuple[Rule | None, list[Array]] = (None, [])
+    mask, of_mask = rule_of(traced, traced.mask.program, mod=False) if by_pair else nothing
+    mod, of_mod = nothing if call.score_mod is None else rule_of(traced, traced.score_mod.program, mod=True)
+    tiling = _tiling(head_dim, [each.entries for each in (mask, mod) if each is not None])
     # The tiles are decided by the mask itself. The kernel evaluates its trace, as it must not hold a user's function.
     kinds = blocks.kinds_of_tiles(call.mask, call.q_at, call.kv_at, tiling.together, tiling.keys)
     counts, tiles = lists(kinds)
@@ -126,8 +125,8 @@ def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
         (batch, num_heads, num_kv_heads, length, size, head_dim),
         np.dtype(call.query.dtype),
         tiling,
-        None if mask is None else mask.late,
-        None if mod is None else mod.late,
+        mask,
+        mod,
         interpret,
     )
     query, scale = _positive(call.query, call.scale)
@@ -136,8 +135,8 @@ def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
         call.key,
         call.value,
         scale,
-        [] if mask is None else _borders(traced, traced.mask.program, mask),
-        [] if mod is None else _borders(traced, traced.score_mod.program, mod),
+        of_mask,
+        of_mod,
         [] if by_pair or call.mask is None else [call.mask],
         [] if call.bias is None else [call.bias],
         counts,
@@ -145,16 +144,9 @@ def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
     )
 
 
-def _tiling(head_dim: int, programs: Sequence[Late]) -> Tiling:
-    """Returns the tiling of a head dim for the operations of each pair."""
-    # A table of integers that is known at trace time is a part of the code and takes no registers.
-    sizes = [
-        border.entries
-        for late in programs
-        for border, known in zip(late.borders, late.tables, strict=True)
-        if known is None
-    ]
-    most = max(sizes, default=1)
+def _tiling(head_dim: int, entries: Sequence[int]) -> Tiling:
+    """Returns the tiling of a head dim, where each pair searches tables of so many entries."""
+    most = max(entries, default=1)
     if head_dim == max(TILINGS) and most > FEW_ENTRIES:
         raise NotImplementedError(
             f"a table of {most} entries that each pair searches; at head dim {head_dim} at most {FEW_ENTRIES} leave "
@@ -188,16 +180,3 @@ def _positive(query: Array, scale: Any) -> tuple[Array, Array]:
     elif scale < 0:
         query = -query
     return query, jnp.maximum(jnp.abs(jnp.asarray(scale, jnp.float32)), _LEAST).reshape(1)
-
-
-def _cut(call: Call, program: Any, *, mod: bool) -> Cut:
-    """Returns the program of a call in two parts, if the kernel can compute the inner one."""
-    result = cut(program, arguments_of(call.q_at, call.kv_at, mod=mod, rows=mod and call.rows is not None))
-    check(result.late, HOPPER)
-    return result
-
-
-def _borders(call: Call, program: Any, parts: Cut) -> list[Array]:
-    batch, _, num_heads, _ = call.query.shape
-    query, key = (jax.tree.leaves(at) for at in (call.q_at, call.kv_at))
-    return parts.borders((*program.arrays, *program.fixed), query, key, batch, num_heads)

@@ -15,9 +15,10 @@ from jaxtyping import Array, Float
 from seqattn.kernels import on_tile
 from seqattn.kernels.hopper.operations import HOPPER, LOG2_E
 from seqattn.kernels.hopper.plan import Operands
+from seqattn.kernels.hopper.rule import Rule
 from seqattn.kernels.hopper.units import Units
 from seqattn.kernels.log_total import EMPTY
-from seqattn.kernels.per_pair import QUERY, Border, Late
+from seqattn.kernels.per_pair import QUERY, Border
 from seqattn.precision import lowest
 
 _LOWEST = lowest(np.dtype(np.float32))
@@ -61,8 +62,8 @@ class Arithmetic:
 
     units: Units
     size: int
-    mask: Late | None
-    score_mod: Late | None
+    mask: Rule | None
+    score_mod: Rule | None
     scale: Any
     given: Operands
 
@@ -153,15 +154,25 @@ class Arithmetic:
         return visible
 
     def _evaluate(
-        self, late: Late | None, borders: Sequence[Any], scores: tuple[Array, ...], place: Place, shape: tuple[int, ...]
+        self,
+        rule: Rule | None,
+        arrays: Sequence[Any],
+        scores: tuple[Array, ...],
+        place: Place,
+        shape: tuple[int, ...],
     ) -> Array:
-        assert late is not None
-        known = zip(late.borders, late.tables, strict=True)
-        kept = iter(borders)
-        given = [
-            None if table is not None else self._border(border, next(kept), place, shape) for border, table in known
-        ]
-        return on_tile.evaluate(late, given, scores, (shape[0], shape[1]), HOPPER)
+        """Returns the result of a mask or score modification for each pair of a tile."""
+        assert rule is not None
+        given, borders = iter(arrays), []
+        for border, first, read in rule.sources():
+            if read:
+                borders.append(self._border(border, next(given), place, shape))
+            elif first is not None:
+                axis, start = (0, place.query) if QUERY in border.reads else (1, place.key)
+                borders.append(self.units.index(shape, axis) + (start + first))
+            else:
+                borders.append(None)
+        return on_tile.evaluate(rule.late, borders, scores, (shape[0], shape[1]), HOPPER)
 
     def _row_and_head(self, array: Any, place: Place) -> tuple[Any, Any]:
         """Returns the indices of the first two axes of an array, which has size 1 where rows or heads share it."""
