@@ -28,7 +28,7 @@ from seqattn.kernels.hopper import forward
 # The interpreter runs the three warpgroups at the same time in threads of XLA. With too few, it waits for ever.
 pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="the interpreter needs a thread for each warpgroup")
 
-SHAPE = Shape(batch=(1,), T=13, S=37, N=2, K=1, H=64, V=64)
+SHAPE = Shape(batch=(1,), T=29, S=37, N=2, K=1, H=64, V=64)
 
 
 @pytest.fixture(autouse=True)
@@ -50,16 +50,18 @@ def interpreted(plan, operands, table=None):
 
 
 def packed():
-    """Two texts and padding: full, partial and empty tiles, and rows that see nothing."""
+    """Two texts and padding, with full, partial and empty tiles. The first block of queries is padding: it has none."""
     segment = np.repeat(np.int32([1, 2, 0]), [20, 14, 3])
     kv_at = Coordinates.from_segments(jnp.asarray(segment))
-    return {"q_at": jax.tree.map(lambda x: x[-SHAPE.T :], kv_at), "kv_at": kv_at}
+    of_queries = np.repeat(np.int32([0, 2]), [16, SHAPE.T - 16])
+    return {"q_at": Coordinates(kv_at.position[-SHAPE.T :], jnp.asarray(of_queries)), "kv_at": kv_at}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("score_mod", [None, SoftCap(3.0)], ids=["plain", "soft cap"])
 def test_the_interpreted_kernel_computes_what_its_arithmetic_does(score_mod):
     plan, operands = prepared(mask=Causal() & SameSegment(), score_mod=score_mod, **packed())
+    assert operands.counts[0, 0].sum() == 0 < operands.counts[0, 1].sum()
     results, races = interpreted(plan, operands)
     assert not races
     for actual, expected in zip(results, hopper_plain.compute(plan, forward.padded(plan, operands)), strict=True):
@@ -78,6 +80,6 @@ def without(row):
 @pytest.mark.slow
 def test_the_interpreter_finds_a_race_where_values_are_not_awaited():
     # Two tiles for two slots: the interpreter would wait for ever where a barrier ends a phase that nobody awaits.
-    shape = dataclasses.replace(SHAPE, S=16)
+    shape = dataclasses.replace(SHAPE, T=13, S=16)
     _, races = interpreted(*prepared(shape), without(Row(Action.WAIT, "value_ready", Index.SLOT)))
     assert races
