@@ -53,7 +53,7 @@ def test_an_empty_call_has_no_kernel():
     assert lse.shape == (2, 0, 6)
 
 
-def lowered(fn, dtype, dim):
+def traced(fn, dtype, dim):
     """The program for a GPU, with documents known at run time, an array that is captured, and odd lengths."""
     arrays = [jax.ShapeDtypeStruct((2, 301, heads, dim), dtype) for heads in (6, 3, 3)]
     others = jax.ShapeDtypeStruct((2, 301), np.int32), jax.ShapeDtypeStruct((6,), np.float32)
@@ -63,7 +63,16 @@ def lowered(fn, dtype, dim):
         options = {"mask": Causal() & SameSegment(), "score_mod": Alibi(slopes), "q_at": at, "kv_at": at}
         return hopper.attend(Call.of(query, key, value, **options, bias=None, scale=None, dropout=None))
 
-    return jax.jit(fn(attend)).trace(*arrays, *others).lower(lowering_platforms=("cuda",)).as_text()
+    return jax.jit(fn(attend)).trace(*arrays, *others)
+
+
+def lowered(fn, dtype, dim):
+    return traced(fn, dtype, dim).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_it_is_compiled_for_gpus_alone():
+    with pytest.raises(NotImplementedError, match="for NVIDIA GPUs cannot be compiled for cpu"):
+        traced(lambda attend: attend, "bfloat16", 256).lower(lowering_platforms=("cpu",))
 
 
 def test_a_program_for_a_gpu_holds_the_kernel_and_no_loop_over_tiles():

@@ -42,6 +42,14 @@ def test_the_scale_may_have_any_sign(scale):
     close(lse, expected.lse, "bfloat16")
 
 
+def test_keys_past_the_end_are_not_seen():
+    # Every score is -8. A key of zeros, with which tiles are filled, would score 0 and outweigh all others.
+    x = {name: np.full_like(each, 1) for name, each in arrays(SHAPE, "bfloat16").items()}
+    output, lse = result(x | {"key": -x["key"]})
+    np.testing.assert_array_equal(np.asarray(output, np.float32), 1)
+    np.testing.assert_allclose(np.asarray(lse), np.log(SHAPE.S) - 8, rtol=1e-6)
+
+
 def test_rows_without_a_visible_key_are_zero_with_the_lowest_log_sum_exp():
     segment = np.sort(np.random.default_rng(3).integers(0, 3, size=SHAPE.S)).astype(np.int32)
     kv_at = Coordinates.from_segments(jnp.asarray(segment))
