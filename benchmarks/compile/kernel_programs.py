@@ -85,7 +85,7 @@ def _build(kernel: str, name: str, case: AttentionCase, devices: Sequence[Any], 
         return attend(query, key, value, **options)
 
     def with_gradients(query: Any, key: Any, value: Any, x: Any, segment: Any) -> Any:
-        results, pull = jax.vjp(lambda *given: attention(*given, segment), query, key, value, x)
+        results, pull = jax.vjp(lambda q, k, v, x: attention(q, k, v, x, segment), query, key, value, x)
         return results, *pull(results)
 
     x = typed(case.shape.query, jnp.dtype(case.dtype))

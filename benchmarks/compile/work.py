@@ -108,8 +108,8 @@ def _pallas_call(counter: Counter, equation: Any) -> Work:
     grid, said = equation.params["grid_mapping"].grid, equation.params["cost_estimate"]
     if said is not None:
         # A grid whose size is known at run time only says what it computes at most.
-        known = all(isinstance(size, int) for size in grid)
-        return Work(said.flops) if known else Work(said.flops).to_at_most()
+        exact = all(isinstance(size, int) for size in grid)
+        return Work(said.flops) if exact else Work(said.flops).to_at_most()
     work = counter(equation.params["jaxpr"])
     known = [size for size in grid if isinstance(size, int)]
     work = (work * math.prod(known)).to_at_most() if math.prod(known) != 1 else work

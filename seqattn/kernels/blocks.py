@@ -5,6 +5,8 @@ tell each step which tiles it has, so that an empty tile costs nothing, whether 
 """
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,6 +23,10 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 
 FIRST, LAST, KIND = 1, 2, 4
 """The bits of a step: whether it is the first or the last of its outer tile, and the kind of the tile times `KIND`."""
+
+
+_PARTS, _MOST_PARTS = 4, 2**18
+"""Parts of a tile along each side, and the most parts of all tiles of a row, that are asked what the mask reaches."""
 
 
 @pytree
@@ -88,17 +94,70 @@ def kinds_of_tiles(
         queries: queries in a tile.
         keys: keys in a tile.
     """
-    lengths = q_at.shape[-1], kv_at.shape[-1]
-    tiles = [-(-length // tile) for length, tile in zip(lengths, (queries, keys), strict=True)]
-    reach = reach_of_tiles(mask, q_at, kv_at, queries, keys)
-    whole = [
-        np.arange(1, n + 1) * tile <= length for n, tile, length in zip(tiles, (queries, keys), lengths, strict=True)
-    ]
+    lengths, sizes = (q_at.shape[-1], kv_at.shape[-1]), (queries, keys)
+    tiles = [-(-length // tile) for length, tile in zip(lengths, sizes, strict=True)]
+    reach = _by_parts(mask, q_at, kv_at, sizes, tiles)
+    # Padding makes a tile partial: its keys must be hidden, and its queries must see nothing.
+    whole = [np.arange(1, n + 1) * tile <= length for n, tile, length in zip(tiles, sizes, lengths, strict=True)]
     every = reach.every & (whole[0][:, None] & whole[1])[None]
-    some = reach.some
-    xp = jnp if isinstance(some, jax.Array) or isinstance(every, jax.Array) else np
-    kinds = xp.where(some, xp.where(every, np.int32(FULL), np.int32(PARTIAL)), np.int32(EMPTY))
+    xp = jnp if isinstance(reach.some, jax.Array) or isinstance(every, jax.Array) else np
+    kinds = xp.where(reach.some, xp.where(every, np.int32(FULL), np.int32(PARTIAL)), np.int32(EMPTY))
     return xp.broadcast_to(kinds, (kinds.shape[0], *tiles))
+
+
+def _by_parts(
+    mask: Mask | Array | None, q_at: Coordinates, kv_at: Coordinates, sizes: tuple[int, int], tiles: Sequence[int]
+) -> Reach:
+    """Returns the reach of tiles, from that of their parts.
+
+    A tile that holds the end of a document and the beginning of the next has wide ranges of positions and segments,
+    which say little. So a tile is cut into equal parts, and each part in two: the tokens of its first segment, and all
+    others. 16 documents in 8,192 tokens reach 34 of 256 tiles in this way, as few as there are, and 52 by whole tiles.
+    """
+    parts = math.gcd(_PARTS, *sizes)
+    while parts > 1 and math.prod(tiles) * parts**2 > _MOST_PARTS:
+        parts //= 2
+    if not isinstance(mask, Mask):
+        return reach_of_tiles(mask, q_at, kv_at, *sizes)
+    query, key = (
+        _boxes(split(pad(at, n * size), size // parts)) for at, n, size in zip((q_at, kv_at), tiles, sizes, strict=True)
+    )
+    # `Mask.reach` broadcasts over three dims: rows, boxes of queries, boxes of keys.
+    query = jax.tree.map(lambda x: x.reshape(x.shape[0], -1, 1), query)
+    key = jax.tree.map(lambda x: x.reshape(x.shape[0], 1, -1), key)
+    reach = mask.reach(query, key)
+
+    def of_tiles(x: Any) -> Any:
+        xp, x = (jnp if isinstance(x, jax.Array) else np), _with_dims(x)
+        whole = xp.broadcast_to(x, (x.shape[0], *(n * 2 * parts for n in tiles)))
+        return whole.reshape(x.shape[0], tiles[0], 2 * parts, tiles[1], 2 * parts)
+
+    return Reach(some=of_tiles(reach.some).any(axis=(2, 4)), every=of_tiles(reach.every).all(axis=(2, 4)))
+
+
+def _boxes(at: Coordinates) -> Tile:
+    """Returns two tiles for each run of tokens `[rows, runs, length]`, with fields `[rows, runs, 2]`.
+
+    The first holds the tokens of the run's first segment and the second all others. If there are no others, both hold
+    the same.
+    """
+    segment = at.segment
+    xp = jnp if isinstance(segment, jax.Array) else np
+    first = segment == segment[..., :1]
+    other = xp.where(first.all(axis=-1, keepdims=True), first, ~first)
+
+    def ends(x: Any) -> tuple[Any, Any]:
+        xp, least, most = (jnp if isinstance(x, jax.Array) else np), [], []
+        for chosen in (first, other):
+            xp = jnp if isinstance(chosen, jax.Array) else xp
+            info = np.iinfo(x.dtype)
+            least.append(xp.where(chosen, x, np.array(info.max, x.dtype)).min(axis=-1))
+            most.append(xp.where(chosen, x, np.array(info.min, x.dtype)).max(axis=-1))
+        return xp.stack(least, axis=-1), xp.stack(most, axis=-1)
+
+    axes = [ends(x) for x in at.axes]
+    position, segments = ends(at.position), ends(segment)
+    return Tile(*position, *segments, tuple(x for x, _ in axes), tuple(x for _, x in axes))
 
 
 def reach_of_tiles(mask: Mask | Array | None, q_at: Coordinates, kv_at: Coordinates, queries: int, keys: int) -> Reach:

@@ -112,7 +112,10 @@ class TileScores:
 
 def product(subscripts: str, left: Array, right: Array, high: np.dtype) -> Array:
     """Computes a batched matrix product in the full precision of its dtype, accumulated in `high`."""
-    return jnp.einsum(subscripts, left, right, precision=lax.Precision.HIGHEST, preferred_element_type=high)
+    # Products of 16-bit numbers are exact in float32. HIGHEST would keep them from the matrix units of some devices.
+    small = jnp.finfo(left.dtype).bits == 16 and left.dtype == right.dtype
+    precision = lax.Precision.DEFAULT if small else lax.Precision.HIGHEST
+    return jnp.einsum(subscripts, left, right, precision=precision, preferred_element_type=high)
 
 
 def dropped(plan: Plan, place: Place, x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -112,8 +112,8 @@ def prepare(call: Call, *, interpret: bool) -> tuple[Plan, Operands]:
     kinds = blocks.kinds_of_tiles(call.mask, call.q_at, call.kv_at, tiles.queries, tiles.keys)
     # Lists are built where the kernel is lowered, unless NumPy can build them now: then the grid is known as well.
     known = isinstance(kinds, np.ndarray)
-    steps = [Steps.of(x) for x in (kinds, kinds.swapaxes(1, 2))] if known else [None, None]
-    _check_number(max(x.size for x in steps) if known else kinds.size)
+    steps = [Steps.of(x) for x in (kinds, kinds.swapaxes(1, 2))] if known else []
+    _check_number(max([x.size for x in steps], default=kinds.size))
     traced, mask, mod = _cut_all(call)
     rate = 0.0 if call.dropout is None else call.dropout.rate
     plan = Plan(
@@ -135,7 +135,8 @@ def prepare(call: Call, *, interpret: bool) -> tuple[Plan, Operands]:
         call.mask if mask is None else _borders(traced, traced.mask.program, mask),
         None if rate == 0 else call.dropout.words(),
         None if rate == 0 else _base(call),
-        *steps,
+        steps[0] if known else None,
+        steps[1] if known else None,
         None if known else kinds,
     )
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 
 from seqattn.coordinates import Coordinates
-from seqattn.kernels.blocks import EMPTY, FIRST, FULL, KIND, LAST, PARTIAL, Steps, kinds_of_tiles
-from seqattn.masks import Causal, SlidingWindow
+from seqattn.kernels.blocks import EMPTY, FIRST, FULL, KIND, LAST, PARTIAL, Steps, kinds_of_tiles, reach_of_tiles
+from seqattn.masks import Causal, SameSegment, SlidingWindow
 from tests.mask_trees import coordinates, mask_trees
 
 T, S, QUERIES, KEYS = 13, 17, 4, 3
@@ -82,3 +82,16 @@ def test_a_known_mask_visits_the_fewest_tiles(mask, most):
     """T = 8,192 in tiles of 512: the tiles on and below the diagonal, or those that a window touches."""
     at = _row(Coordinates.range(8192))
     assert Steps.of(kinds_of_tiles(mask, at, at, 512, 512)).size == most
+
+
+def test_texts_that_are_packed_at_run_time_visit_few_tiles_more_than_they_need():
+    """Ranges of whole tiles would reach 52 of 256: those where a text ends and the next begins say nothing."""
+    starts = np.sort(np.random.default_rng(0).choice(np.arange(1, 8192), 15, replace=False))
+    segment = 1 + np.isin(np.arange(8192), starts).cumsum()
+    at = _row(Coordinates.from_segments(jnp.asarray(segment)))
+    mask = Causal() & SameSegment()
+    visited = int((kinds_of_tiles(mask, at, at, 512, 512) != EMPTY).sum())
+    same = segment[:, None] == segment[None]
+    needed = int((np.tril(same).reshape(16, 512, 16, 512).any(axis=(1, 3))).sum())
+    whole = int((jnp.asarray(reach_of_tiles(mask, at, at, 512, 512).some)).sum())
+    assert needed <= visited <= 1.1 * needed < whole
