@@ -35,7 +35,7 @@ PLATFORM = {"cudnn": "gpu", "splash": "tpu"}
 
 REFUSED = {
     "xla": "no score modification|no dropout|softmax of float64",
-    "hopper": "from which pairs choose|no dropout|with a gradient is|not float64",
+    "hopper": "from which pairs choose|with a gradient is|not float64",
     "ring": "no dropout",
     "cached": "has no dropout",
     "tpu": "takes no bias|from which pairs choose|jax_enable_x64|float32 and bfloat16, not|with a gradient is",

@@ -44,7 +44,7 @@ def compute(plan: Plan, given: Operands) -> list[jax.Array]:
         given.value.shape[3],
     )
     units = Plain()
-    arithmetic = Arithmetic(units, plan.sizes[4], plan.mask, plan.score_mod, given.scale[0], given)
+    arithmetic = Arithmetic(units, plan.sizes[4], plan.mask, plan.score_mod, plan.dropout_rate, given.scale[0], given)
 
     def tile(row, head, i):
         pair, first = i // CONSUMERS, i * queries

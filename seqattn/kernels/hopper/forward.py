@@ -154,7 +154,9 @@ class _Block:
         self.plan, self.table, self.given = plan, table, given
         self.output, self.numbers, self.shared, self.barriers = output, (peak, log_total), shared, barriers
         self.units = units(interpret=plan.interpret is not None)
-        self.arithmetic = Arithmetic(self.units, plan.sizes[4], plan.mask, plan.score_mod, given.scale[0], given)
+        self.arithmetic = Arithmetic(
+            self.units, plan.sizes[4], plan.mask, plan.score_mod, plan.dropout_rate, given.scale[0], given
+        )
         self.batch, self.head = lax.axis_index("batch"), lax.axis_index("heads")
         # The last queries come first: under a causal mask they have most to do, and short blocks fill the gaps.
         self.pair = given.counts.shape[1] - 1 - lax.axis_index("queries")

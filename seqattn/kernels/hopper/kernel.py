@@ -62,8 +62,6 @@ def _refuse(call: Call) -> None:
             f"the Hopper kernel takes {' and '.join(_DTYPES)}, not {dtype} with keys {call.key.dtype}"
         )
     _refuse_dims(call.query.shape[-1], call.value.shape[-1])
-    if call.dropout is not None and call.dropout.rate != 0:
-        raise NotImplementedError("the Hopper kernel has no dropout")
     if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
         raise NotImplementedError("the Hopper kernel counts in 32 bits, and jax_enable_x64 is on")
     if axes := mesh_axes(call):

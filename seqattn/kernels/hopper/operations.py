@@ -1,6 +1,7 @@
 """The operations that the Hopper kernel computes for each pair, and how those that its compiler lacks are rewritten."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -72,3 +73,19 @@ HOPPER = on_tile.Device(
     },
 )
 """What Pallas Mosaic GPU accepts (jax 0.10.2, compiled for H200), and what is rewritten for it."""
+
+
+def kept(words: Sequence[Array], rate: float, row: Array, column: Array) -> Array:
+    """Returns the same as `seqattn.dropout.kept`, for tiles of 32-bit counters.
+
+    The compiler lacks JAX's primitive for Threefry-2x32 with 20 rounds (Salmon 2011), so the rounds are written out.
+    """
+    keys = [words[0], words[1], words[0] ^ words[1] ^ jnp.uint32(0x1BD11BDA)]
+    x, y = row + keys[0], column + keys[1]
+    for group in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x = x + y
+            y = (y << jnp.uint32(turn)) | (y >> jnp.uint32(32 - turn))
+            y = x ^ y
+        x, y = x + keys[(group + 1) % 3], y + (keys[(group + 2) % 3] + jnp.uint32(group + 1))
+    return (x ^ y) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from seqattn.kernels import blocks
 from seqattn.kernels.call import Call
+from seqattn.kernels.counters import first_counters
 from seqattn.kernels.hopper.protocol import CONSUMERS
 from seqattn.kernels.hopper.rule import Rule, rule_of
 from seqattn.kernels.traced import TracedMask, capture
@@ -41,7 +42,7 @@ TILINGS = {64: Tiling(64, 128, 3), 128: Tiling(64, 128, 2), 256: Tiling(64, 64, 
 """Tilings by head dim. They compile for an H200 without a spilled register."""
 
 SEARCHING = {64: Tiling(64, 64, 4), 128: Tiling(64, 64, 4), 256: Tiling(64, 64, 2)}
-"""Tilings of calls that search tables for each pair. The entries of a table take registers."""
+"""Tilings of calls that search tables or draw random bits for each pair. Both take registers."""
 
 FEW_ENTRIES = 8
 """The largest table at head dim 256 for which no register is spilled."""
@@ -57,6 +58,7 @@ class Plan:
         tiling: how shared memory is used.
         mask: the operations of the mask for each pair, or None.
         score_mod: the operations of the score modification for each pair, or None.
+        dropout_rate: 0 if there is no dropout.
         interpret: an `InterpretGPUParams`, to run the kernel in Pallas's interpreter, or None.
     """
 
@@ -65,6 +67,7 @@ class Plan:
     tiling: Tiling
     mask: Rule | None
     score_mod: Rule | None
+    dropout_rate: float
     interpret: Any
 
     @property
@@ -88,6 +91,8 @@ class Operands:
         mod: what they read for the score modification, of the same form.
         shown: a list of the boolean array `[B or 1, N or 1, T or 1, S or 1]` that takes the place of a mask, or empty.
         bias: a list of an array of the same form that is added to the scores, or empty.
+        words: a list of the two words of the dropout key, `[2]`, or empty.
+        base: a list of the first row and column of dropout, `[B, N, 2]`, or empty.
         counts: `[B or 1, I, 2]`: how many full and how many partial tiles of keys each pair of query tiles visits.
         tiles: `[B or 1, I, J]`: the indices of these tiles, full ones first.
     """
@@ -100,6 +105,8 @@ class Operands:
     mod: Any
     shown: Any
     bias: Any
+    words: Any
+    base: Any
     counts: Any
     tiles: Any
 
@@ -117,7 +124,8 @@ def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
     nothing: tuple[Rule | None, list[Array]] = (None, [])
     mask, of_mask = rule_of(traced, traced.mask.program, mod=False) if by_pair else nothing
     mod, of_mod = nothing if call.score_mod is None else rule_of(traced, traced.score_mod.program, mod=True)
-    tiling = _tiling(head_dim, [each.entries for each in (mask, mod) if each is not None])
+    rate = 0.0 if call.dropout is None else call.dropout.rate
+    tiling = _tiling(head_dim, [each.entries for each in (mask, mod) if each is not None], dropped=rate > 0)
     # The tiles are decided by the mask itself. The kernel evaluates its trace, as it must not hold a user's function.
     kinds = blocks.kinds_of_tiles(call.mask, call.q_at, call.kv_at, tiling.together, tiling.keys)
     counts, tiles = lists(kinds)
@@ -127,6 +135,7 @@ def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
         tiling,
         mask,
         mod,
+        rate,
         interpret,
     )
     query, scale = _positive(call.query, call.scale)
@@ -139,20 +148,24 @@ def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
         of_mod,
         [] if by_pair or call.mask is None else [call.mask],
         [] if call.bias is None else [call.bias],
+        [] if rate == 0 else [call.dropout.words()],
+        [] if rate == 0 else [first_counters(call)],
         counts,
         tiles,
     )
 
 
-def _tiling(head_dim: int, entries: Sequence[int]) -> Tiling:
-    """Returns the tiling of a head dim, where each pair searches tables of so many entries."""
+def _tiling(head_dim: int, entries: Sequence[int], *, dropped: bool) -> Tiling:
+    """Returns the tiling of a head dim, where each pair searches tables of so many entries or draws random bits."""
     most = max(entries, default=1)
+    if head_dim == max(TILINGS) and dropped:
+        raise NotImplementedError(f"dropout at head dim {head_dim} leaves too few registers")
     if head_dim == max(TILINGS) and most > FEW_ENTRIES:
         raise NotImplementedError(
             f"a table of {most} entries that each pair searches; at head dim {head_dim} at most {FEW_ENTRIES} leave "
             "enough registers"
         )
-    return (TILINGS if most == 1 else SEARCHING)[head_dim]
+    return (TILINGS if most == 1 and not dropped else SEARCHING)[head_dim]
 
 
 def lists(kinds: np.ndarray | Array) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from seqattn.kernels import on_tile
-from seqattn.kernels.hopper.operations import HOPPER, LOG2_E
+from seqattn.kernels.hopper.operations import HOPPER, LOG2_E, kept
 from seqattn.kernels.hopper.plan import Operands
 from seqattn.kernels.hopper.rule import Rule
 from seqattn.kernels.hopper.units import Units
@@ -56,6 +56,7 @@ class Arithmetic:
         size: S without padding.
         mask: the operations of the mask for each pair, or None.
         score_mod: the operations of the score modification for each pair, or None.
+        dropout_rate: 0 if there is no dropout.
         scale: what products are multiplied by, a positive scalar.
         given: references to the arrays in global memory, or the arrays themselves.
     """
@@ -64,6 +65,7 @@ class Arithmetic:
     size: int
     mask: Rule | None
     score_mod: Rule | None
+    dropout_rate: float
     scale: Any
     given: Operands
 
@@ -96,7 +98,23 @@ class Arithmetic:
         weights = jnp.exp2((scores - spread(peak, scores.shape)) * self._unit)
         shrink = jnp.exp2((sums.peak - peak) * self._unit)
         output = sums.output * spread(shrink, sums.output.shape)
-        return weights, Sums(output, peak, sums.total * shrink + weights.sum(axis=1))
+        # Dropout acts on the weights after the softmax: the total keeps the dropped ones.
+        sums = Sums(output, peak, sums.total * shrink + weights.sum(axis=1))
+        return self._dropped(weights, place), sums
+
+    def _dropped(self, weights: Float[Array, "Q K"], place: Place) -> Float[Array, "Q K"]:
+        """Applies dropout to the weights of a tile: kept ones are divided by the keep probability."""
+        if self.dropout_rate == 0:
+            return weights
+        (words,), (base,) = self.given.words, self.given.base
+        # The row and the column of a weight are the counter of the random generator: see `seqattn.dropout.kept`.
+        firsts = place.query + base[place.batch, place.head, 0], place.key + base[place.batch, place.head, 1]
+        row, column = (
+            (self.units.index(weights.shape, axis) + first).astype(jnp.uint32) for axis, first in enumerate(firsts)
+        )
+        keep = kept([words[0], words[1]], self.dropout_rate, row, column)
+        # `weights * 0` keeps a NaN row NaN in the dropped places as well.
+        return jnp.where(keep, weights * jnp.float32(1 / (1 - self.dropout_rate)), weights * jnp.float32(0))
 
     def finish(self, sums: Sums) -> tuple[Array, Array, Array]:
         """Returns the output, the largest logit of each query and the log of its total, as `log_total` says."""

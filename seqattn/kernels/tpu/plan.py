@@ -11,6 +11,7 @@ from jaxtyping import Array
 from seqattn.kernels import blocks, on_tile
 from seqattn.kernels.blocks import Steps
 from seqattn.kernels.call import Call
+from seqattn.kernels.counters import first_counters
 from seqattn.kernels.per_pair import Cut, Late, arguments_of, cut
 from seqattn.kernels.tpu.tiles import Tiles
 from seqattn.kernels.traced import TracedMask, capture
@@ -134,7 +135,7 @@ def prepare(call: Call, *, interpret: bool) -> tuple[Plan, Operands]:
         [] if mod is None else _borders(traced, traced.score_mod.program, mod),
         call.mask if mask is None else _borders(traced, traced.mask.program, mask),
         None if rate == 0 else call.dropout.words(),
-        None if rate == 0 else _base(call),
+        None if rate == 0 else first_counters(call),
         steps[0] if known else None,
         steps[1] if known else None,
         None if known else kinds,
@@ -178,18 +179,3 @@ def _borders(call: Call, program: Any, parts: Cut) -> list[Array]:
     batch, _, num_heads, _ = call.query.shape
     query, key = (jax.tree.leaves(at) for at in (call.q_at, call.kv_at))
     return parts.borders((*program.arrays, *program.fixed), query, key, batch, num_heads)
-
-
-def _base(call: Call) -> Array:
-    """Returns the row and the column at which dropout starts to count, for each batch row and head.
-
-    The same counters as in every kernel: row (b * N + n) * T + t and column s, of the whole call.
-    """
-    batch, length, num_heads, _ = call.query.shape
-    row, head = jnp.arange(batch, dtype=jnp.int32)[:, None], jnp.arange(num_heads, dtype=jnp.int32)[None]
-    if (origin := call.origin) is None:
-        first, column = (row * num_heads + head) * length, jnp.zeros((), jnp.int32)
-    else:
-        head = (row + origin.batch) * origin.num_heads + head + origin.head
-        first, column = head * origin.length + origin.query, jnp.asarray(origin.key, jnp.int32)
-    return jnp.stack([first, jnp.broadcast_to(column, first.shape)], axis=-1)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from seqattn.coordinates import Coordinates
-from seqattn.dropout import Dropout
 from seqattn.kernels import hopper
 from seqattn.kernels.call import Call
 from seqattn.masks import Causal, SameSegment
@@ -31,7 +30,6 @@ def call(dtype="bfloat16", dim=64, value_dim=None, length=7, **options):
         (lambda: call("float32"), "takes bfloat16 and float16, not float32"),
         (lambda: call(dim=80), r"H \(80\) and V \(80\) must be equal, and one of 64, 128, 256"),
         (lambda: call(value_dim=128), r"H \(64\) and V \(128\) must be equal"),
-        (lambda: call(dropout=Dropout(0.5, jax.random.key(0))), "has no dropout"),
         (lambda: dataclasses.replace(call(), platform="cpu"), "runs on a gpu, and this is a cpu"),
     ],
 )

@@ -1,13 +1,16 @@
 """Operations that the compiler lacks, against NumPy in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special
 
+from seqattn import dropout
 from seqattn.coordinates import Coordinates
+from seqattn.dropout import Dropout
 from seqattn.kernels.call import Call
-from seqattn.kernels.hopper.operations import HOPPER
+from seqattn.kernels.hopper.operations import HOPPER, kept
 from seqattn.kernels.hopper.plan import prepare
 from seqattn.mask import MaskMod
 
@@ -45,3 +48,12 @@ def test_an_operation_that_is_missing_is_refused_by_its_name():
         NotImplementedError, match="the Hopper kernel has no atan, which this mask or score_mod computes"
     ):
         prepare(Call.of(x, x, x, mask=mask, q_at=at, kv_at=at, **given))
+
+
+def test_the_random_bits_are_those_of_every_kernel():
+    words = Dropout(0.3, jax.random.key(5)).words()
+    row, column = jnp.arange(13, dtype=jnp.uint32)[:, None], jnp.arange(2**31 - 7, 2**31, dtype=jnp.uint32)[None]
+    expected = np.asarray(dropout.kept(words, 0.3, row, column))
+    row, column = jnp.broadcast_arrays(row, column)
+    np.testing.assert_array_equal(kept([words[0], words[1]], 0.3, row, column), expected)
+    assert 0 < expected.sum() < expected.size

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from seqattn.coordinates import Coordinates
+from seqattn.dropout import Dropout
 from seqattn.kernels import blocks
 from seqattn.kernels.call import Call
 from seqattn.kernels.hopper.plan import lists, prepare
@@ -74,3 +75,13 @@ def test_tables_take_smaller_tiles_and_are_refused_at_head_dim_256():
     wide = jnp.zeros((1, 5, 2, 256), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match=r"a table of 32 entries .* at head dim 256 at most 8"):
         prepare(Call.of(wide, wide, wide, mask=None, q_at=at, kv_at=at, score_mod=mod, **GIVEN))
+
+
+def test_dropout_takes_smaller_tiles_and_is_refused_at_head_dim_256():
+    given = {"mask": None, "bias": None, "score_mod": None, "q_at": None, "kv_at": None, "scale": None}
+    dropped = Dropout(0.5, jax.random.key(0))
+    x, wide = (jnp.zeros((1, 5, 2, dim), jnp.bfloat16) for dim in (128, 256))
+    plain, drawing = (prepare(Call.of(x, x, x, **given, dropout=each))[0] for each in (None, dropped))
+    assert drawing.tiling.keys < plain.tiling.keys
+    with pytest.raises(NotImplementedError, match="dropout at head dim 256"):
+        prepare(Call.of(wide, wide, wide, **given, dropout=dropped))
