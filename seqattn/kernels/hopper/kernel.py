@@ -25,6 +25,9 @@ from seqattn.platforms import on_gpu
 
 _DTYPES = ("bfloat16", "float16")
 
+_MOST_ROWS = 65535
+"""The largest second and third dim of a grid in CUDA."""
+
 
 def refuse(call: Call) -> None:
     """Raises NotImplementedError, with the reason, if `attend` cannot serve the call."""
@@ -62,6 +65,8 @@ def _refuse(call: Call) -> None:
             f"the Hopper kernel takes {' and '.join(_DTYPES)}, not {dtype} with keys {call.key.dtype}"
         )
     _refuse_dims(call.query.shape[-1], call.value.shape[-1])
+    if call.query.shape[0] > _MOST_ROWS:
+        raise NotImplementedError(f"{call.query.shape[0]} batch rows; the grid of a kernel has at most {_MOST_ROWS}")
     if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
         raise NotImplementedError("the Hopper kernel counts in 32 bits, and jax_enable_x64 is on")
     if axes := mesh_axes(call):

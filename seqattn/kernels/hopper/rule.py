@@ -60,7 +60,7 @@ def _first(parts: Cut, query: Sequence[Any], key: Sequence[Any]) -> tuple[int | 
     """Returns for each border that counts tokens the number of the first one."""
     fields = {QUERY: iter(query), KEY: iter(key)}
     arguments = parts.jaxpr.invars[len(parts.jaxpr.invars) - len(parts.arguments) :]
-    known = {}
+    known: dict[Any, int] = {}
     for variable, (name,) in zip(arguments, parts.arguments, strict=True):
         if name in fields and (first := _counted(next(fields[name]))) is not None:
             known[variable] = first

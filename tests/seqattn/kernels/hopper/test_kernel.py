@@ -24,12 +24,19 @@ def call(dtype="bfloat16", dim=64, value_dim=None, length=7, **options):
     return Call.of(query, key, value, **(given | options))
 
 
+MANY_ROWS = jax.ShapeDtypeStruct((2**16, 7, 6, 64), jnp.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("made", "reason"),
     [
         (lambda: call("float32"), "takes bfloat16 and float16, not float32"),
         (lambda: call(dim=80), r"H \(80\) and V \(80\) must be equal, and one of 64, 128, 256"),
         (lambda: call(value_dim=128), r"H \(64\) and V \(128\) must be equal"),
+        (
+            lambda: dataclasses.replace(call(), query=MANY_ROWS),
+            "65536 batch rows; the grid of a kernel has at most 65535",
+        ),
         (lambda: dataclasses.replace(call(), platform="cpu"), "runs on a gpu, and this is a cpu"),
     ],
 )
