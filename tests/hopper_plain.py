@@ -4,7 +4,6 @@ Pallas's interpreter takes seconds for a call, and this takes milliseconds. What
 copies, is in `abstract_machine` and in the tests that interpret the kernel.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -73,6 +72,16 @@ def compute(plan: Plan, given: Operands) -> list[jax.Array]:
     return [output, *(x.reshape(batch, num_heads, length) for x in (peak, log_total))]
 
 
+class _Every(dict[int, Tiling]):
+    """One tiling for all head dims."""
+
+    def __contains__(self, head_dim: object) -> bool:
+        return True
+
+    def __missing__(self, head_dim: int) -> Tiling:
+        return self[0]
+
+
 def attend(call: Call, tiling: Tiling | None = None) -> Result:
     """The Hopper kernel on any machine; with a tiling also for other dtypes and dims than the device has."""
     if call.query.dtype == jnp.float32:
@@ -83,7 +92,7 @@ def attend(call: Call, tiling: Tiling | None = None) -> Result:
         if tiling is not None:
             patches.enter_context(mock.patch.object(kernel, "_DTYPES", ("float32", "bfloat16", "float16")))
             patches.enter_context(mock.patch.object(kernel, "_refuse_dims"))
-            every = collections.defaultdict(lambda: tiling, {64: tiling})
+            every = _Every({0: tiling})
             for name in ("TILINGS", "SEARCHING"):
                 patches.enter_context(mock.patch.object(plans, name, every))
         # The name keeps the traced programs apart from those of the device.

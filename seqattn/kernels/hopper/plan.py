@@ -41,11 +41,11 @@ class Tiling:
 TILINGS = {64: Tiling(64, 128, 3), 128: Tiling(64, 128, 2), 256: Tiling(64, 64, 2)}
 """Tilings by head dim. They compile for an H200 without a spilled register."""
 
-SEARCHING = {64: Tiling(64, 64, 4), 128: Tiling(64, 64, 4), 256: Tiling(64, 64, 2)}
-"""Tilings of calls that search tables or draw random bits for each pair. Both take registers."""
+SEARCHING = {64: Tiling(64, 64, 4), 128: Tiling(64, 64, 4)}
+"""Tilings of calls that search tables or draw random bits for each pair: both take registers.
 
-FEW_ENTRIES = 8
-"""The largest table at head dim 256 for which no register is spilled."""
+At head dim 256 they take too many.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,14 +158,12 @@ def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
 def _tiling(head_dim: int, entries: Sequence[int], *, dropped: bool) -> Tiling:
     """Returns the tiling of a head dim, where each pair searches tables of so many entries or draws random bits."""
     most = max(entries, default=1)
-    if head_dim == max(TILINGS) and dropped:
-        raise NotImplementedError(f"dropout at head dim {head_dim} leaves too few registers")
-    if head_dim == max(TILINGS) and most > FEW_ENTRIES:
-        raise NotImplementedError(
-            f"a table of {most} entries that each pair searches; at head dim {head_dim} at most {FEW_ENTRIES} leave "
-            "enough registers"
-        )
-    return (TILINGS if most == 1 and not dropped else SEARCHING)[head_dim]
+    if most == 1 and not dropped:
+        return TILINGS[head_dim]
+    if head_dim not in SEARCHING:
+        what = "dropout" if dropped else f"a table of {most} entries that each pair searches"
+        raise NotImplementedError(f"{what} leaves too few registers at head dim {head_dim}")
+    return SEARCHING[head_dim]
 
 
 def lists(kinds: np.ndarray | Array) -> tuple[Any, Any]:
