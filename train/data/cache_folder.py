@@ -19,7 +19,6 @@ from filelock import FileLock, Timeout
 
 from seqattn.checks import check_integer
 from train.checkpoints import digests
-from train.checkpoints.durable import replace
 
 FACTS = "facts.json"
 log = logging.getLogger(__name__)
@@ -69,11 +68,15 @@ class CacheFolder:
         """Prepares the folder for its files; keeps those of an interrupted process if they have the same facts."""
         with self.claim("folder"):
             kept = self.path / FACTS
-            if self.path.exists() and not (kept.is_file() and kept.read_bytes() == self._facts):
+            if kept.is_file() and kept.read_bytes() == self._facts:
+                return
+            # An empty folder is what a process leaves that is killed in the next lines.
+            if self.path.exists() and any(self.path.iterdir()):
                 self._remove("it was made from something else")
-            if not kept.exists():
-                self.path.mkdir(parents=True, exist_ok=True)
-                replace(kept, self._facts)
+            self.path.mkdir(parents=True, exist_ok=True)
+            fresh = self.work / FACTS
+            fresh.write_bytes(self._facts)
+            self.add(fresh, FACTS)
 
     def finish(self) -> None:
         """Writes the manifest, which makes the folder whole. Any of the processes that wrote files may do it."""
