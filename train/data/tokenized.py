@@ -182,10 +182,9 @@ def _write_shard(folder: CacheFolder, split: Split, number: int, show: Callable[
         with pa.OSFile(str(fresh), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_batch(table)
         folder.add(fresh, f"{number:05}-{_digest(fresh)}.arrow")
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        reason = f"{folder.path}: the tokens cannot be written ({error.strerror or error})"
-        raise OSError(f"{reason}; free some space, or give another folder with --data-cache.folder") from error
+    except OSError:
+        fresh.unlink(missing_ok=True)  # half of a shard would fill the disk
+        raise
 
 
 def _check_room(folder: CacheFolder, split: Split, examples: int) -> None:

@@ -186,7 +186,8 @@ class Cached(Examples):
             "tokenizers": importlib.metadata.version("tokenizers"),
         }
         self._tokens = CacheFolder(self._folder / f"tokens-{_key(facts)}", facts)
-        self._has_tokens = self._tokens.is_whole()
+        with self._tokens.writing("the tokens"):
+            self._has_tokens = self._tokens.is_whole()
         # Read now: another process may find damage later, and replace the folder.
         self._summary, self.splits  # noqa: B018
 
@@ -196,7 +197,8 @@ class Cached(Examples):
             return super().rows(objective, split)
         assert self._tokens is not None
         if not self._has_tokens:
-            self._tokenize(objective, self._tokens)
+            with self._tokens.writing("the tokens"):
+                self._tokenize(objective, self._tokens)
             self._has_tokens = True
         return tokenized.read(self._tokens, tokenized.SHARD)
 
@@ -237,11 +239,12 @@ class Cached(Examples):
     def _text_folder(self) -> Path:
         """The folder of the texts, which is made if it is not whole."""
         folder = CacheFolder(self._folder / "texts", self._stamp)
-        if not folder.is_whole():
-            # One process reads the files, and the others wait for it.
-            with folder.claim("texts"):
-                if not folder.is_whole():
-                    self._read(folder)
+        with folder.writing("the texts"):
+            if not folder.is_whole():
+                # One process reads the files, and the others wait for it.
+                with folder.claim("texts"):
+                    if not folder.is_whole():
+                        self._read(folder)
         return folder.path
 
     def _read(self, folder: CacheFolder) -> None:
@@ -249,15 +252,22 @@ class Cached(Examples):
         size = sum(file.stat().st_size for file in self._files) / 1e6
         if is_first():
             print(f"{folder.path}: reading {size:,.0f} MB of text", flush=True)
-        check_room(folder.path, round(size * 1e6), "the texts", "give another folder with --data-cache.folder")
         folder.begin()
-        self._task.write(folder.work)
-        texts = {split: Texts(folder.work / f"{split}.arrow") for split in ("train", *_HELD_OUT)}
-        if _stamp(self._task, self._files) != self._stamp:
-            raise ValueError(f"the files of {type(self._task).__name__} changed while they were read; run it again")
-        summary = {"count": len(texts["train"]), "digest": run.fingerprint(texts)}
-        for split in texts:
-            folder.add(folder.work / f"{split}.arrow", f"{split}.arrow")
+        fresh = {split: folder.work / f"{split}.arrow" for split in ("train", *_HELD_OUT)}
+        try:
+            for file in fresh.values():
+                file.unlink(missing_ok=True)  # what a killed process left fills the disk
+            check_room(folder.path, round(size * 1e6), "the texts", "give another folder with --data-cache.folder")
+            self._task.write(folder.work)
+            if _stamp(self._task, self._files) != self._stamp:
+                raise ValueError(f"the files of {type(self._task).__name__} changed while they were read; run it again")
+            texts = {split: Texts(file) for split, file in fresh.items()}
+            summary = {"count": len(texts["train"]), "digest": run.fingerprint(texts)}
+            for file in fresh.values():
+                folder.add(file, file.name)
+        finally:
+            for file in fresh.values():
+                file.unlink(missing_ok=True)
         replace(folder.path / _SUMMARY, json.dumps(summary).encode())
         folder.finish()
 

@@ -178,9 +178,10 @@ def test_two_processes_share_the_shards(folder):
 
     def work(index):
         def encode(first, last):
-            if last - first <= SHARD and not encoded[index]:
-                both.wait()  # each holds a shard when the other takes one
-            encoded[index].append((first, last))
+            if last - first <= SHARD:  # not the sample of sizes
+                if not encoded[index]:
+                    both.wait()  # each holds a shard when the other takes one
+                encoded[index].append((first, last))
             return ROWS[first:last]
 
         mine = CacheFolder(folder.path, {})
@@ -193,11 +194,44 @@ def test_two_processes_share_the_shards(folder):
         thread.start()
     for thread in threads:
         thread.join()
-    ranges = [[one for one in mine if one[1] - one[0] <= SHARD] for mine in encoded]
-    assert all(ranges)
-    assert sorted(itertools.chain(*ranges)) == [(first, min(first + SHARD, 53)) for first in range(0, 53, SHARD)]
+    assert all(encoded)
+    assert sorted(itertools.chain(*encoded)) == [(first, min(first + SHARD, 53)) for first in range(0, 53, SHARD)]
     assert folder.is_whole()
     assert_rows(read(folder, SHARD))
+
+
+def test_processes_on_a_disk_that_cannot_lock_do_not_write_into_the_same_file(folder, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("train.data.cache_folder.FileLock.acquire", fail)
+    both, failed = threading.Barrier(2, timeout=60), []
+    opened = tokenized.pa.OSFile
+
+    def open_together(*given):
+        file = opened(*given)
+        both.wait()  # both have opened the file of this shard
+        return file
+
+    monkeypatch.setattr(tokenized.pa, "OSFile", open_together)
+
+    def work():
+        try:
+            mine = CacheFolder(folder.path, {})
+            mine.begin()
+            write(mine, split(examples=SHARD))
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    folder.finish()
+    assert folder.is_whole()
+    assert_rows(read(folder, SHARD), ROWS[:SHARD])
 
 
 def test_a_full_disk_is_told_and_loses_no_shard(folder, monkeypatch):
@@ -210,8 +244,9 @@ def test_a_full_disk_is_told_and_loses_no_shard(folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(CacheFolder, "add", fail)
-        with pytest.raises(
-            OSError, match=r"tokens cannot be written \(No space left on device\).*--data-cache\.folder"
+        with (
+            pytest.raises(OSError, match=r"tokens cannot be written \(No space left on device\).*--data-cache\.folder"),
+            folder.writing("the tokens"),
         ):
             write(folder, split())
     assert not list(folder.work.glob("*.new"))

@@ -1,8 +1,10 @@
 """Examples from the cache are those in memory; what changed, was damaged or belongs to others is made anew."""
 
 import dataclasses
+import errno
 import json
 import os
+import re
 import shutil
 
 import jax
@@ -227,6 +229,34 @@ def test_files_that_change_while_they_are_read_are_an_error(cached, monkeypatch)
 
     monkeypatch.setattr(ParallelFiles, "write", changed)
     with pytest.raises(ValueError, match="the files of ParallelFiles changed while they were read"):
+        find(cached)
+
+
+def test_a_disk_that_fills_while_texts_are_read_is_told_and_given_back(cached, monkeypatch):
+    def full(task, folder):
+        (folder / "train.arrow").write_bytes(b"half of the texts")
+        raise OSError(errno.ENOSPC, "Error writing bytes to file")  # as from pyarrow
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ParallelFiles, "write", full)
+        with pytest.raises(OSError, match=r"/texts: the texts cannot be written \(No space left.*--data-cache\.folder"):
+            find(cached)
+    assert not list(cached.data_cache.folder.rglob("*.arrow"))
+    assert find(cached)[0].count == 81
+
+
+def test_a_folder_that_cannot_hold_the_cache_is_told(cached, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"the texts cannot be written \(Not a directory\).*--data-cache\.folder"):
+        find(dataclasses.replace(cached, data_cache=DataCache(tmp_path / "file", 0)))
+
+
+def test_a_text_that_cannot_be_read_is_not_the_fault_of_the_cache(cached, monkeypatch):
+    def fail(task, folder):
+        raise PermissionError(errno.EACCES, "Permission denied", str(task.source))
+
+    monkeypatch.setattr(ParallelFiles, "write", fail)
+    with pytest.raises(PermissionError, match=re.escape(str(cached.task.source))):
         find(cached)
 
 
