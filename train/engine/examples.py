@@ -179,7 +179,7 @@ class Cached(Examples):
         facts = {
             "data": self._stamp,
             "objective": objective.name,
-            "shard": tokenized.SHARD,
+            "shard": [tokenized.SHARD, tokenized.SHARDS],
             "labels": list(objective.labels),
             "tokenizer": hashlib.sha256(objective.tokenizer.to_json().encode()).hexdigest(),
             # Another version may give other ids to the same texts.
@@ -200,7 +200,7 @@ class Cached(Examples):
             with self._tokens.writing("the tokens"):
                 self._tokenize(objective, self._tokens)
             self._has_tokens = True
-        return tokenized.read(self._tokens, tokenized.SHARD)
+        return tokenized.read(self._tokens, self.count)
 
     def _tokenize(self, objective: Objective, folder: CacheFolder) -> None:
         folder.begin()
@@ -213,7 +213,7 @@ class Cached(Examples):
             len(train),
             lambda first, last: objective.examples(train.piece(first, last)),
             max(objective.tokenizer.vocab_size, len(objective.labels)),
-            tokenized.SHARD,
+            tokenized.shard_size(len(train)),
         )
         with contextlib.ExitStack() as opened:
             silent = None if is_first() else opened.enter_context(open(os.devnull, "w", encoding="utf-8"))
