@@ -176,7 +176,8 @@ class Sharded:
         return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
     def check(self, config: Any) -> None:
-        """Raises ValueError if the mesh cannot split a model of this config."""
+        """Raises ValueError if the devices do not make this mesh, or if it cannot split a model of this config."""
+        self.mesh()
         if self.sequence > 1 and isinstance(config, _IN_ORDER):
             raise ValueError(
                 f"sequence ({self.sequence}) splits each text over devices, but a {type(config).__name__} reads it "

@@ -13,6 +13,7 @@ such a change must set back the clock, or write to the disk directly.
 import abc
 import contextlib
 import dataclasses
+import filecmp
 import hashlib
 import importlib.metadata
 import json
@@ -204,10 +205,12 @@ class Cached(Examples):
 
     def _tokenize(self, objective: Objective, folder: CacheFolder) -> None:
         folder.begin()
-        with folder.claim("held out"):
+        with folder.claim("held-out"):
             for name in (*(f"{split}.arrow" for split in _HELD_OUT), _SUMMARY):
-                if not (folder.path / name).exists():
-                    folder.add(Path(shutil.copyfile(self._text_folder / name, folder.work / name)), name)
+                whole, there = self._text_folder / name, folder.path / name
+                # Compared: what an interrupted process left may have been damaged since.
+                if not (there.exists() and filecmp.cmp(whole, there, shallow=False)):
+                    folder.add(Path(shutil.copyfile(whole, folder.work / name)), name)
         train = self._train
         split = tokenized.Split(
             len(train),
@@ -240,11 +243,15 @@ class Cached(Examples):
         """The folder of the texts, which is made if it is not whole."""
         folder = CacheFolder(self._folder / "texts", self._stamp)
         with folder.writing("the texts"):
-            if not folder.is_whole():
-                # One process reads the files, and the others wait for it.
-                with folder.claim("texts"):
-                    if not folder.is_whole():
+            # One process reads the files, and the others wait for it.
+            for wait in () if folder.is_whole() else (False, True):
+                if wait and is_first():
+                    print(f"{folder.path}: waiting for another process that reads the texts", flush=True)
+                with folder.claim("texts", wait=wait) as mine:
+                    if mine and not folder.is_whole():
                         self._read(folder)
+                if mine:
+                    break
         return folder.path
 
     def _read(self, folder: CacheFolder) -> None:
