@@ -135,7 +135,8 @@ def _update(training: Training, axis: str, devices: Sequence[Any], platform: str
 def _evaluation(training: Training, devices: Sequence[Any], platform: str) -> Built:
     mesh = Sharded(fsdp=len(devices)).mesh(devices)
     graph, params = nnx.split(nnx.eval_shape(lambda: model_type(training.model)(training.model, rngs=nnx.Rngs(0))))
-    where = shardings(TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, ()), mesh).params
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    where = shardings(TrainState(step, params, ()), mesh).params
     params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, where)
     rows, layout = NamedSharding(mesh, P(ROWS)), Layout.of(params)
     batch = {
