@@ -143,6 +143,15 @@ def test_a_model_that_fits_nowhere_whole_is_evaluated_in_parts(compile_for):
 
 
 @pytest.mark.slow
+def test_an_update_on_tpus_holds_the_kernel_and_no_loop_over_tiles(compile_for):
+    """Self attention of encoder and decoder and cross attention, each with a forward pass and two kernels backward."""
+    answer = compile_for("update/base-scan/data", "v5e-8")
+    assert answer["tpu_kernels"] == {"seqattn": 6, "seqattn_transposed": 3}
+    # The layers of encoder and decoder, forward and backward, are the only loops.
+    assert answer["loops"] == 4
+
+
+@pytest.mark.slow
 def test_a_long_text_trains_on_eight_small_chips(compile_for):
     answer = compile_for("update/decoder-long/sequence", "v5e-8")
     assert answer["temp_bytes"] < 12 * GIB
