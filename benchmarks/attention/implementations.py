@@ -46,9 +46,10 @@ BASELINE = "jax.nn:xla"
 SHORT = ("seqattn", "jax.nn:xla", "tokamax", "torch:sdpa")
 
 _ON_GPU = ("jax.nn:cudnn", "tokamax:triton", "tokamax:mosaic", "tokamax:cudnn", "seqattn:cudnn")
+_ON_TPU = ("seqattn:tpu", "seqattn:splash")
 
 
 def default() -> tuple[str, ...]:
     """Returns all implementations that support this device, installed or not."""
-    elsewhere = {"cpu": (*_ON_GPU, "seqattn:splash"), "gpu": ("seqattn:splash",)}.get(machine.platform_name(), ())
+    elsewhere = {"cpu": (*_ON_GPU, *_ON_TPU), "gpu": _ON_TPU}.get(machine.platform_name(), ())
     return tuple(name for name in NAMES if name not in elsewhere)

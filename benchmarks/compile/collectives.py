@@ -10,6 +10,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "al
 """Kinds of collectives, as HLO names them."""
 
 _OTHER_NAMES = {"ragged-all-to-all": "all-to-all", "collective-broadcast": "collective-permute"}
+_ALONE = re.compile(r"\breplica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\]<=)")
+"""Groups of one device: each of them listed, or as rows of a matrix of one column."""
 _WARNING = re.compile(r"\[SPMD\] ([^\n]*)")
 
 
@@ -85,8 +87,7 @@ def _bytes(kind: str, instruction: Instruction, given: float) -> float:
 
 def _alone(instruction: Instruction) -> bool:
     """Whether each device is in a group of its own, so that nothing is sent."""
-    groups = instruction.attribute("replica_groups") or ""
-    return bool(re.fullmatch(r"\{(\{\d+\},?)+\}?", groups))
+    return bool(_ALONE.search(instruction.rest))
 
 
 def warnings(printed: str) -> list[str]:

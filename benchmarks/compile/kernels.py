@@ -1,6 +1,8 @@
-"""Registers, spills and shared memory of Pallas kernels for NVIDIA GPUs (Mosaic), as their assembler reports them."""
+"""Pallas kernels in compiled programs: for NVIDIA GPUs (Mosaic) with registers, spills and shared memory, as their
+assembler reports them; for TPUs by name."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ _ENTRY = re.compile(r"Compiling entry function '([^']+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _STATIC = re.compile(r"(\d+) bytes smem")
+_TPU = re.compile(r"%(\w+?)(?:\.\d+)? = [^\n]* custom-call\([^\n]*custom_call_target=\"tpu_custom_call\"")
 _DYNAMIC = re.compile(r"dynamic_shared_memory_size %c(\d+)_i32")
 
 
@@ -63,3 +66,13 @@ def read(report: str, passes: str = "") -> list[Kernel]:
             )
         )
     return found
+
+
+def tpu_kernels(text: str) -> dict[str, int]:
+    """Returns the Pallas kernels for TPUs in the text of a compiled program, with their numbers.
+
+    >>> line = '%splash.3 = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call"'
+    >>> tpu_kernels(f"{line}\\n{line.replace('.3', '.4')}")
+    {'splash': 2}
+    """
+    return dict(Counter(_TPU.findall(text)))

@@ -4,7 +4,7 @@ from benchmarks.compile.attention_programs import attention_programs, ring_progr
 from benchmarks.compile.decoding_programs import decoding_programs
 from benchmarks.compile.kernel_programs import kernel_programs
 from benchmarks.compile.program import Program
-from benchmarks.compile.update_programs import update_programs
+from benchmarks.compile.update_programs import evaluation_programs, update_programs
 
 PROGRAMS: dict[str, Program] = {
     program.name: program
@@ -14,6 +14,7 @@ PROGRAMS: dict[str, Program] = {
         *split_programs(),
         *ring_programs(),
         *update_programs(),
+        *evaluation_programs(),
         *decoding_programs(),
     )
 }

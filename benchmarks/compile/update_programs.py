@@ -1,4 +1,4 @@
-"""Updates of a model over the axes of a mesh, by the machinery of `train.devices.parallel`, with shapes for arrays."""
+"""Updates and evaluations of a model over the axes of a mesh, by the machinery of `train.devices`, of shapes."""
 
 import dataclasses
 import functools
@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from benchmarks.compile.program import Built, Program
 from benchmarks.compile.work import of_function
@@ -17,10 +19,12 @@ from seqattn.models import LanguageModelConfig, TransformerConfig
 from seqattn.models.position_encodings import Rotary
 from seqattn.nn import BlockConfig, MixtureConfig
 from seqattn.nn.feed_forward import Activation
+from train.devices.layout import Layout
 from train.devices.parallel import Sharded
+from train.devices.sharding import ROWS, shardings
 from train.objectives.sequences import SequenceToSequence
 from train.update.optimizer import Optimizer
-from train.update.step import make_update, start
+from train.update.step import TrainState, make_update, start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +104,13 @@ def update_programs() -> list[Program]:
     ]
 
 
+def evaluation_programs() -> list[Program]:
+    """Makes the loss of a batch for a model that no device should hold whole."""
+    sizes = TRAININGS["decoder-7b"].sizes() | {"axis": "fsdp", "dtype": "float32"}
+    build = functools.partial(_evaluation, TRAININGS["decoder-7b"])
+    return [Program("evaluate/decoder-7b/fsdp", (8, 256), build, sizes, seconds=900)]
+
+
 def _program(training: str, axis: str, counts: tuple[int, ...], *, name: str = "") -> Program:
     sizes = TRAININGS[training].sizes() | {"axis": axis, "dtype": "bfloat16"}
     build = functools.partial(_update, TRAININGS[training], axis)
@@ -121,3 +132,22 @@ def _update(training: Training, axis: str, devices: Sequence[Any], platform: str
     lowered = sharded.spread(make(prepare=sharded.prepare), devices, model=model).lower(state, batch)
     # Counted as one device computes it: the work is the same, however it is split.
     return Built(lowered, of_function(platform, make(), state, batch))
+
+
+def _evaluation(training: Training, devices: Sequence[Any], platform: str) -> Built:
+    mesh = Sharded(fsdp=len(devices)).mesh(devices)
+    graph, params = nnx.split(nnx.eval_shape(lambda: model_type(training.model)(training.model, rngs=nnx.Rngs(0))))
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    where = shardings(TrainState(step, params, ()), mesh).params
+    params = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, where)
+    rows, layout = NamedSharding(mesh, P(ROWS)), Layout.of(params)
+    batch = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows)
+        for name, x in training.batch(training.rows * len(devices)).items()
+    }
+
+    def loss(layout: Layout, params: Any, batch: Any) -> Any:
+        return SequenceToSequence.loss(layout.merged(graph, params), batch)
+
+    lowered = jax.jit(functools.partial(loss, layout)).trace(params, batch).lower()
+    return Built(lowered, of_function(platform, functools.partial(loss, Layout()), params, batch))

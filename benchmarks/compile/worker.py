@@ -8,6 +8,7 @@ too long, and reads what the compiler prints to stderr.
 
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from benchmarks.compile.collectives import traffic
-from benchmarks.compile.kernels import kernels, variables
+from benchmarks.compile.kernels import kernels, tpu_kernels, variables
 from benchmarks.compile.products import products
 from benchmarks.compile.program import Program
 from benchmarks.compile.programs import PROGRAMS
@@ -58,6 +59,8 @@ def answer(program: Program, target: Target, devices: Any, reports: Path) -> dic
         "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "text_bytes": len(text),
         "kernels": [vars(each) for each in kernels(reports)],
+        "tpu_kernels": tpu_kernels(text),
+        "loops": len(re.findall(r" while\(", text)),
         "collectives": [vars(each) for each in traffic(text)],
         "products_flop": done_by_each.flop,
         "products_bound": done_by_each.bound,

@@ -137,7 +137,7 @@ def train(process: str, arguments: CorpusArguments, updates: int, programs: str)
             if _STEP.match(line) and not first:
                 first = now
                 # Lines of steps come at most every 10 seconds, so the number of updates is asked of the metrics.
-                _wait(folder / "run" / "metrics.jsonl", updates)
+                _wait(folder / "run" / "metrics.jsonl", updates, child)
                 memory = _memory(child.pid)
                 child.send_signal(signal.SIGTERM)
     if child.returncode != 128 + signal.SIGTERM or not first:
@@ -155,13 +155,17 @@ def train(process: str, arguments: CorpusArguments, updates: int, programs: str)
     )
 
 
-def _wait(metrics: Path, updates: int) -> None:
+def _wait(metrics: Path, updates: int, child: "subprocess.Popen[str]") -> None:
     while _rows(metrics) < updates:
+        if child.poll() is not None:
+            raise RuntimeError(f"the process ended with code {child.returncode} before update {updates}")
         time.sleep(0.05)
 
 
 def _rows(metrics: Path) -> int:
-    return sum(1 for line in metrics.read_text("utf-8").splitlines() if json.loads(line)["kind"] == "train")
+    # The last line may be half written.
+    lines = metrics.read_text("utf-8").splitlines(keepends=True)
+    return sum(1 for line in lines if line.endswith("\n") and json.loads(line)["kind"] == "train")
 
 
 def _memory(process: int) -> dict[str, int]:
@@ -169,10 +173,26 @@ def _memory(process: int) -> dict[str, int]:
     return {name: int(kilobytes) * 1024 for name, kilobytes in re.findall(r"^(\w+):\s+(\d+) kB$", status, re.MULTILINE)}
 
 
+def _lines(file: Path) -> int:
+    """The number of lines of a file; 0 if there is none."""
+    if not file.exists():
+        return 0
+    with file.open("rb") as content:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: content.read(2**24), b""))
+
+
 def measure(arguments: CorpusArguments) -> Iterator[Measured]:
-    """Yields the three processes; a corpus that is there already is used again."""
+    """Yields the three processes; a corpus of so many pairs that is there already is used again.
+
+    Raises:
+        ValueError: the folder holds a run already.
+    """
+    if (arguments.folder / "run").exists():
+        raise ValueError(
+            f"{arguments.folder} holds a run, so the first process would not begin anew: remove run and cache"
+        )
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    if not (arguments.folder / "corpus.target").exists():
+    if _lines(arguments.folder / "corpus.target") != arguments.pairs:
         begun = time.perf_counter()
         write_corpus(arguments.folder, arguments.pairs)
         print(f"wrote {arguments.pairs:,} pairs in {time.perf_counter() - begun:.1f} s", flush=True)

@@ -27,8 +27,11 @@ def write(folder: Path) -> None:
         ValueError: the folder holds something other than files and folders, such as a symbolic link.
         OSError: a file cannot be read, or the manifest cannot be written.
     """
-    # An old manifest would describe the new files as damaged.
-    (folder / MANIFEST).unlink(missing_ok=True)
+    fresh = folder / f".{MANIFEST}"
+    # An old manifest would describe the new files as damaged. One that a killed process had not renamed yet is none of
+    # the files.
+    for old in (folder / MANIFEST, fresh):
+        old.unlink(missing_ok=True)
     files = {}
     for name, entry in _entries(folder):
         if not entry.is_file(follow_symlinks=False):
@@ -38,7 +41,6 @@ def write(folder: Path) -> None:
         files[name] = {"sha256": _sha256(folder / name), "size": entry.stat(follow_symlinks=False).st_size}
     for below in {(folder / name).parent for name in files}:
         flush(below)
-    fresh = folder / f".{MANIFEST}"
     with fresh.open("wb") as file:
         file.write(_content(files))
         file.flush()

@@ -6,10 +6,12 @@ process ends, however it ends, so that nothing waits for a dead process.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,9 @@ from filelock import FileLock, Timeout
 
 from seqattn.checks import check_integer
 from train.checkpoints import digests
-from train.checkpoints.durable import replace
 
 FACTS = "facts.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 log = logging.getLogger(__name__)
 
 
@@ -49,6 +51,7 @@ class CacheFolder:
 
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
         self.path, self._facts = path, json.dumps(facts, indent=1, sort_keys=True).encode()
+        self._own = ""  # the name of a work folder for this process alone, where the file system cannot lock
 
     def is_whole(self) -> bool:
         """Whether every file is there and intact. Reads all of them.
@@ -69,11 +72,15 @@ class CacheFolder:
         """Prepares the folder for its files; keeps those of an interrupted process if they have the same facts."""
         with self.claim("folder"):
             kept = self.path / FACTS
-            if self.path.exists() and not (kept.is_file() and kept.read_bytes() == self._facts):
+            if kept.is_file() and kept.read_bytes() == self._facts:
+                return
+            # An empty folder is what a process leaves that is killed in the next lines.
+            if self.path.exists() and any(self.path.iterdir()):
                 self._remove("it was made from something else")
-            if not kept.exists():
-                self.path.mkdir(parents=True, exist_ok=True)
-                replace(kept, self._facts)
+            self.path.mkdir(parents=True, exist_ok=True)
+            fresh = self.work / FACTS
+            fresh.write_bytes(self._facts)
+            self.add(fresh, FACTS)
 
     def finish(self) -> None:
         """Writes the manifest, which makes the folder whole. Any of the processes that wrote files may do it."""
@@ -83,8 +90,29 @@ class CacheFolder:
 
     @property
     def work(self) -> Path:
-        """The folder for locks, and for files until they are whole."""
+        """The folder for files until they are whole."""
+        return self._locks / self._own
+
+    @property
+    def _locks(self) -> Path:
         return self.path.with_name(self.path.name + ".work")
+
+    @contextlib.contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Describes an error of writing to this folder in one sentence, with a remedy.
+
+        Args:
+            what: what is written, for the message.
+        """
+        try:
+            yield
+        except OSError as error:
+            if error.errno is None or not (error.errno in _FULL if error.filename is None else self._is_here(error)):
+                raise
+            raise OSError(
+                f"{self.path}: {what} cannot be written ({os.strerror(error.errno)}); free some space, or give another "
+                "folder with --data-cache.folder"
+            ) from error
 
     def add(self, file: Path, name: str) -> None:
         """Moves a file from `work` into the folder once it is safely on the disk."""
@@ -104,7 +132,7 @@ class CacheFolder:
             Whether the lock is held. Without `wait` it is False if another process holds it.
         """
         self.work.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.work / f"{name}.lock", timeout=-1 if wait else 0, fallback_to_soft=False)
+        lock = FileLock(self._locks / f"{name}.lock", timeout=-1 if wait else 0, fallback_to_soft=False)
         try:
             lock.acquire()
         except Timeout:
@@ -113,12 +141,21 @@ class CacheFolder:
         except OSError as error:
             if error.filename is not None:  # the file could not be opened
                 raise
-            # The file system cannot lock. Two processes may then make the same file, and the last one stays.
-            log.warning("%s cannot be locked (%s)", self.work, error.strerror)
+            # The file system cannot lock. Two processes may then make the same file, each under names of its own until
+            # it is whole, and the last one stays.
+            if not self._own:
+                log.warning("%s cannot be locked (%s): each process makes all files", self._locks, error.strerror)
+                self._own = uuid.uuid4().hex
+                self.work.mkdir()
         try:
             yield True
         finally:
             lock.release()
+
+    def _is_here(self, error: OSError) -> bool:
+        """Whether an error is about this folder or one above it, and not about a file elsewhere, such as a text."""
+        file = Path(os.fsdecode(error.filename))
+        return self.path.parent in file.parents or file in self.path.parents
 
     def _is_written(self) -> bool:
         return (self.path / digests.MANIFEST).exists()

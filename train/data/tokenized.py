@@ -1,14 +1,16 @@
 """Token ids of a training split in Arrow files, written once and memory-mapped afterwards.
 
-Each file, a shard, has the ids of 100,000 examples. Several processes may write shards of the same folder side by side,
-and an interrupted process goes on at the first missing shard.
+Each file, a shard, has the ids of 100,000 examples or more. Several processes may write shards of the same folder side
+by side, and an interrupted process goes on at the first missing shard.
 """
 
+import bisect
 import hashlib
+import itertools
 import logging
 import mmap
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -25,11 +27,13 @@ Ids = tuple[np.ndarray, np.ndarray]
 """Source and target ids of an example, int32."""
 
 SHARD = 100_000
-"""Number of examples of each shard but the last."""
+"""Minimum number of examples of each shard but the last."""
+SHARDS = 500
+"""Maximum number of shards: each keeps a file open, and many systems allow a process 1,024 of them."""
 _NAME = re.compile(r"(\d{5})-([0-9a-f]{16})\.arrow")
 """The name of a shard: its number, and the start of the SHA-256 of its content."""
 _TOGETHER = 10_000
-"""Number of examples that are tokenized at a time."""
+"""Number of examples that are tokenized at a time, and written as one record batch."""
 _KEPT = 250
 """Number of examples that are read before the pages of all shards are given back: up to 64 MB, as the system maps 16
 pages around each of the four that an example needs."""
@@ -43,29 +47,26 @@ class Tokenized(Sequence[Ids]):
 
     Args:
         files: the shards, in order.
-        shard: number of examples of each shard but the last.
     """
 
-    def __init__(self, files: Sequence[Path], shard: int) -> None:
-        self._shard, self._reads = shard, 0
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._reads = 0
         self._maps = [_map(file) for file in files]
-        self._sides = [_sides(mapped) for mapped in self._maps]
-        self._count = sum(len(starts) - 1 for (starts, _), _ in self._sides)
+        self._pieces = [piece for mapped in self._maps for piece in _pieces(mapped)]
+        # The number of examples before each piece, and of all of them.
+        self._before = [0, *itertools.accumulate(len(piece[0][0]) - 1 for piece in self._pieces)]
 
     def measure(self) -> np.ndarray:
         """Returns the number of source and target tokens of each example, int32 `[n, 2]`, without reading tokens."""
-        found = np.empty((self._count, 2), np.int32)
-        first = 0
-        for sides in self._sides:
-            last = first + len(sides[0][0]) - 1
-            for side, (starts, _) in enumerate(sides):
+        found = np.empty((len(self), 2), np.int32)
+        for piece, first, last in zip(self._pieces, self._before, self._before[1:], strict=False):
+            for side, (starts, _) in enumerate(piece):
                 np.subtract(starts[1:], starts[:-1], out=found[first:last, side])
-            first = last
         self._give_back()
         return found
 
     def __len__(self) -> int:
-        return self._count
+        return self._before[-1]
 
     @overload
     def __getitem__(self, index: int) -> Ids: ...
@@ -75,8 +76,10 @@ class Tokenized(Sequence[Ids]):
         """Reads an example, or several."""
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        shard, row = divmod(range(len(self))[index], self._shard)
-        source, target = (ids[starts[row] : starts[row + 1]].astype(np.int32) for starts, ids in self._sides[shard])
+        index = range(len(self))[index]
+        number = bisect.bisect_right(self._before, index) - 1
+        row = index - self._before[number]
+        source, target = (ids[starts[row] : starts[row + 1]].astype(np.int32) for starts, ids in self._pieces[number])
         self._reads += 1
         if self._reads % _KEPT == 0:
             self._give_back()
@@ -122,9 +125,29 @@ class Split:
         return np.uint16 if self.vocab_size <= 2**16 else np.int32
 
 
-def read(folder: CacheFolder, shard: int) -> Tokenized:
-    """Maps the shards of a folder that is whole; `shard` is that of the `Split`."""
-    return Tokenized([file for _, file in sorted(_shards(folder).items())], shard)
+def shard_size(examples: int) -> int:
+    """Returns the number of examples of each shard but the last, for a split of so many.
+
+    >>> shard_size(10_000_000), shard_size(1_000_000_000)
+    (100000, 2000000)
+    """
+    return max(SHARD, -(-examples // SHARDS))
+
+
+def read(folder: CacheFolder, examples: int) -> Tokenized:
+    """Maps the shards of a folder that is whole.
+
+    Args:
+        folder: the folder.
+        examples: the number of examples that it has.
+
+    Raises:
+        ValueError: a shard is missing, because another process removed it since.
+    """
+    found = Tokenized([file for _, file in sorted(_shards(folder).items())])
+    if len(found) != examples:
+        raise ValueError(f"{folder.path} has {len(found)} of {examples} examples, as files were removed; run it again")
+    return found
 
 
 def write(folder: CacheFolder, split: Split, show: Callable[[int], None] = lambda done: None) -> None:
@@ -144,7 +167,7 @@ def write(folder: CacheFolder, split: Split, show: Callable[[int], None] = lambd
     _drop_damaged(folder)
     numbers = range(-(-split.examples // split.shard))
     checked = False
-    while missing := [number for number in numbers if number not in _shards(folder)]:
+    while missing := _missing(folder, numbers):
         if not checked:
             _check_room(folder, split, len(missing) * split.shard)
             checked = True
@@ -152,8 +175,8 @@ def write(folder: CacheFolder, split: Split, show: Callable[[int], None] = lambd
             with folder.claim(f"{number:05}", wait=False) as mine:
                 if mine and number not in _shards(folder):
                     _write_shard(folder, split, number, show)
-        left = [number for number in missing if number not in _shards(folder)]
-        if left:  # other processes are writing them; the first one is done, or its process is dead, when it is released
+        # Other processes are writing the rest. When the first one is released, it is done, or its process is dead.
+        if left := _missing(folder, missing):
             with folder.claim(f"{left[0]:05}"):
                 pass
     show(split.examples)
@@ -163,29 +186,32 @@ def _write_shard(folder: CacheFolder, split: Split, number: int, show: Callable[
     first = number * split.shard
     last = min(first + split.shard, split.examples)
     before = len(_shards(folder)) * split.shard
-    columns: dict[str, list[np.ndarray]] = {"source": [], "target": []}
-    lengths: dict[str, list[int]] = {"source": [], "target": []}
-    for start in range(first, last, _TOGETHER):
-        rows = split.encode(start, min(start + _TOGETHER, last))
-        for side, several in zip(columns, zip(*rows, strict=True), strict=True):
-            # In as few bytes as possible at once: Python's numbers take twenty times the memory.
-            columns[side].append(np.concatenate([np.asarray(ids, split.dtype) for ids in several]))
-            lengths[side] += map(len, several)
-        show(min(before + start + len(rows) - first, split.examples))
-    lists = {
-        side: pa.ListArray.from_arrays(np.cumsum([0, *lengths[side]], dtype=np.int32), pa.array(np.concatenate(parts)))
-        for side, parts in columns.items()
-    }
     fresh = folder.work / f"{number:05}.new"
     try:
-        table = pa.record_batch(lists)
-        with pa.OSFile(str(fresh), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_batch(table)
+        with pa.OSFile(str(fresh), "wb") as file, pa.ipc.new_file(file, _schema(split.dtype)) as writer:
+            # In pieces, since Python's numbers take twenty times the memory of the ids.
+            for start in range(first, last, _TOGETHER):
+                rows = split.encode(start, min(start + _TOGETHER, last))
+                writer.write_batch(_batch(rows, split.dtype))
+                show(min(before + start + len(rows) - first, split.examples))
         folder.add(fresh, f"{number:05}-{_digest(fresh)}.arrow")
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        reason = f"{folder.path}: the tokens cannot be written ({error.strerror or error})"
-        raise OSError(f"{reason}; free some space, or give another folder with --data-cache.folder") from error
+    finally:
+        fresh.unlink(missing_ok=True)  # half of a shard would fill the disk
+
+
+def _schema(dtype: Any) -> pa.Schema:
+    ids = pa.list_(pa.from_numpy_dtype(dtype))
+    return pa.schema({"source": ids, "target": ids})
+
+
+def _batch(rows: Sequence[tuple[Any, Any]], dtype: Any) -> pa.RecordBatch:
+    return pa.record_batch([_lists(several, dtype) for several in zip(*rows, strict=True)], _schema(dtype))
+
+
+def _lists(several: Sequence[Any], dtype: Any) -> pa.ListArray:
+    # Converted by Arrow: NumPy would wrap ends beyond 2^31 ids without an error.
+    ends = pa.array(np.cumsum([0, *map(len, several)]), pa.int32())
+    return pa.ListArray.from_arrays(ends, pa.array(np.concatenate([np.asarray(ids, dtype) for ids in several])))
 
 
 def _check_room(folder: CacheFolder, split: Split, examples: int) -> None:
@@ -207,6 +233,11 @@ def _drop_damaged(folder: CacheFolder) -> None:
                     file.unlink()
 
 
+def _missing(folder: CacheFolder, numbers: Iterable[int]) -> list[int]:
+    there = _shards(folder)
+    return [number for number in numbers if number not in there]
+
+
 def _shards(folder: CacheFolder) -> dict[int, Path]:
     names = ((_NAME.fullmatch(path.name), path) for path in folder.path.iterdir())
     return {int(match[1]): path for match, path in names if match}
@@ -222,8 +253,10 @@ def _map(file: Path) -> mmap.mmap:
         return mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _sides(mapped: mmap.mmap) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The starts and the ids of both columns of a shard, as views of the mapped file."""
-    batch = pa.ipc.open_file(pa.py_buffer(mapped)).get_batch(0)
-    columns: Iterator[Any] = (batch.column(side) for side in ("source", "target"))
-    return [(column.offsets.to_numpy(), column.values.to_numpy()) for column in columns]
+def _pieces(mapped: mmap.mmap) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """Yields the starts and the ids of both columns of each record batch, as views of the mapped file."""
+    reader = pa.ipc.open_file(pa.py_buffer(mapped))
+    for number in range(reader.num_record_batches):
+        batch = reader.get_batch(number)
+        columns: Iterator[Any] = (batch.column(side) for side in ("source", "target"))
+        yield [(column.offsets.to_numpy(), column.values.to_numpy()) for column in columns]

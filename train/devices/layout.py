@@ -70,15 +70,13 @@ class Layout:
         """Waits for what was computed on a mesh of CPU devices; see `one_at_a_time`."""
         return one_at_a_time(self.mesh is not None, made)
 
-    def gathered(self, params: Tree, pattern: str = "*") -> Tree:
+    def gathered(self, params: Tree, pattern: str) -> Tree:
         """Inside a compiled function: makes parameters whole over `fsdp`, each while it is used.
-
-        The compiler might otherwise gather the activations of all rows in place of the parameters.
 
         Args:
             params: the parameters.
-            pattern: the paths of those to gather, as in `train.update.parameters.matching`. A step of decoding has few
-                activations, so that it is best to gather only tables, which cannot be looked up in parts.
+            pattern: the paths of those to gather, as in `train.update.parameters.matching`; see `to_gather`. A step of
+                decoding has few activations, so that it is best to gather only `TABLES`.
         """
         if self.mesh is None:
             return params
@@ -90,20 +88,43 @@ class Layout:
         ]
         return jax.tree.unflatten(structure, gathered)
 
-    def merged(self, graph: nnx.GraphDef, params: Any, pattern: str = "*") -> Any:
+    def merged(self, graph: nnx.GraphDef, params: Any, pattern: str | None = None) -> Any:
         """Inside a compiled function: merges a model whose attention each device computes for its own rows and heads.
 
         Args:
             graph: the model's structure.
             params: its parameters.
-            pattern: the parameters to gather; see `gathered`.
+            pattern: the parameters to gather; by default those of `to_gather`.
         """
+        if pattern is None:
+            pattern = to_gather(params, scanned=is_scanned(nnx.merge(graph, params)))
         model = nnx.merge(graph, self.gathered(params, pattern))
         return model if self.mesh is None else with_split(model, Split(ROWS, "tensor", mesh=self.mesh))
 
 
 TABLES = "*table"
-"""The paths of embedding tables; see `Layout.gathered`."""
+"""The paths of embedding tables, which cannot be looked up in parts."""
+_AT_ONCE = 2**30
+"""Bytes of parameters up to which the layers of a scan are gathered over `fsdp` all at once."""
+
+
+def to_gather(params: Any, *, scanned: bool) -> str:
+    """Returns the paths of the parameters to gather over `fsdp` before a model reads whole texts.
+
+    If they stay in parts, the compiler may gather the activations of all rows in place of the parameters. But layers in
+    a scan would all be gathered before it. A large model leaves them to the compiler, which gathers each in its turn.
+
+    Args:
+        params: the parameters of the model, of arrays or shapes.
+        scanned: whether its layers are in a scan.
+    """
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    return TABLES if scanned and size > _AT_ONCE else "*"
+
+
+def is_scanned(model: Any) -> bool:
+    """Whether the layers of a model are in a scan."""
+    return bool(getattr(getattr(getattr(model, "config", None), "block", None), "scan_layers", False))
 
 
 def fetch(tree: Any) -> Any:

@@ -24,7 +24,7 @@ from seqattn.models.parameter_rules import PARAMETER_RULES
 from seqattn.nn import with_split
 from seqattn.nn.parameter_rule import ParameterRule
 from train.devices.fit import check_model, whole_heads
-from train.devices.layout import TABLES
+from train.devices.layout import is_scanned, to_gather
 from train.devices.sharding import AXES, ROWS, one_at_a_time, put, shardings, whole_over
 from train.update.parameters import matching, paths
 from train.update.step import Metrics, TrainState, Update
@@ -36,8 +36,6 @@ Given = Mapping[str, tuple[Any, Any]]
 """Parameters by path: an array, and the rows of it that count, bool `[V]`; None for all rows."""
 
 _AXIS = "devices"
-_AT_ONCE = 2**30
-"""Bytes of parameters up to which the layers of a scan are gathered over `fsdp` all at once."""
 _IN_ORDER = (Seq2SeqConfig, RecurrentLanguageModelConfig, CaptionerConfig)
 """Models with a layer that needs the whole of a text, or of an image, on one device."""
 
@@ -176,7 +174,8 @@ class Sharded:
         return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
     def check(self, config: Any) -> None:
-        """Raises ValueError if the mesh cannot split a model of this config."""
+        """Raises ValueError if the devices do not make this mesh, or if it cannot split a model of this config."""
+        self.mesh()
         if self.sequence > 1 and isinstance(config, _IN_ORDER):
             raise ValueError(
                 f"sequence ({self.sequence}) splits each text over devices, but a {type(config).__name__} reads it "
@@ -206,8 +205,7 @@ class Sharded:
         if model is not None:
             check_model(model, tensor=self.tensor, expert=self.expert)
             rules = (*whole_heads(model, tensor=self.tensor), *rules)
-        block = getattr(getattr(model, "config", None), "block", None)
-        return _Compiled(update, mesh, rules, scanned=getattr(block, "scan_layers", False))
+        return _Compiled(update, mesh, rules, scanned=is_scanned(model))
 
 
 Parallel = Replicated | Sharded
@@ -314,14 +312,14 @@ class _Compiled(Placed):
             return one_at_a_time(self._mesh.size > 1, self._compiled(state, arrays))
 
     def _with_whole_params(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        # Without this constraint the compiler may gather the activations of all rows in place of the parameters. It is
-        # inside the differentiated function, so it holds for the gradients too: they are added over the rows before
-        # they are split, and no activation takes over their split. Layers in a scan would all be gathered before it: a
-        # model for which that is too much leaves them to the compiler, which gathers one after the other.
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
-        pattern = TABLES if self._scanned and size > _AT_ONCE else "*"
+        pattern = to_gather(state.params, scanned=self._scanned)
 
+        # Inside the differentiated function, so that it holds for the gradients too: they are added over the rows
+        # before they are split, and no activation takes over their split.
         def gathered(params: Any) -> Any:
+            if self._mesh.shape["fsdp"] > 1:
+                # XLA would gather first and cast then, which sends twice the bytes.
+                params = jax.tree.map(jax.lax.optimization_barrier, params)
             whole = whole_over("fsdp", self._shardings.params)
             return jax.tree.map(
                 lambda chosen, leaf, where: jax.lax.with_sharding_constraint(leaf, where) if chosen else leaf,

@@ -13,6 +13,7 @@ such a change must set back the clock, or write to the disk directly.
 import abc
 import contextlib
 import dataclasses
+import filecmp
 import hashlib
 import importlib.metadata
 import json
@@ -179,14 +180,15 @@ class Cached(Examples):
         facts = {
             "data": self._stamp,
             "objective": objective.name,
-            "shard": tokenized.SHARD,
+            "shard": [tokenized.SHARD, tokenized.SHARDS],
             "labels": list(objective.labels),
             "tokenizer": hashlib.sha256(objective.tokenizer.to_json().encode()).hexdigest(),
             # Another version may give other ids to the same texts.
             "tokenizers": importlib.metadata.version("tokenizers"),
         }
         self._tokens = CacheFolder(self._folder / f"tokens-{_key(facts)}", facts)
-        self._has_tokens = self._tokens.is_whole()
+        with self._tokens.writing("the tokens"):
+            self._has_tokens = self._tokens.is_whole()
         # Read now: another process may find damage later, and replace the folder.
         self._summary, self.splits  # noqa: B018
 
@@ -196,22 +198,25 @@ class Cached(Examples):
             return super().rows(objective, split)
         assert self._tokens is not None
         if not self._has_tokens:
-            self._tokenize(objective, self._tokens)
+            with self._tokens.writing("the tokens"):
+                self._tokenize(objective, self._tokens)
             self._has_tokens = True
-        return tokenized.read(self._tokens, tokenized.SHARD)
+        return tokenized.read(self._tokens, self.count)
 
     def _tokenize(self, objective: Objective, folder: CacheFolder) -> None:
         folder.begin()
-        with folder.claim("held out"):
+        with folder.claim("held-out"):
             for name in (*(f"{split}.arrow" for split in _HELD_OUT), _SUMMARY):
-                if not (folder.path / name).exists():
-                    folder.add(Path(shutil.copyfile(self._text_folder / name, folder.work / name)), name)
+                whole, there = self._text_folder / name, folder.path / name
+                # Compared: what an interrupted process left may have been damaged since.
+                if not (there.exists() and filecmp.cmp(whole, there, shallow=False)):
+                    folder.add(Path(shutil.copyfile(whole, folder.work / name)), name)
         train = self._train
         split = tokenized.Split(
             len(train),
             lambda first, last: objective.examples(train.piece(first, last)),
             max(objective.tokenizer.vocab_size, len(objective.labels)),
-            tokenized.SHARD,
+            tokenized.shard_size(len(train)),
         )
         with contextlib.ExitStack() as opened:
             silent = None if is_first() else opened.enter_context(open(os.devnull, "w", encoding="utf-8"))
@@ -237,11 +242,16 @@ class Cached(Examples):
     def _text_folder(self) -> Path:
         """The folder of the texts, which is made if it is not whole."""
         folder = CacheFolder(self._folder / "texts", self._stamp)
-        if not folder.is_whole():
+        with folder.writing("the texts"):
             # One process reads the files, and the others wait for it.
-            with folder.claim("texts"):
-                if not folder.is_whole():
-                    self._read(folder)
+            for wait in () if folder.is_whole() else (False, True):
+                if wait and is_first():
+                    print(f"{folder.path}: waiting for another process that reads the texts", flush=True)
+                with folder.claim("texts", wait=wait) as mine:
+                    if mine and not folder.is_whole():
+                        self._read(folder)
+                if mine:
+                    break
         return folder.path
 
     def _read(self, folder: CacheFolder) -> None:
@@ -249,15 +259,22 @@ class Cached(Examples):
         size = sum(file.stat().st_size for file in self._files) / 1e6
         if is_first():
             print(f"{folder.path}: reading {size:,.0f} MB of text", flush=True)
-        check_room(folder.path, round(size * 1e6), "the texts", "give another folder with --data-cache.folder")
         folder.begin()
-        self._task.write(folder.work)
-        texts = {split: Texts(folder.work / f"{split}.arrow") for split in ("train", *_HELD_OUT)}
-        if _stamp(self._task, self._files) != self._stamp:
-            raise ValueError(f"the files of {type(self._task).__name__} changed while they were read; run it again")
-        summary = {"count": len(texts["train"]), "digest": run.fingerprint(texts)}
-        for split in texts:
-            folder.add(folder.work / f"{split}.arrow", f"{split}.arrow")
+        fresh = {split: folder.work / f"{split}.arrow" for split in ("train", *_HELD_OUT)}
+        try:
+            for file in fresh.values():
+                file.unlink(missing_ok=True)  # what a killed process left fills the disk
+            check_room(folder.path, round(size * 1e6), "the texts", "give another folder with --data-cache.folder")
+            self._task.write(folder.work)
+            if _stamp(self._task, self._files) != self._stamp:
+                raise ValueError(f"the files of {type(self._task).__name__} changed while they were read; run it again")
+            texts = {split: Texts(file) for split, file in fresh.items()}
+            summary = {"count": len(texts["train"]), "digest": run.fingerprint(texts)}
+            for file in fresh.values():
+                folder.add(file, file.name)
+        finally:
+            for file in fresh.values():
+                file.unlink(missing_ok=True)
         replace(folder.path / _SUMMARY, json.dumps(summary).encode())
         folder.finish()
 

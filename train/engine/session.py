@@ -179,6 +179,9 @@ def _resolve(experiment: Experiment) -> _Resolved:
     check_same({"settings": run.shared(experiment), "versions": installed})
     check_folder(experiment.run)
     without_effect.check_settings(experiment)
+    # Before the examples: reading large files takes minutes.
+    experiment.parallel.check(experiment.model)
+    experiment.optimizer.make(experiment.steps)
     # Process 0 decides: it may have created the folder already, or be the only one that sees it.
     is_begun = any_process(is_first() and (experiment.run / "checkpoints").is_dir())
     checkpoints = _checkpoints(experiment) if is_begun else None
@@ -187,7 +190,6 @@ def _resolve(experiment: Experiment) -> _Resolved:
     # The tokenizer comes before the model: its vocabulary sets the size of the embedding.
     objective = _objective(experiment, found, saved)
     experiment = run.resolve(experiment, objective.tokenizer, objective.labels)
-    experiment.parallel.check(experiment.model)
     changes: list[str] = []
     noted = ""
     if checkpoints is not None and saved is not None:

@@ -32,21 +32,21 @@ def backward(
     # so d_lse enters the same bracket: dS = P * (dP - (D - d_lse)).
     delta = jnp.sum(d_output.astype(jnp.float32) * output.astype(jnp.float32), axis=-1) - d_lse
     rows = {"peak": peak, "log_total": log_total, "delta": delta.swapaxes(1, 2)}
-    d_unscaled, d_scalars = _of_queries(plan, operands, d_output, rows)
+    d_query, d_scalars = _of_queries(plan, operands, d_output, rows)
     d_key, d_value = _of_keys(plan, operands, d_output, rows)
-    query = zero_unless_finite(operands.query).astype(jnp.float32)
     return {
-        "query": d_unscaled * operands.scale,
-        "key": d_key * operands.scale,
+        "query": d_query,
+        "key": d_key,
         "value": d_value,
-        "scale": jnp.sum(d_unscaled * query),
+        "scale": jnp.sum(d_scalars[..., 0]),
         "mod": _of_borders(plan, operands, d_scalars),
     }
 
 
 def _of_borders(plan: Plan, operands: Operands, d_scalars: Array) -> list[Array]:
     """Returns the gradients of the borders, `[B or 1, N or 1, L]`, from those of each batch row and head."""
-    found, first = [jnp.zeros(x.shape, x.dtype) for x in operands.mod], 0
+    # The first of the scalars is the gradient of the scale.
+    found, first = [jnp.zeros(x.shape, x.dtype) for x in operands.mod], 1
     for i, number in plan.trained:
         shape = operands.mod[i].shape
         each = d_scalars[:, :, 0, first : first + number]
@@ -74,12 +74,15 @@ def _inputs(place: Place, operands: Operands, d_output: Array, rows: dict[str, A
 
 
 def _of_queries(plan: Plan, operands: Operands, d_output: Array, rows: dict[str, Array]) -> tuple[Array, Array]:
-    """Returns the gradient of the scaled queries, `[B, T, N, H]`, and of the scalars of each row and head."""
+    """Returns the gradient of the queries, `[B, T, N, H]`, and those of the scalars of each row and head.
+
+    The latter are `[B, N, 1, L]`; the first is the scale.
+    """
     batch, num_heads, _, length, _, head_dim, _ = plan.sizes
     place = Place(plan, transposed=False)
-    number = sum(entries for _, entries in plan.trained)
-    width = max(1, -(-number // _LANES)) * _LANES
-    query = jax.ShapeDtypeStruct((batch, num_heads, plan.padded[0], head_dim), jnp.float32)
+    number = 1 + sum(entries for _, entries in plan.trained)
+    width = -(-number // _LANES) * _LANES
+    query = jax.ShapeDtypeStruct((batch, num_heads, plan.padded[0], head_dim), plan.dtype)
     scalars = jax.ShapeDtypeStruct((batch, num_heads, 1, width), jnp.float32)
 
     def whole_row(*given: Any) -> tuple[Any, ...]:
@@ -116,7 +119,7 @@ def _step_of_queries(place: Place, refs: dict[str, Any], results: Any, scratch: 
         _, d_scores, pull = _of_tile(tile)
         if pull is not None:
             d_scores, each = pull(d_scores)
-            _collect(d_scalars, [x for entries in each for x in entries])
+            _collect(d_scalars, 1, [x for entries in each for x in entries])
         key = tile.refs["key"][...]
         # Line 15: dQ += dS K.
         d_query[...] += dot(d_scores.astype(key.dtype), key, 1, 0)
@@ -126,26 +129,28 @@ def _step_of_queries(place: Place, refs: dict[str, Any], results: Any, scratch: 
 
     @pl.when(flags & LAST != 0)
     def _() -> None:
-        results[0][...] = d_query[...]
+        # The products were scaled: dQ is scale times the sum, and the gradient of the scale is the sum times Q.
+        _collect(d_scalars, 0, [jnp.sum(d_query[...] * refs["query"][...].astype(jnp.float32))])
+        results[0][...] = (d_query[...] * refs["scale"][0]).astype(results[0].dtype)
 
 
-def _collect(d_scalars: Any, each: list[Array]) -> None:
-    """Adds a number to each lane."""
+def _collect(d_scalars: Any, first: int, each: list[Array]) -> None:
+    """Adds a number to each lane, from the lane `first` on."""
     if not each:
         return
     lane = lax.broadcasted_iota(jnp.int32, d_scalars.shape, 1)
     total = d_scalars[...]
     for i, x in enumerate(each):
-        total = total + jnp.where(lane == i, x, 0.0)
+        total = total + jnp.where(lane == first + i, x, 0.0)
     d_scalars[...] = total
 
 
 def _of_keys(plan: Plan, operands: Operands, d_output: Array, rows: dict[str, Array]) -> tuple[Array, Array]:
-    """Returns the gradients of keys (before the scale) and values, `[B, S, K, H]` and `[B, S, K, V]`."""
+    """Returns the gradients of keys and values, `[B, S, K, H]` and `[B, S, K, V]`."""
     batch, _, num_kv_heads, _, size, head_dim, value_dim = plan.sizes
     place = Place(plan, transposed=True)
     dims, tile = (head_dim, value_dim), plan.tiles.keys
-    shapes = [jax.ShapeDtypeStruct((batch, num_kv_heads, plan.padded[1], dim), jnp.float32) for dim in dims]
+    shapes = [jax.ShapeDtypeStruct((batch, num_kv_heads, plan.padded[1], dim), plan.dtype) for dim in dims]
     results = kernel_inputs.call(
         functools.partial(_step_of_keys, place),
         _inputs(place, operands, d_output, rows),
@@ -182,8 +187,8 @@ def _step_of_keys(place: Place, refs: dict[str, Any], results: Any, scratch: Any
 
     @pl.when((flags & LAST != 0) & (head == group - 1))
     def _() -> None:
-        for result, total in zip(results, scratch, strict=True):
-            result[...] = total[...]
+        results[0][...] = (d_key[...] * refs["scale"][0]).astype(results[0].dtype)
+        results[1][...] = d_value[...].astype(results[1].dtype)
 
 
 def _of_tile(tile: Tile) -> tuple[Array, Array, Any]:

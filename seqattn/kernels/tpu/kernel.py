@@ -86,8 +86,7 @@ def _backward(plan: Plan, residuals: tuple, directions: tuple) -> tuple[Operands
     operands, *results = residuals
     names = ("query", "key", "value", "scale", "mod")
     given = {name: getattr(operands, name) for name in names}
-    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), given)
-    types["mod"] = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands.mod]
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
     gradients = _here(plan, _gradients, types, operands, *results, *directions)
     zeros = jax.tree.map(_no_gradient, operands)
     mod = [d if jnp.issubdtype(d.dtype, jnp.floating) else _no_gradient(d) for d in gradients.pop("mod")]

@@ -70,6 +70,7 @@ ENTRY %main (x: bf16[3,7]) -> bf16[24,7] {
   %moved = (bf16[3,7]{1,0}, bf16[3,7]{1,0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
   %gone = bf16[3,7]{1,0} collective-permute-done(%moved)
   %alone = bf16[3,7]{1,0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add
+  %each = bf16[3,7]{1,0} all-reduce(%x), replica_groups=[8,1]<=[8], to_apply=%add
   ROOT %done = bf16[24,7]{1,0} all-gather-done(%start)
 }
 """

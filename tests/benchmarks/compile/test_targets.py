@@ -3,12 +3,17 @@
 Each target is compiled in a process of its own. Nothing runs, so nothing is said of results and speed.
 """
 
+import jax
 import pytest
+from flax import nnx
 
 from benchmarks.compile.child import Child
 from benchmarks.compile.program import matching
 from benchmarks.compile.programs import PROGRAMS
 from benchmarks.compile.targets import TARGETS
+from benchmarks.compile.update_programs import TRAININGS
+from seqattn.interop import model_type
+from train.update.parameters import paths
 
 pytestmark = pytest.mark.aot
 
@@ -96,21 +101,54 @@ def test_attention_over_rows_and_heads_sends_nothing(compile_for, name, target):
     assert answer["temp_bytes"] < 256 * MIB
 
 
-AXES = {
-    "data": {"all-reduce"},
-    "tensor": {"all-gather", "all-reduce"},
-    "sequence": {"all-gather", "all-reduce", "collective-permute"},
-}
+def parameters(program):
+    """Bytes of the parameters in bfloat16, and of the tables among them."""
+    config = TRAININGS[program.split("/")[1]].model
+    model = nnx.eval_shape(lambda: model_type(config)(config, rngs=nnx.Rngs(params=0)))
+    params = nnx.state(model, nnx.Param)
+    leaves = dict(zip(jax.tree.leaves(paths(params)), jax.tree.leaves(params), strict=True))
+    sizes = {path: 2 * leaf.size for path, leaf in leaves.items()}
+    return sum(sizes.values()), sum(size for path, size in sizes.items() if path.endswith("table"))
 
 
-@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor", "sequence"])
 @pytest.mark.parametrize("target", ["v5e-8", "h200-8"])
 @pytest.mark.slow
 def test_an_update_compiles_and_sends_what_its_axis_needs(compile_for, axis, target):
-    answer = compile_for(f"update/base-scan/{axis}", target)
-    assert {each["kind"] for each in answer["collectives"]} <= AXES[axis]
+    program = f"update/base-scan/{axis}"
+    answer = compile_for(program, target)
+    sent = {each["kind"]: each["bytes"] for each in answer["collectives"]}
+    params, tables = parameters(program)
+    if axis in ("data", "sequence"):  # the gradients; of a tied table, those of look-ups and of logits
+        assert params <= sent["all-reduce"] <= 1.02 * (params + tables)
+    if axis == "fsdp":  # each parameter once, as narrow as it is used
+        assert 0.98 * params <= sent["all-gather"] <= 1.02 * params
+        assert params <= sent["all-reduce"] + sent.get("reduce-scatter", 0) <= 1.02 * (params + tables)
+    if axis == "tensor":  # activations; of the parameters only split biases
+        assert sent["all-gather"] < MIB
+    others = {"fsdp": {"reduce-scatter"}, "sequence": {"collective-permute"}}.get(axis, set())
+    assert sent.keys() <= {"all-reduce", "all-gather"} | others
     assert answer["warnings"] == []
     assert answer["temp_bytes"] < 8 * GIB
+
+
+@pytest.mark.slow
+def test_a_model_that_fits_nowhere_whole_is_evaluated_in_parts(compile_for):
+    answer = compile_for("evaluate/decoder-7b/fsdp", "h200-8")
+    (found,) = (each for each in answer["collectives"] if each["kind"] == "all-gather")
+    # Each parameter is gathered once, in float32, and no device keeps a third of them at a time.
+    params, _ = parameters("evaluate/decoder-7b")
+    assert found["bytes"] < 1.02 * 2 * params
+    assert answer["temp_bytes"] + answer["argument_bytes"] < 2 * params / 3
+
+
+@pytest.mark.slow
+def test_an_update_on_tpus_holds_the_kernel_and_no_loop_over_tiles(compile_for):
+    """Self attention of encoder and decoder and cross attention, each with a forward pass and two kernels backward."""
+    answer = compile_for("update/base-scan/data", "v5e-8")
+    assert answer["tpu_kernels"] == {"seqattn": 6, "seqattn_transposed": 3}
+    # The layers of encoder and decoder, forward and backward, are the only loops.
+    assert answer["loops"] == 4
 
 
 @pytest.mark.slow

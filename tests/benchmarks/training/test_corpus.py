@@ -1,6 +1,8 @@
 """The corpus of the benchmark, and what is read from a process that trains on it."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,30 @@ def test_the_memory_of_a_process_is_read_in_bytes():
 def test_too_few_pairs_to_hold_some_out_are_refused(tmp_path):
     with pytest.raises(ValueError, match="pairs"):
         CorpusArguments(tmp_path, pairs=2_000)
+
+
+def test_a_folder_with_a_run_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="holds a run, so the first process would not begin anew"):
+        next(corpus.measure(CorpusArguments(tmp_path, pairs=10_000)))
+
+
+@pytest.mark.parametrize(("kept", "written"), [(10_000, 0), (7, 1)], ids=["whole", "interrupted"])
+def test_only_a_whole_corpus_is_used_again(kept, written, tmp_path, monkeypatch):
+    write_corpus(tmp_path, kept)
+    calls = []
+    monkeypatch.setattr(corpus, "write_corpus", lambda *given: calls.append(given))
+    monkeypatch.setattr(corpus, "train", lambda *given: given)
+    next(corpus.measure(CorpusArguments(tmp_path, pairs=10_000)))
+    assert len(calls) == written
+
+
+def test_a_process_that_dies_is_not_waited_for(tmp_path):
+    (tmp_path / "metrics").write_text('{"kind": "train"}\n{"kind": "tr')
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"], text=True) as child:
+        child.wait()
+        with pytest.raises(RuntimeError, match="ended with code 7 before update 2"):
+            corpus._wait(tmp_path / "metrics", 2, child)
 
 
 @pytest.mark.slow

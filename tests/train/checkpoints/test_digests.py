@@ -37,6 +37,19 @@ def test_a_folder_that_nobody_touched_is_whole(folder, tmp_path):
     assert digests.damage(tmp_path / "elsewhere") is None
 
 
+def test_a_process_killed_between_the_manifest_and_its_name_leaves_nothing_to_miss(folder, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(digests.Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            digests.write(folder)
+    digests.write(folder)
+    assert digests.damage(folder) is None
+    assert {path.name for path in folder.iterdir()} == {"a", "below", "d.json", "digests.json"}
+
+
 def test_the_manifest_is_what_sha256sum_says(folder):
     rows = json.loads((folder / "digests.json").read_text())["files"]
     assert rows.keys() == FILES.keys()

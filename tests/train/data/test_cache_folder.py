@@ -1,9 +1,13 @@
 """A folder that is made once: whole, or made anew; and nobody waits for a dead process."""
 
 import errno
+import functools
+import itertools
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +89,51 @@ def test_what_an_interrupted_process_left_is_kept_only_for_the_same_facts(folder
     other.begin()
     assert [path.name for path in other.path.iterdir()] == ["facts.json"]
     assert "it was made from something else" in caplog.text
+
+
+def make(path):
+    folder = CacheFolder(path, FACTS)
+    folder.begin()
+    (folder.work / "a").write_text("content of a")
+    folder.add(folder.work / "a", "a")
+    folder.finish()
+
+
+STEPS = (Path, "mkdir"), (Path, "replace"), (Path, "rename"), (Path, "unlink"), (digests, "flush"), (os, "fsync")
+
+
+def test_a_process_killed_at_any_moment_leaves_what_the_next_one_completes(tmp_path, caplog):
+    """Killed before each step that changes the disk, one after the other."""
+    for moment in itertools.count():
+        steps, path = itertools.count(), tmp_path / str(moment)
+
+        def step(*given, of, moment=moment, steps=steps, **options):
+            if next(steps) == moment:
+                raise KeyboardInterrupt
+            return of(*given, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in STEPS:
+                patch.setattr(
+                    owner,
+                    name,
+                    functools.partialmethod(step, of=getattr(owner, name))
+                    if owner is Path
+                    else functools.partial(step, of=getattr(owner, name)),
+                )
+            try:
+                make(path)
+            except KeyboardInterrupt:
+                whole = False
+            else:
+                whole = True
+        make(path)
+        assert CacheFolder(path, FACTS).is_whole()
+        assert {file.name for file in path.iterdir()} == {digests.MANIFEST, "facts.json", "a"}
+        if whole:
+            break
+    assert moment > 10
+    assert not caplog.records
 
 
 def test_a_lost_manifest_is_written_again(folder):

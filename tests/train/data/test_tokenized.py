@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def folder(tmp_path):
 
 def written(folder, **settings):
     write(folder, split(**settings))
-    return read(folder, SHARD)
+    return read(folder, settings.get("examples", 53))
 
 
 def assert_rows(found, rows=ROWS):
@@ -81,14 +82,49 @@ def test_examples_come_back_as_they_were(vocab_size, stored, folder, monkeypatch
     high = [([vocab_size - 1], [0, vocab_size - 1])]
     rows = ROWS + high
     write(folder, Split(len(rows), lambda first, last: rows[first:last], vocab_size, SHARD))
-    found = read(folder, SHARD)
+    found = read(folder, len(rows))
     assert_rows(found, rows)
     assert found.measure().tolist() == [[len(source), len(target)] for source, target in rows]
-    assert {ids.dtype for sides in found._sides for _, ids in sides} == {np.dtype(stored)}
+    assert {ids.dtype for piece in found._pieces for _, ids in piece} == {np.dtype(stored)}
     assert [source.tolist() for source, _ in found[50:]] == [source for source, _ in rows[50:]]
     assert found[-1][1].tolist() == [0, vocab_size - 1]
     with pytest.raises(IndexError):
         found[len(rows)]
+
+
+def test_a_shard_that_another_process_removed_is_noticed(folder):
+    written(folder)
+    next(folder.path.glob("00001-*")).unlink()
+    with pytest.raises(ValueError, match="tokens has 42 of 53 examples, as files were removed; run it again"):
+        read(folder, 53)
+
+
+def test_more_ids_than_a_batch_can_count_are_an_error():
+    long = np.broadcast_to(np.uint16(7), 2**20)
+    with pytest.raises(ValueError, match="2147483648"):
+        tokenized._lists([np.empty(0, np.uint16), *[long] * 2**11], np.uint16)
+
+
+def test_a_writer_holds_the_ids_of_one_batch(folder, monkeypatch):
+    """Whatever the number of examples in a shard."""
+    monkeypatch.setattr(tokenized, "_TOGETHER", 10)
+    tracemalloc.start()
+    peaks = []
+    for examples in (10, 100):
+        rows = [([1] * 5_000, [2])] * 10
+        mine = CacheFolder(folder.path.with_name(str(examples)), {})
+        mine.begin()
+        tracemalloc.reset_peak()
+        write(mine, Split(examples, lambda first, last, rows=rows: rows[: last - first], 300, examples))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+    assert len(read(mine, 100)) == 100
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_many_examples_have_few_files():
+    for examples in (1, tokenized.SHARD * tokenized.SHARDS, tokenized.SHARD * tokenized.SHARDS + 1, 10**9 + 7):
+        assert -(-examples // tokenized.shard_size(examples)) <= tokenized.SHARDS
 
 
 def test_a_split_that_fills_its_shards(folder):
@@ -135,7 +171,7 @@ def test_an_interrupted_process_goes_on_at_the_first_missing_shard(folder):
     write(folder, split(encoded), shown.append)
     assert encoded == [(22, 33), (33, 44), (44, 53)]
     assert shown == [33, 44, 53, 53]
-    assert_rows(read(folder, SHARD))
+    assert_rows(read(folder, 53))
     folder.finish()
     assert folder.is_whole()
 
@@ -178,9 +214,10 @@ def test_two_processes_share_the_shards(folder):
 
     def work(index):
         def encode(first, last):
-            if last - first <= SHARD and not encoded[index]:
-                both.wait()  # each holds a shard when the other takes one
-            encoded[index].append((first, last))
+            if last - first <= SHARD:  # not the sample of sizes
+                if not encoded[index]:
+                    both.wait()  # each holds a shard when the other takes one
+                encoded[index].append((first, last))
             return ROWS[first:last]
 
         mine = CacheFolder(folder.path, {})
@@ -193,11 +230,44 @@ def test_two_processes_share_the_shards(folder):
         thread.start()
     for thread in threads:
         thread.join()
-    ranges = [[one for one in mine if one[1] - one[0] <= SHARD] for mine in encoded]
-    assert all(ranges)
-    assert sorted(itertools.chain(*ranges)) == [(first, min(first + SHARD, 53)) for first in range(0, 53, SHARD)]
+    assert all(encoded)
+    assert sorted(itertools.chain(*encoded)) == [(first, min(first + SHARD, 53)) for first in range(0, 53, SHARD)]
     assert folder.is_whole()
-    assert_rows(read(folder, SHARD))
+    assert_rows(read(folder, 53))
+
+
+def test_processes_on_a_disk_that_cannot_lock_do_not_write_into_the_same_file(folder, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("train.data.cache_folder.FileLock.acquire", fail)
+    both, failed = threading.Barrier(2, timeout=60), []
+    opened = tokenized.pa.OSFile
+
+    def open_together(*given):
+        file = opened(*given)
+        both.wait()  # both have opened the file of this shard
+        return file
+
+    monkeypatch.setattr(tokenized.pa, "OSFile", open_together)
+
+    def work():
+        try:
+            mine = CacheFolder(folder.path, {})
+            mine.begin()
+            write(mine, split(examples=SHARD))
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    folder.finish()
+    assert folder.is_whole()
+    assert_rows(read(folder, SHARD), ROWS[:SHARD])
 
 
 def test_a_full_disk_is_told_and_loses_no_shard(folder, monkeypatch):
@@ -210,8 +280,9 @@ def test_a_full_disk_is_told_and_loses_no_shard(folder, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(CacheFolder, "add", fail)
-        with pytest.raises(
-            OSError, match=r"tokens cannot be written \(No space left on device\).*--data-cache\.folder"
+        with (
+            pytest.raises(OSError, match=r"tokens cannot be written \(No space left on device\).*--data-cache\.folder"),
+            folder.writing("the tokens"),
         ):
             write(folder, split())
     assert not list(folder.work.glob("*.new"))

@@ -1,6 +1,9 @@
 """Evaluation and decoding beside parameters on a mesh: the results of one device, from sharded arguments."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -12,12 +15,13 @@ from seqattn.decoding import Greedy
 from seqattn.models import LanguageModel, LanguageModelConfig, Rotary, Transformer, TransformerConfig
 from seqattn.nn import BlockConfig
 from train.data.tokenizer import Characters, Tokenizer
+from train.devices import layout
 from train.devices.layout import Layout, fetch
 from train.devices.parallel import Sharded
 from train.devices.sharding import ROWS, put, shardings
 from train.inference.completer import Completer
 from train.inference.translator import Beam, Translator
-from train.objectives import SequenceToSequence
+from train.objectives import SequenceToSequence, objective
 from train.update.step import TrainState
 
 WORDS = Tokenizer.train(Characters(), ["abcdefgh"])
@@ -42,16 +46,35 @@ def models():
 
 
 def test_on_one_device_nothing_is_placed():
-    layout = Layout.of(nnx.state(Transformer(CONFIG, rngs=nnx.Rngs(0))))
+    place = Layout.of(nnx.state(Transformer(CONFIG, rngs=nnx.Rngs(0))))
     rows = {"source": np.ones((3, 2))}
-    assert (layout, layout.parts) == (Layout(), 1)
-    assert layout.split(rows) is layout.copied(rows) is layout.gathered(rows) is rows
+    assert (place, place.parts) == (Layout(), 1)
+    assert place.split(rows) is place.copied(rows) is place.gathered(rows, "*") is rows
 
 
 def test_e5_the_loss_on_a_mesh_is_that_of_one_device(models):
-    objective = SequenceToSequence(WORDS)
-    alone, spread = (objective.mean_loss(model, SPLIT, batch_size=3) for model in models)
+    words = SequenceToSequence(WORDS)
+    alone, spread = (words.mean_loss(model, SPLIT, batch_size=3) for model in models)
     assert spread == pytest.approx(alone, rel=1e-5)
+
+
+def test_e5_evaluation_of_a_large_model_gathers_one_layer_of_a_scan_at_a_time(monkeypatch):
+    """Each further layer takes no more memory than a device's part of it."""
+    monkeypatch.setattr(layout, "_AT_ONCE", 0)
+    scanned, grown = dataclasses.replace(BLOCK, scan_layers=True), []
+    ids, lengths = np.full((8, 8), 5, np.int32), np.full(8, 8, np.int32)
+    batch = {"source": ids, "target": ids, "source_length": lengths, "target_length": lengths}
+    for layers in (2, 4):
+        model = LanguageModel(LanguageModelConfig(WORDS.vocab_size, layers, scanned, Rotary()), rngs=nnx.Rngs(0))
+        graph, params = nnx.split(on_mesh(model, Sharded(fsdp=8)))
+        place = Layout.of(params)
+        find = objective._compiled(graph, SequenceToSequence, place)
+        memory = find.lower(params, place.split(batch)).compile().memory_analysis()
+        grown.append((memory.temp_size_in_bytes, memory.argument_size_in_bytes))
+    temporaries, arguments = (after - before for before, after in zip(*grown, strict=True))
+    assert temporaries <= arguments
+    losses = find(params, place.split(batch)), SequenceToSequence.loss(model, jax.tree.map(jnp.asarray, batch))
+    np.testing.assert_allclose(*(float(total / count) for total, count in losses), rtol=1e-5)
 
 
 def sharded_arguments(find, seen):
@@ -81,8 +104,11 @@ def test_e5_decoding_on_a_mesh_finds_what_one_device_finds_in_parts(search, mode
     for given, _, memory in seen:
         assert [place.spec for place in given[: len(params)]] == [leaf.sharding.spec for leaf in params]
         assert [place.spec for place in given[len(params) :]] == [P(ROWS), P(ROWS)]
-        # What a device is given and what it keeps beside that, with its caches, is less than the model.
-        assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < sum(leaf.nbytes for leaf in params)
+        held = sum(leaf.addressable_data(0).nbytes for leaf in params)
+        assert memory.argument_size_in_bytes < held + 1024  # the rows
+        # XLA for CPUs may gather all layers before the loop over tokens: then a device keeps the half that `tensor`
+        # leaves, beside activations and caches.
+        assert memory.temp_size_in_bytes < 0.55 * sum(leaf.nbytes for leaf in params)
 
 
 @pytest.mark.slow

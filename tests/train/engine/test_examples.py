@@ -1,24 +1,31 @@
 """Examples from the cache are those in memory; what changed, was damaged or belongs to others is made anew."""
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
+import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from seqattn.models import Learned
+from seqattn.models import Learned, Seq2SeqConfig
 from train import objectives
 from train.checkpoints import run
+from train.config import FROM_TOKENIZER
 from train.data import tokenized
-from train.data.cache_folder import DataCache
+from train.data.cache_folder import CacheFolder, DataCache
 from train.data.tokenizer import Characters, Tokenizer
+from train.devices.parallel import Sharded
 from train.engine import examples, loop
 from train.engine.examples import Cached, InMemory
 from train.tasks import LabelledFiles, ParallelFiles, TextFiles, translation
 from train.tasks.own_files import OwnFiles
+from train.update.optimizer import Optimizer
+from train.update.schedules import Cosine
 
 LINES = [f"{number:b} {'ab' * (number % 4)}" for number in range(90)]
 
@@ -171,6 +178,20 @@ def test_a_lost_manifest_is_written_again(cached, caplog):
     assert find(cached)[0]._has_tokens
 
 
+def test_held_out_texts_of_an_interrupted_process_are_checked(cached):
+    found, objective = find(cached)
+    found.rows(objective, "train")
+    texts, digest = found.splits["validation"].to_list(), found.digest
+    (tokens(cached) / "digests.json").unlink()  # as if it was interrupted before this file
+    for name in ("validation.arrow", "summary.json"):
+        flip(tokens(cached) / name)
+    again, objective = find(cached, objective.tokenizer)
+    again.rows(objective, "train")
+    third, _ = find(cached, objective.tokenizer)
+    assert third._has_tokens
+    assert (third.splits["validation"].to_list(), third.digest) == (texts, digest)
+
+
 def test_damaged_texts_are_read_again(cached, caplog):
     digest = find(cached)[0].digest
     (texts,) = cached.data_cache.folder.glob("*/texts")
@@ -230,12 +251,71 @@ def test_files_that_change_while_they_are_read_are_an_error(cached, monkeypatch)
         find(cached)
 
 
+def test_a_disk_that_fills_while_texts_are_read_is_told_and_given_back(cached, monkeypatch):
+    def full(task, folder):
+        (folder / "train.arrow").write_bytes(b"half of the texts")
+        raise OSError(errno.ENOSPC, "Error writing bytes to file")  # as from pyarrow
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ParallelFiles, "write", full)
+        with pytest.raises(OSError, match=r"/texts: the texts cannot be written \(No space left.*--data-cache\.folder"):
+            find(cached)
+    assert not list(cached.data_cache.folder.rglob("*.arrow"))
+    assert find(cached)[0].count == 81
+
+
+def test_a_folder_that_cannot_hold_the_cache_is_told(cached, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"the texts cannot be written \(Not a directory\).*--data-cache\.folder"):
+        find(dataclasses.replace(cached, data_cache=DataCache(tmp_path / "file", 0)))
+
+
+def test_a_text_that_cannot_be_read_is_not_the_fault_of_the_cache(cached, monkeypatch):
+    def fail(task, folder):
+        raise PermissionError(errno.EACCES, "Permission denied", str(task.source))
+
+    monkeypatch.setattr(ParallelFiles, "write", fail)
+    with pytest.raises(PermissionError, match=re.escape(str(cached.task.source))):
+        find(cached)
+
+
 def test_settings_that_do_not_fit_are_refused_before_anything_is_tokenized(cached, interrupted):
     interrupted(cached, 3)
     shutil.rmtree(cached.data_cache.folder)
     with pytest.raises(ValueError, match="other settings"):
         loop.prepare(dataclasses.replace(cached, label_smoothing=0.2))
     assert not cached.data_cache.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"optimizer": Optimizer(schedule=Cosine(warmup_steps=50)), "steps": 40}, r"warmup_steps \(50\)"),
+        ({"parallel": Sharded(fsdp=3)}, r"fsdp \(3\) .* = 3 must divide the number of devices \(8\)"),
+        ({"parallel": Sharded(sequence=2), "model": Seq2SeqConfig(FROM_TOKENIZER, 8, 8)}, r"sequence \(2\) splits"),
+    ],
+    ids=["schedule", "mesh", "model"],
+)
+def test_settings_that_need_no_text_are_refused_before_it_is_read(settings, said, cached):
+    with pytest.raises(ValueError, match=said):
+        loop.prepare(dataclasses.replace(cached, **settings))
+    assert not cached.data_cache.folder.exists()
+
+
+def test_who_waits_for_another_process_that_reads_is_told(cached, capsys, monkeypatch):
+    find(cached)
+    (folder,) = cached.data_cache.folder.glob("*/texts")
+    (folder / "digests.json").unlink()
+    acquire = CacheFolder.claim
+
+    def claim(mine, name, *, wait=True):
+        # Another process holds the lock when this one asks for it first.
+        return acquire(mine, name, wait=wait) if wait or name != "texts" else contextlib.nullcontext(False)
+
+    monkeypatch.setattr(CacheFolder, "claim", claim)
+    found, _ = find(cached)
+    assert found.count == 81
+    assert f"{folder}: waiting for another process that reads the texts" in capsys.readouterr().out
 
 
 def test_the_cache_may_be_elsewhere_when_a_run_goes_on(cached, interrupted, tmp_path):

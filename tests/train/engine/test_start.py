@@ -173,14 +173,14 @@ def test_e5_a_mesh_draws_the_bits_of_one_device_in_parts(initializer, plain, tmp
     for path, value, other in zip(*map(jax.tree.leaves, (paths(alone), alone, state)), strict=True):
         assert np.asarray(value).tobytes() == np.asarray(other).tobytes(), path
     assert {len(leaf.devices()) for leaf in jax.tree.leaves(state)} == {8}
-    # Random bits are as large as what they become, so a device holds parts of several copies while it draws.
-    sizes = [leaf.nbytes for leaf in jax.tree.leaves(alone.params)]
     held = sum(shard.nbytes for shard in (leaf.addressable_data(0) for leaf in jax.tree.leaves(state)))
     memory = jax.jit(make, out_shardings=where).lower(given).compile().memory_analysis()
     assert memory.output_size_in_bytes <= held + 64 * len(jax.tree.leaves(state))  # with the addresses of the arrays
     if model is not cells:  # the kernels of cells are not split by `tensor`, and orthogonal ones are drawn whole
         assert held < sum(leaf.nbytes for leaf in jax.tree.leaves(alone)) / 6
-        assert memory.temp_size_in_bytes < sum(sizes)
+        # An array that each device drew whole would take more, even one matrix of this model.
+        whole = jax.jit(make).lower(given).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 0.3 * whole.temp_size_in_bytes
 
 
 WRITER = TransformerConfig(0, 0, 1, BlockConfig(model_dim=8, hidden_dim=5, num_heads=2))

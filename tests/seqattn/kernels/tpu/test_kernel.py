@@ -161,7 +161,7 @@ def test_it_lowers_for_a_tpu_with_gradients_and_holds_no_loop(options, dtype):
         ({"mask": NotPadding(), "score_mod": RelativePositions(jnp.ones((3, 8)))}, "an array for each query and head"),
         ({"score_mod": ScoreFunction(lambda score, query, key, head: jax.lax.erf_inv(score))}, "no erf_inv"),
     ],
-    ids=str,
+    ids=["dtype", "bias", "rows", "function"],
 )
 def test_what_it_refuses(options, reason, monkeypatch):
     monkeypatch.setattr("seqattn.kernels.dispatch.platform_of", lambda arrays: "tpu")
