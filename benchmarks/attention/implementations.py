@@ -45,7 +45,7 @@ BASELINE = "jax.nn:xla"
 
 SHORT = ("seqattn", "jax.nn:xla", "tokamax", "torch:sdpa")
 
-_ON_GPU = ("jax.nn:cudnn", "tokamax:triton", "tokamax:mosaic", "tokamax:cudnn", "seqattn:cudnn")
+_ON_GPU = ("jax.nn:cudnn", "tokamax:triton", "tokamax:mosaic", "tokamax:cudnn", "seqattn:cudnn", "seqattn:hopper")
 _ON_TPU = ("seqattn:tpu", "seqattn:splash")
 
 

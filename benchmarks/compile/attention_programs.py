@@ -22,7 +22,7 @@ from seqattn.masks import Mask, SameSegment, SlidingWindow
 MASKS = ("full", "causal", "window", "documents")
 """Masks by name, see `benchmarks.attention.patterns`; the segments of `documents` are known at run time only."""
 
-_ONLY_ON = {"cudnn": ("gpu",), "splash": ("tpu",), "tpu": ("tpu",)}
+_ONLY_ON = {"cudnn": ("gpu",), "splash": ("tpu",), "tpu": ("tpu",), "hopper": ("gpu",)}
 LENGTH, LONG = 8192, 65536
 _HEADS, _DIM = 8, 128
 _ROWS = 4

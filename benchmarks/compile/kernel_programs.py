@@ -20,7 +20,7 @@ from seqattn.masks import Prefix, SameSegment
 from seqattn.score_mod import ScoreFunction
 from seqattn.score_mods import Alibi
 
-KERNELS = {"tpu": ("tpu",)}
+KERNELS = {"tpu": ("tpu",), "hopper": ("gpu",)}
 """The kernels, each with the platforms that it runs on."""
 
 _LENGTH, _HEADS = 8192, 8

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from seqattn.kernels import cached, chunked, cudnn, guard, reference, shared_keys, splash, tpu, xla
+from seqattn.kernels import cached, chunked, cudnn, guard, hopper, reference, shared_keys, splash, tpu, xla
 from seqattn.kernels.call import Call, Kernel, Result, Shaped, check_sinks, is_known
 from seqattn.kernels.split import Split, repeats_keys, spread
 from seqattn.kernels.split import check as check_split
@@ -66,6 +66,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "cached": Implementation(cached.attend, cached.refuse, reads_columns=True),
     "chunked": Implementation(chunked.attend, chunked.refuse, in_shares=True, rings=True),
     "tpu": Implementation(tpu.attend, tpu.refuse, in_shares=True, typed=False, rings=True),
+    "hopper": Implementation(hopper.attend, hopper.refuse, in_shares=True, typed=False, rings=True),
     "xla": Implementation(xla.attend, xla.refuse, xla.note),
     "cudnn": Implementation(cudnn.attend, cudnn.refuse, guard.lse_note, in_shares=True, typed=False),
     "splash": Implementation(splash.attend, splash.refuse, guard.lse_note, in_shares=True, typed=False),
@@ -177,6 +178,7 @@ def order(platform: str, query: Shaped, key: Shaped) -> tuple[str, ...]:
     # A kernel for the device comes first there, in an order that has not been measured yet. Both kernels for TPUs have
     # been compiled for v5e, v5p and v6e; `tpu` has larger tiles than `splash` and skips those that are empty at run
     # time. Few pairs fill no tile of it.
+    # `hopper` runs by name only, until a GPU has shown that it is right: its products were only compiled.
     own = {"gpu": ("cudnn",), "tpu": () if tiny else ("tpu", "splash")}.get(platform, ())
     return own + (("xla", "reference", "chunked") if tiny else ("chunked", "xla", "reference"))
 

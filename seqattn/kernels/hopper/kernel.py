@@ -33,8 +33,9 @@ def refuse(call: Call) -> None:
     """Raises NotImplementedError, with the reason, if `attend` cannot serve the call."""
     _refuse(call)
     if not call.is_empty:
-        # What a mask or a score modification does for each pair shows when it is traced; nothing is computed.
-        jax.eval_shape(lambda call: prepare(call)[1], call)
+        # What a mask or a score modification does for each pair shows when it is traced; nothing is computed. The call
+        # is no argument: coordinates and tables that are known must stay known.
+        jax.eval_shape(lambda: prepare(call)[1])
 
 
 def attend(call: Call, *, interpret: Any = None) -> Result:
