@@ -172,7 +172,8 @@ def cut(program: Program, arguments: Sequence[str]) -> Cut:
     named = tuple(frozenset({name}) for name in arguments)
     jaxpr, constants = _flat(program.instructions.jaxpr, [*[frozenset[str]()] * len(operands), *named], len(operands))
     operands = (*operands, *constants)
-    trained = set(jaxpr.invars[: len(program.arrays)])
+    # A mask has no gradient, whatever it reads.
+    trained = set(jaxpr.invars[: len(program.arrays) if SCORE in arguments else 0])
     contents = dict(zip(jaxpr.invars, operands, strict=False))
     reads: dict[Any, Reads] = dict(zip(jaxpr.invars, [*[frozenset[str]()] * len(operands), *named], strict=True))
     early: list[core.JaxprEqn] = []

@@ -134,7 +134,8 @@ class Inputs:
         by_query, by_key = (n != 1 for n in x.shape[2:])
         if by_query and by_key:
             widths = zip(self.place.plan.padded, x.shape[2:], strict=True)
-            wide = jnp.pad(x.astype(jnp.int8), ((0, 0), (0, 0), *((0, whole - n) for whole, n in widths)))
+            behind = ((0, 0), (0, 0), *((0, whole - n) for whole, n in widths))
+            wide = jnp.pad(x.astype(jnp.int8), behind, mode="edge")
             self.arrays["pairs"], self.specs["pairs"] = wide, self.place.by_pair(wide.shape)
         elif by_query:
             self.vectors("visible_query", x[..., 0], of_query=True)
@@ -169,9 +170,13 @@ def of_scores(place: Place, operands: Operands) -> Inputs:
     return inputs
 
 
-def in_heads(x: Array, length: int) -> Array:
-    """Returns `[B, L, heads, D]` as `[B, heads, L, D]`, padded with zeros to a length."""
-    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - x.shape[1]), (0, 0)))
+def in_heads(x: Array, length: int, *, repeats: bool = False) -> Array:
+    """Returns `[B, L, heads, D]` as `[B, heads, L, D]`, padded to a length with zeros, or by repeating the last one.
+
+    Queries and keys are repeated, as their coordinates are: a score modification then sees no pair that is not there.
+    """
+    behind = ((0, 0), (0, 0), (0, length - x.shape[1]), (0, 0))
+    return jnp.pad(x.swapaxes(1, 2), behind, mode="edge" if repeats else "constant")
 
 
 def call(

@@ -67,21 +67,23 @@ class Tile:
         left, right = (key, query) if self.place.transposed else (query, key)
         return dot(left, right, 1, 1) * self.refs["scale"][0]
 
-    def visible(self) -> Array:
-        """Returns the visible pairs of a partial tile."""
-        plan = self.plan
-        # Padding is hidden on both sides: a score modification may have an infinite derivative there.
-        shown = (self.indices(of_query=True) < plan.sizes[3]) & (self.indices(of_query=False) < plan.sizes[4])
-        if plan.mask is not None:
-            return shown & evaluate(plan.mask, self._borders("mask", plan.mask), (), self.shape, TPU)
+    def real(self) -> Array:
+        """Returns the pairs that are no padding."""
+        length, size = self.plan.sizes[3:5]
+        return (self.indices(of_query=True) < length) & (self.indices(of_query=False) < size)
+
+    def allowed(self) -> Array | None:
+        """Returns the pairs that the mask shows, or None without a mask. Padding repeats the last query or key."""
+        if (late := self.plan.mask) is not None:
+            return evaluate(late, self._borders("mask", late), (), self.shape, TPU)
         # A boolean array, with an entry for each pair, query or key.
         for name, of_query in (("visible_query", True), ("visible_key", False)):
             if name in self.refs:
-                shown = shown & jnp.broadcast_to(self.vector(name, of_query=of_query) != 0, self.shape)
-        if "pairs" in self.refs:
-            pairs = self.refs["pairs"][...].astype(jnp.int32)
-            shown = shown & ((pairs.T if self.place.transposed else pairs) != 0)
-        return shown
+                return jnp.broadcast_to(self.vector(name, of_query=of_query) != 0, self.shape)
+        if "pairs" not in self.refs:
+            return None
+        pairs = self.refs["pairs"][...].astype(jnp.int32)
+        return (pairs.T if self.place.transposed else pairs) != 0
 
     def logits(self, *, gradients: bool) -> tuple[Array, Array | None, Callable[[Array], Any] | None]:
         """Returns the logits, where they are visible (None: everywhere), and what pulls gradients back.
@@ -90,11 +92,13 @@ class Tile:
         modification reads; None without one.
         """
         scores, late = self.product(), self.plan.score_mod
-        visible = self.visible() if self.partial else None
+        allowed = self.allowed() if self.partial else None
+        visible = None if not self.partial else self.real() if allowed is None else self.real() & allowed
         pull = None
         if late is not None:
-            # The order of the contract: a score modification receives a score of 0 for a masked pair.
-            shown = scores if visible is None else jnp.where(visible, scores, 0.0)
+            # The order of the contract: a score modification receives a score of 0 for a masked pair. It receives the
+            # score of the pair that padding repeats: its derivative may be infinite at 0, and 0 times that is NaN.
+            shown = scores if allowed is None else jnp.where(allowed, scores, 0.0)
             borders = self._borders("mod", late)
             scalars = [borders[i] for i, _ in self.plan.trained]
 

@@ -4,6 +4,7 @@ No TPU is needed: Pallas interprets the kernel, or lowers it. tests/benchmarks/c
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels import reference, tpu
 from seqattn.kernels.call import Call
+from seqattn.kernels.dispatch import explain
 from seqattn.kernels.tpu.plan import prepare
+from seqattn.mask import MaskMod
 from seqattn.masks import Causal, Dilated, NotPadding, Prefix, SameSegment, SlidingWindow
 from seqattn.score_mod import ScoreFunction
 from seqattn.score_mods import Alibi, RelativeBuckets, RelativePositions, SoftCap
@@ -75,6 +78,27 @@ def test_gradients_reach_a_table_of_buckets():
         return _call(inputs, Causal() & SlidingWindow(9), RelativeBuckets(table, max_distance=5), AT)
 
     _close(*_both(make, jnp.asarray(TABLE)))
+
+
+def test_padding_brings_no_infinite_derivative():
+    """The logarithm is finite for all pairs, and infinite for a score of 0, which is what no pair here has."""
+
+    def make(inputs, factor):
+        query, key, value = inputs
+        mod = ScoreFunction(lambda score, query, key, head, x: x * jnp.log(score), factor)
+        return _call((jnp.abs(query) + 1, jnp.abs(key) + 1, value), None, mod, AT)
+
+    _close(*_both(make, jnp.float32(0.7)))
+
+
+def test_a_mask_reads_numbers_of_tokens_that_a_program_computes():
+    """A mask has no gradient, so its numbers may be indexed by token."""
+
+    def make(inputs, height):
+        mask = MaskMod(lambda query, key, height: height[query.position] >= height[key.position], height)
+        return _call(inputs, mask, None, AT)
+
+    _close(*_both(make, jnp.asarray(np.random.default_rng(3).normal(size=16).astype(np.float32))))
 
 
 def test_packed_texts_that_are_known_at_run_time_only():
@@ -169,6 +193,28 @@ def test_what_it_refuses(options, reason, monkeypatch):
     x = jnp.ones((1, 9, 2, 8), options.pop("dtype", jnp.float32))
     with pytest.raises(NotImplementedError, match=reason):
         attend(x, x, x, implementation="tpu", **options)
+
+
+def _by_row_head_and_distance(score, query, key, head, table):
+    return score + table[query.batch, head, jnp.abs(query.position - key.position)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "reason"),
+    [
+        ((1, 9, 2, 513), {}, "takes head dims up to 512, not 513"),
+        ((60, 9, 16, 8), {"score_mod": _by_row_head_and_distance}, "1 pairs of tiles and 288000 numbers for rows"),
+        ((1, 2**17, 1, 8), {}, r"65536 pairs of tiles and 0 numbers for rows and heads take 262144 words"),
+        ((2**10, 9, 128, 8), {"dropout": Dropout(0.5, jax.random.key(0))}, "262144 numbers for rows and heads"),
+    ],
+    ids=["head_dim", "table", "tiles", "dropout"],
+)
+def test_what_exceeds_a_memory_is_refused(shape, options, reason):
+    x, options = jax.ShapeDtypeStruct(shape, jnp.float32), dict(options)
+    if "score_mod" in options:
+        options["score_mod"] = ScoreFunction(options["score_mod"], jnp.zeros((60, 16, 300)))
+    told = explain(x, x, x, platform="tpu", **options)
+    assert re.search(reason, told.refusals["tpu"])
 
 
 def test_on_another_machine_it_says_so():
