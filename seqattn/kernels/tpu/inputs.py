@@ -113,9 +113,10 @@ class Inputs:
     specs: dict[str, pl.BlockSpec]
 
     def scalars(self, name: str, x: Array) -> None:
-        """Adds an array of which the kernel reads scalars."""
+        """Adds an array of which the kernel reads scalars, as `[1, entries]`."""
         wide = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
-        self.arrays[name], self.specs[name] = wide.reshape(-1), pl.BlockSpec(memory_space=pltpu.SMEM)
+        # `jax.vmap` adds a leading dim of blocks; Pallas requires that the last two dims of a block are whole.
+        self.arrays[name], self.specs[name] = wide.reshape(1, -1), pl.BlockSpec(memory_space=pltpu.SMEM)
 
     def rows(self, name: str, x: Array, spec: pl.BlockSpec) -> None:
         """Adds an array `[B, heads, T or S, dim]`."""

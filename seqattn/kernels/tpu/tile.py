@@ -61,11 +61,15 @@ class Tile:
         row = self.refs[name][...]
         return row if of_query == self.place.transposed else row.T
 
+    def scalar(self, name: str, index: Any) -> Any:
+        """Returns one of the scalars of an input."""
+        return self.refs[name][0, index]
+
     def product(self) -> Array:
         """Returns the products of queries and keys, scaled, in float32."""
         query, key = self.refs["query"][...], self.refs["key"][...]
         left, right = (key, query) if self.place.transposed else (query, key)
-        return dot(left, right, 1, 1) * self.refs["scale"][0]
+        return dot(left, right, 1, 1) * self.scalar("scale", 0)
 
     def real(self) -> Array:
         """Returns the pairs that are no padding."""
@@ -126,9 +130,9 @@ class Tile:
         if plan.dropout_rate == 0:
             return x
         index = self.place.row(self.ids, self.lists) * plan.sizes[1] + self.place.head(self.ids)
-        row = self.indices(of_query=True) + self.refs["base"][2 * index]
-        column = self.indices(of_query=False) + self.refs["base"][2 * index + 1]
-        words = [self.refs["words"][i] for i in range(2)]
+        row = self.indices(of_query=True) + self.scalar("base", 2 * index)
+        column = self.indices(of_query=False) + self.scalar("base", 2 * index + 1)
+        words = [self.scalar("words", i) for i in range(2)]
         keep = kept(words, plan.dropout_rate, row.astype(jnp.uint32), column.astype(jnp.uint32))
         return jnp.where(keep, x / (1 - plan.dropout_rate), 0.0)
 
@@ -143,11 +147,11 @@ class Tile:
             return _typed(self.vector(name, of_query=QUERY in border.reads), border)
         batch, num_heads = self.plan.sizes[:2]
         by_head = num_heads if "head" in border.reads else 1
-        by_row = batch if self.refs[name].shape[0] > by_head * border.entries else 1
+        by_row = batch if self.refs[name].shape[1] > by_head * border.entries else 1
         row = self.place.row(self.ids, self.lists) if by_row > 1 else 0
         head = self.place.head(self.ids) if by_head > 1 else 0
         first = (row * by_head + head) * border.entries
-        return [_typed(self.refs[name][first + i], border) for i in range(border.entries)]
+        return [_typed(self.scalar(name, first + i), border) for i in range(border.entries)]
 
 
 def _typed(x: Array, border: Border) -> Array:

@@ -178,6 +178,65 @@ def test_it_lowers_for_a_tpu_with_gradients_and_holds_no_loop(options, dtype):
 
 
 @pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: {"score_mod": ScoreFunction(lambda score, query, key, head, x: score * x[head], x)},
+        lambda x: {"dropout": Dropout(0.1, jax.random.fold_in(jax.random.key(0), x[0].astype(jnp.int32)))},
+        lambda x: {"mask": Causal() | Prefix(x[0].astype(jnp.int32))},
+    ],
+    ids=["by_head", "dropout", "prefix"],
+)
+def test_it_lowers_for_a_tpu_under_vmap_over_what_it_captures(make):
+    def loss(query, x):
+        return jnp.sum(attend(query, query, query, **make(x), implementation=("tpu", "reference")))
+
+    gradient = jax.jit(jax.vmap(jax.grad(loss)))
+    given = jax.ShapeDtypeStruct((3, 1, 130, 2, 8), jnp.float32), jax.ShapeDtypeStruct((3, 2), jnp.float32)
+    assert gradient.trace(*given).lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == 3
+
+
+def test_vmap_over_what_a_score_function_captures():
+    inputs = [jnp.asarray(x) for x in arrays(Shape(batch=(3, 1), T=5, S=5, N=2, K=1, H=3, V=2)).values()]
+    factor = jnp.asarray(TABLE[:3, :2])
+
+    def one(kernel, inputs, factor):
+        mod = ScoreFunction(lambda score, query, key, head, x: score * x[head], factor)
+        return kernel(_call(inputs, Causal(), mod, (Coordinates.range(5),) * 2))
+
+    with small_tpu_tiles():
+        found = jax.jit(jax.vmap(functools.partial(one, functools.partial(tpu.attend, interpret=True))))(inputs, factor)
+    _close(found, jax.vmap(functools.partial(one, reference.attend))(inputs, factor))
+
+
+@pytest.mark.parametrize("garbage", [np.nan, 3e38])
+def test_what_is_masked_leaves_no_trace_in_what_a_score_function_captures(garbage):
+    """Neither in the results nor in any gradient: those of the captured arrays are multiplied by scores."""
+    inputs = [jnp.asarray(x) for x in arrays(SHAPE).values()]
+    mask = MaskMod(lambda query, key: (key.position != 6) & (query.position != 4))
+
+    @jax.jit
+    def run(inputs, table):
+        def loss(inputs, table):
+            mod = ScoreFunction(_of_head_and_distance, table)
+            output, lse = tpu.attend(_call(inputs, mask, mod, AT), interpret=True)
+            return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.where(lse > -1e30, jnp.cos(lse), 0)), output
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(inputs, table)
+
+    with small_tpu_tiles():
+        clean, table = run(inputs, jnp.asarray(TABLE)), jnp.asarray(TABLE)
+        spoilt = [inputs[0].at[:, 2].set(garbage), *(x.at[:, 6].set(garbage) for x in inputs[1:])]
+        found = run(spoilt, table)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(clean), strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_array_equal(a, b)
+
+
+def _of_head_and_distance(score, query, key, head, table):
+    return table[0, head] * jnp.tanh(score) * score + table[jnp.abs(query.position - key.position) % 8, head]
+
+
+@pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"dtype": jnp.float16}, "the TPU kernel takes float32 and bfloat16, not float16"),
