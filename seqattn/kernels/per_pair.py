@@ -180,8 +180,12 @@ def cut(program: Program, arguments: Sequence[str]) -> Cut:
     late: list[core.JaxprEqn] = []
     for equation in jaxpr.eqns:
         union = frozenset().union(*(reads[x] for x in _variables(equation.invars)))
-        (late if _by_pair(union) else early).append(equation)
-        if not trained.isdisjoint(_variables(equation.invars)):
+        learned = not trained.isdisjoint(_variables(equation.invars))
+        # `slope[head] * key.position` is a number for each key, but a gradient reaches only numbers of rows and heads.
+        # So the product is left to each pair.
+        waits = learned and not union.isdisjoint({QUERY, KEY}) and _is_of_scalars(equation)
+        (late if _by_pair(union) or waits else early).append(equation)
+        if learned:
             trained.update(equation.outvars)
         reads |= dict.fromkeys(equation.outvars, union)
     score = [x for x, name in zip(jaxpr.invars[len(operands) :], arguments, strict=True) if name == SCORE]
@@ -197,6 +201,11 @@ def cut(program: Program, arguments: Sequence[str]) -> Cut:
     inside = jaxpr.replace(constvars=[], invars=[*border, *score], eqns=late)
     before = jaxpr.replace(outvars=border, eqns=early)
     return Cut(Late(Instructions.of(inside, len(border)), borders, known), before, constants, named)
+
+
+def _is_of_scalars(equation: core.JaxprEqn) -> bool:
+    avals: list[Any] = [x.aval for x in equation.invars]
+    return all(x.shape == () for x in avals)
 
 
 def _by_pair(reads: Reads) -> bool:

@@ -66,8 +66,11 @@ TABLE = np.random.default_rng(7).normal(size=(8, 4)).astype(np.float32)
         Alibi,
         lambda x: ScoreFunction(lambda score, query, key, head, cap: cap * jnp.tanh(score / cap), 2 + x[0] ** 2),
         lambda x: ScoreFunction(lambda score, query, key, head, x: jax.nn.relu(score) * x[head] + x[query.batch], x),
+        lambda x: ScoreFunction(
+            lambda score, query, key, head, x: score + x[head] * key.position.astype(jnp.float32), x
+        ),
     ],
-    ids=["by_head", "scalar", "by_head_and_row"],
+    ids=["by_head", "scalar", "by_head_and_row", "times_a_position"],
 )
 def test_gradients_reach_what_a_score_function_captures(mod):
     _close(*_both(lambda inputs, x: _call(inputs, Causal(), mod(x), AT), jnp.asarray(TABLE[0])))
