@@ -106,7 +106,7 @@ def prepare(call: Call, *, interpret: bool) -> tuple[Plan, Operands]:
     """Returns the plan and the arrays of a call.
 
     Raises:
-        NotImplementedError: the kernel cannot compute the mask or the score modification.
+        NotImplementedError: the kernel cannot compute the mask or the score modification, or a memory is too small.
     """
     batch, length, num_heads, head_dim = call.query.shape
     size, num_kv_heads, value_dim = call.value.shape[1:]
