@@ -18,7 +18,7 @@ from jax import lax
 from jax.extend import core
 from jaxtyping import Array
 
-from seqattn.kernels.per_pair import Late
+from seqattn.kernels.per_pair import Late, in_32_bits
 from seqattn.kernels.traced import inner_program, is_rule, one_equation
 
 Rule = Callable[..., Array]
@@ -114,7 +114,7 @@ class _Tile:
 
     def run(self, jaxpr: core.Jaxpr, inputs: Sequence[Any]) -> list[Any]:
         """Returns the outputs of a program."""
-        values = dict(zip(jaxpr.invars, inputs, strict=True))
+        values = dict(zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True))
 
         def read(x: Any) -> Any:
             return x.val if isinstance(x, core.Literal) else values[x]
@@ -130,7 +130,7 @@ class _Tile:
             inner = inner_program(equation)
             return self.run(inner.jaxpr, [*inner.consts, *given])
         if name == "cond":
-            return self._branches(given[0], [each.jaxpr for each in parameters["branches"]], given[1:])
+            return self._branches(given[0], parameters["branches"], given[1:])
         if is_rule(equation):
             return self._with_rule(jaxpr, equation, given)
         if any(isinstance(x, Table) for x in given):
@@ -144,12 +144,13 @@ class _Tile:
     def _elementwise(self, name: str, equation: core.JaxprEqn, given: Sequence[Any]) -> Array:
         """Computes a primitive on tiles."""
         whole = [self._whole(x, aval(variable).dtype) for x, variable in zip(given, equation.invars, strict=True)]
-        booleans = aval(equation.outvars[0]).dtype == jnp.bool_
+        dtype = aval(equation.outvars[0]).dtype
+        if not in_32_bits(dtype):
+            raise self._refusal(f"{name} in {dtype}, which this mask or score_mod computes for each pair")
         if name == "select_n":
-            return _select(whole[0], whole[1:], booleans=booleans)
-        if name in ("eq", "ne") and aval(equation.invars[0]).dtype == jnp.bool_:
-            differ = lax.bitwise_xor(*whole)
-            return differ if name == "ne" else lax.bitwise_not(differ)
+            return _select(whole[0], whole[1:], booleans=dtype == jnp.bool_)
+        if name in _OF_BOOLEANS and whole[0].dtype == jnp.bool_:
+            return _OF_BOOLEANS[name](*whole)
         if name in self.device.rules:
             return self.device.rules[name](*whole, **equation.params)
         if name not in self.device.plain:
@@ -162,19 +163,31 @@ class _Tile:
         """Returns a number as a tile."""
         return jnp.broadcast_to(jnp.asarray(x, dtype), self.shape)
 
-    def _branches(self, index: Any, branches: Sequence[core.Jaxpr], given: Sequence[Any]) -> list[Any]:
+    def _branches(self, index: Any, branches: Sequence[core.ClosedJaxpr], given: Sequence[Any]) -> list[Any]:
         """Returns the results of a branch for each pair: all are computed, as `jax.vmap` does."""
-        results = [self.run(branch, given) for branch in branches]
+        results = [self.run(branch.jaxpr, [*branch.consts, *given]) for branch in branches]
         which, chosen = jnp.asarray(index), []
-        for outputs, variable in zip(zip(*results, strict=True), branches[0].outvars, strict=True):
+        for outputs, variable in zip(zip(*results, strict=True), branches[0].jaxpr.outvars, strict=True):
+            self._check_numbers("cond", variable)
             cases = [self._whole(x, aval(variable).dtype) for x in outputs]
             chosen.append(_select(self._whole(which, which.dtype), cases, booleans=aval(variable).dtype == jnp.bool_))
         return chosen
 
     def _with_rule(self, jaxpr: core.Jaxpr, equation: core.JaxprEqn, given: Sequence[Any]) -> list[Any]:
         """Returns the results of a function with a derivative rule of its own, which differentiation then uses."""
+        self._check_numbers(equation.primitive.name, *equation.invars, *equation.outvars)
         whole = [self._whole(x, aval(variable).dtype) for x, variable in zip(given, equation.invars, strict=True)]
-        return list(jax.vmap(jax.vmap(one_equation(jaxpr, equation)))(*whole))
+        rule = jax.vmap(jax.vmap(one_equation(jaxpr, equation)))
+
+        # The body contains no more than the compiler has. The rule is the function's own: it is not rewritten.
+        @jax.custom_jvp
+        def apply(*whole: Array) -> list[Array]:
+            inner = inner_program(equation)
+            results = zip(self.run(inner.jaxpr, [*inner.consts, *whole]), inner.jaxpr.outvars, strict=True)
+            return [self._whole(x, aval(variable).dtype) for x, variable in results]
+
+        apply.defjvp(lambda primals, tangents: jax.jvp(rule, primals, tangents))
+        return list(apply(*whole))
 
     def _from_table(self, name: str, parameters: Mapping[str, Any], given: Sequence[Any]) -> Any:
         """Returns the entry of a table that each pair chooses."""
@@ -182,7 +195,7 @@ class _Tile:
         sizes = parameters.get("slice_sizes", ())
         if name != "dynamic_slice" or not isinstance(table, Table) or math.prod(sizes) != 1:
             raise self._refusal(f"{name} of a table for each pair")
-        # All other axes have one entry: see `per_pair`, which slices along one axis at a time.
+        # Other axes have one entry each if they were sliced before: `per_pair` slices along one axis at a time.
         axes = [axis for axis, count in enumerate(table.shape) if count > 1]
         if len(axes) > 1:
             raise self._refusal(f"choice from a table {table.shape} by {len(axes)} indices of a pair")
@@ -191,6 +204,12 @@ class _Tile:
         # `dynamic_slice` moves an index outside of the table to its end.
         at = jnp.clip(self._whole(starts[axes[0]], jnp.int32), 0, len(table.entries) - 1)
         return _runs(at, table.entries) if isinstance(table.entries, np.ndarray) else _one_by_one(at, table.entries)
+
+    def _check_numbers(self, name: str, *variables: Any) -> None:
+        """Raises NotImplementedError unless a nested program receives or returns one number in each variable."""
+        shapes = [aval(x).shape for x in variables]
+        if any(math.prod(shape) != 1 for shape in shapes):
+            raise self._refusal(f"{name} of arrays {shapes} that differ by pair")
 
     def _refusal(self, what: str) -> NotImplementedError:
         return NotImplementedError(f"{self.device.name} has no {what}")
@@ -215,7 +234,7 @@ def _indices(which: Array, count: int) -> list[Array]:
 
 
 def _converted(x: Array, dtype: np.dtype) -> Array:
-    """Converts a tile. Integers of fewer than 32 bits stay wide: the compiler for TPUs ends its process on some."""
+    """Converts a tile to a dtype of 32 bits or to booleans."""
     if x.dtype == jnp.bool_ and jnp.issubdtype(dtype, jnp.floating):
         x = x.astype(jnp.int32)
     if dtype == jnp.bool_:
@@ -225,6 +244,8 @@ def _converted(x: Array, dtype: np.dtype) -> Array:
 
 def _one_by_one(at: Array, entries: Sequence[Any]) -> Array:
     """Returns the chosen scalar, found by a comparison with each index."""
+    if jnp.result_type(entries[0]) == jnp.bool_:
+        return functools.reduce(operator.or_, ((at == i) & entry for i, entry in enumerate(entries)))
     result = jnp.broadcast_to(entries[0], at.shape)
     for i, entry in enumerate(entries[1:], 1):
         result = jnp.where(at == i, entry, result)
@@ -239,11 +260,25 @@ def _runs(at: Array, entries: np.ndarray) -> Array:
     return result
 
 
-_ARITHMETIC = {"add", "sub", "mul", "div", "rem", "neg", "abs", "max", "min", "integer_pow", "pow", "square"}
+_ARITHMETIC = {"add", "sub", "mul", "div", "rem", "neg", "abs", "max", "min"}
+_ARITHMETIC |= {"integer_pow", "pow", "square", "add_any"}
 _COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge", "and", "or", "not", "xor"}
 _BITS = {"shift_left", "shift_right_logical", "shift_right_arithmetic"}
 _FUNCTIONS = {"exp", "exp2", "log", "log1p", "tanh", "logistic", "sqrt", "rsqrt", "sin", "cos", "erf", "floor", "round"}
 _TYPES = {"convert_element_type", "stop_gradient", "copy"}
+
+
+_OF_BOOLEANS: Mapping[str, Rule] = {
+    "eq": lambda x, y: ~(x ^ y),
+    "ne": lambda x, y: x ^ y,
+    "lt": lambda x, y: ~x & y,
+    "le": lambda x, y: ~x | y,
+    "gt": lambda x, y: x & ~y,
+    "ge": lambda x, y: x | ~y,
+    "max": lambda x, y: x | y,
+    "min": lambda x, y: x & y,
+}
+"""Operations on booleans, for which compilers of kernels have only logic."""
 
 
 def _sign(x: Array, **_: Any) -> Array:

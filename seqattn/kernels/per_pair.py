@@ -76,12 +76,14 @@ class Cut:
 
     Attributes:
         late: the part that runs inside the kernel.
-        jaxpr: the whole program, from operands and arguments to the borders.
-        reads: for each argument, what it is.
+        jaxpr: the early part, from operands, constants and arguments to the borders.
+        constants: the arrays that nested programs hold.
+        arguments: for each argument, what it is.
     """
 
     late: Late
     jaxpr: core.Jaxpr
+    constants: tuple[Any, ...]
     arguments: tuple[Reads, ...]
 
     def borders(
@@ -97,6 +99,7 @@ class Cut:
             num_heads: N.
         """
         found: dict[int, Array] = {}
+        operands = (*operands, *self.constants)
         for reads in dict.fromkeys(border.reads for border in self.late.borders):
             chosen = [i for i, border in enumerate(self.late.borders) if border.reads == reads]
             outvars = [self.jaxpr.outvars[i] for i in chosen]
@@ -167,30 +170,42 @@ def cut(program: Program, arguments: Sequence[str]) -> Cut:
         raise NotImplementedError("a mask or score_mod that closes over arrays which differ by device of a shard_map")
     operands = (*program.arrays, *program.fixed)
     named = tuple(frozenset({name}) for name in arguments)
-    jaxpr = _flat(program.instructions.jaxpr, [*[frozenset[str]()] * len(operands), *named])
-    trained = set(jaxpr.invars[: len(program.arrays)])
+    jaxpr, constants = _flat(program.instructions.jaxpr, [*[frozenset[str]()] * len(operands), *named], len(operands))
+    operands = (*operands, *constants)
+    # A mask has no gradient, whatever it reads.
+    trained = set(jaxpr.invars[: len(program.arrays) if SCORE in arguments else 0])
     contents = dict(zip(jaxpr.invars, operands, strict=False))
     reads: dict[Any, Reads] = dict(zip(jaxpr.invars, [*[frozenset[str]()] * len(operands), *named], strict=True))
     early: list[core.JaxprEqn] = []
     late: list[core.JaxprEqn] = []
     for equation in jaxpr.eqns:
         union = frozenset().union(*(reads[x] for x in _variables(equation.invars)))
-        (late if _by_pair(union) else early).append(equation)
-        if not trained.isdisjoint(_variables(equation.invars)):
+        learned = not trained.isdisjoint(_variables(equation.invars))
+        # `slope[head] * key.position` is a number for each key, but a gradient reaches only numbers of rows and heads.
+        # So the product is left to each pair.
+        waits = learned and not union.isdisjoint({QUERY, KEY}) and _is_of_scalars(equation)
+        (late if _by_pair(union) or waits else early).append(equation)
+        if learned:
             trained.update(equation.outvars)
         reads |= dict.fromkeys(equation.outvars, union)
     score = [x for x, name in zip(jaxpr.invars[len(operands) :], arguments, strict=True) if name == SCORE]
     used = _variables([*(x for equation in late for x in equation.invars), *jaxpr.outvars])
     made = {x for equation in late for x in equation.outvars} | set(score)
     border = [x for x in dict.fromkeys(used) if x not in made]
+    # The dtypes first: a key of `jax.random` has none that NumPy knows.
+    _check_dtypes([*border, *(x for equation in late for x in equation.outvars)])
     borders = tuple(_border(x, reads[x], x in trained) for x in border)
     known = tuple(_known(contents.get(x), each) for x, each in zip(border, borders, strict=True))
     for each, table in zip(borders, known, strict=True):
         _check(each, table)
-    _check_dtypes([*border, *(x for equation in late for x in equation.outvars)])
     inside = jaxpr.replace(constvars=[], invars=[*border, *score], eqns=late)
     before = jaxpr.replace(outvars=border, eqns=early)
-    return Cut(Late(Instructions.of(inside, len(border)), borders, known), before, named)
+    return Cut(Late(Instructions.of(inside, len(border)), borders, known), before, constants, named)
+
+
+def _is_of_scalars(equation: core.JaxprEqn) -> bool:
+    avals: list[Any] = [x.aval for x in equation.invars]
+    return all(x.shape == () for x in avals)
 
 
 def _by_pair(reads: Reads) -> bool:
@@ -217,9 +232,13 @@ def _check_dtypes(variables: Sequence[Any]) -> None:
     Compilers of kernels lack wider numbers, and end their process on some arithmetic of narrower integers.
     """
     for variable in variables:
-        dtype = np.dtype(variable.aval.dtype)
-        if dtype != np.bool_ and dtype.itemsize != 4:
+        if not in_32_bits(dtype := variable.aval.dtype):
             raise NotImplementedError(f"a mask or score_mod computes in {dtype} for each pair; kernels have 32 bits")
+
+
+def in_32_bits(dtype: Any) -> bool:
+    """Returns whether a kernel computes in a dtype: a number of 32 bits or a boolean, but no key of `jax.random`."""
+    return not jnp.issubdtype(dtype, jax.dtypes.extended) and (dtype == np.bool_ or np.dtype(dtype).itemsize == 4)
 
 
 def _check(border: Border, table: bytes | None) -> None:
@@ -251,11 +270,11 @@ def _needed(jaxpr: core.Jaxpr, outvars: Sequence[Any]) -> core.Jaxpr:
     return jaxpr.replace(outvars=list(outvars), eqns=kept[::-1])
 
 
-def _flat(jaxpr: core.Jaxpr, reads: Sequence[Reads]) -> core.Jaxpr:
+def _flat(jaxpr: core.Jaxpr, reads: Sequence[Reads], num_operands: int) -> tuple[core.Jaxpr, tuple[Any, ...]]:
     """Returns the program with nested `jit` inlined and each choice from a table made along one axis at a time.
 
     `table[query.head, distance]` becomes `table[query.head][distance]`: the first choice is then made before the
-    kernel.
+    kernel. The arrays that nested programs hold become inputs behind the operands, and are returned as well.
     """
     avals: list[Any] = [x.aval for x in jaxpr.invars]
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals]
@@ -264,10 +283,9 @@ def _flat(jaxpr: core.Jaxpr, reads: Sequence[Reads]) -> core.Jaxpr:
         return [value for value, _ in _walk(jaxpr, list(zip(inputs, reads, strict=True)))]
 
     closed = jax.make_jaxpr(run)(*types)
-    # Small arrays in the middle of a program, such as literals of NumPy, become inputs of one equation each.
-    if closed.consts:
-        raise NotImplementedError("a mask or score_mod with constant arrays inside nested programs")
-    return closed.jaxpr
+    flat, inputs = closed.jaxpr, closed.jaxpr.invars
+    inputs = [*inputs[:num_operands], *flat.constvars, *inputs[num_operands:]]
+    return flat.replace(constvars=[], invars=inputs), tuple(closed.consts)
 
 
 Read = tuple[Any, Reads]
@@ -275,7 +293,7 @@ Read = tuple[Any, Reads]
 
 
 def _walk(jaxpr: core.Jaxpr, inputs: Sequence[Read]) -> list[Read]:
-    values: dict[Any, Read] = dict(zip(jaxpr.invars, inputs, strict=True))
+    values: dict[Any, Read] = dict(zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=True))
 
     def read(x: Any) -> Read:
         return (x.val, frozenset()) if isinstance(x, core.Literal) else values[x]
@@ -288,7 +306,7 @@ def _walk(jaxpr: core.Jaxpr, inputs: Sequence[Read]) -> list[Read]:
             results = _walk(inner.jaxpr, [*((x, frozenset[str]()) for x in inner.consts), *given])
         elif equation.primitive is lax.dynamic_slice_p and len(given) > 2:
             results = [(_axis_by_axis(given, equation.params["slice_sizes"]), union)]
-        elif all(_is_number(x) for x, _ in given) and not is_rule(equation):
+        elif _is_of_numbers(equation, [x for x, _ in given]):
             results = [(x, union) for x in _folded(jaxpr, equation, [x for x, _ in given])]
         else:
             results = [(x, union) for x in one_equation(jaxpr, equation)(*(x for x, _ in given))]
@@ -296,16 +314,19 @@ def _walk(jaxpr: core.Jaxpr, inputs: Sequence[Read]) -> list[Read]:
     return [read(x) for x in jaxpr.outvars]
 
 
-def _is_number(x: Any) -> bool:
-    """Returns whether a value is a number that the program itself holds."""
-    return not isinstance(x, jax.Array) and jnp.ndim(x) == 0
+def _is_of_numbers(equation: core.JaxprEqn, given: Sequence[Any]) -> bool:
+    """Returns whether an operation makes numbers from numbers that the program itself holds."""
+    results: list[Any] = [x.aval for x in equation.outvars]
+    held = all(not isinstance(x, jax.Array) and jnp.ndim(x) == 0 for x in given)
+    plain = all(x.shape == () and not jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in results)
+    return held and plain and not is_rule(equation)
 
 
 def _folded(jaxpr: core.Jaxpr, equation: core.JaxprEqn, given: Sequence[Any]) -> list[Any]:
     """Returns the results of an operation on numbers, as numbers: they need no place in the memory of a kernel."""
     with jax.ensure_compile_time_eval():
         results = one_equation(jaxpr, equation)(*given)
-    return [np.asarray(x)[()] if jnp.ndim(x) == 0 else x for x in results]
+    return [np.asarray(x)[()] for x in results]
 
 
 def _axis_by_axis(given: Sequence[Read], sizes: Sequence[int]) -> Array:

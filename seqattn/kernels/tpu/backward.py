@@ -60,11 +60,12 @@ def _inputs(place: Place, operands: Operands, d_output: Array, rows: dict[str, A
     plan, inputs = place.plan, kernel_inputs.of_scores(place, operands)
     queries, keys = plan.padded
     key, value = marked(operands.key, operands.value)
-    finite = {"query": zero_unless_finite(operands.query), "d_output": d_output}
-    for name, x in finite.items():
-        inputs.rows(name, in_heads(x, queries), place.by_query(x.shape[-1]))
-    for name, x in {"key": zero_unless_finite(key), "value": value}.items():
-        inputs.rows(name, in_heads(x, keys), place.by_key(x.shape[-1]))
+    of_queries = {"query": zero_unless_finite(operands.query), "d_output": d_output}
+    of_keys = {"key": zero_unless_finite(key), "value": value}
+    for name, x in of_queries.items():
+        inputs.rows(name, in_heads(x, queries, repeats=name == "query"), place.by_query(x.shape[-1]))
+    for name, x in of_keys.items():
+        inputs.rows(name, in_heads(x, keys, repeats=name == "key"), place.by_key(x.shape[-1]))
     for name, x in rows.items():
         # Padding queries get a maximum of +inf, so that their weights are exp(-inf) = 0.
         filler = jnp.inf if name == "peak" else 0.0

@@ -60,8 +60,8 @@ def _inputs(place: Place, operands: Operands) -> Inputs:
         inputs.vectors("bad_query", next(bad), of_query=True)
         inputs.vectors("bad_key", next(bad), of_query=False, kv_heads=True)
         query, key = zero_unless_finite(query), zero_unless_finite(key)
-    inputs.rows("query", in_heads(query, queries), place.by_query(query.shape[-1]))
-    inputs.rows("key", in_heads(key, keys), place.by_key(key.shape[-1]))
+    inputs.rows("query", in_heads(query, queries, repeats=True), place.by_query(query.shape[-1]))
+    inputs.rows("key", in_heads(key, keys, repeats=True), place.by_key(key.shape[-1]))
     inputs.rows("value", in_heads(value, keys), place.by_key(value.shape[-1]))
     return inputs
 

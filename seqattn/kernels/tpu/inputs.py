@@ -113,9 +113,10 @@ class Inputs:
     specs: dict[str, pl.BlockSpec]
 
     def scalars(self, name: str, x: Array) -> None:
-        """Adds an array of which the kernel reads scalars."""
+        """Adds an array of which the kernel reads scalars, as `[1, entries]`."""
         wide = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
-        self.arrays[name], self.specs[name] = wide.reshape(-1), pl.BlockSpec(memory_space=pltpu.SMEM)
+        # `jax.vmap` adds a leading dim of blocks; Pallas requires that the last two dims of a block are whole.
+        self.arrays[name], self.specs[name] = wide.reshape(1, -1), pl.BlockSpec(memory_space=pltpu.SMEM)
 
     def rows(self, name: str, x: Array, spec: pl.BlockSpec) -> None:
         """Adds an array `[B, heads, T or S, dim]`."""
@@ -134,7 +135,8 @@ class Inputs:
         by_query, by_key = (n != 1 for n in x.shape[2:])
         if by_query and by_key:
             widths = zip(self.place.plan.padded, x.shape[2:], strict=True)
-            wide = jnp.pad(x.astype(jnp.int8), ((0, 0), (0, 0), *((0, whole - n) for whole, n in widths)))
+            behind = ((0, 0), (0, 0), *((0, whole - n) for whole, n in widths))
+            wide = jnp.pad(x.astype(jnp.int8), behind, mode="edge")
             self.arrays["pairs"], self.specs["pairs"] = wide, self.place.by_pair(wide.shape)
         elif by_query:
             self.vectors("visible_query", x[..., 0], of_query=True)
@@ -169,9 +171,13 @@ def of_scores(place: Place, operands: Operands) -> Inputs:
     return inputs
 
 
-def in_heads(x: Array, length: int) -> Array:
-    """Returns `[B, L, heads, D]` as `[B, heads, L, D]`, padded with zeros to a length."""
-    return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, length - x.shape[1]), (0, 0)))
+def in_heads(x: Array, length: int, *, repeats: bool = False) -> Array:
+    """Returns `[B, L, heads, D]` as `[B, heads, L, D]`, padded to a length with zeros, or by repeating the last one.
+
+    Queries and keys are repeated, as their coordinates are: a score modification then sees no pair that is not there.
+    """
+    behind = ((0, 0), (0, 0), (0, length - x.shape[1]), (0, 0))
+    return jnp.pad(x.swapaxes(1, 2), behind, mode="edge" if repeats else "constant")
 
 
 def call(

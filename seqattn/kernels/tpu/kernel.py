@@ -14,7 +14,7 @@ from seqattn.kernels.call import Call, Result, refuse_unknown
 from seqattn.kernels.guard import refuse_platform, relaxed
 from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.mesh_axes import mesh_axes
-from seqattn.kernels.tpu.plan import Operands, Plan, check, prepare
+from seqattn.kernels.tpu.plan import WIDEST, Operands, Plan, check, prepare
 from seqattn.platforms import on_tpu
 
 _DTYPES = ("float32", "bfloat16")
@@ -56,6 +56,8 @@ def _refuse(call: Call) -> None:
         )
     if call.bias is not None:
         raise NotImplementedError("the TPU kernel takes no bias: a ScoreMod computes one from coordinates")
+    if (widest := max(call.query.shape[-1], call.value.shape[-1])) > WIDEST:
+        raise NotImplementedError(f"the TPU kernel takes head dims up to {WIDEST}, not {widest}")
     if call.value.shape[-1] == 0:
         raise NotImplementedError("tiles need a value dim of at least 1, got 0")
     if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:

@@ -12,13 +12,16 @@ from seqattn.kernels import blocks, on_tile
 from seqattn.kernels.blocks import Steps
 from seqattn.kernels.call import Call
 from seqattn.kernels.counters import first_counters
-from seqattn.kernels.per_pair import Cut, Late, arguments_of, cut
+from seqattn.kernels.per_pair import BATCH, HEAD, Cut, Late, arguments_of, cut
 from seqattn.kernels.tpu.tiles import Tiles
 from seqattn.kernels.traced import TracedMask, capture
 from seqattn.pytrees import pytree
 
-MOST_STEPS = 50_000
-"""The most steps of a grid. Their lists are in a memory of 1 MiB for scalars."""
+MOST_WORDS = 250_000
+"""The most words of the memory for scalars, of 262,144, which holds four lists of steps and the scalars of borders."""
+
+WIDEST = 512
+"""The largest head dim. 1,024 was refused for a v5e: its tiles exceed the memory for vectors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +107,7 @@ def prepare(call: Call, *, interpret: bool) -> tuple[Plan, Operands]:
     """Returns the plan and the arrays of a call.
 
     Raises:
-        NotImplementedError: the kernel cannot compute the mask or the score modification.
+        NotImplementedError: the kernel cannot compute the mask or the score modification, or a memory is too small.
     """
     batch, length, num_heads, head_dim = call.query.shape
     size, num_kv_heads, value_dim = call.value.shape[1:]
@@ -114,8 +117,8 @@ def prepare(call: Call, *, interpret: bool) -> tuple[Plan, Operands]:
     # Lists are built where the kernel is lowered, unless NumPy can build them now: then the grid is known as well.
     known = isinstance(kinds, np.ndarray)
     steps = [Steps.of(x) for x in (kinds, kinds.swapaxes(1, 2))] if known else []
-    _check_number(max([x.size for x in steps], default=kinds.size))
     traced, mask, mod = _cut_all(call)
+    _check_memory(max([x.size for x in steps], default=kinds.size), _scalars(call, mask, mod))
     rate = 0.0 if call.dropout is None else call.dropout.rate
     plan = Plan(
         (batch, num_heads, num_kv_heads, length, size, head_dim, value_dim),
@@ -148,16 +151,35 @@ def check(call: Call) -> None:
     tiles = Tiles.of(length, size, max(call.query.shape[-1], call.value.shape[-1]))
     queries, keys = tiles.padded(length, size)
     number = call.query.shape[0] * (queries // tiles.queries) * (keys // tiles.keys)
+    _, mask, mod = _cut_all(call)
     # A grid with few tiles is within the limit whatever its mask. Else the mask tells how many are visited.
-    if number > MOST_STEPS:
+    if _words(number, _scalars(call, mask, mod)) > MOST_WORDS:
         prepare(call, interpret=False)
-    else:
-        _cut_all(call)
 
 
-def _check_number(steps: int) -> None:
-    if steps > MOST_STEPS:
-        raise NotImplementedError(f"{steps} pairs of tiles; the lists of the TPU kernel hold {MOST_STEPS}")
+def _words(steps: int, scalars: int) -> int:
+    """Returns the size of four lists of steps and of the scalars."""
+    return 4 * steps + scalars
+
+
+def _check_memory(steps: int, scalars: int) -> None:
+    if (words := _words(steps, scalars)) > MOST_WORDS:
+        raise NotImplementedError(
+            f"{steps} pairs of tiles and {scalars} numbers for rows and heads take {words} words; the memory for "
+            f"scalars holds {MOST_WORDS}"
+        )
+
+
+def _scalars(call: Call, *parts: Cut | None) -> int:
+    """Returns how many scalars a kernel reads: tables, numbers for rows and heads, and where dropout begins."""
+    batch, _, num_heads, _ = call.query.shape
+    number = 0 if call.dropout is None or call.dropout.rate == 0 else 2 * batch * num_heads
+    for late in (part.late for part in parts if part is not None):
+        for border, known in zip(late.borders, late.tables, strict=True):
+            if known is None and not on_tile.tokens(border.reads):
+                each = (batch if BATCH in border.reads else 1) * (num_heads if HEAD in border.reads else 1)
+                number += each * border.entries
+    return number
 
 
 def _cut_all(call: Call) -> tuple[Call, Cut | None, Cut | None]:

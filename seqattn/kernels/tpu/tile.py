@@ -61,27 +61,33 @@ class Tile:
         row = self.refs[name][...]
         return row if of_query == self.place.transposed else row.T
 
+    def scalar(self, name: str, index: Any) -> Any:
+        """Returns one of the scalars of an input."""
+        return self.refs[name][0, index]
+
     def product(self) -> Array:
         """Returns the products of queries and keys, scaled, in float32."""
         query, key = self.refs["query"][...], self.refs["key"][...]
         left, right = (key, query) if self.place.transposed else (query, key)
-        return dot(left, right, 1, 1) * self.refs["scale"][0]
+        return dot(left, right, 1, 1) * self.scalar("scale", 0)
 
-    def visible(self) -> Array:
-        """Returns the visible pairs of a partial tile."""
-        plan = self.plan
-        # Padding is hidden on both sides: a score modification may have an infinite derivative there.
-        shown = (self.indices(of_query=True) < plan.sizes[3]) & (self.indices(of_query=False) < plan.sizes[4])
-        if plan.mask is not None:
-            return shown & evaluate(plan.mask, self._borders("mask", plan.mask), (), self.shape, TPU)
+    def real(self) -> Array:
+        """Returns the pairs that are no padding."""
+        length, size = self.plan.sizes[3:5]
+        return (self.indices(of_query=True) < length) & (self.indices(of_query=False) < size)
+
+    def allowed(self) -> Array | None:
+        """Returns the pairs that the mask shows, or None without a mask. Padding repeats the last query or key."""
+        if (late := self.plan.mask) is not None:
+            return evaluate(late, self._borders("mask", late), (), self.shape, TPU)
         # A boolean array, with an entry for each pair, query or key.
         for name, of_query in (("visible_query", True), ("visible_key", False)):
             if name in self.refs:
-                shown = shown & jnp.broadcast_to(self.vector(name, of_query=of_query) != 0, self.shape)
-        if "pairs" in self.refs:
-            pairs = self.refs["pairs"][...].astype(jnp.int32)
-            shown = shown & ((pairs.T if self.place.transposed else pairs) != 0)
-        return shown
+                return jnp.broadcast_to(self.vector(name, of_query=of_query) != 0, self.shape)
+        if "pairs" not in self.refs:
+            return None
+        pairs = self.refs["pairs"][...].astype(jnp.int32)
+        return (pairs.T if self.place.transposed else pairs) != 0
 
     def logits(self, *, gradients: bool) -> tuple[Array, Array | None, Callable[[Array], Any] | None]:
         """Returns the logits, where they are visible (None: everywhere), and what pulls gradients back.
@@ -90,11 +96,13 @@ class Tile:
         modification reads; None without one.
         """
         scores, late = self.product(), self.plan.score_mod
-        visible = self.visible() if self.partial else None
+        allowed = self.allowed() if self.partial else None
+        visible = None if not self.partial else self.real() if allowed is None else self.real() & allowed
         pull = None
         if late is not None:
-            # The order of the contract: a score modification receives a score of 0 for a masked pair.
-            shown = scores if visible is None else jnp.where(visible, scores, 0.0)
+            # The order of the contract: a score modification receives a score of 0 for a masked pair. It receives the
+            # score of the pair that padding repeats: its derivative may be infinite at 0, and 0 times that is NaN.
+            shown = scores if allowed is None else jnp.where(allowed, scores, 0.0)
             borders = self._borders("mod", late)
             scalars = [borders[i] for i, _ in self.plan.trained]
 
@@ -122,9 +130,9 @@ class Tile:
         if plan.dropout_rate == 0:
             return x
         index = self.place.row(self.ids, self.lists) * plan.sizes[1] + self.place.head(self.ids)
-        row = self.indices(of_query=True) + self.refs["base"][2 * index]
-        column = self.indices(of_query=False) + self.refs["base"][2 * index + 1]
-        words = [self.refs["words"][i] for i in range(2)]
+        row = self.indices(of_query=True) + self.scalar("base", 2 * index)
+        column = self.indices(of_query=False) + self.scalar("base", 2 * index + 1)
+        words = [self.scalar("words", i) for i in range(2)]
         keep = kept(words, plan.dropout_rate, row.astype(jnp.uint32), column.astype(jnp.uint32))
         return jnp.where(keep, x / (1 - plan.dropout_rate), 0.0)
 
@@ -139,11 +147,11 @@ class Tile:
             return _typed(self.vector(name, of_query=QUERY in border.reads), border)
         batch, num_heads = self.plan.sizes[:2]
         by_head = num_heads if "head" in border.reads else 1
-        by_row = batch if self.refs[name].shape[0] > by_head * border.entries else 1
+        by_row = batch if self.refs[name].shape[1] > by_head * border.entries else 1
         row = self.place.row(self.ids, self.lists) if by_row > 1 else 0
         head = self.place.head(self.ids) if by_head > 1 else 0
         first = (row * by_head + head) * border.entries
-        return [_typed(self.refs[name][first + i], border) for i in range(border.entries)]
+        return [_typed(self.scalar(name, first + i), border) for i in range(border.entries)]
 
 
 def _typed(x: Array, border: Border) -> Array:

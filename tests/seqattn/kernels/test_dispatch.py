@@ -113,6 +113,34 @@ def test_a_kernel_that_refuses_as_it_computes_is_passed_over_and_explained(ran, 
         assert ran == ["noisy"]
 
 
+@jax.custom_jvp
+def _chosen(table, index):
+    return table[index]
+
+
+_chosen.defjvp(lambda primals, tangents: (_chosen(*primals), tangents[0][primals[1]]))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda table, distance: jax.random.uniform(jax.random.fold_in(jax.random.key(3), distance)),
+        lambda table, distance: jax.lax.cond(distance > 0, lambda x, y: x, lambda x, y: y, table, 2 * table)[0],
+        _chosen,
+    ],
+    ids=["random", "branches_of_arrays", "rule_of_an_array"],
+)
+def test_what_no_device_kernel_takes_runs_here_inside_jit(fn):
+    """A traced call asks the kernels of every platform, whose refusals must be refusals."""
+    x = jax.ShapeDtypeStruct((1, 128, 2, 8), jnp.float32)
+    table = jnp.ones(3)
+
+    def score(score, query, key, head):
+        return score + fn(table, query.position - key.position)
+
+    assert jax.eval_shape(lambda x: attend(x, x, x, score_mod=score), x).shape == x.shape
+
+
 # Long enough for tiles on the CPU, of the dtype and head dim of cuDNN, and of the lengths of splash attention.
 ANYWHERE = jnp.ones((1, 128, 2, 8), jnp.bfloat16)
 PROGRAMS = {"cpu": [], "cuda": ["__cudnn$fmha"], "tpu": ["tpu_custom_call"]}

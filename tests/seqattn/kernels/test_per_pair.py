@@ -102,6 +102,33 @@ def test_a_table_by_bucket_and_head_becomes_one_of_the_head():
         np.testing.assert_array_equal(_pairs(parts, borders, 0, head, (score,)), expected)
 
 
+FLAGS = jnp.asarray([True, False, False, True, True])
+
+
+@jax.jit
+def _of_a_jit(index):
+    """A choice from an array that the nested program holds."""
+    return FLAGS[index]
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda query, key: _of_a_jit(query.position - key.position),
+        lambda query, key: jnp.arange(1, 1 + N)[query.head] > query.position - key.position,
+        lambda query, key: jnp.linspace(0.0, 3.0, T)[query.position] > jnp.zeros(S)[key.position] + 1,
+        lambda query, key: jax.random.bernoulli(jax.random.fold_in(jax.random.key(3), query.position)),
+    ],
+    ids=["jit", "by_head", "by_token", "random_by_query"],
+)
+def test_arrays_that_the_function_makes_or_a_nested_program_holds(fn):
+    call = _call(MaskMod(fn))
+    parts, borders = _parts(call)
+    expected = np.broadcast_to(MaskMod(fn).dense(call.q_at, call.kv_at, N), (1, N, T, S))
+    for head in range(N):
+        np.testing.assert_array_equal(_pairs(parts, borders, 0, head), expected[0, head])
+
+
 def test_equal_functions_have_equal_parts_and_others_have_not():
     def late(step):
         return _parts(_call(MaskMod(lambda query, key: (query.position - key.position) % step == 0)))[0].late
@@ -109,6 +136,10 @@ def test_equal_functions_have_equal_parts_and_others_have_not():
     assert late(2) == late(2)
     assert hash(late(2)) == hash(late(2))
     assert late(2) != late(3)
+
+
+def _key_of(number):
+    return jax.random.fold_in(jax.random.key(3), number)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +161,12 @@ def test_equal_functions_have_equal_parts_and_others_have_not():
             {"mask": MaskMod(lambda query, key: (query.position - key.position).astype(jnp.int16) > 0)},
             "computes in int16 for each pair; kernels have 32 bits",
         ),
+        (
+            {"mask": MaskMod(lambda query, key: jax.random.bernoulli(_key_of(query.position - key.position)))},
+            "computes in key<fry> for each pair",
+        ),
     ],
-    ids=["rows", "by_both", "large", "int16"],
+    ids=["rows", "by_both", "large", "int16", "random"],
 )
 def test_what_cannot_be_cut_says_why(options, reason):
     with pytest.raises(NotImplementedError, match=reason):

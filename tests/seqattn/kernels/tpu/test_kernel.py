@@ -4,6 +4,7 @@ No TPU is needed: Pallas interprets the kernel, or lowers it. tests/benchmarks/c
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels import reference, tpu
 from seqattn.kernels.call import Call
+from seqattn.kernels.dispatch import explain
 from seqattn.kernels.tpu.plan import prepare
+from seqattn.mask import MaskMod
 from seqattn.masks import Causal, Dilated, NotPadding, Prefix, SameSegment, SlidingWindow
 from seqattn.score_mod import ScoreFunction
 from seqattn.score_mods import Alibi, RelativeBuckets, RelativePositions, SoftCap
@@ -63,8 +66,11 @@ TABLE = np.random.default_rng(7).normal(size=(8, 4)).astype(np.float32)
         Alibi,
         lambda x: ScoreFunction(lambda score, query, key, head, cap: cap * jnp.tanh(score / cap), 2 + x[0] ** 2),
         lambda x: ScoreFunction(lambda score, query, key, head, x: jax.nn.relu(score) * x[head] + x[query.batch], x),
+        lambda x: ScoreFunction(
+            lambda score, query, key, head, x: score + x[head] * key.position.astype(jnp.float32), x
+        ),
     ],
-    ids=["by_head", "scalar", "by_head_and_row"],
+    ids=["by_head", "scalar", "by_head_and_row", "times_a_position"],
 )
 def test_gradients_reach_what_a_score_function_captures(mod):
     _close(*_both(lambda inputs, x: _call(inputs, Causal(), mod(x), AT), jnp.asarray(TABLE[0])))
@@ -75,6 +81,27 @@ def test_gradients_reach_a_table_of_buckets():
         return _call(inputs, Causal() & SlidingWindow(9), RelativeBuckets(table, max_distance=5), AT)
 
     _close(*_both(make, jnp.asarray(TABLE)))
+
+
+def test_padding_brings_no_infinite_derivative():
+    """The logarithm is finite for all pairs, and infinite for a score of 0, which is what no pair here has."""
+
+    def make(inputs, factor):
+        query, key, value = inputs
+        mod = ScoreFunction(lambda score, query, key, head, x: x * jnp.log(score), factor)
+        return _call((jnp.abs(query) + 1, jnp.abs(key) + 1, value), None, mod, AT)
+
+    _close(*_both(make, jnp.float32(0.7)))
+
+
+def test_a_mask_reads_numbers_of_tokens_that_a_program_computes():
+    """A mask has no gradient, so its numbers may be indexed by token."""
+
+    def make(inputs, height):
+        mask = MaskMod(lambda query, key, height: height[query.position] >= height[key.position], height)
+        return _call(inputs, mask, None, AT)
+
+    _close(*_both(make, jnp.asarray(np.random.default_rng(3).normal(size=16).astype(np.float32))))
 
 
 def test_packed_texts_that_are_known_at_run_time_only():
@@ -154,6 +181,65 @@ def test_it_lowers_for_a_tpu_with_gradients_and_holds_no_loop(options, dtype):
 
 
 @pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: {"score_mod": ScoreFunction(lambda score, query, key, head, x: score * x[head], x)},
+        lambda x: {"dropout": Dropout(0.1, jax.random.fold_in(jax.random.key(0), x[0].astype(jnp.int32)))},
+        lambda x: {"mask": Causal() | Prefix(x[0].astype(jnp.int32))},
+    ],
+    ids=["by_head", "dropout", "prefix"],
+)
+def test_it_lowers_for_a_tpu_under_vmap_over_what_it_captures(make):
+    def loss(query, x):
+        return jnp.sum(attend(query, query, query, **make(x), implementation=("tpu", "reference")))
+
+    gradient = jax.jit(jax.vmap(jax.grad(loss)))
+    given = jax.ShapeDtypeStruct((3, 1, 130, 2, 8), jnp.float32), jax.ShapeDtypeStruct((3, 2), jnp.float32)
+    assert gradient.trace(*given).lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == 3
+
+
+def test_vmap_over_what_a_score_function_captures():
+    inputs = [jnp.asarray(x) for x in arrays(Shape(batch=(3, 1), T=5, S=5, N=2, K=1, H=3, V=2)).values()]
+    factor = jnp.asarray(TABLE[:3, :2])
+
+    def one(kernel, inputs, factor):
+        mod = ScoreFunction(lambda score, query, key, head, x: score * x[head], factor)
+        return kernel(_call(inputs, Causal(), mod, (Coordinates.range(5),) * 2))
+
+    with small_tpu_tiles():
+        found = jax.jit(jax.vmap(functools.partial(one, functools.partial(tpu.attend, interpret=True))))(inputs, factor)
+    _close(found, jax.vmap(functools.partial(one, reference.attend))(inputs, factor))
+
+
+@pytest.mark.parametrize("garbage", [np.nan, 3e38])
+def test_what_is_masked_leaves_no_trace_in_what_a_score_function_captures(garbage):
+    """Neither in the results nor in any gradient: those of the captured arrays are multiplied by scores."""
+    inputs = [jnp.asarray(x) for x in arrays(SHAPE).values()]
+    mask = MaskMod(lambda query, key: (key.position != 6) & (query.position != 4))
+
+    @jax.jit
+    def run(inputs, table):
+        def loss(inputs, table):
+            mod = ScoreFunction(_of_head_and_distance, table)
+            output, lse = tpu.attend(_call(inputs, mask, mod, AT), interpret=True)
+            return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.where(lse > -1e30, jnp.cos(lse), 0)), output
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(inputs, table)
+
+    with small_tpu_tiles():
+        clean, table = run(inputs, jnp.asarray(TABLE)), jnp.asarray(TABLE)
+        spoilt = [inputs[0].at[:, 2].set(garbage), *(x.at[:, 6].set(garbage) for x in inputs[1:])]
+        found = run(spoilt, table)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(clean), strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_array_equal(a, b)
+
+
+def _of_head_and_distance(score, query, key, head, table):
+    return table[0, head] * jnp.tanh(score) * score + table[jnp.abs(query.position - key.position) % 8, head]
+
+
+@pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"dtype": jnp.float16}, "the TPU kernel takes float32 and bfloat16, not float16"),
@@ -169,6 +255,28 @@ def test_what_it_refuses(options, reason, monkeypatch):
     x = jnp.ones((1, 9, 2, 8), options.pop("dtype", jnp.float32))
     with pytest.raises(NotImplementedError, match=reason):
         attend(x, x, x, implementation="tpu", **options)
+
+
+def _by_row_head_and_distance(score, query, key, head, table):
+    return score + table[query.batch, head, jnp.abs(query.position - key.position)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "reason"),
+    [
+        ((1, 9, 2, 513), {}, "takes head dims up to 512, not 513"),
+        ((60, 9, 16, 8), {"score_mod": _by_row_head_and_distance}, "1 pairs of tiles and 288000 numbers for rows"),
+        ((1, 2**17, 1, 8), {}, r"65536 pairs of tiles and 0 numbers for rows and heads take 262144 words"),
+        ((2**10, 9, 128, 8), {"dropout": Dropout(0.5, jax.random.key(0))}, "262144 numbers for rows and heads"),
+    ],
+    ids=["head_dim", "table", "tiles", "dropout"],
+)
+def test_what_exceeds_a_memory_is_refused(shape, options, reason):
+    x, options = jax.ShapeDtypeStruct(shape, jnp.float32), dict(options)
+    if "score_mod" in options:
+        options["score_mod"] = ScoreFunction(options["score_mod"], jnp.zeros((60, 16, 300)))
+    told = explain(x, x, x, platform="tpu", **options)
+    assert re.search(reason, told.refusals["tpu"])
 
 
 def test_on_another_machine_it_says_so():
