@@ -132,7 +132,7 @@ def _step_of_queries(place: Place, refs: dict[str, Any], results: Any, scratch: 
     def _() -> None:
         # The products were scaled: dQ is scale times the sum, and the gradient of the scale is the sum times Q.
         _collect(d_scalars, 0, [jnp.sum(d_query[...] * refs["query"][...].astype(jnp.float32))])
-        results[0][...] = (d_query[...] * refs["scale"][0]).astype(results[0].dtype)
+        results[0][...] = (d_query[...] * refs["scale"][0, 0]).astype(results[0].dtype)
 
 
 def _collect(d_scalars: Any, first: int, each: list[Array]) -> None:
@@ -188,7 +188,7 @@ def _step_of_keys(place: Place, refs: dict[str, Any], results: Any, scratch: Any
 
     @pl.when((flags & LAST != 0) & (head == group - 1))
     def _() -> None:
-        results[0][...] = (d_key[...] * refs["scale"][0]).astype(results[0].dtype)
+        results[0][...] = (d_key[...] * refs["scale"][0, 0]).astype(results[0].dtype)
         results[1][...] = d_value[...].astype(results[1].dtype)
 
 
