@@ -35,10 +35,13 @@ PLATFORM = {"cudnn": "gpu", "splash": "tpu"}
 
 REFUSED = {
     "xla": "no score modification|no dropout|softmax of float64",
-    "hopper": "from which pairs choose|with a gradient is|not float64",
+    "hopper": "from which pairs choose|with a gradient is|not float64|that differ by pair",
     "ring": "no dropout",
     "cached": "has no dropout",
-    "tpu": "takes no bias|from which pairs choose|jax_enable_x64|float32 and bfloat16, not|with a gradient is",
+    "tpu": (
+        "takes no bias|from which pairs choose|jax_enable_x64|float32 and bfloat16, not|with a gradient is"
+        "|that differ by pair"
+    ),
 }
 """What an implementation may refuse, by its reasons; any other refusal fails the test."""
 

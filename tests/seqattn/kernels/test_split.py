@@ -414,4 +414,4 @@ def test_only_the_ring_splits_a_sequence(mesh):
     assert told.chosen == "chunked"
     assert "cannot split a sequence over devices; chunked can" in str(told.refusals["splash"])
     whole = explain(shape, shape, shape, mask=Causal(), platform="tpu", split=dataclasses.replace(split, sequence=None))
-    assert whole.chosen == "splash"
+    assert whole.chosen == "tpu"
