@@ -47,7 +47,7 @@ def _loss(implementation, x, **options):
     return jnp.sum(attend(x, x, x, mask=Causal() & SameSegment(), **at, implementation=implementation, **options) ** 2)
 
 
-@functools.partial(every_implementation, slow=["ring"])
+@functools.partial(every_implementation, slow=["ring", "tpu", "hopper"])
 @pytest.mark.parametrize("name", [None, "alibi", "relative", "cap", "bias"])
 def test_attention_of_finite_inputs_raises_nothing(implementation, name):
     """Eager and jitted, forward and backward, with rows that see nothing and padding."""

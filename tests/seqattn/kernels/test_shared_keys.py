@@ -53,7 +53,7 @@ OPTIONS = {
 }
 
 
-@functools.partial(every_implementation, slow=["ring"])
+@functools.partial(every_implementation, slow=["ring", "tpu", "hopper"])
 @pytest.mark.parametrize(
     "shared", [(0,), pytest.param((1,), marks=pytest.mark.slow), pytest.param((0, 1), marks=pytest.mark.slow)], ids=str
 )

@@ -110,7 +110,7 @@ def _jitted(implementation, changing, query):
     return jax.jit(lambda query: _call(implementation, changing, query))(query)
 
 
-@functools.partial(every_implementation, slow=["ring"])
+@functools.partial(every_implementation, slow=["ring", "tpu", "hopper"])
 @pytest.mark.parametrize("call", [_call, _gradient, _jitted])
 @pytest.mark.parametrize("kind", CHANGING)
 def test_the_same_function_is_asked_again_after_what_it_reads_has_changed(implementation, kind, call):
@@ -164,7 +164,7 @@ class _Random:
         return (query.position - key.position) % (self.size + 1) != 0
 
 
-@functools.partial(every_implementation, slow=["ring"])
+@functools.partial(every_implementation, slow=["ring", "tpu", "hopper"])
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 2))])
 def test_random_functions_whose_captured_values_change(implementation, seed):
     """Eager and jitted, values and gradients by the query and by a captured array."""
