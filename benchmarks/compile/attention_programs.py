@@ -119,11 +119,11 @@ def _attention(name: str, case: AttentionCase, devices: Sequence[Any], platform:
 
 def _work(name: str, case: AttentionCase, platform: str, function: Callable[..., Any], arrays: Sequence[Any]) -> Work:
     """Returns the operations of the tiles that a kernel visits."""
-    if name in ("splash", "cudnn"):
-        # Neither kernel is in the jaxpr as what it computes. Tiles of this size are its own (splash) or a guess.
+    if name in ("splash", "cudnn", "hopper"):
+        # No such kernel is in the jaxpr as what it computes. Tiles of this size are its own, or a guess (cuDNN).
         pairs = visited(case, _TILE, _TILE)
         work = Work(4 * pairs * _HEADS * _DIM * (BACKWARD if case.backward else 1))
-        return work if name == "splash" else Work(work.flop, AT_MOST)
+        return work if name != "cudnn" else Work(work.flop, AT_MOST)
     if case.pattern == "documents":
         # With segments that are known, the schedule and so the number of tiles is known, too.
         at = Coordinates.from_segments(jnp.asarray(patterns.segments(case.shape)))

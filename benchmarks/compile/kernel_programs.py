@@ -11,10 +11,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.attention import patterns
-from benchmarks.attention.case import AttentionCase
+from benchmarks.attention.case import BACKWARD, AttentionCase
 from benchmarks.attention.shapes import Shape
+from benchmarks.compile.attention_programs import visited
 from benchmarks.compile.program import Built, Program
-from benchmarks.compile.work import of_function
+from benchmarks.compile.work import ABOUT, Work, of_function
 from seqattn import Causal, Coordinates, attend
 from seqattn.masks import Prefix, SameSegment
 from seqattn.score_mod import ScoreFunction
@@ -91,4 +92,10 @@ def _build(kernel: str, name: str, case: AttentionCase, devices: Sequence[Any], 
     x = typed(case.shape.query, jnp.dtype(case.dtype))
     arrays = (x, x, x, typed((_HEADS,), jnp.float32), typed(case.shape.query[:2], jnp.int32))
     function = with_gradients if case.backward else attention
-    return Built(jax.jit(function).trace(*arrays).lower(), of_function(platform, function, *arrays))
+    lowered = jax.jit(function).trace(*arrays).lower()
+    if kernel == "tpu":
+        return Built(lowered, of_function(platform, function, *arrays))
+    # The products of the kernel for Hopper are no products in the jaxpr: its tiles of 128 x 128 are counted.
+    shape, pairs = case.shape, visited(case, 128, 128)
+    flop = 4 * pairs * shape.num_heads * shape.head_dim * (BACKWARD if case.backward else 1)
+    return Built(lowered, Work(flop, ABOUT))

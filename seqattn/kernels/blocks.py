@@ -24,7 +24,6 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 FIRST, LAST, KIND = 1, 2, 4
 """The bits of a step: whether it is the first or the last of its outer tile, and the kind of the tile times `KIND`."""
 
-
 _PARTS, _MOST_PARTS = 4, 2**18
 """Parts of a tile along each side, and the most parts of all tiles of a row, that are asked what the mask reaches."""
 
@@ -163,12 +162,7 @@ def _boxes(at: Coordinates) -> Tile:
 def reach_of_tiles(mask: Mask | Array | None, q_at: Coordinates, kv_at: Coordinates, queries: int, keys: int) -> Reach:
     """Returns what the mask says of each tile, `[B or 1, query tiles or 1, key tiles or 1]`.
 
-    Args:
-        mask: a `Mask`, a boolean array `[B or 1, N or 1, T or 1, S or 1]`, or None.
-        q_at: coordinates of the queries, `[B or 1, T]`.
-        kv_at: coordinates of the keys, `[B or 1, S]`.
-        queries: queries in a tile.
-        keys: keys in a tile.
+    It takes the arguments of `kinds_of_tiles`.
     """
     if mask is None:
         return Reach(some=np.ones((1, 1, 1), bool), every=np.ones((1, 1, 1), bool))

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from seqattn.kernels.call import Call
+from seqattn.kernels.mesh_axes import mesh_axes
 from seqattn.kernels.native import Native
 from seqattn.precision import accumulator, lowest
 
@@ -45,6 +46,19 @@ def refuse_platform(what: str, wanted: str, call: Call) -> None:
     """Raises NotImplementedError if the call is known to run on another platform."""
     if call.platform not in (wanted, None):
         raise NotImplementedError(f"{what} runs on a {wanted}, and this is a {call.platform}")
+
+
+def refuse_wide_integers(what: str) -> None:
+    """Raises NotImplementedError where JAX counts in 64 bits, which kernels for devices do not."""
+    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
+        raise NotImplementedError(f"{what} counts in 32 bits, and jax_enable_x64 is on")
+
+
+def refuse_mesh_axes(what: str, tree: Any) -> None:
+    """Raises NotImplementedError if an array varies over a mesh axis of a surrounding `jax.shard_map`."""
+    if axes := mesh_axes(tree):
+        along = ", ".join(sorted(map(str, axes)))
+        raise NotImplementedError(f"{what} does not declare to jax.shard_map that it varies over {along}")
 
 
 def lse_note(call: Call) -> str:

@@ -7,10 +7,10 @@ from jaxtyping import Array
 
 from seqattn.kernels.reference import log_sum_exp
 
-EMPTY = -1e30
+SEES_NOTHING = -1e30
 """Marks the log of the total of a fully masked row. All other values are about 0 or more; adding `lowest` is exact."""
 
 
 def lse_of(peak: Array, log_total: Array) -> Array:
     """Returns the log-sum-exp from its two parts."""
-    return log_sum_exp(peak + log_total, log_total == EMPTY)
+    return log_sum_exp(peak + log_total, log_total == SEES_NOTHING)

@@ -59,7 +59,7 @@ def check(late: Late, device: Device) -> None:
 
     def run(*arguments: Array) -> Array:
         borders = [
-            [np.ones((), each.dtype)] * each.entries if not tokens(each.reads) else jnp.ones(shape, each.dtype)
+            [np.ones((), each.dtype)] * each.entries if not each.by_token else jnp.ones(shape, each.dtype)
             for each in late.borders
         ]
         return evaluate(late, borders, arguments, shape, device)
@@ -71,11 +71,6 @@ def check(late: Late, device: Device) -> None:
 def aval(variable: Any) -> Any:
     """Returns the type of a variable or of a literal of a program."""
     return variable.aval
-
-
-def tokens(reads: frozenset[str]) -> bool:
-    """Returns whether a border differs from token to token."""
-    return not reads.isdisjoint({"query", "key"})
 
 
 def evaluate(
@@ -100,7 +95,7 @@ def _border(late: Late, i: int, value: Any) -> Any:
     border, known = late.borders[i], late.tables[i]
     if known is not None:
         return Table(np.frombuffer(known, np.int32), border.shape)
-    if tokens(border.reads):
+    if border.by_token:
         return value
     return Table(value, border.shape) if border.shape else value[0]
 

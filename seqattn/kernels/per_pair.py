@@ -50,6 +50,11 @@ class Border:
     trains: bool
 
     @property
+    def by_token(self) -> bool:
+        """Whether there is one for each query or for each key."""
+        return not self.reads.isdisjoint({QUERY, KEY})
+
+    @property
     def entries(self) -> int:
         """The number of entries of the table; 1 for a number."""
         return int(np.prod(self.shape))

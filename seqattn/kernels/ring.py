@@ -22,10 +22,11 @@ from jaxtyping import Array
 
 from seqattn.kernels.call import Call, Result, refuse_unknown
 from seqattn.kernels.chunked import backward, tile_loop
-from seqattn.kernels.chunked.plan import Leaves, Plan, is_floating, prepare
+from seqattn.kernels.chunked.plan import Leaves, Plan, prepare
 from seqattn.kernels.chunked.schedule import Grid
 from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.mesh_axes import varying
+from seqattn.kernels.no_gradient import is_floating, no_gradient
 from seqattn.kernels.traced import capture
 from seqattn.mask import Mask
 from seqattn.precision import accumulator
@@ -149,7 +150,7 @@ def _backward(ring: Ring, residuals: tuple, directions: tuple) -> tuple[list[Arr
     """Returns the gradients of the leaves; integer leaves have the gradient dtype `float0`."""
     leaves, *results = residuals
     gradients = iter(_gradients(ring, leaves, *results, *directions))
-    return ([next(gradients) if is_floating(x) else np.zeros(x.shape, jax.dtypes.float0) for x in leaves],)
+    return ([next(gradients) if is_floating(x) else no_gradient(x) for x in leaves],)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -6,13 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from seqattn.kernels import chunked
 from seqattn.kernels.call import Call, Result, refuse_unknown
-from seqattn.kernels.guard import guarded, refuse_platform, refuse_unsupported, relaxed
-from seqattn.kernels.mesh_axes import mesh_axes
+from seqattn.kernels.guard import (
+    guarded,
+    refuse_mesh_axes,
+    refuse_platform,
+    refuse_unsupported,
+    refuse_wide_integers,
+    relaxed,
+)
 from seqattn.kernels.native import Native, native_of
 from seqattn.platforms import on_tpu
 
@@ -28,11 +33,8 @@ def refuse(call: Call) -> None:
         raise NotImplementedError("splash attention takes no bias")
     if call.query.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"splash attention takes float32 and bfloat16, not {call.query.dtype}")
-    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
-        raise NotImplementedError("splash attention mixes integers of 32 and 64 bits where jax_enable_x64 is on")
-    if axes := mesh_axes((call.query, call.key, call.value)):
-        along = ", ".join(sorted(map(str, axes)))
-        raise NotImplementedError(f"splash attention does not declare to jax.shard_map that it varies over {along}")
+    refuse_wide_integers("splash attention")
+    refuse_mesh_axes("splash attention", (call.query, call.key, call.value))
     length, size = call.query.shape[1], call.key.shape[1]
     if length % _BLOCK or size % _BLOCK:
         raise NotImplementedError(f"T ({length}) and S ({size}) must be multiples of {_BLOCK}")

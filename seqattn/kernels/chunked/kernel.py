@@ -4,16 +4,16 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from seqattn.kernels.call import Call, Result, refuse_unknown
 from seqattn.kernels.chunked.backward import backward, with_gradients
-from seqattn.kernels.chunked.plan import Leaves, Plan, is_floating, prepare
+from seqattn.kernels.chunked.plan import Leaves, Plan, prepare
 from seqattn.kernels.chunked.tile_loop import absorb, finish, start
 from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.mesh_axes import varying
+from seqattn.kernels.no_gradient import is_floating, no_gradient
 
 
 def refuse(call: Call) -> None:
@@ -62,8 +62,8 @@ def _forward(plan: Plan, leaves: Leaves) -> tuple[tuple[Array, Array], tuple]:
 def _backward(plan: Plan, residuals: tuple, directions: tuple) -> tuple[list[Array | np.ndarray]]:
     """Returns the gradients of the leaves; integer leaves have the gradient dtype `float0`."""
     leaves, *results = residuals
-    gradients = iter(_gradients(plan, leaves, *results, *directions))
-    return ([next(gradients) if is_floating(x) else np.zeros(jnp.shape(x), jax.dtypes.float0) for x in leaves],)
+    gradients = iter(gradients_of(plan, leaves, *results, *directions))
+    return ([next(gradients) if is_floating(x) else no_gradient(x) for x in leaves],)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -74,7 +74,7 @@ def _results(plan: Plan, leaves: Leaves) -> tuple[Array, Array, Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @functools.partial(jax.jit, static_argnums=0)
-def _gradients(
+def gradients_of(
     plan: Plan, leaves: Leaves, output: Array, peak: Array, log_total: Array, d_output: Array, d_lse: Array
 ) -> list[Array]:
     """Returns the gradients with respect to all floating leaves of the call."""
@@ -90,4 +90,4 @@ def _refuse_second(plan: Plan, *residuals: Any) -> Any:
 
 _attend.defvjp(_forward, _backward)
 # Second derivatives would differentiate the loop over tiles and store the scores of each one, so they are refused.
-_gradients.defvjp(_refuse_second, _refuse_second)
+gradients_of.defvjp(_refuse_second, _refuse_second)

@@ -80,8 +80,3 @@ def prepare(call: Call, *, reaching: Mask | None = None) -> tuple[Plan, Leaves]:
     # User functions are traced now: the compiled program must not depend on arrays they close over.
     leaves, tree = jax.tree.flatten(capture(tiled, like=tiled))
     return Plan(grid, 0.0 if call.dropout is None else call.dropout.rate, tree), leaves
-
-
-def is_floating(x: Any) -> bool:
-    """Returns whether a leaf has a gradient."""
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

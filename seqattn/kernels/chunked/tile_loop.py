@@ -18,7 +18,7 @@ from seqattn.kernels.chunked.layouts import At
 from seqattn.kernels.chunked.plan import Leaves, Plan, TiledCall
 from seqattn.kernels.chunked.schedule import Steps
 from seqattn.kernels.chunked.tile_scores import Place, TileScores, dropped, product
-from seqattn.kernels.log_total import EMPTY
+from seqattn.kernels.log_total import SEES_NOTHING
 from seqattn.kernels.mesh_axes import varying
 from seqattn.precision import lowest
 
@@ -79,7 +79,7 @@ def finish(plan: Plan, leaves: Leaves, state: State) -> tuple[Array, Array, Arra
     """Returns the output, the largest logit of each row and the log of the sum of `exp(logit - largest)`.
 
     The two parts of the log-sum-exp stay separate, because their sum would lose the small part if logits are huge. A
-    fully masked row has the largest logit `lowest` and the log `EMPTY`, which no other row has.
+    fully masked row has the largest logit `lowest` and the log `SEES_NOTHING`, which no other row has.
     """
     call, grid = plan.call(leaves), plan.grid
     output, peak, total = state
@@ -87,7 +87,7 @@ def finish(plan: Plan, leaves: Leaves, state: State) -> tuple[Array, Array, Arra
     empty = total == 0
     # Dividing 0 by 1 gives these rows zeros, with zero gradients and without a NaN for `jax.debug_nans`.
     total = jnp.where(empty, jnp.ones_like(total), total)
-    log_total = jnp.where(empty, EMPTY, jnp.log(total))
+    log_total = jnp.where(empty, SEES_NOTHING, jnp.log(total))
     # One division at the end instead of one in each step (Dao 2023, section 3.1).
     output = layouts.from_columns(grid, output / total[:, :, None]).astype(call.query.dtype)
     peak, log_total = (layouts.from_columns(grid, x[:, :, None])[..., 0] for x in (peak, log_total))

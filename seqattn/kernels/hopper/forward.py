@@ -23,7 +23,6 @@ from seqattn.kernels.hopper.protocol import CONSUMERS, Action, Index, Protocol, 
 from seqattn.kernels.hopper.rule import Rule
 from seqattn.kernels.hopper.tile import Arithmetic, Place, Sums
 from seqattn.kernels.hopper.units import units
-from seqattn.kernels.on_tile import tokens
 from seqattn.kernels.per_pair import QUERY
 
 Results = tuple[Float[Array, "B T N V"], Float[Array, "B T N"], Float[Array, "B T N"]]
@@ -64,7 +63,7 @@ def _vectors(plan: Plan, rule: Rule | None, arrays: list[Array]) -> list[Array]:
     for border, x in zip(borders, arrays, strict=True):
         # The compiler loads no booleans.
         wide = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
-        if tokens(border.reads):
+        if border.by_token:
             length = plan.padded[0 if QUERY in border.reads else 1]
             wide = jnp.pad(wide, ((0, 0), (0, 0), (0, length - wide.shape[2])), mode="edge")
         given.append(wide)

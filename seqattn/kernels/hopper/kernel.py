@@ -9,18 +9,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from seqattn.kernels.call import Call, Result, refuse_unknown
-from seqattn.kernels.chunked.backward import backward, with_gradients
-from seqattn.kernels.chunked.plan import Leaves, is_floating
+from seqattn.kernels.chunked.kernel import gradients_of
+from seqattn.kernels.chunked.plan import Leaves
 from seqattn.kernels.chunked.plan import Plan as TiledPlan
 from seqattn.kernels.chunked.plan import prepare as prepare_tiles
-from seqattn.kernels.guard import refuse_platform, relaxed
+from seqattn.kernels.guard import refuse_mesh_axes, refuse_platform, refuse_wide_integers, relaxed
 from seqattn.kernels.hopper.plan import TILINGS, Operands, Plan, prepare
 from seqattn.kernels.log_total import lse_of
-from seqattn.kernels.mesh_axes import mesh_axes
+from seqattn.kernels.no_gradient import is_floating, no_gradient
 from seqattn.platforms import on_gpu
 
 _DTYPES = ("bfloat16", "float16")
@@ -68,11 +67,8 @@ def _refuse(call: Call) -> None:
     _refuse_dims(call.query.shape[-1], call.value.shape[-1])
     if call.query.shape[0] > _MOST_ROWS:
         raise NotImplementedError(f"{call.query.shape[0]} batch rows; the grid of a kernel has at most {_MOST_ROWS}")
-    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
-        raise NotImplementedError("the Hopper kernel counts in 32 bits, and jax_enable_x64 is on")
-    if axes := mesh_axes(call):
-        along = ", ".join(sorted(map(str, axes)))
-        raise NotImplementedError(f"the Hopper kernel does not declare to jax.shard_map that it varies over {along}")
+    refuse_wide_integers("the Hopper kernel")
+    refuse_mesh_axes("the Hopper kernel", call)
     _refuse_machine()
 
 
@@ -120,15 +116,9 @@ def _forward(plan: Plan, tiled: TiledPlan, operands: Operands, leaves: Leaves) -
 def _backward(plan: Plan, tiled: TiledPlan, residuals: tuple, directions: tuple) -> tuple[Operands, list[Any]]:
     """Returns the gradients of operands, which are zeros, and of leaves."""
     operands, leaves, *results = residuals
-    gradients = iter(_gradients(tiled, leaves, *results, *directions))
-    given = [next(gradients) if is_floating(x) else _no_gradient(x) for x in leaves]
-    return jax.tree.map(_no_gradient, operands), given
-
-
-def _no_gradient(x: Any) -> Any:
-    """Returns the gradient of an array that has none."""
-    floating = jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-    return jnp.zeros(jnp.shape(x), jnp.result_type(x)) if floating else np.zeros(jnp.shape(x), jax.dtypes.float0)
+    gradients = iter(gradients_of(tiled, leaves, *results, *directions))
+    given = [next(gradients) if is_floating(x) else no_gradient(x) for x in leaves]
+    return jax.tree.map(no_gradient, operands), given
 
 
 _attend.defvjp(_forward, _backward)
@@ -141,14 +131,3 @@ def _results(plan: Plan, operands: Operands) -> tuple[Array, Array, Array]:
     from seqattn.kernels.hopper.forward import forward
 
     return forward(plan, operands)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _gradients(
-    plan: TiledPlan, leaves: Leaves, output: Array, peak: Array, log_total: Array, d_output: Array, d_lse: Array
-) -> list[Array]:
-    """Returns the gradients with respect to all floating leaves of the call."""
-    call = plan.call(leaves)
-    gradients = backward(plan, leaves, output, peak, log_total, d_output, d_lse)
-    everything = jax.tree.leaves(with_gradients(call, gradients))
-    return [d.astype(x.dtype) for d, x in zip(everything, leaves, strict=True) if is_floating(x)]

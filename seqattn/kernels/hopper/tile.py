@@ -17,7 +17,7 @@ from seqattn.kernels.hopper.operations import HOPPER, LOG2_E, kept
 from seqattn.kernels.hopper.plan import Operands
 from seqattn.kernels.hopper.rule import Rule
 from seqattn.kernels.hopper.units import Units
-from seqattn.kernels.log_total import EMPTY
+from seqattn.kernels.log_total import SEES_NOTHING
 from seqattn.kernels.per_pair import QUERY, Border
 from seqattn.precision import lowest
 
@@ -123,7 +123,7 @@ class Arithmetic:
         total = jnp.where(empty, jnp.ones_like(sums.total), sums.total)
         peak = sums.peak if self.is_natural else sums.peak * self.scale
         output = sums.output * self.units.spread(1 / total, sums.output.shape)
-        return output, jnp.where(empty, jnp.float32(_LOWEST), peak), jnp.where(empty, EMPTY, jnp.log(total))
+        return output, jnp.where(empty, jnp.float32(_LOWEST), peak), jnp.where(empty, SEES_NOTHING, jnp.log(total))
 
     @property
     def is_natural(self) -> bool:
@@ -199,7 +199,7 @@ class Arithmetic:
     def _border(self, border: Border, array: Any, place: Place, shape: tuple[int, ...]) -> Any:
         """Returns a border as a tile, or as a list of scalars."""
         row, head = self._row_and_head(array, place)
-        if not on_tile.tokens(border.reads):
+        if not border.by_token:
             return [_typed(array[row, head, i], border) for i in range(border.entries)]
         axis = 0 if QUERY in border.reads else 1
         first = place.query if axis == 0 else place.key

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from seqattn.kernels.blocks import FIRST, FULL, KIND, LAST, PARTIAL
 from seqattn.kernels.finite import marked, marked_query, nan_unless_finite, zero_unless_finite
-from seqattn.kernels.log_total import EMPTY
+from seqattn.kernels.log_total import SEES_NOTHING
 from seqattn.kernels.tpu import inputs as kernel_inputs
 from seqattn.kernels.tpu.inputs import Inputs, Place, in_heads
 from seqattn.kernels.tpu.plan import Operands, Plan
@@ -92,7 +92,7 @@ def _step(place: Place, refs: dict[str, Any], results: Any, scratch: Any) -> Non
         # One division at the end instead of one in each step (Dao 2023, section 3.1).
         results[0][...] = (output[...] / whole).astype(results[0].dtype)
         results[1][...] = peak[:, :1].T
-        results[2][...] = jnp.where(empty, EMPTY, jnp.log(whole)).T
+        results[2][...] = jnp.where(empty, SEES_NOTHING, jnp.log(whole)).T
 
 
 def _add(tile: Tile, output: Any, peak: Any, total: Any) -> None:

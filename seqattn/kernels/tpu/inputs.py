@@ -15,7 +15,6 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from seqattn.kernels.blocks import Steps
-from seqattn.kernels.on_tile import tokens
 from seqattn.kernels.per_pair import QUERY, Late
 from seqattn.kernels.tpu.plan import Operands, Plan
 
@@ -150,7 +149,7 @@ class Inputs:
         for i, (border, x) in enumerate(zip(() if late is None else late.borders, borders, strict=True)):
             if late is not None and late.tables[i] is not None:
                 continue
-            if tokens(border.reads):
+            if border.by_token:
                 self.vectors(f"{prefix}{i}", x, of_query=QUERY in border.reads)
             else:
                 self.scalars(f"{prefix}{i}", x)

@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from seqattn.kernels.call import Call, Result, refuse_unknown
-from seqattn.kernels.guard import refuse_platform, relaxed
+from seqattn.kernels.guard import refuse_mesh_axes, refuse_platform, refuse_wide_integers, relaxed
 from seqattn.kernels.log_total import lse_of
-from seqattn.kernels.mesh_axes import mesh_axes
+from seqattn.kernels.no_gradient import is_floating, no_gradient
 from seqattn.kernels.tpu.plan import WIDEST, Operands, Plan, check, prepare
 from seqattn.platforms import on_tpu
 
@@ -60,11 +59,8 @@ def _refuse(call: Call) -> None:
         raise NotImplementedError(f"the TPU kernel takes head dims up to {WIDEST}, not {widest}")
     if call.value.shape[-1] == 0:
         raise NotImplementedError("tiles need a value dim of at least 1, got 0")
-    if jax.dtypes.canonicalize_dtype(np.int64) == np.int64:
-        raise NotImplementedError("the TPU kernel counts in 32 bits, and jax_enable_x64 is on")
-    if axes := mesh_axes(call):
-        along = ", ".join(sorted(map(str, axes)))
-        raise NotImplementedError(f"the TPU kernel does not declare to jax.shard_map that it varies over {along}")
+    refuse_wide_integers("the TPU kernel")
+    refuse_mesh_axes("the TPU kernel", call)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -90,16 +86,10 @@ def _backward(plan: Plan, residuals: tuple, directions: tuple) -> tuple[Operands
     given = {name: getattr(operands, name) for name in names}
     types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
     gradients = _here(plan, _gradients, types, operands, *results, *directions)
-    zeros = jax.tree.map(_no_gradient, operands)
-    mod = [d if jnp.issubdtype(d.dtype, jnp.floating) else _no_gradient(d) for d in gradients.pop("mod")]
+    zeros = jax.tree.map(no_gradient, operands)
+    mod = [d if is_floating(d) else no_gradient(d) for d in gradients.pop("mod")]
     given = {name: d.astype(getattr(operands, name).dtype) for name, d in gradients.items()}
     return (dataclasses.replace(zeros, **given, mod=mod),)
-
-
-def _no_gradient(x: Any) -> Any:
-    """Returns the gradient of an array that has none."""
-    floating = jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-    return jnp.zeros(jnp.shape(x), jnp.result_type(x)) if floating else np.zeros(jnp.shape(x), jax.dtypes.float0)
 
 
 _attend.defvjp(_forward, _backward)

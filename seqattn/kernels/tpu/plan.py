@@ -176,7 +176,7 @@ def _scalars(call: Call, *parts: Cut | None) -> int:
     number = 0 if call.dropout is None or call.dropout.rate == 0 else 2 * batch * num_heads
     for late in (part.late for part in parts if part is not None):
         for border, known in zip(late.borders, late.tables, strict=True):
-            if known is None and not on_tile.tokens(border.reads):
+            if known is None and not border.by_token:
                 each = (batch if BATCH in border.reads else 1) * (num_heads if HEAD in border.reads else 1)
                 number += each * border.entries
     return number

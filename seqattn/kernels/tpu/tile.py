@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from seqattn.dropout import kept
-from seqattn.kernels.on_tile import TPU, evaluate, tokens
+from seqattn.kernels.on_tile import TPU, evaluate
 from seqattn.kernels.per_pair import QUERY, Border, Late
 from seqattn.kernels.tpu.inputs import Place
 from seqattn.kernels.tpu.plan import Plan
@@ -143,7 +143,7 @@ class Tile:
     def _border(self, name: str, border: Border, table: bytes | None) -> Any:
         if table is not None:
             return None
-        if tokens(border.reads):
+        if border.by_token:
             return _typed(self.vector(name, of_query=QUERY in border.reads), border)
         batch, num_heads = self.plan.sizes[:2]
         by_head = num_heads if "head" in border.reads else 1

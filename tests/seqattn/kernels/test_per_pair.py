@@ -42,7 +42,7 @@ def _pairs(parts, borders, row, head, score=()):
     given = []
     for border, x in zip(parts.late.borders, borders, strict=True):
         of_row = x[min(row, x.shape[0] - 1), min(head, x.shape[1] - 1)]
-        if on_tile.tokens(border.reads):
+        if border.by_token:
             given.append(of_row[:, None] if QUERY in border.reads else of_row[None])
         else:
             given.append(list(of_row))
