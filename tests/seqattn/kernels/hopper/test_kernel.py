@@ -11,8 +11,10 @@ import pytest
 from seqattn.coordinates import Coordinates
 from seqattn.kernels import hopper
 from seqattn.kernels.call import Call
+from seqattn.kernels.hopper.plan import Tiling
 from seqattn.masks import Causal, SameSegment
 from seqattn.score_mods import Alibi
+from tests import hopper_plain
 
 pytest.importorskip("absl", reason="Pallas Mosaic GPU needs absl-py")
 
@@ -98,3 +100,14 @@ def test_its_gradient_is_computed_by_the_tiles_of_chunked_from_its_log_sum_exp()
     # The forward pass runs once and keeps no scores.
     assert text.count("@mosaic_gpu") == 1
     assert "dot_general" in text
+
+
+def test_second_derivatives_are_refused_as_by_the_tiled_kernel():
+    query, key = (jnp.ones((1, 5, heads, 3)) for heads in (2, 1))
+
+    def loss(query):
+        made = dataclasses.replace(call("float32", 3), query=query, key=key, value=key)
+        return jnp.sum(hopper_plain.attend(made, Tiling(2, 2, 1))[0])
+
+    with pytest.raises(NotImplementedError, match=r"second derivatives .* 'reference'"):
+        jax.grad(lambda query: jnp.sum(jax.grad(loss)(query)))(query)
