@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks.attention import patterns
 from benchmarks.attention.case import BACKWARD, AttentionCase
 from benchmarks.attention.shapes import Shape
+from benchmarks.compile.pipelines import moved_by_kernels
 from benchmarks.compile.program import Built, Program
 from benchmarks.compile.work import AT_MOST, Work, of_function
 from seqattn import Causal, Coordinates, Split, attend, explain, ring_attend, ring_cost, zigzag
@@ -114,7 +115,12 @@ def _attention(name: str, case: AttentionCase, devices: Sequence[Any], platform:
 
     function, arrays = (_with_gradients(attention), (x, x, x, x, *at)) if case.backward else (attention, (x, x, x, *at))
     lowered = jax.jit(function).trace(*arrays).lower()
-    return Built(lowered, _work(name, case, platform, function, arrays))
+    work = _work(name, case, platform, function, arrays)
+    if platform != "tpu" or name not in _ONLY_ON:
+        return Built(lowered, work)
+    known = patterns.segments(case.shape) if at else None
+    places = () if known is None else jax.tree.leaves(Coordinates.from_segments(jnp.asarray(known)))
+    return Built(lowered, work, moved_by_kernels(function, *arrays[: len(arrays) - len(at)], *places))
 
 
 def _work(name: str, case: AttentionCase, platform: str, function: Callable[..., Any], arrays: Sequence[Any]) -> Work:

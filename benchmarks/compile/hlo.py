@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16}
-_ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+[a-z0-9]*)\[([\d,<=]*)\]")
+_ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+[a-z0-9]*)\[([\d,<=]*)\](\{[^{}]*\})?")
 _HEAD = re.compile(r"^\s*(ROOT\s+)?(%?[\w.\-]+) = ")
 _COMPUTATION = re.compile(r"^(ENTRY\s+)?(%?[\w.\-]+) \(.*\) -> .*\{$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|\w+_computation)=(%?[\w.\-]+)")
@@ -20,10 +20,12 @@ _TRIPS = re.compile(r'"?known_trip_count"?:\{"?n"?:"?(\d+)"?\}')
 
 @dataclass(frozen=True)
 class Shape:
-    """An array: its element type and sizes."""
+    """An array: its element type, sizes and memory."""
 
     kind: str
     sizes: tuple[int, ...]
+    is_fast: bool = False
+    """Whether it is in the memory for vectors of a TPU (memory space 1), not in the main memory."""
 
     @property
     def count(self) -> int:
@@ -49,8 +51,8 @@ def shapes(text: str) -> tuple[Shape, ...]:
     [('bf16', (8, 128), 2048.0), ('pred', (), 1)]
     """
     return tuple(
-        Shape(kind, tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size))
-        for kind, sizes in _ARRAY.findall(text)
+        Shape(kind, tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size), "S(1)" in layout)
+        for kind, sizes, layout in _ARRAY.findall(text)
     )
 
 

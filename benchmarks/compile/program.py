@@ -17,6 +17,8 @@ class Built:
     lowered: jax.stages.Lowered
     work: Work
     """The operations of all devices together."""
+    kernel_bytes: float | None = None
+    """The bytes that its kernels copy, if they are counted; see `benchmarks.compile.pipelines`."""
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from benchmarks.bench.table import Column, Table, number
 from benchmarks.compile.record import CompileRecord
 
 _LEGEND = (
-    "Everything is of one device. temp MiB: temporaries. peak GiB: arguments, results and temporaries, as the compiler "
-    "plans them; donated arguments count once. collectives: bytes of the arrays (the result of an all-gather, else the "
-    "operand) times how often, and the number of runs in brackets; '+' if a loop runs an unknown number of times and "
-    "counts once. GFLOP: our own count of matrix products, shared evenly over the devices: >= if a loop counts once, "
-    "<= if a kernel may skip tiles. computed: GFLOP of the products in the compiled program, without kernels (Pallas, "
-    "cuDNN); more than GFLOP if devices repeat work. SPMD: warnings of the partitioner."
+    "Everything is of one device. temp MiB: temporaries. moved MiB: what instructions and kernels read from the main "
+    "memory and write to it, >= if a kernel or a loop counts once. peak GiB: arguments, results and temporaries, as "
+    "the compiler plans them; donated arguments count once. collectives: bytes of the arrays (the result of an all-gather, "
+    "else the operand) times how often, and the number of runs in brackets; '+' if a loop runs an unknown number of "
+    "times and counts once. GFLOP: our own count of matrix products, shared evenly over the devices: >= if a loop "
+    "counts once, <= if a kernel may skip tiles. computed: GFLOP of the products in the compiled program, without "
+    "kernels (Pallas, cuDNN); more than GFLOP if devices repeat work. SPMD: warnings of the partitioner."
 )
 _SHORT = {
     "all-gather": "gather",
@@ -74,6 +75,14 @@ def _computed(record: CompileRecord) -> str:
     return f"{found['products_bound']}{number(found['products_flop'] / 1e9)}" if record.compiled else ""
 
 
+def _moved(record: CompileRecord) -> str:
+    found = record.answer
+    if not record.compiled:
+        return ""
+    bound = "" if found["moved_exact"] else ">="
+    return f"{bound}{number((found['moved_bytes'] + (found['kernel_bytes'] or 0)) / 2**20)}"
+
+
 def _flop(record: CompileRecord) -> str:
     return f"{record.answer['flop_bound']}{number(record.flop / 1e9)}" if record.flop is not None else ""
 
@@ -84,6 +93,7 @@ TABLE = Table[CompileRecord](
         Column("status", 8, table.without_times, left=True),
         Column("compile s", 9, table.compile_seconds),
         Column("temp MiB", 9, lambda record: number(record.answer["temp_bytes"] / 2**20) if record.compiled else ""),
+        Column("moved MiB", 9, _moved),
         Column("peak GiB", 8, lambda record: number(record.planned_bytes / 2**30) if record.planned_bytes else ""),
         Column("GFLOP", 9, _flop),
         Column("computed", 9, _computed),

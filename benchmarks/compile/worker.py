@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from benchmarks.compile.collectives import traffic
 from benchmarks.compile.kernels import kernels, tpu_kernels, variables
+from benchmarks.compile.moved import moved
 from benchmarks.compile.products import products
 from benchmarks.compile.program import Program
 from benchmarks.compile.programs import PROGRAMS
@@ -49,7 +50,7 @@ def answer(program: Program, target: Target, devices: Any, reports: Path) -> dic
     done, memory, text = time.perf_counter(), compiled.memory_analysis(), compiled.as_text() or ""
     if memory is None:
         return {"status": "failed", "reason": "the compiler does not say how much memory the program takes"}
-    done_by_each = products(text)
+    done_by_each, bytes_moved = products(text), moved(text, kernels=built.kernel_bytes is None)
     return {
         "status": "compiled",
         "lower_seconds": lowered - begun,
@@ -62,6 +63,10 @@ def answer(program: Program, target: Target, devices: Any, reports: Path) -> dic
         "tpu_kernels": tpu_kernels(text),
         "loops": len(re.findall(r" while\(", text)),
         "collectives": [vars(each) for each in traffic(text)],
+        "moved_bytes": bytes_moved.main,
+        "moved_in_any_memory_bytes": bytes_moved.all,
+        "moved_exact": bytes_moved.exact,
+        "kernel_bytes": built.kernel_bytes,
         "products_flop": done_by_each.flop,
         "products_bound": done_by_each.bound,
         "flop": built.work.flop,
