@@ -10,11 +10,11 @@ from benchmarks.compile.record import CompileRecord
 _LEGEND = (
     "Everything is of one device. temp MiB: temporaries. moved MiB: what instructions and kernels read from the main "
     "memory and write to it, >= if a kernel or a loop counts once. peak GiB: arguments, results and temporaries, as "
-    "the compiler plans them; donated arguments count once. collectives: bytes of the arrays (the result of an all-gather, "
-    "else the operand) times how often, and the number of runs in brackets; '+' if a loop runs an unknown number of "
-    "times and counts once. GFLOP: our own count of matrix products, shared evenly over the devices: >= if a loop "
-    "counts once, <= if a kernel may skip tiles. computed: GFLOP of the products in the compiled program, without "
-    "kernels (Pallas, cuDNN); more than GFLOP if devices repeat work. SPMD: warnings of the partitioner."
+    "the compiler plans them; donated arguments count once. collectives: bytes of the arrays (the result of an all- "
+    "gather, else the operand) times how often, and the number of runs in brackets; '+' if a loop runs an unknown "
+    "number of times and counts once. GFLOP: our own count of matrix products, shared evenly over the devices: >= if "
+    "a loop counts once, <= if a kernel may skip tiles. computed: GFLOP of the products in the compiled program, "
+    "without kernels (Pallas, cuDNN); more than GFLOP if devices repeat work. SPMD: warnings of the partitioner."
 )
 _SHORT = {
     "all-gather": "gather",
