@@ -14,6 +14,7 @@ from seqattn.kernels.chunked.tile_loop import absorb, finish, start
 from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.mesh_axes import varying
 from seqattn.kernels.no_gradient import is_floating, no_gradient
+from seqattn.kernels.reverse_mode import reverse_only
 
 
 def refuse(call: Call) -> None:
@@ -28,21 +29,15 @@ def attend(call: Call) -> Result:
 
     Supports reverse mode only. Raises NotImplementedError for forward mode and second derivatives, which
     `implementation="reference"` supports. If an outer `jax.jit` has already traced the call, forward mode raises JAX's
-    own TypeError ("can't apply forward-mode autodiff"): JAX then differentiates the traced program, after this function
-    has returned.
+    own TypeError ("can't apply forward-mode autodiff"); see `reverse_only`.
     """
     refuse(call)
     if call.is_empty:
         return call.nothing()
     # JAX sees the leaves, and `plan` is hashable and static: equal calls share one compiled program.
     plan, leaves = prepare(call)
-    try:
+    with reverse_only():
         return _attend(plan, varying(leaves, leaves))
-    except TypeError as error:
-        # JAX reports forward mode only by the text of its TypeError.
-        if "forward-mode" not in str(error):
-            raise
-        raise NotImplementedError("forward-mode derivatives of attention are only supported by 'reference'") from error
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -14,21 +14,27 @@ At = Int[Array, "3"]
 """A step: the indices of the lane tile, the query tile and the key block."""
 
 
-def _query_tiles(grid: Grid, x: Float[Array, "B T N D"], filler: float = 0.0) -> Float[Array, "B I t K G D"]:
+REPEAT = None
+"""The filler that repeats the last query or key."""
+
+
+def _pad(x: Float[Array, "B L N D"], length: int, filler: float | None) -> Float[Array, "B l N D"]:
+    """Returns `x` padded to a length."""
+    behind = ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))
+    return jnp.pad(x, behind, mode="edge") if filler is REPEAT else jnp.pad(x, behind, constant_values=filler)
+
+
+def _query_tiles(grid: Grid, x: Float[Array, "B T N D"], filler: float | None) -> Float[Array, "B I t K G D"]:
     """Returns `[B, T, N, D]` padded to whole tiles and split into tiles and key heads."""
-    pad = ((0, 0), (0, grid.padded[0] - grid.length), (0, 0), (0, 0))
-    padded = jnp.pad(x, pad, constant_values=filler)
+    padded = _pad(x, grid.padded[0], filler)
     # N splits into (K, group): query heads n = k * group + g read key head k (Ainslie 2023), without a copy of the
     # keys.
     return padded.reshape(grid.batch, -1, grid.queries, grid.num_kv_heads, grid.group, x.shape[-1])
 
 
-def _padded_keys(grid: Grid, x: Float[Array, "B S K D"]) -> Float[Array, "B s K D"]:
-    """Returns keys padded so that a tile may start at every block: a dynamic slice past the end would be shifted."""
-    return jnp.pad(x, ((0, 0), (0, grid.padded[1] - grid.size), (0, 0), (0, 0)))
-
-
-def query_columns(grid: Grid, x: Array, scale: Array | None = None, filler: float = 0.0) -> Float[Array, "I L D C"]:
+def query_columns(
+    grid: Grid, x: Array, scale: Array | None = None, filler: float | None = 0.0
+) -> Float[Array, "I L D C"]:
     """Returns `[B, T, N, D]`, multiplied by `scale` if given, with the queries of a tile as columns."""
     # Scaling T * H numbers here replaces scaling T * S scores. Columns are the right operand of key @ query: no product
     # needs a transposed operand.
@@ -36,22 +42,23 @@ def query_columns(grid: Grid, x: Array, scale: Array | None = None, filler: floa
     return tiled.reshape(tiled.shape[0], -1, x.shape[-1], grid.group * grid.queries)
 
 
-def query_rows(grid: Grid, x: Array, scale: Array | None = None) -> Float[Array, "I L C D"]:
+def query_rows(grid: Grid, x: Array, scale: Array | None = None, filler: float | None = 0.0) -> Float[Array, "I L C D"]:
     """Returns `[B, T, N, D]`, multiplied by `scale` if given, with the queries of a tile as rows."""
     # The backward pass also multiplies by the transposed query. Storing both layouts once is cheaper than transposing
     # in each step.
-    tiled = _query_tiles(grid, x if scale is None else x * scale).transpose(1, 0, 3, 4, 2, 5)
+    tiled = _query_tiles(grid, x if scale is None else x * scale, filler).transpose(1, 0, 3, 4, 2, 5)
     return tiled.reshape(tiled.shape[0], -1, grid.group * grid.queries, x.shape[-1])
 
 
-def key_rows(grid: Grid, x: Float[Array, "B S K D"]) -> Float[Array, "L s D"]:
+def key_rows(grid: Grid, x: Float[Array, "B S K D"], filler: float | None = 0.0) -> Float[Array, "L s D"]:
     """Returns `[B, S, K, D]` with keys as rows."""
-    return _padded_keys(grid, x).transpose(0, 2, 1, 3).reshape(-1, grid.padded[1], x.shape[-1])
+    # A tile may start at every block, so the last one may reach past the end: a slice of that would be shifted.
+    return _pad(x, grid.padded[1], filler).transpose(0, 2, 1, 3).reshape(-1, grid.padded[1], x.shape[-1])
 
 
 def key_columns(grid: Grid, x: Float[Array, "B S K D"]) -> Float[Array, "L D s"]:
     """Returns `[B, S, K, D]` with keys as columns."""
-    return _padded_keys(grid, x).transpose(0, 2, 3, 1).reshape(-1, x.shape[-1], grid.padded[1])
+    return _pad(x, grid.padded[1], 0.0).transpose(0, 2, 3, 1).reshape(-1, x.shape[-1], grid.padded[1])
 
 
 def from_columns(grid: Grid, x: Float[Array, "I L D C"]) -> Float[Array, "B T N D"]:

@@ -62,10 +62,11 @@ def _of_scores(grid: Grid, call: TiledCall, key: Float[Array, "B S K H"]) -> Ope
         bad = nan_unless_finite(query) if rows is None else nan_unless_finite(query) + nan_unless_finite(rows)
         given["bad_queries"] = layouts.query_columns(grid, bad.astype(high))
         given["bad_keys"] = layouts.key_rows(grid, nan_unless_finite(key).astype(high))
-        given["query"] = layouts.query_columns(grid, zero_unless_finite(query), call.inner_scale)
-        given["key"] = layouts.key_rows(grid, zero_unless_finite(key))
+        # Padding repeats queries and keys, as it does coordinates: the modification sees no pair that is not there.
+        given["query"] = layouts.query_columns(grid, zero_unless_finite(query), call.inner_scale, layouts.REPEAT)
+        given["key"] = layouts.key_rows(grid, zero_unless_finite(key), layouts.REPEAT)
         if rows is not None:
-            given["rows"] = layouts.query_rows(grid, zero_unless_finite(rows))
+            given["rows"] = layouts.query_rows(grid, zero_unless_finite(rows), filler=layouts.REPEAT)
     # Padding is masked in both: a query that does not exist must not make a tile visible or receive a gradient.
     for name, x, hidden in (("bias", call.bias, -jnp.inf), ("mask", call.mask, False)):
         if x is not None and not isinstance(x, Mask):

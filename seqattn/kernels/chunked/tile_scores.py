@@ -81,12 +81,14 @@ class TileScores:
         # 16-bit queries are scaled here, after the product: see `inner_scale`.
         if call.inner_scale is None:
             scores = scores * call.scale
-        visible = _visible(place) if place.partial else None
+        real = _real(place) if place.partial else None
+        visible = None if real is None else real & _shown(place)
         bias = None if call.bias is None else place.pairs("bias").astype(call.high)
         # The order of the contract: scale * q.k + bias, then the score modification, then the mask.
         if bias is not None:
             scores = (layouts.by_head(grid, scores) + bias).reshape(scores.shape)
-        scores, pull_mod = _after_mod(place, scores, visible, gradients=gradients)
+        # Padding repeats real pairs. They are hidden after the modification, which might have no finite value at 0.
+        scores, pull_mod = _after_mod(place, scores, None if real is None else ~real | visible, gradients=gradients)
         if visible is not None:
             visible = jnp.broadcast_to(visible, layouts.by_head(grid, scores).shape).reshape(scores.shape)
             # -inf after the modification: whatever it made of a masked pair is discarded.
@@ -169,15 +171,17 @@ def _after_mod(
     return jnp.where(scores == -jnp.inf, scores, scores + bad), pull
 
 
-def _visible(place: Place) -> Bool[Array, "..."]:
-    """Returns the visible pairs of a tile; broadcasts to `[rows, heads, keys, group, queries]`."""
-    grid, call, at = place.grid, place.call, place.at
-    # Keys past the end are masked, and so are padding queries: a score modification may have an infinite derivative
-    # at their coordinates.
-    visible = (at[2] * grid.block + lax.iota(jnp.int32, grid.keys) < grid.size)[None, None, :, None, None]
-    if grid.padded[0] != grid.length:
-        real = at[1] * grid.queries + lax.iota(jnp.int32, grid.queries) < grid.length
-        visible = visible & real[None, None, None, None]
+def _real(place: Place) -> Bool[Array, "..."]:
+    """Returns the pairs of a tile that are no padding; broadcasts to `[rows, heads, keys, group, queries]`."""
+    grid, at = place.grid, place.at
+    keys = at[2] * grid.block + lax.iota(jnp.int32, grid.keys) < grid.size
+    queries = at[1] * grid.queries + lax.iota(jnp.int32, grid.queries) < grid.length
+    return keys[None, None, :, None, None] & queries[None, None, None, None]
+
+
+def _shown(place: Place) -> Bool[Array, "..."]:
+    """Returns the pairs of a tile that bias and mask show; broadcasts to `[rows, heads, keys, group, queries]`."""
+    call, visible = place.call, jnp.ones((1,) * 5, bool)
     if call.bias is not None:
         visible = visible & (place.pairs("bias") != -jnp.inf)
     if isinstance(call.mask, TracedMask):

@@ -13,6 +13,7 @@ from seqattn.kernels.call import Call, Result, refuse_unknown
 from seqattn.kernels.guard import refuse_mesh_axes, refuse_platform, refuse_wide_integers, relaxed
 from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.no_gradient import is_floating, no_gradient
+from seqattn.kernels.reverse_mode import reverse_only
 from seqattn.kernels.tpu.plan import WIDEST, Operands, Plan, check, prepare
 from seqattn.platforms import on_tpu
 
@@ -31,7 +32,7 @@ def refuse(call: Call) -> None:
 def attend(call: Call, *, interpret: bool = False) -> Result:
     """Returns the output and the log-sum-exp of the logits, as `reference.attend`.
 
-    Supports reverse mode only.
+    Supports reverse mode only. Raises NotImplementedError for forward mode and second derivatives.
 
     Args:
         call: the call.
@@ -41,7 +42,8 @@ def attend(call: Call, *, interpret: bool = False) -> Result:
     if call.is_empty:
         return call.nothing()
     plan, operands = prepare(call, interpret=interpret)
-    return _attend(plan, operands)
+    with reverse_only():
+        return _attend(plan, operands)
 
 
 def _refuse(call: Call) -> None:

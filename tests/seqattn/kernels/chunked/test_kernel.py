@@ -218,6 +218,30 @@ def test_dropout_is_the_same_for_every_tile(monkeypatch):
         close(actual, expected)
 
 
+@pytest.mark.parametrize("mask", [None, Causal()])
+def test_a_score_mod_that_is_infinite_at_zero_meets_no_padding(mask):
+    """Padding has no pair whose logarithm is infinite, which would make the gradient of the parameter NaN."""
+    inputs = {name: jnp.abs(jnp.asarray(x)) + 0.1 for name, x in arrays(SHAPE).items()}
+
+    def loss(implementation, scale, inputs):
+        def logarithm(score, query, key, head):
+            # Masked pairs have scores of 0 by contract: it must be finite there, where there is a mask.
+            return scale * jnp.log(score if mask is None else jnp.where(score == 0, 1, score))
+
+        mod = ScoreFunction(logarithm)
+        return jnp.sum(jnp.sin(attend(**inputs, mask=mask, score_mod=mod, implementation=implementation)))
+
+    for found, expected in zip(
+        *(
+            jax.tree.leaves(jax.jit(jax.grad(functools.partial(loss, name), (0, 1)))(jnp.float32(0.7), inputs))
+            for name in ("chunked", "reference")
+        ),
+        strict=True,
+    ):
+        assert np.isfinite(expected).all()
+        close(found, expected)
+
+
 def test_a_score_mod_of_infinite_slope_at_zero_meets_no_padding():
     """The queries that fill the last tile have scores of 0, where the slope of the square root is infinite."""
     inputs, directions = arrays(SHAPE), cotangents(SHAPE)

@@ -283,3 +283,13 @@ def test_on_another_machine_it_says_so():
     x = jnp.ones((1, 9, 2, 8))
     with pytest.raises(NotImplementedError, match="the TPU kernel runs on a tpu, and this is a cpu"):
         attend(x, x, x, implementation="tpu")
+
+
+def test_derivatives_that_only_the_reference_has_are_refused():
+    inputs = tuple(jnp.asarray(x) for x in arrays(SHAPE, "float32").values())
+
+    def loss(*inputs):
+        return jnp.sum(tpu.attend(_call(inputs, mask=Causal()), interpret=True)[0])
+
+    with small_tpu_tiles(), pytest.raises(NotImplementedError, match=r"forward-mode derivatives .* 'reference'"):
+        jax.jvp(loss, inputs, inputs)
