@@ -289,7 +289,7 @@ def test_derivatives_that_only_the_reference_has_are_refused():
     inputs = tuple(jnp.asarray(x) for x in arrays(SHAPE, "float32").values())
 
     def loss(*inputs):
-        return jnp.sum(tpu.attend(_call(inputs, mask=Causal()), interpret=True)[0])
+        return jnp.sum(tpu.attend(_call(inputs, mask=Causal(), at=AT), interpret=True)[0])
 
     with small_tpu_tiles(), pytest.raises(NotImplementedError, match=r"forward-mode derivatives .* 'reference'"):
         jax.jvp(loss, inputs, inputs)
