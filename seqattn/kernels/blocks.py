@@ -104,6 +104,21 @@ def kinds_of_tiles(
     return xp.broadcast_to(kinds, (kinds.shape[0], *tiles))
 
 
+def visits(number: int | None, total: int, queries: int, keys: int) -> str:
+    """Returns the note for `explain` on the tiles that a kernel visits; `number` is None if only the program knows."""
+    tiles = f"tiles of {queries} queries and {keys} keys"
+    if number is None:
+        return f"finds out at run time which of {total} {tiles} to visit"
+    return f"visits {number} of {total} {tiles}"
+
+
+def note(call: Any, queries: int, keys: int) -> str:
+    """Returns `visits` for a kernel whose grid has these tiles."""
+    kinds = kinds_of_tiles(call.mask, call.q_at, call.kv_at, queries, keys)
+    number = int((kinds != EMPTY).sum()) if isinstance(kinds, np.ndarray) else None
+    return visits(number, kinds.size, queries, keys)
+
+
 def _by_parts(
     mask: Mask | Array | None, q_at: Coordinates, kv_at: Coordinates, sizes: tuple[int, int], tiles: Sequence[int]
 ) -> Reach:

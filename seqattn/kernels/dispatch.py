@@ -64,8 +64,8 @@ class Implementation:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(reference.attend, reference.refuse),
     "cached": Implementation(cached.attend, cached.refuse, reads_columns=True),
-    "chunked": Implementation(chunked.attend, chunked.refuse, in_shares=True, rings=True),
-    "tpu": Implementation(tpu.attend, tpu.refuse, in_shares=True, typed=False),
+    "chunked": Implementation(chunked.attend, chunked.refuse, chunked.note, in_shares=True, rings=True),
+    "tpu": Implementation(tpu.attend, tpu.refuse, tpu.note, in_shares=True, typed=False),
     "hopper": Implementation(hopper.attend, hopper.refuse, in_shares=True, typed=False),
     "xla": Implementation(xla.attend, xla.refuse, xla.note),
     "cudnn": Implementation(cudnn.attend, cudnn.refuse, guard.lse_note, in_shares=True, typed=False),

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from seqattn.kernels.blocks import visits
 from seqattn.kernels.call import Call, Result, refuse_unknown
 from seqattn.kernels.chunked.backward import backward, with_gradients
 from seqattn.kernels.chunked.plan import Leaves, Plan, prepare
@@ -17,11 +18,28 @@ from seqattn.kernels.no_gradient import is_floating, no_gradient
 from seqattn.kernels.reverse_mode import reverse_only
 
 
+_MOST_PAIRS = 2**36
+"""Pairs of queries and keys up to which `note` lists the tiles."""
+
+
 def refuse(call: Call) -> None:
     """Raises NotImplementedError, with the reason, if `attend` cannot serve the call."""
     refuse_unknown("a grid of tiles", call.query.shape, call.key.shape)
     if call.value.shape[-1] == 0:
         raise NotImplementedError("tiles need a value dim of at least 1, got 0")
+
+
+def note(call: Call) -> str | None:
+    """Returns the note for `explain` on the tiles that the kernel visits; None if it would take long to list them."""
+    batch, length, num_heads = call.query.shape[:3]
+    if call.is_empty or batch * num_heads * length * call.key.shape[1] > _MOST_PAIRS:
+        return None
+    plan, leaves = prepare(call)
+    grid, tiles = plan.grid, plan.call(leaves).schedule
+    lanes, queries, _ = grid.counts
+    known = tiles.full.count is None and tiles.partial.count is None
+    number = sum(steps.at.shape[0] for steps in (tiles.full, tiles.partial)) if known else None
+    return visits(number, lanes * queries * -(-grid.size // grid.keys), grid.queries, grid.keys)
 
 
 def attend(call: Call) -> Result:

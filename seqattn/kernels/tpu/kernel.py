@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from seqattn.kernels import blocks
 from seqattn.kernels.call import Call, Result, refuse_unknown
 from seqattn.kernels.guard import refuse_mesh_axes, refuse_platform, refuse_wide_integers, relaxed
 from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.no_gradient import is_floating, no_gradient
 from seqattn.kernels.reverse_mode import reverse_only
 from seqattn.kernels.tpu.plan import WIDEST, Operands, Plan, check, prepare
+from seqattn.kernels.tpu.tiles import Tiles
 from seqattn.platforms import on_tpu
 
 _DTYPES = ("float32", "bfloat16")
@@ -27,6 +29,14 @@ def refuse(call: Call) -> None:
         # What a mask or a score modification does for each pair shows when it is traced; nothing is computed. The call
         # is no argument: coordinates and tables that are known must stay known.
         jax.eval_shape(lambda: check(call))
+
+
+def note(call: Call) -> str | None:
+    """Returns the note for `explain` on the tiles that the kernel visits."""
+    if call.is_empty:
+        return None
+    tiles = Tiles.of(*(x.shape[1] for x in (call.query, call.key)), max(call.query.shape[-1], call.value.shape[-1]))
+    return blocks.note(call, tiles.queries, tiles.keys)
 
 
 def attend(call: Call, *, interpret: bool = False) -> Result:

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from seqattn.attention import attend
+from seqattn.coordinates import Coordinates
 from seqattn.kernels import dispatch, reference
 from seqattn.kernels.dispatch import IMPLEMENTATIONS, TINY_PAIRS, Implementation, explain
-from seqattn.masks import Causal
+from seqattn.masks import Causal, SameSegment, SlidingWindow
 from seqattn.score_mods import Alibi, SoftCap
 
 X = jnp.ones((2, 7, 3, 5))
@@ -233,6 +235,24 @@ def test_an_explanation_tells_of_each(ran):
     assert told.refusals["reference"] is None
     assert told.notes["noisy"] == "the mask becomes a dense bias: nothing is skipped"
     assert not {"reference", "odd"} & told.notes.keys()
+
+
+def test_an_explanation_tells_the_tiles_that_a_mask_leaves():
+    x, narrow = jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.float32), Causal() & SlidingWindow(512)
+    for name, platform in (("chunked", "cpu"), ("tpu", "tpu")):
+        notes = [explain(x, x, x, mask=mask, platform=platform).notes[name] for mask in (None, Causal(), narrow)]
+        seen, total = zip(*([int(n) for n in re.findall(r"\d+", note)[:2]] for note in notes), strict=True)
+        assert seen[0] == total[0] > seen[1] > seen[2]
+    # Segments that only the program knows say nothing of the tiles yet.
+    segment = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+
+    def noted(segment):
+        at = Coordinates.from_segments(segment)
+        return explain(x, x, x, mask=SameSegment(), q_at=at, kv_at=at, platform="tpu").notes["tpu"]
+
+    told = []
+    jax.eval_shape(lambda segment: told.append(noted(segment)), segment)
+    assert told == ["finds out at run time which of 16 tiles of 512 queries and 512 keys to visit"]
 
 
 def test_an_explanation_chooses_none_where_the_call_would_fail(ran):
