@@ -121,8 +121,9 @@ def test_an_update_compiles_and_sends_what_its_axis_needs(compile_for, axis, tar
     params, tables = parameters(program)
     if axis in ("data", "sequence"):  # the gradients; of a tied table, those of look-ups and of logits
         assert params <= sent["all-reduce"] <= 1.02 * (params + tables)
-    if axis == "fsdp":  # each parameter once, as narrow as it is used
-        assert 0.98 * params <= sent["all-gather"] <= 1.02 * params
+    if axis == "fsdp":  # each parameter once, as narrow as it is used; TPUs gather a tied table for each of its uses
+        again = tables if target == "v5e-8" else 0
+        assert 0.98 * params <= sent["all-gather"] <= 1.02 * (params + again)
         assert params <= sent["all-reduce"] + sent.get("reduce-scatter", 0) <= 1.02 * (params + tables)
     if axis == "tensor":  # activations; of the parameters only split biases
         assert sent["all-gather"] < MIB
@@ -142,13 +143,22 @@ def test_a_model_that_fits_nowhere_whole_is_evaluated_in_parts(compile_for):
     assert answer["temp_bytes"] + answer["argument_bytes"] < 2 * params / 3
 
 
+@pytest.mark.parametrize(
+    ("model", "calls", "again", "stacks"),
+    [
+        # Self attention of encoder and decoder, and cross attention.
+        ("base-scan", 3, 0, 2),
+        # Self attention, computed again in the backward pass.
+        ("decoder", 1, 1, 1),
+    ],
+)
 @pytest.mark.slow
-def test_an_update_on_tpus_holds_the_kernel_and_no_loop_over_tiles(compile_for):
-    """Self attention of encoder and decoder and cross attention, each with a forward pass and two kernels backward."""
-    answer = compile_for("update/base-scan/data", "v5e-8")
-    assert answer["tpu_kernels"] == {"seqattn": 6, "seqattn_transposed": 3}
-    # The layers of encoder and decoder, forward and backward, are the only loops.
-    assert answer["loops"] == 4
+def test_an_update_on_tpus_holds_the_kernel_and_no_loop_over_tiles(compile_for, model, calls, again, stacks):
+    """Each call has a forward pass, a kernel for the gradients of queries, and one for those of keys and values."""
+    answer = compile_for(f"update/{model}/data", "v5e-8")
+    assert answer["tpu_kernels"] == {"seqattn": (2 + again) * calls, "seqattn_transposed": calls}
+    # The layers of each stack, forward and backward, are the only loops.
+    assert answer["loops"] == 2 * stacks
 
 
 @pytest.mark.slow
