@@ -25,8 +25,11 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2 // count)
 from tests.train.conftest import TINY
 from pathlib import Path
+from train.data import tokenized
+from train.data.cache_folder import DataCache
 from train.engine import loop
 from train.devices import environment
+from train.tasks import ParallelFiles
 from train.devices.parallel import Sharded
 from train.devices.processes import Processes
 
@@ -34,6 +37,12 @@ processes = Processes(f"127.0.0.1:{port}", count, index, timeout=60) if count > 
 settings = json.loads(sys.argv[5])
 if "parallel" in settings:
     settings["parallel"] = Sharded(**settings["parallel"])
+if "texts" in settings:
+    texts, tokenized.SHARD = Path(settings.pop("texts")), 32
+    held_out = {"validation_examples": 5, "test_examples": 4}
+    settings["task"] = ParallelFiles(source=texts / "source", target=texts / "target", **held_out)
+    settings["data_cache"] = DataCache(Path(settings["cache"]), 0) if settings.pop("cached") else DataCache()
+    del settings["cache"]
 experiment = dataclasses.replace(TINY, run=Path(folder), processes=processes, **settings)
 environment.command(lambda: loop.train(experiment))
 """
@@ -82,6 +91,25 @@ def test_c10_two_processes_train_evaluate_save_and_end_as_one(parallel, tmp_path
     )
     assert [row[:2] for row in one] == [row[:2] for row in two]
     assert [row[2] for row in two] == pytest.approx([row[2] for row in one], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_a_token_cache_train_as_in_memory(tmp_path):
+    lines = [f"{number:b} {'ab' * (number % 4)}" for number in range(90)]
+    for name, step in (("source", 1), ("target", -1)):
+        (tmp_path / name).write_text("".join(f"{line[::step]}\n" for line in lines))
+    settings = {"texts": str(tmp_path), "cache": str(tmp_path / "cache")}
+    settings |= {"steps": 4, "evaluate_every": 4, "bleu": False}
+    for name, cached in (("memory", False), ("cached", True)):
+        given = settings | {"cached": cached}
+        first, second = ended(start(tmp_path / name, given, given))
+        # Only the first process tells that it tokenizes.
+        assert (first.count("tokenizing 81 training examples"), second.count("tokenizing")) == (cached, 0)
+    (folder,) = (path for path in (tmp_path / "cache").glob("*/tokens-*") if path.suffix != ".work")
+    assert len(list(folder.glob("0*.arrow"))) == 3
+    memory, cached = (jax.tree.leaves(run.load(tmp_path / name).model) for name in ("memory", "cached"))
+    for before, after in zip(memory, cached, strict=True):
+        np.testing.assert_array_equal(before, after)
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from seqattn import Coordinates
 from seqattn.models import Encoder, EncoderDecoder
@@ -24,8 +26,7 @@ def draw_heads(model: Encoder, tokenizer: Tokenizer, texts: Sequence[str], folde
         ids = tokenizer.encode(shown)
         if not ids:
             continue
-        at = Coordinates.from_lengths([len(ids)], len(ids))
-        heads = fetch(model.attention(jnp.asarray([ids], jnp.int32), at))[0]
+        heads = fetch(_attention(model, jnp.asarray([ids], jnp.int32)))[0]
         folder.mkdir(parents=True, exist_ok=True)
         names = tokenizer.tokens(ids)
         paths += attention_map(heads, names, names, folder / f"{number}-heads", title=shown)
@@ -71,10 +72,7 @@ def _draw(
     model: EncoderDecoder, tokenizer: Tokenizer, ids: list[int], target: list[int], path_stem: Path, title: str
 ) -> list[Path]:
     batch = collate([(ids, target)])
-    memory = model.encode(jnp.asarray(batch["source"]), Coordinates.from_lengths([len(ids)], len(ids)))
-    inputs = jnp.asarray(batch["target"][:, :-1])
-    weights = model.alignment(inputs, Coordinates.from_lengths([inputs.shape[1]], inputs.shape[1]), memory)
-    heads = fetch(weights)[0]
+    heads = fetch(_alignment(model, jnp.asarray(batch["source"]), jnp.asarray(batch["target"][:, :-1])))[0]
     if not len(heads):
         return []
     path_stem.parent.mkdir(parents=True, exist_ok=True)
@@ -84,3 +82,22 @@ def _draw(
         each = path_stem.with_name(f"{path_stem.name}-heads")
         paths += attention_map(heads, *labels, each, title=f"every head: {title}")
     return paths
+
+
+# One program for each shape. Run one by one, the operations of a small model would be compiled for minutes.
+@nnx.jit
+def _alignment(model: EncoderDecoder, source: Int[Array, "1 S"], inputs: Int[Array, "1 T"]) -> Float[Array, "1 N T S"]:
+    """Returns the attention of each target token to the source."""
+    memory = model.encode(source, _whole(source))
+    return model.alignment(inputs, _whole(inputs), memory)
+
+
+@nnx.jit
+def _attention(model: Encoder, text: Int[Array, "1 T"]) -> Float[Array, "1 N T T"]:
+    """Returns the self-attention of all heads."""
+    return model.attention(text, _whole(text))
+
+
+def _whole(text: Int[Array, "1 T"]) -> Coordinates:
+    """Returns the coordinates of one text without padding."""
+    return Coordinates.from_lengths([text.shape[1]], text.shape[1])

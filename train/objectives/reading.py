@@ -156,11 +156,18 @@ def _draw(model: Captioner, tokenizer: Tokenizer, image: np.ndarray, output: str
     room = model.room(len(image))
     batch = collate([(image, target[: None if room is None else room + 1])])
     inputs = jnp.asarray(batch["target"][:, :-1])
-    at = Coordinates.from_lengths([inputs.shape[1]], inputs.shape[1])
-    heads = fetch(model.alignment(inputs, at, _encode(model, batch["source"], batch["source_length"])))[0]
+    heads = fetch(_alignment(model, batch["source"], batch["source_length"], inputs))[0]
     if not len(heads):
         return []
     weights = heads.astype(np.float64).mean(axis=0).reshape(-1, *model.grid(*image.shape[:2]))
     path_stem.parent.mkdir(parents=True, exist_ok=True)
     labels = tokenizer.tokens(target[1 : len(weights) + 1])
     return [*attention_over_image(image, weights, labels, path_stem, title=f"read: {output}")]
+
+
+# One program for each shape. Run one by one, the operations of a small model would be compiled for minutes.
+@nnx.jit
+def _alignment(model: Captioner, source: jax.Array, length: jax.Array, inputs: jax.Array) -> jax.Array:
+    """Returns the attention `[1, N, T, S]` of each token to the picture."""
+    at = Coordinates.from_lengths([inputs.shape[1]], inputs.shape[1])
+    return model.alignment(inputs, at, _encode(model, source, length))
