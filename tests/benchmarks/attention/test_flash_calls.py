@@ -4,6 +4,7 @@ A stand-in attends as the parameters of the packages say. What it gets is right 
 """
 
 import dataclasses
+import itertools
 import sys
 import types
 
@@ -47,7 +48,7 @@ def attends_in_parts(query, key, value, *, cu_seqlens_q, cu_seqlens_k, max_seqle
     """What `flash_attn_varlen_func` documents."""
     assert cu_seqlens_q.tolist() == cu_seqlens_k.tolist()
     assert max_seqlen_q == max_seqlen_k == max(np.diff(cu_seqlens_q))
-    parts = [slice(*pair) for pair in zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], strict=True)]
+    parts = [slice(*pair) for pair in itertools.pairwise(cu_seqlens_q)]
     assert parts[0].start == 0
     assert parts[-1].stop == len(query)
     outputs = [attends(*(x[None, part] for x in (query, key, value)), **options)[0] for part in parts]
