@@ -57,14 +57,14 @@ def _call(
 ) -> AttentionCall:
     """Builds a call with the parameters of jax.nn; `windows` says whether `local_window_size` is one of them.
 
-    Raises NotImplementedError for a soft cap.
+    Raises NotImplementedError for a soft cap, which is none of them.
     """
     pattern, shape = case.pattern, case.shape
     if pattern == "full":
         return AttentionCall(attention, "")
     if pattern == "causal":
         return AttentionCall(functools.partial(attention, is_causal=True), "is_causal")
-    patterns.refuse_cap(pattern, "the parameters of jax.nn.dot_product_attention")
+    patterns.refuse_cap(pattern, "jax.nn.dot_product_attention")
     if (size := patterns.window(pattern)) and windows:
         native = functools.partial(attention, is_causal=True, local_window_size=(size - 1, 0))
         return AttentionCall(native, "is_causal, local_window_size")
