@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,7 @@ from benchmarks.compile.arguments import arguments_of
 from benchmarks.compile.attention_programs import LENGTH, attention_programs
 from benchmarks.compile.decoding_programs import decoding_programs
 from benchmarks.compile.kernel_programs import kernel_programs
-from benchmarks.compile.program import Program, matching
-from benchmarks.compile.worker import first_line
+from benchmarks.compile.program import Program, first_line, matching
 from train.devices import environment
 
 AGREES, NOT_COMPARED, FAILED = "agrees", "not compared", "failed"
@@ -55,8 +53,6 @@ class ExecutionArguments:
     """Number of queries and keys of attention, a multiple of 128. The names of programs contain it."""
     seconds: float = 300
     """No program is begun after this time. Both processes have it."""
-    threads: int = 4
-    """Number of programs that are compiled at the same time."""
     json: Path | None = None
     """File to append one line of JSON per program to."""
     write: Path | None = None
@@ -182,17 +178,12 @@ def _check_called(program: Program, called: dict[str, int]) -> None:
 
 
 def compare_all(
-    programs: dict[str, Program], folder: Path, deadline: float, threads: int
+    programs: dict[str, Program], folder: Path, deadline: float
 ) -> Iterator[tuple[Program, dict[str, Any]]]:
     """Yields the outcome of each program, in order."""
-
-    def one(program: Program) -> dict[str, Any]:
-        if time.monotonic() > deadline:
-            return {"status": NOT_COMPARED, "reason": "the time was over"}
-        return compare(program, folder)
-
-    with ThreadPoolExecutor(threads) as pool:
-        yield from zip(programs.values(), pool.map(one, programs.values()), strict=True)
+    for program in programs.values():
+        is_late = time.monotonic() > deadline
+        yield program, {"status": NOT_COMPARED, "reason": "the time was over"} if is_late else compare(program, folder)
 
 
 def _on_the_cpu(arguments: ExecutionArguments, folder: Path) -> None:
@@ -209,7 +200,10 @@ def main(arguments: ExecutionArguments) -> int:
         raise ValueError(f"length ({arguments.length}) must be a multiple of 128")
     begun = time.monotonic()
     every, missing = programs_here(arguments.length)
-    chosen = matching(command.words(arguments.programs) or tuple(every), every)
+    # Groups whose libraries are missing are told, not unknown.
+    words = [word for word in command.words(arguments.programs) if word.split("/")[0] not in missing]
+    named = {word.split("/")[0] for word in command.words(arguments.programs)} or set(missing)
+    chosen = matching(words, every) if words or arguments.programs else list(every.values())
     programs = {each.name: each for each in chosen}
     if arguments.write is not None:
         write_all(
@@ -222,11 +216,11 @@ def main(arguments: ExecutionArguments) -> int:
             _on_the_cpu(arguments, folder)
             begun = time.monotonic()
         outcomes = []
-        for program, fields in compare_all(programs, folder, begun + arguments.seconds, arguments.threads):
+        for program, fields in compare_all(programs, folder, begun + arguments.seconds):
             outcomes.append(fields["status"])
             _show(program.name, program.sizes, fields, arguments.json)
-    if not arguments.programs:
-        for group, reason in missing.items():
+    for group, reason in missing.items():
+        if group in named:
             _show(group, {}, {"status": NOT_INSTALLED, "reason": reason}, arguments.json)
     print(*(f"{count} {status}" for status, count in Counter(outcomes).items()), sep=", ")
     return int(AGREES not in outcomes or WRONG in outcomes or FAILED in outcomes)

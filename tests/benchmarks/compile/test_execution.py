@@ -77,6 +77,17 @@ def test_all_that_agrees_is_a_success_and_nothing_compared_is_none(few, tmp_path
     assert main(ExecutionArguments(programs=("attention/unable",), against=tmp_path, length=128)) == 1
 
 
+def test_a_group_whose_libraries_are_missing_is_told(few, tmp_path, capsys):
+    main(ExecutionArguments(write=tmp_path, length=128))
+    words = ("update/base", "attention/other")
+    assert main(ExecutionArguments(programs=words, against=tmp_path, length=128)) == 0
+    assert "No module named 'datasets'" in capsys.readouterr().out
+    assert main(ExecutionArguments(programs=("attention/other",), against=tmp_path, length=128)) == 0
+    assert "datasets" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no program 'attention/missing'"):
+        main(ExecutionArguments(programs=("attention/missing",), against=tmp_path, length=128))
+
+
 def test_no_program_begins_after_its_time(few, tmp_path, capsys):
     main(ExecutionArguments(write=tmp_path, length=128))
     assert main(ExecutionArguments(against=tmp_path, length=128, seconds=-1)) == 1
