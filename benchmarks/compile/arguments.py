@@ -60,7 +60,7 @@ def _of_model(program: Program, name: str, integers: list[str], info: Any, rng: 
         return _NUMBERS.get(next((word for word in _NUMBERS if word in name), ""), _small)(shape, rng)
     if "position" in name:
         return np.broadcast_to(np.arange(shape[-1]), shape) if program.group == "update" and shape else np.ones(shape)
-    if "segment" in name or (program.group == "decode" and not name.endswith("[1]")):
+    if "segment" in name or (program.group == "decode" and name != "[0][1]"):
         return np.ones(shape)
     is_token = any(word in name for word in ("source", "target", "label")) or program.group == "decode"
     return rng.integers(1, vocab, shape) if is_token else np.zeros(shape)
