@@ -30,9 +30,12 @@ class Row:
     pairs: tuple
 
 
-def attention(query, key, value, *, visible=True, bias=0.0, scale=None, kept=1.0) -> Attended:
-    """Softmax attention; `kept` multiplies the weights after the softmax (dropout)."""
-    call = _Call(query, key, value, visible, bias, scale, kept)
+def attention(query, key, value, *, visible=True, bias=0.0, scale=None, kept=1.0, cap=np.inf) -> Attended:
+    """Softmax attention; `kept` multiplies the weights after the softmax (dropout).
+
+    A finite `cap` makes `cap * tanh(score / cap)` of each scaled product, before the bias.
+    """
+    call = _Call(query, key, value, visible, bias, scale, kept, cap)
     output = np.zeros((*call.query.shape[:-1], call.value.shape[-1]))
     lse, weights = np.full(call.query.shape[:-1], -np.inf), np.zeros(call.visible.shape)
     for row in call.rows():
@@ -43,13 +46,13 @@ def attention(query, key, value, *, visible=True, bias=0.0, scale=None, kept=1.0
 
 
 def attention_gradients(
-    query, key, value, d_output, d_lse, *, visible=True, bias=0.0, scale=None, kept=1.0
+    query, key, value, d_output, d_lse, *, visible=True, bias=0.0, scale=None, kept=1.0, cap=np.inf
 ) -> dict[str, np.ndarray]:
-    """Gradients of `sum(d_output * output) + sum(d_lse * lse)` by query, key, value, bias and scale."""
-    call = _Call(query, key, value, visible, bias, scale, kept)
+    """Gradients of `sum(d_output * output) + sum(d_lse * lse)` by query, key, value, bias, scale and a finite cap."""
+    call = _Call(query, key, value, visible, bias, scale, kept, cap)
     d_output, d_lse = _one_batch(d_output, 3), _one_batch(d_lse, 2)
     d_query, d_key, d_value = (np.zeros_like(x) for x in (call.query, call.key, call.value))
-    d_bias, d_scale = np.zeros(call.visible.shape), 0.0
+    d_bias, d_scale, d_cap = np.zeros(call.visible.shape), 0.0, 0.0
     for row in call.rows():
         weights, _ = call.softmax(row)
         keys, kept_here, d_row = call.key[row.keys], call.kept[row.pairs], d_output[row.at]
@@ -57,11 +60,17 @@ def attention_gradients(
         d_weights = kept_here * (call.value[row.keys] @ d_row)
         d_logits = weights * (d_weights - weights @ d_weights) + weights * d_lse[row.at]
         d_bias[row.pairs] = d_logits
+        if np.isfinite(cap):
+            part = call.products(row) / cap
+            bent = np.tanh(part)
+            d_cap += d_logits @ (bent - part * (1 - bent**2))
+            d_logits = d_logits * (1 - bent**2)
         d_scale += d_logits @ (keys @ call.query[row.at])
         d_query[row.at] = call.scale * d_logits @ keys
         d_key[row.keys] += call.scale * np.outer(d_logits, call.query[row.at])
     pairs = (*np.shape(query)[:-3], *d_bias.shape[1:])
-    return {
+    of_cap = {"cap": np.asarray(d_cap)} if np.isfinite(cap) else {}
+    return of_cap | {
         "query": d_query.reshape(np.shape(query)),
         "key": d_key.reshape(np.shape(key)),
         "value": d_value.reshape(np.shape(value)),
@@ -73,12 +82,13 @@ def attention_gradients(
 class _Call:
     """The arguments in float64 with one batch dim, the pairs broadcast to `[B, N, T, S]`."""
 
-    def __init__(self, query, key, value, visible, bias, scale, kept) -> None:
+    def __init__(self, query, key, value, visible, bias, scale, kept, cap) -> None:
         full = (*np.shape(query)[:-3], np.shape(query)[-2], np.shape(query)[-3], np.shape(key)[-3])
         self.query, self.key, self.value = (_one_batch(x, 3) for x in (query, key, value))
         self.bias, self.kept = (_one_batch(np.broadcast_to(_wide(x), full), 3) for x in (bias, kept))
         self.visible = _one_batch(np.broadcast_to(np.asarray(visible), full), 3).astype(bool) & (self.bias != -np.inf)
         self.scale = self.query.shape[-1] ** -0.5 if scale is None else float(scale)
+        self.cap = float(cap)
 
     def rows(self) -> Iterator[Row]:
         batch, num_heads, length, _ = self.visible.shape
@@ -88,8 +98,14 @@ class _Call:
             if seen.size:
                 yield Row((b, t, n), (b, seen, n // group), (b, n, t, seen))
 
+    def products(self, row: Row) -> np.ndarray:
+        return self.scale * (self.key[row.keys] @ self.query[row.at])
+
     def softmax(self, row: Row) -> tuple[np.ndarray, float]:
-        logits = self.scale * (self.key[row.keys] @ self.query[row.at]) + self.bias[row.pairs]
+        scores = self.products(row)
+        if np.isfinite(self.cap):
+            scores = self.cap * np.tanh(scores / self.cap)
+        logits = scores + self.bias[row.pairs]
         peak = logits.max()
         total = np.exp(logits - peak).sum()
         return np.exp(logits - peak) / total, peak + np.log(total)

@@ -59,7 +59,8 @@ def dead_links(text: str, root: Path) -> list[str]:
 def tree() -> set[str]:
     modules = (path for folder in ("seqattn", "train", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py"))
     beside = (path for folder in (ROOT, ROOT / "findings") for path in folder.iterdir() if path.is_file())
-    return {path.relative_to(ROOT).as_posix() for path in (*modules, *beside)}
+    scripts = (ROOT / "benchmarks").glob("*.sh")
+    return {path.relative_to(ROOT).as_posix() for path in (*modules, *beside, *scripts)}
 
 
 def train_commands(text: str) -> list[list[str]]:

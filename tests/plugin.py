@@ -40,6 +40,9 @@ def pytest_configure(config: pytest.Config) -> None:
     environment.configure()
     if config.option.markexpr != "gpu":
         jax.config.update("jax_platforms", "cpu")
+    else:
+        # Several workers share the GPU; by default each process takes most of its memory.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     if (cache := getattr(config, "cache", None)) is not None:

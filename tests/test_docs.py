@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from benchmarks import long_sequences
+from benchmarks.training import long_sequences
 from tests.pages import (
     EXPERIMENTS,
     ROOT,

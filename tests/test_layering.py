@@ -29,7 +29,7 @@ ROWS = (
     "seqattn.__init__",
     "train",
     "benchmarks.bench",
-    "benchmarks.attention benchmarks.decoding benchmarks.training benchmarks.long_sequences benchmarks.__init__",
+    "benchmarks.attention benchmarks.decoding benchmarks.training benchmarks.__init__",
     "benchmarks.compile",
 )
 RANK = {layer: rank for rank, row in enumerate(ROWS) for layer in row.split()}

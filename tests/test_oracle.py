@@ -1,6 +1,7 @@
 """The oracle against first principles: its gradients by central differences, its softmax by hand."""
 
 import numpy as np
+import pytest
 
 from tests import oracle
 
@@ -29,9 +30,10 @@ def test_two_keys_by_hand():
     np.testing.assert_allclose(result.lse, [[np.log(4)]])
 
 
-def test_gradients_of_attention_are_central_differences():
+@pytest.mark.parametrize("cap", [{}, {"cap": np.array(1.3)}], ids=["plain", "capped"])
+def test_gradients_of_attention_are_central_differences(cap):
     inputs = {"query": _random(2, 3, 4, 2), "key": _random(2, 5, 2, 2, seed=1), "value": _random(2, 5, 2, 3, seed=2)}
-    inputs |= {"bias": _random(2, 1, 3, 1, seed=3), "scale": np.array(0.7)}
+    inputs |= {"bias": _random(2, 1, 3, 1, seed=3), "scale": np.array(0.7)} | cap
     visible = _random(2, 4, 3, 5, seed=4) > -0.5
     visible[1, 2, 0] = False
     options = {"visible": visible, "kept": np.abs(_random(2, 4, 3, 5, seed=5))}

@@ -33,6 +33,16 @@ class Error:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """What is done to the scores of the query heads that share a key head."""
+
+    slopes: np.ndarray
+    """ALiBi's penalty per token of distance, `[G]`."""
+    cap: float = 0.0
+    """The limit of a soft cap; 0 for none."""
+
+
+@dataclass(frozen=True)
 class Exact:
     """Exact answers for (batch row, key head) pairs; a random sample if all would take too long."""
 
@@ -72,7 +82,8 @@ def solve(case: AttentionCase, tolerance: float | None = None) -> Exact:
         of = [heads, slice(k, k + 1), slice(k, k + 1), heads]
         query, key, value, *d_output = (x[b, :, h].astype(np.float64) for x, h in zip(inputs, of, strict=False))
         row = spans.row(b)
-        answers[b, k] = _attend(query, key[:, 0], value[:, 0], d_output[0] if d_output else None, row, slopes[heads])
+        scored = Scored(slopes[heads], patterns.cap(case.pattern))
+        answers[b, k] = _attend(query, key[:, 0], value[:, 0], d_output[0] if d_output else None, row, scored)
     return Exact(answers, TOLERANCES[case.dtype] if tolerance is None else tolerance)
 
 
@@ -91,24 +102,25 @@ def _attend(
     value: np.ndarray,
     d_output: np.ndarray | None,
     spans: patterns.Spans,
-    slopes: np.ndarray,
+    scored: Scored,
 ) -> Answer:
     """Attends queries `[T, G, D]` to keys and values `[S, D]` tile by tile; adds gradients if there is a cotangent."""
     scale = query.shape[-1] ** -0.5
     answer = {"output": np.zeros_like(query)}
     if d_output is not None:
         answer |= {"d_query": np.zeros_like(query), "d_key": np.zeros_like(key), "d_value": np.zeros_like(value)}
-    for g, slope in enumerate(slopes):
+    for g, slope in enumerate(scored.slopes):
         for rows in _tiles(spans):
             keys = slice(int(spans.first[rows].min()), int(spans.beyond[rows].max()))
-            weights = _weights(query[rows, g] @ (scale * key[keys].T), rows, keys, spans, slope)
+            logits, slant = _capped(query[rows, g] @ (scale * key[keys].T), scored.cap)
+            weights = _weights(logits, rows, keys, spans, slope)
             answer["output"][rows, g] = weights @ value[keys]
             if d_output is not None:
                 d_rows = d_output[rows, g]
                 answer["d_value"][keys] += weights.T @ d_rows
                 d_logits = d_rows @ value[keys].T
                 d_logits -= (weights * d_logits).sum(axis=1, keepdims=True)
-                d_logits *= scale * weights
+                d_logits *= scale * weights * slant
                 answer["d_query"][rows, g] = d_logits @ key[keys]
                 answer["d_key"][keys] += d_logits.T @ query[rows, g]
     return answer
@@ -118,6 +130,14 @@ def _tiles(spans: patterns.Spans) -> list[slice]:
     length = len(spans.first)
     step = max(16, _TILE // int(spans.beyond.max()))
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _capped(logits: np.ndarray, cap: float) -> tuple[np.ndarray, np.ndarray | float]:
+    """Returns softly capped scores, and their derivative by the scores."""
+    if not cap:
+        return logits, 1.0
+    bent = np.tanh(logits / cap)
+    return cap * bent, 1 - np.square(bent)
 
 
 def _weights(logits: np.ndarray, rows: slice, keys: slice, spans: patterns.Spans, slope: float) -> np.ndarray:

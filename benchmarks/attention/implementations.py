@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from benchmarks.attention import jax_calls, pytorch_calls, seqattn_calls
+from benchmarks.attention import flash_calls, jax_calls, pytorch_calls, seqattn_calls
 from benchmarks.attention.call import AttentionCall, prepare
 from benchmarks.attention.case import AttentionCase
 from benchmarks.bench import machine
@@ -37,7 +37,7 @@ NAMES: dict[str, PrepareCall] = {
     "tokamax": _in_jax(jax_calls.tokamax),
     **{f"tokamax:{name}": _in_jax(jax_calls.tokamax, name) for name in ("xla_chunked", "triton", "mosaic", "cudnn")},
     "torch:sdpa": _in_pytorch("sdpa"),
-    "torch:flex": _in_pytorch("flex"),
+    **{f"torch:{name}": _in_pytorch(name) for name in ("flex", *flash_calls.CALLS)},
 }
 
 BASELINE = "jax.nn:xla"
@@ -45,7 +45,10 @@ BASELINE = "jax.nn:xla"
 
 SHORT = ("seqattn", "jax.nn:xla", "tokamax", "torch:sdpa")
 
-_ON_GPU = ("jax.nn:cudnn", "tokamax:triton", "tokamax:mosaic", "tokamax:cudnn", "seqattn:cudnn", "seqattn:hopper")
+_ON_GPU = (
+    *("jax.nn:cudnn", "tokamax:triton", "tokamax:mosaic", "tokamax:cudnn", "seqattn:cudnn", "seqattn:hopper"),
+    *(f"torch:{name}" for name in flash_calls.CALLS),
+)
 _ON_TPU = ("seqattn:tpu", "seqattn:splash")
 
 

@@ -32,6 +32,9 @@ def tokamax(case: AttentionCase, implementation: str | None) -> AttentionCall:
     """`tokamax.dot_product_attention`; with implementation None it chooses its own."""
     tokamax = _import_tokamax()
     attention = functools.partial(tokamax.dot_product_attention, implementation=implementation)
+    if cap := patterns.cap(case.pattern):
+        capped = functools.partial(attention, is_causal=True, logits_soft_cap=cap)
+        return AttentionCall(capped, "is_causal, logits_soft_cap")
     return _call(attention, case, windows=True)
 
 
@@ -52,14 +55,18 @@ def _import_tokamax() -> Any:
 def _call(
     attention: Callable[..., Array], case: AttentionCase, *, windows: bool, bias_dtype: str = "float32"
 ) -> AttentionCall:
-    """Builds a call with the parameters of jax.nn; `windows` says whether `local_window_size` is one of them."""
+    """Builds a call with the parameters of jax.nn; `windows` says whether `local_window_size` is one of them.
+
+    Raises NotImplementedError for a soft cap, which is none of them.
+    """
     pattern, shape = case.pattern, case.shape
     if pattern == "full":
         return AttentionCall(attention, "")
     if pattern == "causal":
         return AttentionCall(functools.partial(attention, is_causal=True), "is_causal")
-    if pattern == "window" and windows:
-        native = functools.partial(attention, is_causal=True, local_window_size=(patterns.WINDOW - 1, 0))
+    patterns.refuse_cap(pattern, "jax.nn.dot_product_attention")
+    if (size := patterns.window(pattern)) and windows:
+        native = functools.partial(attention, is_causal=True, local_window_size=(size - 1, 0))
         return AttentionCall(native, "is_causal, local_window_size")
     if pattern == "alibi":
         # The causal mask stays native: a bias of -inf loses accuracy and, with cuDNN, prevents skipping tiles.

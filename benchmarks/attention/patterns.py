@@ -8,7 +8,9 @@ from benchmarks.attention.shapes import Shape
 from benchmarks.bench import machine
 
 WINDOW = 256
+LONG_WINDOW = 512
 DOCUMENTS = 16
+CAP = 3.0  # the inputs have scores of some -5 to 5: a result without the cap is wrong, and the time is the same
 _SEED = 20261101
 
 PATTERNS = {
@@ -18,6 +20,8 @@ PATTERNS = {
     "documents": f"{DOCUMENTS} packed documents of random lengths, causal in each",
     "prefix": "causal, and the first quarter of the keys for every query",
     "alibi": "causal, with ALiBi's slopes added to the scores",
+    "window-512": f"the {LONG_WINDOW} latest keys",
+    "cap": f"causal, with scores capped softly at {CAP:g}",
 }
 
 
@@ -54,8 +58,8 @@ def spans(pattern: str, shape: Shape) -> Spans:
     zero = np.zeros_like(query)
     if pattern == "full":
         return Spans(zero, zero + shape.size)
-    if pattern == "window":
-        return Spans(np.maximum(zero, query - WINDOW + 1), query + 1)
+    if size := window(pattern):
+        return Spans(np.maximum(zero, query - size + 1), query + 1)
     if pattern == "prefix":
         return Spans(zero, np.maximum(query + 1, prefix_length(shape)))
     if pattern == "documents":
@@ -65,6 +69,22 @@ def spans(pattern: str, shape: Shape) -> Spans:
             np.maximum.accumulate(np.where(starts, query, 0), axis=1), np.broadcast_to(query + 1, segment.shape)
         )
     return Spans(zero, query + 1)
+
+
+def window(pattern: str) -> int:
+    """Returns the number of latest keys that a query of a window sees; 0 for other masks."""
+    return {"window": WINDOW, "window-512": LONG_WINDOW}.get(pattern, 0)
+
+
+def cap(pattern: str) -> float:
+    """Returns the value that no score exceeds: a score s becomes cap * tanh(s / cap). 0 for masks without one."""
+    return CAP if pattern == "cap" else 0.0
+
+
+def refuse_cap(pattern: str, library: str) -> None:
+    """Raises NotImplementedError for a soft cap, in the name of a library that has none."""
+    if cap(pattern):
+        raise NotImplementedError(f"{library} has no soft cap")
 
 
 def segments(shape: Shape) -> np.ndarray:

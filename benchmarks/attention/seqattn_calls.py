@@ -14,7 +14,7 @@ from seqattn.attention import attend
 from seqattn.coordinates import Coordinates
 from seqattn.kernels.dispatch import Explanation, explain
 from seqattn.masks import Causal, Prefix, SameSegment, SlidingWindow
-from seqattn.score_mods import Alibi
+from seqattn.score_mods import Alibi, SoftCap
 
 
 def call(case: AttentionCase, implementation: str | None) -> AttentionCall:
@@ -40,13 +40,16 @@ def _arguments(case: AttentionCase) -> tuple[Callable[..., dict[str, Any]], str]
     """Returns the further arguments of `attend`, as a function of the coordinates, and how they are written."""
     if case.pattern == "documents":
         return _packed, "Causal() & SameSegment()"
-    window, length = patterns.WINDOW, patterns.prefix_length(case.shape)
+    length, cap = patterns.prefix_length(case.shape), patterns.CAP
+    if window := patterns.window(case.pattern):
+        mask = Causal() & SlidingWindow(window)
+        return lambda: {"mask": mask}, f"Causal() & SlidingWindow({window})"
     given: dict[str, tuple[dict[str, Any], str]] = {
         "full": ({}, ""),
         "causal": ({"mask": Causal()}, "Causal()"),
-        "window": ({"mask": Causal() & SlidingWindow(window)}, f"Causal() & SlidingWindow({window})"),
         "prefix": ({"mask": Causal() | Prefix(length)}, f"Causal() | Prefix({length})"),
         "alibi": ({"mask": Causal(), "score_mod": Alibi()}, "Causal(), Alibi()"),
+        "cap": ({"mask": Causal(), "score_mod": SoftCap(cap)}, f"Causal(), SoftCap({cap:g})"),
     }
     arguments, words = given[case.pattern]
     return lambda: arguments, words

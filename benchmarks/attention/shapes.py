@@ -49,6 +49,8 @@ class Shape:
 _TARGETS = "the acceptance cases on a CPU"
 _LONG = "linear growth of memory with the length"
 _FLASH_3 = "FlashAttention-3, section 4.1: 16k tokens, model dim 2048 (arXiv 2407.08608)"
+_HOPPER = "the table of one Hopper GPU (benchmarks/on_gpu.sh)"
+_FLEX = "FlexAttention's own benchmark: attention-gym, examples/benchmark.py"
 _MULTI30K = "Multi30k: 4 heads, model dim 128, some 8,000 tokens a batch (arXiv 2105.14462)"
 _TRANSFORMER = (
     "Transformer base: 8 heads, model dim 512, 25,000 tokens a batch (arXiv 1706.03762, sections 3.2.2 and 5.1)"
@@ -65,6 +67,9 @@ _ALL = [
         for head_dim in (64, 128, 256)
         for length in (512, 1024, 2048, 4096, 8192, 16384)
     ),
+    Shape("hopper-t8192", 1, 8192, 8, 128, _HOPPER),
+    Shape("flex-t8192", 16, 8192, 16, 64, _FLEX),
+    Shape("flex-t32768", 16, 32768, 16, 64, f"{_FLEX}, of documents"),
     Shape(
         "llama3-8b", 1, 8192, 32, 128, "Llama 3 8B, trained on 8k tokens (arXiv 2407.21783, table 3)", num_kv_heads=8
     ),
@@ -84,7 +89,8 @@ SHAPES = {shape.name: shape for shape in _ALL}
 GROUPS = {
     "acceptance": ("cpu-t4096", "cpu-t2048", "cpu-t512", "cpu-t64"),
     "long": tuple(name for name in SHAPES if name.startswith("long-")),
-    "flash-attention-3": tuple(name for name in SHAPES if name.startswith("fa3-")),
+    "fa3": tuple(name for name in SHAPES if name.startswith("fa3-")),
+    "flex": tuple(name for name in SHAPES if name.startswith("flex-")),
     "gpu": tuple(f"fa3-t{length}-d{head_dim}" for head_dim in (64, 128) for length in (1024, 4096, 16384)),
     "models": ("llama3-8b", "gemma2-9b", "gpt2-small", "bert-base"),
     "seq2seq": ("transformer-base", "multi30k-target", "multi30k-memory"),

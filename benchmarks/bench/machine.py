@@ -97,11 +97,11 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Returns the commit of the checkout, with "+" if files differ from it; None outside a checkout."""
+    """Returns the commit of the checkout, with "+" if files differ from it; outside a checkout `SEQATTN_COMMIT`."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, timeout=10)
         changed = run([*git, "status", "--porcelain", "--untracked-files=no"]).stdout.strip()
         return run([*git, "rev-parse", "--short", "HEAD"]).stdout.strip() + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("SEQATTN_COMMIT")

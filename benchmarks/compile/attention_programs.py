@@ -32,12 +32,17 @@ _TILE = 128
 """Queries and keys of a tile of a vendor's kernel, to count the tiles that it visits."""
 
 
-def attention_programs() -> list[Program]:
-    """Makes the programs of all implementations that read plain keys and values."""
+def attention_programs(length: int = LENGTH, long: int | None = LONG) -> list[Program]:
+    """Makes the programs of all implementations that read plain keys and values.
+
+    Args:
+        length: the number of queries and of keys.
+        long: another length, for causal attention alone; None for no such programs.
+    """
     names = [name for name, each in IMPLEMENTATIONS.items() if not each.reads_columns]
-    cases = [(LENGTH, mask, direction) for mask in MASKS for direction in ("fwd", "bwd")]
+    cases = [(length, mask, direction) for mask in MASKS for direction in ("fwd", "bwd")]
     # Longer ones show whether memory grows with the length or with its square.
-    cases += [(LONG, "causal", direction) for direction in ("fwd", "bwd")]
+    cases += [(long, "causal", direction) for direction in ("fwd", "bwd") if long is not None]
     return [
         Program(
             f"attention/{name}/{mask}/t{length}/{direction}",

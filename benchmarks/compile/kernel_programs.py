@@ -47,7 +47,7 @@ _PATTERNS = {"cap": "causal"}
 _CASES = (*((name, 128) for name in CALLS if name != "causal"), ("causal", 64), ("causal", 256), ("documents", 64))
 
 
-def kernel_programs() -> list[Program]:
+def kernel_programs(length: int = _LENGTH) -> list[Program]:
     """Makes the programs: every call with a head dim of 128, and other head dims."""
     return [
         Program(
@@ -60,15 +60,15 @@ def kernel_programs() -> list[Program]:
         for kernel, platforms in KERNELS.items()
         for name, dim in _CASES
         for direction in ("fwd", "bwd")
-        if (case := _case(name, dim, direction))
+        if (case := _case(name, dim, direction, length))
     ]
 
 
-def _case(name: str, dim: int, direction: str) -> AttentionCase:
+def _case(name: str, dim: int, direction: str, length: int) -> AttentionCase:
     pattern = _PATTERNS.get(name, name)
     assert pattern in patterns.PATTERNS
     return AttentionCase(
-        Shape(f"t{_LENGTH}-h{dim}", 1, _LENGTH, _HEADS, dim, "this table"), pattern, direction, "bfloat16"
+        Shape(f"t{length}-h{dim}", 1, length, _HEADS, dim, "this table"), pattern, direction, "bfloat16"
     )
 
 

@@ -56,6 +56,14 @@ class Program:
         return self.name.split("/")[0]
 
 
+def first_line(error: Exception) -> str:
+    """Returns the type and the first line of an error, without the words that say only that XLA failed."""
+    line = next((" ".join(line.split()) for line in str(error).splitlines() if line.strip()), "no message")
+    if isinstance(error, NotImplementedError):
+        return line
+    return f"{type(error).__name__}: {line}"
+
+
 def matching(given: Sequence[str], programs: dict[str, Program]) -> list[Program]:
     """Returns the programs whose names are given, or begin with a given name and a slash.
 

@@ -20,7 +20,7 @@ from benchmarks.compile.collectives import traffic
 from benchmarks.compile.kernels import kernels, tpu_kernels, variables
 from benchmarks.compile.moved import moved
 from benchmarks.compile.products import products
-from benchmarks.compile.program import Program
+from benchmarks.compile.program import Program, first_line
 from benchmarks.compile.programs import PROGRAMS
 from benchmarks.compile.targets import TARGETS, Target
 
@@ -72,14 +72,6 @@ def answer(program: Program, target: Target, devices: Any, reports: Path) -> dic
         "flop": built.work.flop,
         "flop_bound": built.work.bound,
     }
-
-
-def first_line(error: Exception) -> str:
-    """Returns the type and the first line of an error, without the words that say only that XLA failed."""
-    line = next((" ".join(line.split()) for line in str(error).splitlines() if line.strip()), "no message")
-    if isinstance(error, NotImplementedError):
-        return line
-    return f"{type(error).__name__}: {line}"
 
 
 def main(name: str) -> None:

@@ -188,6 +188,13 @@ def _operations(events: Iterable[Any], whole: dict[str, list[Span]]) -> Iterator
             yield span, event.name
 
 
+def own_times(trace: ProfileData) -> Iterator[tuple[str, float]]:
+    """Yields the name and the nanoseconds of each device operation in a trace, without operations nested in it."""
+    for plane in trace.planes:
+        for line in plane.lines:
+            yield from _own_times(sorted(_operations(line.events, {})))
+
+
 def _own_times(operations: Iterable[tuple[Span, str]]) -> Iterator[tuple[str, float]]:
     """Yields the time of each operation without nested ones, as in a loop. Operations must be sorted by start."""
     open_ones: list[tuple[float, str, float]] = []  # end, name, and time without nested operations

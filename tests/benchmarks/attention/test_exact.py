@@ -20,9 +20,10 @@ def by_rows(case: AttentionCase) -> list[np.ndarray]:
         slopes = patterns.slopes(case.pattern, case.shape)[:, None, None]
         bias = np.where(np.isfinite(bias), -slopes * back, bias)
     visible = patterns.dense_mask(case.pattern, case.shape)
-    output = oracle.attention(query, key, value, visible=visible, bias=bias).output
+    options = {"visible": visible, "bias": bias, "cap": patterns.cap(case.pattern) or np.inf}
+    output = oracle.attention(query, key, value, **options).output
     d_lse = np.zeros(output.shape[:-1])
-    gradients = oracle.attention_gradients(query, key, value, d_output, d_lse, visible=visible, bias=bias)
+    gradients = oracle.attention_gradients(query, key, value, d_output, d_lse, **options)
     return [output, gradients["query"], gradients["key"], gradients["value"]]
 
 

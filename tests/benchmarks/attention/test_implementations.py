@@ -14,8 +14,18 @@ from seqattn.kernels.dispatch import IMPLEMENTATIONS
 ON_CPU = ["seqattn:reference", "jax.nn:xla", "flax.nnx"]
 
 
-@pytest.mark.parametrize("name", ON_CPU)
-@pytest.mark.parametrize("pattern", patterns.PATTERNS)
+WITHOUT_CAP = ["jax.nn:xla", "flax.nnx", "torch:sdpa"]
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        (name, pattern)
+        for name in ON_CPU
+        for pattern in patterns.PATTERNS
+        if not (name in WITHOUT_CAP and pattern == "cap")
+    ],
+)
 def test_output_and_gradients_are_right(name, pattern, monkeypatch):
     monkeypatch.setattr(patterns, "WINDOW", 7)
     case = AttentionCase(SHAPE, pattern, "bwd", "float32")
@@ -36,12 +46,30 @@ def test_the_default_choice_tells_what_it_chose():
 
 @pytest.mark.filterwarnings("default")  # PyTorch's compiler deprecates parts of itself
 @pytest.mark.parametrize("name", ["torch:sdpa", pytest.param("torch:flex", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("pattern", patterns.PATTERNS)
+@pytest.mark.parametrize("pattern", sorted(patterns.PATTERNS.keys() - {"cap"}))
 def test_pytorch_is_asked_for_the_same(name, pattern, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setattr(patterns, "WINDOW", 7)
     case = AttentionCase(SHAPE, pattern, "bwd" if name == "torch:sdpa" else "fwd", "float32")
     program = implementations.NAMES[name](case, case.inputs())
+    assert exact.solve(case).error(program.arrays(program.run())).right
+
+
+@pytest.mark.parametrize("name", WITHOUT_CAP)
+def test_a_library_without_a_soft_cap_refuses_it(name):
+    if name.startswith("torch"):
+        pytest.importorskip("torch")
+    case = AttentionCase(SHAPE, "cap", "fwd", "float32")
+    with pytest.raises(NotImplementedError, match="has no soft cap"):
+        implementations.NAMES[name](case, case.inputs())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_flex_attention_caps_scores():
+    pytest.importorskip("torch")
+    case = AttentionCase(SHAPE, "cap", "fwd", "float32")
+    program = implementations.NAMES["torch:flex"](case, case.inputs())
     assert exact.solve(case).error(program.arrays(program.run())).right
 
 
@@ -52,7 +80,7 @@ def test_what_needs_more_memory_than_there_is_is_refused(monkeypatch):
         implementations.NAMES["jax.nn:xla"](case, case.inputs())
 
 
-@pytest.mark.parametrize("name", ["torch:sdpa", "torch:flex", "tokamax"])
+@pytest.mark.parametrize("name", ["torch:sdpa", "torch:flex", "torch:flash-2", "torch:flash-3", "tokamax"])
 def test_peers_are_imported_only_when_they_are_asked(name, monkeypatch):
     for module in ("torch", "tokamax"):
         monkeypatch.setitem(sys.modules, module, None)

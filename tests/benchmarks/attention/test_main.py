@@ -100,7 +100,7 @@ def test_one_of_ours_that_is_wrong_fails_the_command(monkeypatch, capsys):
     assert "WRONG" in printed
 
 
-@pytest.mark.parametrize("name", ["torch:sdpa", "torch:flex", "tokamax"])
+@pytest.mark.parametrize("name", ["torch:sdpa", "torch:flex", "torch:flash-2", "torch:flash-3", "tokamax"])
 def test_what_is_not_installed_is_said_so(name, monkeypatch):
     for module in ("torch", "tokamax"):
         monkeypatch.setitem(sys.modules, module, None)

@@ -9,7 +9,7 @@ from benchmarks.attention.shapes import named
 from benchmarks.bench import machine
 from seqattn import Alibi, Causal, Coordinates, Prefix, SameSegment, SlidingWindow
 
-(SHAPE,) = named("b3-t293-n5-d2")
+(SHAPE,) = named("b3-t547-n5-d2")
 
 
 def by_pairs(pattern: str) -> np.ndarray:
@@ -17,8 +17,8 @@ def by_pairs(pattern: str) -> np.ndarray:
     at = Coordinates.range(SHAPE.length)
     if pattern == "documents":
         at = Coordinates.from_segments(jnp.asarray(patterns.segments(SHAPE)))
-    window, prefix = SlidingWindow(patterns.WINDOW), Prefix(SHAPE.length // 4)
-    mask = {"window": Causal() & window, "documents": Causal() & SameSegment(), "prefix": Causal() | prefix}
+    mask = {"documents": Causal() & SameSegment(), "prefix": Causal() | Prefix(SHAPE.length // 4)}
+    mask |= {name: Causal() & SlidingWindow(patterns.window(name)) for name in ("window", "window-512")}
     if pattern == "full":
         return np.ones((1, SHAPE.length, SHAPE.length), bool)
     return np.asarray(mask.get(pattern, Causal()).dense(at, at)).reshape(-1, SHAPE.length, SHAPE.length)

@@ -16,9 +16,14 @@ def test_the_acceptance_cases():
 
 
 def test_flash_attention_3_has_16k_tokens_and_model_dim_2048():
-    shapes = named("flash-attention-3")
+    shapes = named("fa3")
     assert len(shapes) == 18
     assert {(s.batch * s.length, s.num_heads * s.head_dim) for s in shapes} == {(16384, 2048)}
+
+
+def test_the_benchmark_of_flex_attention_has_16_rows_of_16_heads_of_64():
+    assert {(s.batch, s.num_heads, s.head_dim) for s in named("flex")} == {(16, 16, 64)}
+    assert [s.length for s in named("flex")] == [8192, 32768]
 
 
 def test_sizes_make_a_shape():

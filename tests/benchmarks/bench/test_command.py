@@ -10,7 +10,7 @@ from benchmarks.bench.command import Arguments, PeerArguments
 from benchmarks.bench.record import read
 from benchmarks.bench.table import Column, Table
 from benchmarks.bench.timing import Times
-from benchmarks.long_sequences import LongSequenceCase, LongSequenceRecord
+from benchmarks.training.long_sequences import LongSequenceCase, LongSequenceRecord
 
 RECORD = LongSequenceRecord(case=LongSequenceCase(5), implementation="seqattn", times=Times((0.2,), 1))
 TABLE = Table((Column("by", 9, table.implementation, left=True), Column("ms", 9, table.milliseconds)), str, "ms: time.")

@@ -15,8 +15,8 @@ from benchmarks.bench.record import CHECKED, FAILED, TIMED, WRONG, Record, appen
 from benchmarks.bench.timing import Times
 from benchmarks.decoding.case import DecodingCase
 from benchmarks.decoding.record import DecodingRecord
-from benchmarks.long_sequences import LongSequenceCase, LongSequenceRecord
 from benchmarks.training.case import MODELS
+from benchmarks.training.long_sequences import LongSequenceCase, LongSequenceRecord
 from benchmarks.training.record import Beginning, TrainingRecord, Work
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"

@@ -1,6 +1,7 @@
-"""Benchmarks updates on long texts: full and memory-compressed attention, each with and without stored scores.
+r"""Benchmarks updates on long texts: full and memory-compressed attention, each with and without stored scores.
 
-    python -m benchmarks.long_sequences --lengths 1000,4000,16000 --json benchmarks/results/long-sequences.jsonl
+    python -m benchmarks.training.long_sequences --lengths 1000,4000,16000 \
+        --json benchmarks/results/long-sequences.jsonl
 
 The decoder of the experiment `docstrings_stream` trains on one text of each length, followed by a target of 50 tokens:
 forward pass, backward pass and Adam, in float32. The compressed attention is that of Liu 2018. Both variants of full
@@ -181,4 +182,6 @@ def main(arguments: LongSequenceArguments) -> int:
 
 
 if __name__ == "__main__":
-    environment.command(lambda: main(tyro.cli(LongSequenceArguments, prog="python -m benchmarks.long_sequences")))
+    environment.command(
+        lambda: main(tyro.cli(LongSequenceArguments, prog="python -m benchmarks.training.long_sequences"))
+    )

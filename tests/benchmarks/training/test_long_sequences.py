@@ -6,12 +6,12 @@ import math
 import pytest
 from flax import nnx
 
-from benchmarks import long_sequences
 from benchmarks.bench import machine
 from benchmarks.bench.attempt import WHOLE, Attempt
 from benchmarks.bench.program import Program
 from benchmarks.bench.record import CHECKED, REFUSED, TIMED, WRONG, append, read
-from benchmarks.long_sequences import (
+from benchmarks.training import long_sequences
+from benchmarks.training.long_sequences import (
     COMPRESSED,
     COMPRESSED_KEPT,
     KEPT,
