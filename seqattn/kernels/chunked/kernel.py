@@ -17,7 +17,6 @@ from seqattn.kernels.mesh_axes import varying
 from seqattn.kernels.no_gradient import is_floating, no_gradient
 from seqattn.kernels.reverse_mode import reverse_only
 
-
 _MOST_PAIRS = 2**36
 """Pairs of queries and keys up to which `note` lists the tiles."""
 
