@@ -79,10 +79,10 @@ def case_of(line: Line) -> AttentionCase:
     >>> case_of(case.fields()) == case
     True
     """
-    sizes = [line[name] for name in ("batch", "length", "num_heads", "head_dim")]
+    batch, length, heads, dim = (line[name] for name in ("batch", "length", "num_heads", "head_dim"))
     kv_heads = line["num_kv_heads"] if line["num_kv_heads"] != line["num_heads"] else 0
     num_keys = line["num_keys"] if line["num_keys"] != line["length"] else 0
-    shape = Shape(line["shape"], *sizes, line["origin"], kv_heads, num_keys)
+    shape = Shape(line["shape"], batch, length, heads, dim, line["origin"], kv_heads, num_keys)
     return AttentionCase(shape, line["mask"], line["pass"], line["dtype"])
 
 

@@ -167,7 +167,9 @@ def _draw(model: Captioner, tokenizer: Tokenizer, image: np.ndarray, output: str
 
 # One program for each shape. Run one by one, the operations of a small model would be compiled for minutes.
 @nnx.jit
-def _alignment(model: Captioner, source: jax.Array, length: jax.Array, inputs: jax.Array) -> jax.Array:
+def _alignment(
+    model: Captioner, source: jax.Array | np.ndarray, length: jax.Array | np.ndarray, inputs: jax.Array
+) -> jax.Array:
     """Returns the attention `[1, N, T, S]` of each token to the picture."""
     at = Coordinates.from_lengths([inputs.shape[1]], inputs.shape[1])
     return model.alignment(inputs, at, _encode(model, source, length))

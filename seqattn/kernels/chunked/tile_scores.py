@@ -81,14 +81,17 @@ class TileScores:
         # 16-bit queries are scaled here, after the product: see `inner_scale`.
         if call.inner_scale is None:
             scores = scores * call.scale
-        real = _real(place) if place.partial else None
-        visible = None if real is None else real & _shown(place)
+        visible: Array | None = None
+        heard: Array | None = None
+        if place.partial:
+            real, shown = _real(place), _shown(place)
+            # Padding repeats real pairs. They are hidden after the modification, which might be infinite at 0.
+            visible, heard = real & shown, ~real | shown
         bias = None if call.bias is None else place.pairs("bias").astype(call.high)
         # The order of the contract: scale * q.k + bias, then the score modification, then the mask.
         if bias is not None:
             scores = (layouts.by_head(grid, scores) + bias).reshape(scores.shape)
-        # Padding repeats real pairs. They are hidden after the modification, which might have no finite value at 0.
-        scores, pull_mod = _after_mod(place, scores, None if real is None else ~real | visible, gradients=gradients)
+        scores, pull_mod = _after_mod(place, scores, heard, gradients=gradients)
         if visible is not None:
             visible = jnp.broadcast_to(visible, layouts.by_head(grid, scores).shape).reshape(scores.shape)
             # -inf after the modification: whatever it made of a masked pair is discarded.

@@ -35,7 +35,8 @@ def note(call: Call) -> str | None:
     """Returns the note for `explain` on the tiles that the kernel visits."""
     if call.is_empty:
         return None
-    tiles = Tiles.of(*(x.shape[1] for x in (call.query, call.key)), max(call.query.shape[-1], call.value.shape[-1]))
+    head_dim = max(call.query.shape[-1], call.value.shape[-1])
+    tiles = Tiles.of(call.query.shape[1], call.key.shape[1], head_dim)
     return blocks.note(call, tiles.queries, tiles.keys)
 
 
