@@ -127,8 +127,9 @@ _ONLY = {"tpu": core.Primitive("on_tpu"), "gpu": core.Primitive("on_gpu")}
 
 
 def _run(*operands: Any, run: Callable[..., Any], if_split: Any, types: Any) -> Any:
-    """Evaluates the function."""
-    return run(*operands)
+    """Evaluates the function, or the other one if the operands lie on several devices."""
+    devices = set().union(*(x.devices() for x in operands if isinstance(x, jax.Array)))
+    return run(*operands) if if_split is None or len(devices) < 2 else if_split(*operands)
 
 
 def _types(*operands: Any, run: Any, if_split: Any, types: Any) -> list[Any]:

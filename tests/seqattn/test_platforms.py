@@ -68,6 +68,10 @@ def test_a_program_that_is_split_over_devices_computes_the_other_function(result
     assert ["stablehlo.sine" in lowered(x), "stablehlo.cosine" in lowered(x)] == [True, False]
     split = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(None, "data")))
     assert ["stablehlo.sine" in lowered(split), "stablehlo.cosine" in lowered(split)] == [False, True]
+    whole = jnp.linspace(0, 1, 4)
+    parts = jax.device_put(whole, NamedSharding(mesh, P("data")))
+    for x, fn in ((whole, jnp.sin), (parts, jnp.cos)):
+        np.testing.assert_allclose(on_tpu(jnp.sin, x, results=results, if_split=jnp.cos), fn(x), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("on", "kind", "name"), [(on_tpu, "TPUs", "tpu"), (on_gpu, "NVIDIA GPUs", "cuda")])

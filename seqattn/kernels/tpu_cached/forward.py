@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -37,8 +38,7 @@ HIDDEN, SEEN, LOST = 0, 1, 2
 def forward(plan: Plan, query: Array, columns: Columns, visible: Array | None, scale: Array) -> Result:
     """Returns the output and the log-sum-exp."""
     batch, num_heads, num_kv_heads, length, _, _, value_dim = plan.sizes
-    code = codes(plan, visible, columns)
-    steps = steps_of(plan, code)
+    steps, code = steps_of(plan, visible), codes(plan, visible, columns)
     output, peak, log_total = _call(plan, steps, _in_rows(plan, query), columns, scale, code)
 
     def of_queries(x: Array, *dims: int) -> Array:
@@ -71,12 +71,17 @@ def codes(plan: Plan, visible: Array | None, columns: Columns) -> Array:
     return jnp.where(visible, shown, jnp.int8(HIDDEN))
 
 
-def steps_of(plan: Plan, code: Array) -> Steps:
-    """Returns the tiles to visit: those in which some query of the row sees a key."""
-    seen = (code != HIDDEN).any(axis=(1, 2))
-    behind = plan.tiles * plan.tile - plan.sizes[4]
+def steps_of(plan: Plan, visible: Array | None) -> Steps:
+    """Returns the tiles to visit: those in which some query of the row sees a key. They are known without a mask."""
+    batch, size = plan.sizes[0], plan.sizes[4]
+    if visible is None:
+        return Steps.of(np.full((batch, 1, plan.tiles), PARTIAL, np.int32))
+    seen = visible.any(axis=(1, 2))
+    seen = jnp.broadcast_to(seen, (seen.shape[0], size))
+    behind = plan.tiles * plan.tile - size
     by_tile = jnp.pad(seen, ((0, 0), (0, behind))).reshape(-1, plan.tiles, plan.tile).any(axis=-1)
-    return Steps.of(jnp.where(by_tile, jnp.int32(PARTIAL), jnp.int32(EMPTY))[:, None])
+    kinds = jnp.where(by_tile, jnp.int32(PARTIAL), jnp.int32(EMPTY))
+    return Steps.of(jnp.broadcast_to(kinds, (batch, plan.tiles))[:, None])
 
 
 def _in_rows(plan: Plan, query: Array) -> Array:

@@ -110,7 +110,7 @@ def test_a_row_visits_as_many_tiles_as_it_fills(lengths, tiles):
     columns = Columns(key, value, jnp.ones((len(lengths), 4096), bool))
     plan = Plan.of(Call(query, None, None, *[None] * 8, columns=columns), interpret=False)
     visible = jnp.asarray(np.arange(4096) < np.array(lengths)[:, None, None, None])
-    steps = steps_of(plan, codes(plan, visible, columns))
+    steps = steps_of(plan, visible)
     assert plan.tile == 512
     assert plan.heads == 2, "all heads in one step"
     assert int(steps.count) == sum(tiles)
@@ -169,11 +169,13 @@ def test_forward_mode_is_refused():
 LARGE = {"query": (2, 1, 8, 64), "key": (2, 2, 64, 1500), "value": (2, 2, 1500, 64), "finite": (2, 1500)}
 
 
-def _lowered(shardings=None, implementation=None, grad=False):
+def _lowered(shardings=None, implementation=None, grad=False, vmap=False):
     """A step over a cache of 1,500 slots, of which a number is filled that is known at run time only."""
-    dtypes = dict.fromkeys(LARGE, jnp.bfloat16) | {"finite": bool}
-    given = {name: jax.ShapeDtypeStruct(shape, dtypes[name], sharding=shardings) for name, shape in LARGE.items()}
-    filled = jax.ShapeDtypeStruct((2, 1), jnp.int32, sharding=shardings)
+    dtypes, more = dict.fromkeys(LARGE, jnp.bfloat16) | {"finite": bool}, (3,) * vmap
+    given = {
+        name: jax.ShapeDtypeStruct((*more, *shape), dtypes[name], sharding=shardings) for name, shape in LARGE.items()
+    }
+    filled = jax.ShapeDtypeStruct((*more, 2, 1), jnp.int32, sharding=shardings)
 
     def step(given, filled):
         columns = Columns(given["key"], given["value"], given["finite"])
@@ -185,7 +187,8 @@ def _lowered(shardings=None, implementation=None, grad=False):
         total = lambda floats: jnp.sum(step(given | floats, filled).astype(jnp.float32))  # noqa: E731
         return jax.grad(total)(floats)
 
-    traced = jax.jit(loss if grad else step).trace(given, filled)
+    function = loss if grad else step
+    traced = jax.jit(jax.vmap(function) if vmap else function).trace(given, filled)
     return traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
@@ -194,6 +197,10 @@ def test_it_serves_a_step_on_a_tpu_by_default():
     assert text.count("tpu_custom_call") == 1
     assert "stablehlo.dot_general" not in text
     assert "tpu_custom_call" not in _lowered(implementation="cached")
+
+
+def test_it_lowers_under_vmap():
+    assert "tpu_custom_call" in _lowered(vmap=True)
 
 
 def test_its_backward_pass_is_that_of_cached():
