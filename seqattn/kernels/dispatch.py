@@ -292,7 +292,7 @@ def explain(
     >>> states = jnp.zeros((5, 1, 2))
     >>> told = explain(states, states, states, mask=Causal(), implementation="reference")
     >>> print(str(told).splitlines()[0])
-    -> reference  would run
+    -> reference   would run
     """
     check_sinks(arguments.pop("sinks", None), query)
     arguments.pop("return_lse", None)  # kernels ignore it: they always return both
