@@ -66,7 +66,9 @@ def by_platform(branches: Mapping[str, Callable[..., Result]], *operands: Array)
     return lax.platform_dependent(*operands, **lowered)
 
 
-def on_tpu(fn: Callable[..., Any], *operands: Any, results: Any = None) -> Any:
+def on_tpu(
+    fn: Callable[..., Any], *operands: Any, results: Any = None, if_split: Callable[..., Any] | None = None
+) -> Any:
     """Returns `fn(*operands)` in a program for a TPU.
 
     For kernels that JAX compiles for TPUs only, in a branch of `by_platform`. A program that `jax.export` compiles for
@@ -79,11 +81,13 @@ def on_tpu(fn: Callable[..., Any], *operands: Any, results: Any = None) -> Any:
         *operands: its arguments, pytrees of arrays.
         results: the shapes and dtypes of the results. If given, the function is only traced where a program for a TPU
             is lowered: on other machines a long kernel costs no time.
+        if_split: computes the same in a program that the compiler splits over several devices, where JAX refuses a
+            kernel. If None, compiling such a program is JAX's error.
 
     Raises:
         NotImplementedError: while a program for another platform alone is compiled.
     """
-    return _only_on("tpu", fn, operands, results)
+    return _only_on("tpu", fn, operands, results, if_split)
 
 
 def on_gpu(fn: Callable[..., Any], *operands: Any, results: Any = None) -> Any:
@@ -91,22 +95,30 @@ def on_gpu(fn: Callable[..., Any], *operands: Any, results: Any = None) -> Any:
     return _only_on("gpu", fn, operands, results)
 
 
-def _only_on(platform: str, fn: Callable[..., Any], operands: tuple[Any, ...], results: Any) -> Any:
+def _only_on(
+    platform: str,
+    fn: Callable[..., Any],
+    operands: tuple[Any, ...],
+    results: Any,
+    if_split: Callable[..., Any] | None = None,
+) -> Any:
     """Returns `fn(*operands)` in a program for one platform."""
     primitive = _ONLY[platform]
     leaves, tree = jax.tree.flatten(operands)
 
-    def flat(*leaves: Array) -> list[Array]:
-        return jax.tree.leaves(fn(*jax.tree.unflatten(tree, leaves)))
+    def flattened(fn: Callable[..., Any]) -> Callable[..., list[Array]]:
+        return lambda *leaves: jax.tree.leaves(fn(*jax.tree.unflatten(tree, leaves)))
 
+    other = None if if_split is None else flattened(if_split)
     if results is None:
         closed, results = jax.make_jaxpr(lambda *leaves: fn(*jax.tree.unflatten(tree, leaves)), return_shape=True)(
             *leaves
         )
-        found = primitive.bind(*leaves, run=core.jaxpr_as_fun(closed), types=tuple(closed.out_avals))
+        run = core.jaxpr_as_fun(closed)
+        found = primitive.bind(*leaves, run=run, if_split=other, types=tuple(closed.out_avals))
     else:
         types = tuple(jax.core.ShapedArray(x.shape, x.dtype) for x in jax.tree.leaves(results))
-        found = primitive.bind(*leaves, run=flat, types=types)
+        found = primitive.bind(*leaves, run=flattened(fn), if_split=other, types=types)
     return jax.tree.unflatten(jax.tree.structure(results), found)
 
 
@@ -114,36 +126,47 @@ _ONLY = {"tpu": core.Primitive("on_tpu"), "gpu": core.Primitive("on_gpu")}
 """A primitive for each platform, which stands for a function that is compiled for that platform only."""
 
 
-def _run(*operands: Any, run: Callable[..., Any], types: Any) -> Any:
-    """Evaluates the function."""
-    return run(*operands)
+def _run(*operands: Any, run: Callable[..., Any], if_split: Any, types: Any) -> Any:
+    """Evaluates the function, or the other one if the operands lie on several devices."""
+    devices = set().union(*(x.devices() for x in operands if isinstance(x, jax.Array)))
+    return run(*operands) if if_split is None or len(devices) < 2 else if_split(*operands)
 
 
-def _types(*operands: Any, run: Any, types: Any) -> list[Any]:
+def _types(*operands: Any, run: Any, if_split: Any, types: Any) -> list[Any]:
     """Returns the types of the results."""
     return list(types)
 
 
-def _nowhere(*operands: Any, run: Any, types: Any) -> Any:
+def _nowhere(*operands: Any, run: Any, if_split: Any, types: Any) -> Any:
     """Returns NaN or 0 in place of the results, on other platforms."""
     return [jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0, x.dtype) for x in types]
 
 
 def _batched(
-    primitive: core.Primitive, operands: Any, dims: Any, *, run: Callable[..., Any], types: Any
+    primitive: core.Primitive, operands: Any, dims: Any, *, run: Callable[..., Any], if_split: Any, types: Any
 ) -> tuple[list[Array], list[int]]:
     """Applies `jax.vmap` to the function."""
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
     more = tuple(x.update(shape=(size, *x.shape)) for x in types)
-    results = primitive.bind(*operands, run=jax.vmap(run, in_axes=tuple(dims)), types=more)
-    return results, [0] * len(results)
+    both = {"run": run, "if_split": if_split}
+    mapped = {name: None if fn is None else jax.vmap(fn, in_axes=tuple(dims)) for name, fn in both.items()}
+    return primitive.bind(*operands, **mapped, types=more), [0] * len(more)
 
 
-def _elsewhere(kind: str, context: Any, *operands: Any, run: Any, types: Any) -> Any:
+def _here(context: Any, *operands: Any, run: Any, if_split: Any, types: Any) -> Any:
+    """Lowers the function, or the other one in a program that the compiler splits over devices."""
+    # JAX refuses a kernel by the same number. A program inside of `jax.shard_map` has none: each device has its own.
+    devices = getattr(context.module_context.axis_context, "num_devices", None) or 1
+    chosen = run if if_split is None or devices == 1 else if_split
+    return mlir.lower_fun(chosen, multiple_results=True)(context, *operands)
+
+
+def _elsewhere(kind: str, context: Any, *operands: Any, run: Any, if_split: Any, types: Any) -> Any:
     """Lowers to `_nowhere` in a program for several platforms, and raises in a program for one."""
     if len(platforms := context.module_context.platforms) == 1:
         raise NotImplementedError(f"a kernel for {kind} cannot be compiled for {platforms[0]}")
-    return mlir.lower_fun(_nowhere, multiple_results=True)(context, *operands, run=run, types=types)
+    lower = mlir.lower_fun(_nowhere, multiple_results=True)
+    return lower(context, *operands, run=run, if_split=if_split, types=types)
 
 
 for _platform, _lowered, _kind in (("tpu", "tpu", "TPUs"), ("gpu", "cuda", "NVIDIA GPUs")):
@@ -151,6 +174,6 @@ for _platform, _lowered, _kind in (("tpu", "tpu", "TPUs"), ("gpu", "cuda", "NVID
     _primitive.multiple_results = True
     _primitive.def_impl(_run)
     _primitive.def_abstract_eval(_types)
-    mlir.register_lowering(_primitive, mlir.lower_fun(_run, multiple_results=True), platform=_lowered)
+    mlir.register_lowering(_primitive, _here, platform=_lowered)
     mlir.register_lowering(_primitive, functools.partial(_elsewhere, _kind))
     batching.primitive_batchers[_primitive] = functools.partial(_batched, _primitive)

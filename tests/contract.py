@@ -22,11 +22,12 @@ from jax.sharding import PartitionSpec as P
 
 from seqattn.attention import attend
 from seqattn.dropout import Dropout
-from seqattn.kernels import cached, ring, tpu
+from seqattn.kernels import cached, ring, tpu, tpu_cached
 from seqattn.kernels.call import Call, Columns
 from seqattn.kernels.dispatch import IMPLEMENTATIONS, Implementation
 from seqattn.kernels.hopper.plan import Tiling
 from seqattn.kernels.tpu import tiles
+from seqattn.kernels.tpu_cached import plan
 from seqattn.mask import Mask, MaskMod
 from tests import hopper_plain, oracle
 
@@ -38,6 +39,7 @@ REFUSED = {
     "hopper": "from which pairs choose|with a gradient is|not float64|that differ by pair",
     "ring": "no dropout",
     "cached": "has no dropout",
+    "tpu_cached": "has no dropout|no bias over|no score modification over|jax_enable_x64|float32 and bfloat16, not",
     "tpu": (
         "takes no bias|from which pairs choose|jax_enable_x64|float32 and bfloat16, not|with a gradient is"
         "|that differ by pair"
@@ -113,19 +115,26 @@ def _hopper(call):
     return hopper_plain.attend(call, Tiling(2, 4, 2))
 
 
-def _cached(call):
+def in_columns(call):
     """A call whose keys and values lie as a cache keeps them."""
     finite = jnp.isfinite(call.key).all(axis=-1) & jnp.isfinite(call.value).all(axis=-1)
     key, value = (jnp.where(finite[..., None], x, jnp.zeros_like(x)) for x in (call.key, call.value))
     columns = Columns(key.transpose(0, 2, 3, 1), value.swapaxes(1, 2), finite.swapaxes(1, 2))
-    return cached.attend(dataclasses.replace(call, key=None, value=None, columns=columns))
+    return dataclasses.replace(call, key=None, value=None, columns=columns)
+
+
+def _cached(call):
+    return cached.attend(in_columns(call))
 
 
 @contextlib.contextmanager
 def small_tpu_tiles():
-    """Tiles of the kernel for TPUs so small that the few tokens of a test fill several, as its interpreter allows."""
+    """Tiles of the kernels for TPUs so small that the few tokens of a test fill several, as its interpreter allows."""
     small = dict.fromkeys(tiles._TILES, ((4, 4), (4, 4)))
-    with mock.patch.object(tiles, "_LANES", 2), mock.patch.object(tiles, "_TILES", small):
+    patches = (tiles, "_LANES", 2), (tiles, "_TILES", small), (plan, "_TILES", (4,))
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(mock.patch.object(*patch))
         yield
 
 
@@ -135,10 +144,17 @@ def _tpu(call):
         return tpu.attend(call, interpret=True)
 
 
+def _tpu_cached(call):
+    """The same for the kernel for TPUs that reads a cache."""
+    with small_tpu_tiles():
+        return tpu_cached.attend(in_columns(call), interpret=True)
+
+
 HELD = {
     "tpu": Implementation(_tpu),
     "xla": _of_equal_dims(IMPLEMENTATIONS["xla"]),
     "cached": Implementation(_cached),
+    "tpu_cached": Implementation(_tpu_cached),
     "hopper": Implementation(_hopper),
     "ring": Implementation(_ring),
 }

@@ -68,7 +68,7 @@ def split_programs() -> list[Program]:
             case[direction].fields() | {"implementation_of_attention": name},
         )
         for name, implementation in IMPLEMENTATIONS.items()
-        if implementation.in_shares
+        if implementation.in_shares and not implementation.reads_columns
         for direction in case
     ]
 

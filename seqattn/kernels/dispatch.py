@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from seqattn.kernels import cached, chunked, cudnn, guard, hopper, reference, shared_keys, splash, tpu, xla
+from seqattn.kernels import cached, chunked, cudnn, guard, hopper, reference, shared_keys, splash, tpu, tpu_cached, xla
 from seqattn.kernels.call import Call, Kernel, Result, Shaped, check_sinks, is_known
 from seqattn.kernels.split import Split, repeats_keys, spread
 from seqattn.kernels.split import check as check_split
@@ -64,6 +64,7 @@ class Implementation:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(reference.attend, reference.refuse),
     "cached": Implementation(cached.attend, cached.refuse, reads_columns=True),
+    "tpu_cached": Implementation(tpu_cached.attend, tpu_cached.refuse, reads_columns=True, in_shares=True, typed=False),
     "chunked": Implementation(chunked.attend, chunked.refuse, chunked.note, in_shares=True, rings=True),
     "tpu": Implementation(tpu.attend, tpu.refuse, tpu.note, in_shares=True, typed=False),
     "hopper": Implementation(hopper.attend, hopper.refuse, in_shares=True, typed=False),
@@ -158,7 +159,8 @@ def names(implementation: str | Sequence[str] | None, platform: str, call: Call)
         if call.columns is not None:
             # A symbolic number of queries may exceed the limit, so it counts as many.
             many = may_exceed(call.query.shape[-3], FEW_OF_CACHE)
-            ordered = (*ordered, "cached") if many else ("cached", *ordered)
+            first = ("tpu_cached", "cached") if platform == "tpu" else ("cached",)
+            ordered = (*ordered, "cached") if many else (*first, *ordered)
         return tuple(name for name in ordered if name in IMPLEMENTATIONS)
     given = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     if not given:
@@ -201,8 +203,8 @@ def _in_shares(implementation: Implementation, call: Call, split: Split | None) 
     if split is None or not implementation.in_shares or cached.as_if_in_rows(call).is_empty:
         # The compiler splits such a kernel by itself.
         return _without_explicit_axes(implementation, call)
-    call = cached.in_rows(call)
-    check_split(call, split, rings=implementation.rings)
+    call = call if implementation.reads_columns else cached.in_rows(call)
+    check_split(cached.as_if_in_rows(call), split, rings=implementation.rings)
     return spread(implementation, call, split, typed=implementation.typed)
 
 
@@ -290,7 +292,7 @@ def explain(
     >>> states = jnp.zeros((5, 1, 2))
     >>> told = explain(states, states, states, mask=Causal(), implementation="reference")
     >>> print(str(told).splitlines()[0])
-    -> reference  would run
+    -> reference   would run
     """
     check_sinks(arguments.pop("sinks", None), query)
     arguments.pop("return_lse", None)  # kernels ignore it: they always return both

@@ -5,6 +5,7 @@ device. So such kernels run inside `jax.shard_map`, on calls as small as a devic
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -17,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from seqattn.coordinates import Coordinates
-from seqattn.kernels import ring
-from seqattn.kernels.call import Call, Kernel, Origin, Result, is_known
+from seqattn.kernels import cached, ring
+from seqattn.kernels.call import Call, Columns, Kernel, Origin, Result, is_known
 from seqattn.kernels.shifted import shifted_mask, shifted_mod
 
 Axes = str | tuple[str, ...] | None
@@ -157,7 +158,7 @@ def spread(kernel: Kernel, call: Call, split: Split, *, typed: bool = True) -> R
     Raises:
         ValueError: the split does not fit the mesh, or its axes do not divide batch or heads.
     """
-    parts = _Parts.of(call, split)
+    parts = _Parts.of(cached.as_if_in_rows(call), split)
     mesh = split.resolved()
     call = parts.indexed(call)
     # Arrays become operands, each with the axes that split it. All else, such as coordinates known at trace time that
@@ -273,6 +274,10 @@ class _Parts:
             return self._axes(self.batch, self.queries, self.heads)
         if name in ("key", "value"):
             return self._axes(self.batch, self.keys, self.kv_heads)
+        if name == "columns":
+            # A cache has heads before tokens. The marks `finite` may serve all heads.
+            heads = () if path[1].name == "finite" and leaf.ndim == 2 else self.kv_heads
+            return self._axes(self.batch, heads)
         if name in ("q_at", "kv_at"):
             return self._axes(self.batch if leaf.shape[0] > 1 else (), self.queries if name == "q_at" else self.keys)
         # A longer path leads to an array inside a `Mask`.
@@ -299,7 +304,7 @@ class _Parts:
             batch=_index(self.batch) * rows,
             head=_index(self.heads) * heads,
             query=_index(self.queries) * own,
-            key=_index(self.keys) * call.key.shape[1],
+            key=_index(self.keys) * cached.as_if_in_rows(call).key.shape[1],
             num_heads=self.num_heads,
             length=self.length,
         )
@@ -307,13 +312,20 @@ class _Parts:
         call = dataclasses.replace(call, score_mod=shifted_mod(call, origin))
         if self.heads and not self.kv_heads:
             # The device's query heads lie in one group, which reads one key head.
-            head = origin.head // self.group
-            one = {name: lax.dynamic_slice_in_dim(getattr(call, name), head, 1, axis=2) for name in ("key", "value")}
-            call = dataclasses.replace(call, **one)
+            call = _with_key_head(call, origin.head // self.group)
         if self.queries and self.keys:
             return ring.attend(call, self.keys)
         output, lse = kernel(call)
         return _merged(output, lse, self.keys) if self.keys else (output, lse)
+
+
+def _with_key_head(call: Call, head: Array) -> Call:
+    """Returns a call with one of its key heads."""
+    one = functools.partial(lax.dynamic_slice_in_dim, start_index=head, slice_size=1)
+    if (columns := call.columns) is None:
+        return dataclasses.replace(call, key=one(call.key, axis=2), value=one(call.value, axis=2))
+    finite = columns.finite if columns.finite.ndim == 2 else one(columns.finite, axis=1)
+    return dataclasses.replace(call, columns=Columns(one(columns.key, axis=1), one(columns.value, axis=1), finite))
 
 
 def _sequences(axes: tuple[str, ...], parts: int, length: int, size: int) -> tuple[tuple[str, ...], tuple[str, ...]]:

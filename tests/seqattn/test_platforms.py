@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from seqattn.platforms import all_platforms, by_platform, on_gpu, on_tpu, platform_of
 
@@ -51,6 +53,25 @@ def test_one_branch_alone_does_not_stand_for_the_platforms_that_have_none():
     assert "tan" in traced.lower(lowering_platforms=("tpu",)).as_text()
     with pytest.raises(NotImplementedError, match="platform"):
         traced.lower(lowering_platforms=("cpu",))
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs several devices")
+@pytest.mark.parametrize("results", [None, jax.ShapeDtypeStruct((4,), jnp.float32)], ids=["traced", "typed"])
+def test_a_program_that_is_split_over_devices_computes_the_other_function(results):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    run = jax.jit(jax.vmap(lambda x: on_tpu(jnp.sin, x, results=results, if_split=jnp.cos)))
+
+    def lowered(x):
+        return run.trace(x).lower(lowering_platforms=("tpu",)).as_text()
+
+    x = jax.ShapeDtypeStruct((3, 4), jnp.float32)
+    assert ["stablehlo.sine" in lowered(x), "stablehlo.cosine" in lowered(x)] == [True, False]
+    split = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(None, "data")))
+    assert ["stablehlo.sine" in lowered(split), "stablehlo.cosine" in lowered(split)] == [False, True]
+    whole = jnp.linspace(0, 1, 4)
+    parts = jax.device_put(whole, NamedSharding(mesh, P("data")))
+    for x, fn in ((whole, jnp.sin), (parts, jnp.cos)):
+        np.testing.assert_allclose(on_tpu(jnp.sin, x, results=results, if_split=jnp.cos), fn(x), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("on", "kind", "name"), [(on_tpu, "TPUs", "tpu"), (on_gpu, "NVIDIA GPUs", "cuda")])

@@ -110,7 +110,8 @@ def test_lists_every_name(capsys):
 
 def test_every_implementation_of_attention_is_compiled():
     attention = {name.split("/")[1] for name in PROGRAMS if name.startswith("attention/")}
-    assert attention | {"cached"} == set(IMPLEMENTATIONS)  # `decode` attends with `cached`
+    # `decode` attends with those that read a cache.
+    assert attention | {"cached", "tpu_cached"} == set(IMPLEMENTATIONS)
     assert {name.split("/")[1] for name in programs.SHORT} == attention
 
 

@@ -12,6 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.compile.pipelines import moved_by_kernels
 from seqattn import Causal, Coordinates, attend
+from seqattn.attention import attend_columns
+from seqattn.kernels.call import Columns
 from seqattn.masks import SameSegment
 
 
@@ -90,3 +92,27 @@ def test_attention_moves_the_tiles_that_it_visits():
     documents, _ = tile_bytes(Causal() & SameSegment())
     # Positions begin anew in each document, so a causal mask alone hides no tile. A document is one tile of keys.
     assert (every - documents) / tile == pytest.approx(tiles**2 - tiles, rel=0.05)
+
+
+def test_a_step_of_decoding_moves_the_tiles_of_a_cache_that_are_filled():
+    rows, heads, dim, room, tile = 3, 2, 64, 4096, 512
+    query = jax.ShapeDtypeStruct((rows, 1, heads, dim), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((rows, heads, dim, room), jnp.bfloat16)
+    value = jax.ShapeDtypeStruct((rows, heads, room, dim), jnp.bfloat16)
+    finite = jax.ShapeDtypeStruct((rows, room), bool)
+
+    def step(query, key, value, finite, position):
+        # As a cache writes: what is known of its coordinates stays known beside its keys.
+        key, position = jax.lax.optimization_barrier((key, position))
+        at = [
+            Coordinates(x, jnp.ones_like(x))
+            for x in (position[:, -1:], jnp.broadcast_to(jnp.arange(room), finite.shape))
+        ]
+        return attend_columns(query, Columns(key, value, finite), mask=Causal(), q_at=at[0], kv_at=at[1])
+
+    def moved(*lengths):
+        return moved_by_kernels(step, query, key, value, finite, np.array(lengths, np.int32)[:, None] - 1)
+
+    # Keys, values and the marks of all heads.
+    of_tile = tile * (2 * heads * dim * 2 + 1)
+    assert moved(4096, 100, 513) - moved(100, 1, 512) == (7 + 0 + 1) * of_tile

@@ -175,3 +175,7 @@ def test_a_step_of_decoding_copies_no_cache(compile_for, program, target):
     answer = compile_for(program, target)
     # A copy of the cache would be as large as the arguments.
     assert answer["temp_bytes"] < answer["argument_bytes"] / 4
+    if target == "v5e-1":
+        # Most of the arguments are the cache, of which a small part is filled.
+        assert answer["tpu_kernels"] == {"seqattn_cached": 12}
+        assert answer["kernel_bytes"] < answer["argument_bytes"] / 5

@@ -27,8 +27,12 @@ from seqattn import (
     ring_cost,
     zigzag,
 )
+from seqattn.attention import attend_columns
+from seqattn.kernels import tpu_cached
+from seqattn.kernels.call import Columns
 from seqattn.kernels.chunked import kernel, plan
 from seqattn.kernels.dispatch import IMPLEMENTATIONS
+from seqattn.nn import KeyColumns, KeyValue
 from tests import oracle
 
 B, T, N, K, H = 6, 28, 12, 4, 5
@@ -367,6 +371,29 @@ def test_a_kernel_that_states_no_axes_has_the_gradients_of_one_device(mesh, monk
         actual = gradients(Split(batch="data", heads="tensor"), "untyped")
     for name, wanted in gradients(None, "reference").items():
         np.testing.assert_allclose(actual[name], wanted, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("kv_heads", [K, 1])
+def test_each_device_reads_its_own_part_of_a_cache(mesh, monkeypatch, kv_heads):
+    interpreted = functools.partial(tpu_cached.attend, interpret=True)
+    kernel = dataclasses.replace(IMPLEMENTATIONS["tpu_cached"], attend=interpreted, refuse=lambda call: None)
+    monkeypatch.setitem(IMPLEMENTATIONS, "tpu_cached", kernel)
+    query, key, value = arrays(kv_heads=kv_heads, length=3).values()
+    mask, at = Causal() & MaskMod(by_index), {"q_at": Coordinates.range(3, start=19), "kv_at": Coordinates.range(T)}
+
+    def output(implementation, split, key):
+        laid = KeyColumns.of(KeyValue(key, value, Coordinates.range(T)))
+        columns = Columns(laid.key, laid.value, laid.finite)
+        return attend_columns(query, columns, mask=mask, **at, implementation=implementation, split=split)
+
+    spoilt = key.at[1, 7].set(jnp.nan)
+    with jax.set_mesh(mesh):
+        found = jax.jit(functools.partial(output, "tpu_cached", Split(batch="data", heads="tensor")))(spoilt)
+    expected = output("reference", None, spoilt)
+    assert np.isnan(expected[1]).any()
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    with jax.set_mesh(mesh), pytest.raises(NotImplementedError, match="cannot split a sequence over devices"):
+        output("tpu_cached", Split(sequence="sequence"), key)
 
 
 @pytest.mark.parametrize(

@@ -346,12 +346,13 @@ def _beams_of(implementation, **options):
     return attention, x, now, cache.branch(2).append(attention.project(x, now))[1]
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked", "cached"])
+@pytest.mark.parametrize("implementation", ["reference", "chunked", "cached", "tpu_cached"])
 def test_hypotheses_attend_by_the_implementation_that_is_named(implementation, monkeypatch):
     expected, *same = _beams_of(None)
     expected = expected(*same)
     ran, kernel = [], IMPLEMENTATIONS[implementation]
-    spied = dataclasses.replace(kernel, attend=lambda call: ran.append(implementation) or kernel.attend(call))
+    run = functools.partial(kernel.attend, interpret=True) if implementation == "tpu_cached" else kernel.attend
+    spied = dataclasses.replace(kernel, attend=lambda call: ran.append(implementation) or run(call))
     monkeypatch.setitem(IMPLEMENTATIONS, implementation, spied)
     attention, *given = _beams_of(implementation)
     np.testing.assert_allclose(attention(*given), expected, atol=1e-5)

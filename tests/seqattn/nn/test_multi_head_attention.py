@@ -390,4 +390,4 @@ def test_a_module_explains_which_kernel_reads_memory_and_which_a_cache():
     assert told.chosen == "reference"
     with_name = with_implementation(attention, "chunked")
     assert with_name.explain(x, X_AT, kv).chosen == "chunked"
-    assert attention.explain(x, X_AT, kv, platform="tpu").chosen == "cached"
+    assert attention.explain(x, X_AT, kv, platform="tpu").chosen == "tpu_cached"
