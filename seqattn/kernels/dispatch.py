@@ -66,7 +66,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "cached": Implementation(cached.attend, cached.refuse, reads_columns=True),
     "chunked": Implementation(chunked.attend, chunked.refuse, in_shares=True, rings=True),
     "tpu": Implementation(tpu.attend, tpu.refuse, in_shares=True, typed=False),
-    "hopper": Implementation(hopper.attend, hopper.refuse, in_shares=True, typed=False),
+    "hopper": Implementation(hopper.attend, hopper.refuse, hopper.note, in_shares=True, typed=False),
     "xla": Implementation(xla.attend, xla.refuse, xla.note),
     "cudnn": Implementation(cudnn.attend, cudnn.refuse, guard.lse_note, in_shares=True, typed=False),
     "splash": Implementation(splash.attend, splash.refuse, guard.lse_note, in_shares=True, typed=False),

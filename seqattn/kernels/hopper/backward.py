@@ -63,7 +63,7 @@ def compute(plan: Plan, each: Pass, given: tuple[Operands, Rows], table: Protoco
     found = plgpu.kernel(
         run,
         out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in types.values()],
-        grid=(owned.shape[0], owned.shape[1] // each.together, owned.shape[2]),
+        grid=(owned.shape[0], operands.walk.counts.shape[1], owned.shape[2]),
         grid_names=("batch", "tiles", "heads"),
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",

@@ -213,8 +213,11 @@ def buffers(table: Protocol, rows: dict[str, int], dim: int, dtype: Any) -> dict
 
 
 def _layout(dtype: Any, least: int) -> tuple[Any, ...]:
-    """Returns the layout that wgmma reads without bank conflicts: swizzled rows of 128 bytes, or of 64 for 32 rows."""
-    width = 128 if least * dtype.itemsize >= 128 else 64
+    """Returns the layout that wgmma reads without bank conflicts: swizzled rows of 128 bytes, or of fewer.
+
+    A product over `least` rows of a tile needs that many numbers in each swizzled row, or a part of them.
+    """
+    width = next((each for each in (128, 64) if least * dtype.itemsize >= each), 32)
     return plgpu.TilingTransform((8, width // dtype.itemsize)), plgpu.SwizzleTransform(width)
 
 

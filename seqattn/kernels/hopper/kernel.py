@@ -19,6 +19,7 @@ from seqattn.kernels.chunked.plan import Leaves
 from seqattn.kernels.chunked.plan import Plan as TiledPlan
 from seqattn.kernels.chunked.plan import prepare as prepare_tiles
 from seqattn.kernels.guard import refuse_mesh_axes, refuse_platform, refuse_wide_integers, relaxed
+from seqattn.kernels.hopper.backward_plan import why_chunked
 from seqattn.kernels.hopper.plan import TILINGS, Operands, Plan, prepare
 from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.no_gradient import is_floating, no_gradient, refuse_second
@@ -37,6 +38,15 @@ def refuse(call: Call) -> None:
         # What a mask or a score modification does for each pair shows when it is traced; nothing is computed. The call
         # is no argument: coordinates and tables that are known must stay known.
         jax.eval_shape(lambda: prepare(call)[1])
+
+
+def note(call: Call) -> str | None:
+    """Returns who computes the gradients, if it is not the kernel."""
+    if call.is_empty:
+        return None
+    found: list[str | None] = []
+    jax.eval_shape(lambda: found.append(why_chunked(call, prepare(call)[0].score_mod)))
+    return None if found[0] is None else f"chunked computes the gradients: {found[0]}"
 
 
 def attend(call: Call, *, interpret: Any = None) -> Result:
