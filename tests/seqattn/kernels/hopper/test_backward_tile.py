@@ -36,7 +36,7 @@ def test_causal_gradients_of_odd_lengths_are_the_oracles(dtype):
     x, directions = arrays(SHAPE, dtype), cotangents(SHAPE, dtype)
     actual = gradients(x, directions, mask=Causal(), **AT)
     expected = oracle.attention_gradients(
-        **x, d_output=directions[0], d_lse=directions[1], visible=np.asarray(Causal().dense(**AT))
+        **x, d_output=directions[0], d_lse=directions[1], visible=np.asarray(Causal().dense(AT["q_at"], AT["kv_at"]))
     )
     for name in x:
         close(actual[name], expected[name], dtype, name)
@@ -47,8 +47,11 @@ def test_the_scale_may_have_any_sign(scale):
     x, directions = arrays(SHAPE, "bfloat16"), cotangents(SHAPE, "bfloat16")
     actual = gradients(x, directions, scale=scale)
     expected = oracle.attention_gradients(**x, d_output=directions[0], d_lse=directions[1], scale=scale)
-    for name in x:
-        close(actual[name], expected[name], "bfloat16", name)
+    if scale == 0:
+        # A tiny scale takes the place of 0.
+        assert max(np.abs(np.asarray(actual.pop(name), np.float32)).max() for name in ("query", "key")) < 1e-28
+    for name, gradient in actual.items():
+        close(gradient, expected[name], "bfloat16", name)
 
 
 @pytest.mark.parametrize("passes", [None, NARROW[128]], ids=["together", "apart"])
