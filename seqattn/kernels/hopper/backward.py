@@ -121,9 +121,9 @@ class _Block(Block):
         if self.repeats > 1:
             # All heads visit the full tiles, then all heads visit the partial ones.
             full = step < self.full
-            count, passed = (jnp.where(full, x, y) for x, y in zip(self.counts, (0, self.full), strict=True))
-            head = self.head * self.repeats + lax.div(step - passed, count)
-            at = lax.rem(step - passed, count) + jnp.where(full, 0, self.counts[0])
+            count, rest = jnp.where(full, *self.counts), step - jnp.where(full, 0, self.full)
+            head = self.head * self.repeats + lax.div(rest, count)
+            at = lax.rem(rest, count) + jnp.where(full, 0, self.counts[0])
         return head, self.operands.walk.tiles[self.row, self.tile, at]
 
     def source(self, row: Row, step: Any) -> Any:

@@ -14,7 +14,7 @@ from seqattn.kernels.hopper import plan as plans
 from seqattn.kernels.hopper.backward_plan import Pass, lengths
 from seqattn.kernels.hopper.inputs import Rows, of_backward, of_pass
 from seqattn.kernels.hopper.plan import Tiling, prepare
-from seqattn.kernels.hopper.protocol import Action, Index, Row
+from seqattn.kernels.hopper.protocol import Action, Index, Row, When
 from seqattn.masks import Causal, SameSegment
 from seqattn.score_mods import SoftCap
 from tests import hopper_plain
@@ -80,11 +80,11 @@ def test_the_interpreted_kernel_computes_what_its_arithmetic_does(each, monkeypa
         close(x, expected[name], "bfloat16", name)
 
 
-def test_the_interpreter_finds_a_race_where_outputs_are_not_awaited(monkeypatch):
+def test_the_interpreter_finds_a_race_where_the_next_queries_are_not_awaited(monkeypatch):
     # Two tiles for two slots: the interpreter would wait for ever where a barrier ends a phase that nobody awaits.
     plan, given = prepared(monkeypatch, OF_BOTH, dataclasses.replace(SHAPE, T=16, S=13, N=1))
     table = backward_protocol.backward(2, "key", OF_BOTH.results)
-    wait = Row(Action.WAIT, "d_output_ready", Index.SLOT)
+    wait = Row(Action.WAIT, "query_ready", Index.NEXT, When.MORE)
     step = tuple(row for row in table.consumer.step if row != wait)
     assert len(step) == len(table.consumer.step) - 1
     early = dataclasses.replace(table, consumer=dataclasses.replace(table.consumer, step=step))
