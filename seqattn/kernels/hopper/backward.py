@@ -4,6 +4,7 @@ One kernel owns tiles of queries and visits tiles of keys, another owns tiles of
 result belongs to one block, so nothing is added to global memory: the sums are deterministic.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -115,15 +116,19 @@ class _Block(Block):
         self.full, more = (x * self.repeats for x in self.counts)
         self.steps = self.full + more
 
-    def visited(self, step: Any) -> tuple[Any, Any]:
-        """Returns the query head of a step, and the index of its tile of the other side."""
+    def visited(self, step: Any, *, partial: bool | None = None) -> tuple[Any, Any]:
+        """Returns the query head of a step, and the index of its tile of the other side.
+
+        `partial` tells which tile the step has, where that is known.
+        """
         at, head = step, self.head
         if self.repeats > 1:
             # All heads visit the full tiles, then all heads visit the partial ones.
-            full = step < self.full
-            count, rest = jnp.where(full, *self.counts), step - jnp.where(full, 0, self.full)
-            head = self.head * self.repeats + lax.div(rest, count)
-            at = lax.rem(rest, count) + jnp.where(full, 0, self.counts[0])
+            choose = functools.partial(jnp.where, step < self.full) if partial is None else lambda *x: x[partial]
+            count, rest = choose(*self.counts), step - choose(0, self.full)
+            passed = lax.div(rest, count)
+            head = self.head * self.repeats + passed
+            at = rest - passed * count + choose(0, self.counts[0])
         return head, self.operands.walk.tiles[self.row, self.tile, at]
 
     def source(self, row: Row, step: Any) -> Any:
@@ -148,9 +153,9 @@ class _Block(Block):
     def _first_row(self, consumer: Any) -> Any:
         return (self.tile * CONSUMERS + consumer) * self.kernel.rows
 
-    def place(self, step: Any) -> Place:
+    def place(self, step: Any, *, partial: bool) -> Place:
         """Returns where the tile of a step is."""
-        head, tile = self.visited(step)
+        head, tile = self.visited(step, partial=partial)
         row, column = self._first_row(self.consumer), tile * self.kernel.columns
         return Place(self.batch, head, *((column, row) if self.of_keys else (row, column)))
 
@@ -180,7 +185,7 @@ class _Step(Step):
 
     def __init__(self, block: _Block, step: Any, sums: dict[str, Array], *, partial: bool) -> None:
         self.block, self.sums, self.partial = block, dict(sums), partial
-        self.place = block.place(step)
+        self.place = block.place(step, partial=partial)
         self.products: Any = None
         self.weights: Any = None
         self.d_weights: Any = None
