@@ -5,6 +5,7 @@ result belongs to one block, so nothing is added to global memory: the sums are 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -124,7 +125,8 @@ class _Block(Block):
         at, head = step, self.head
         if self.repeats > 1:
             # All heads visit the full tiles, then all heads visit the partial ones.
-            choose = functools.partial(jnp.where, step < self.full) if partial is None else lambda *x: x[partial]
+            known, unknown = (lambda *x: x[bool(partial)]), functools.partial(jnp.where, step < self.full)
+            choose: Callable[..., Any] = unknown if partial is None else known
             count, rest = choose(*self.counts), step - choose(0, self.full)
             passed = lax.div(rest, count)
             head = self.head * self.repeats + passed

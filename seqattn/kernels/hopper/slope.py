@@ -1,6 +1,7 @@
 """The derivative of a score modification with respect to the score, as operations for each pair."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,8 @@ def with_slope(rule: Rule) -> Rule:
         # A score is modified alone, so the derivative in the direction 1 is the derivative.
         return jax.jvp(lambda score: closed(*borders, score)[0], (score,), (jnp.ones_like(score),))
 
-    types = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in late.instructions.jaxpr.invars]
+    avals: list[Any] = [x.aval for x in late.instructions.jaxpr.invars]
+    types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals]
     made = jax.make_jaxpr(both)(*types)
     if any(equation.primitive.name == "custom_lin" for equation in made.jaxpr.eqns):  # of a `jax.custom_vjp`
         raise NotImplementedError("a function in the score_mod has a derivative rule for reverse mode only")
