@@ -60,6 +60,35 @@ class _State:
     loads: frozenset[tuple[Place, int]]
 
 
+STEPS = (0, 1, 2, 3, 5)
+"""Numbers of steps: with the most, each of two slots is used twice, and one more."""
+
+ORDERING = (Action.WAIT, Action.ARRIVE, Action.FINISH, Action.FENCE, Action.DRAIN)
+"""Actions whose only purpose is the order of others."""
+
+
+def rows(table: Protocol) -> list[tuple[str, str, int, Row]]:
+    """Each row with its place: the warpgroup, the part of its program, and the number."""
+    return [
+        (who, part, i, row)
+        for who in ("memory", "consumer")
+        for part in ("before", "step", "after")
+        for i, row in enumerate(getattr(getattr(table, who), part))
+    ]
+
+
+def replaced(table: Protocol, who: str, part: str, i: int, *new: Row) -> Protocol:
+    """The table with other rows in the place of one."""
+    program: Program = getattr(table, who)
+    old = getattr(program, part)
+    return dataclasses.replace(table, **{who: dataclasses.replace(program, **{part: (*old[:i], *new, *old[i + 1 :])})})
+
+
+def first_fault(table: Protocol) -> str | None:
+    """What goes wrong with the fewest steps."""
+    return next((told for steps in STEPS if (told := fault(table, steps)) is not None), None)
+
+
 def fault(protocol: Protocol, steps: int) -> str | None:
     """Returns what can go wrong with this number of steps, or None if every order of events ends well."""
     return _Machine(protocol, steps).fault()
@@ -180,6 +209,7 @@ def _unrolled(protocol: Protocol, program: Program, steps: int, consumer: int) -
     rows += [(row, step) for step in range(steps + program.more) for row in program.step]
     rows += [(row, steps) for row in program.after]
     waits: dict[Place, int] = collections.Counter()
+    owned = {name for name, each in protocol.buffers.items() if each.owned}
     operations = []
     for row, step in rows:
         if not _runs(protocol, row.when, step, steps, consumer):
@@ -190,10 +220,10 @@ def _unrolled(protocol: Protocol, program: Program, steps: int, consumer: int) -
             return numbers.get(which, int(which is Index.SECOND))
 
         place = row.name, index(row.index)
-        # A query's buffer holds the tile of its consumer, all others that of a step.
-        holds = place[1] if row.name == "query" else step
+        # A buffer of its own holds the tile of its consumer, all others that of a step.
+        holds = place[1] if row.name in owned else step
         reads = tuple(
-            ((read.buffer, index(read.index)), consumer if read.buffer == "query" else step)
+            ((read.buffer, index(read.index)), consumer if read.buffer in owned else step)
             for read in protocol.products.get(row.name, ())
         )
         operations.append(_Operation(row, place, holds, reads, parity=waits[place] % 2))

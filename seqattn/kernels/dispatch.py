@@ -67,7 +67,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "tpu_cached": Implementation(tpu_cached.attend, tpu_cached.refuse, reads_columns=True, in_shares=True, typed=False),
     "chunked": Implementation(chunked.attend, chunked.refuse, chunked.note, in_shares=True, rings=True),
     "tpu": Implementation(tpu.attend, tpu.refuse, tpu.note, in_shares=True, typed=False),
-    "hopper": Implementation(hopper.attend, hopper.refuse, in_shares=True, typed=False),
+    "hopper": Implementation(hopper.attend, hopper.refuse, hopper.note, in_shares=True, typed=False),
     "xla": Implementation(xla.attend, xla.refuse, xla.note),
     "cudnn": Implementation(cudnn.attend, cudnn.refuse, guard.lse_note, in_shares=True, typed=False),
     "splash": Implementation(splash.attend, splash.refuse, guard.lse_note, in_shares=True, typed=False),

@@ -1,4 +1,4 @@
-"""Which arrays of a call have gradients, and what a derivative rule returns for those that have none."""
+"""Which arrays have gradients, what derivative rules return for those that have none; gradients have none."""
 
 from typing import Any
 
@@ -16,3 +16,8 @@ def is_floating(x: Any) -> bool:
 def no_gradient(x: Any) -> Array | np.ndarray:
     """Returns zeros for an array that no gradient reaches: of dtype `float0` for integers, as JAX requires."""
     return jnp.zeros(jnp.shape(x), jnp.result_type(x)) if is_floating(x) else np.zeros(jnp.shape(x), jax.dtypes.float0)
+
+
+def refuse_second(*anything: Any) -> Any:
+    """Takes the place of the derivative rules of gradients."""
+    raise NotImplementedError("second derivatives of attention are only supported by 'reference'")

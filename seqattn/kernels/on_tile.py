@@ -46,23 +46,25 @@ class Device:
         name: for messages.
         plain: the names of the primitives that it computes as they are.
         rules: others, by name.
+        differentiated: whether JAX differentiates the tiles, so that functions must keep their own derivative rules.
     """
 
     name: str
     plain: frozenset[str]
     rules: Mapping[str, Rule]
+    differentiated: bool = True
 
 
 def check(late: Late, device: Device) -> None:
     """Raises NotImplementedError, with the reason, if a kernel on the device cannot evaluate the operations."""
     shape = (2, 2)
 
-    def run(*arguments: Array) -> Array:
+    def run(*arguments: Array) -> list[Array]:
         borders = [
             [np.ones((), each.dtype)] * each.entries if not each.by_token else jnp.ones(shape, each.dtype)
             for each in late.borders
         ]
-        return evaluate(late, borders, arguments, shape, device)
+        return evaluate_all(late, borders, arguments, shape, device)
 
     types = [jax.ShapeDtypeStruct(shape, x.aval.dtype) for x in late.instructions.inputs]
     jax.eval_shape(run, *types)
@@ -85,9 +87,17 @@ def evaluate(
         shape: the shape of the tile.
         device: what the compiler can do.
     """
+    (result,) = evaluate_all(late, borders, arguments, shape, device)
+    return result
+
+
+def evaluate_all(
+    late: Late, borders: Sequence[Any], arguments: Sequence[Array], shape: tuple[int, int], device: Device
+) -> list[Array]:
+    """Returns the same as `evaluate` for operations with several results."""
     given = [_border(late, i, value) for i, value in enumerate(borders)]
-    (result,) = _Tile(shape, device).run(late.instructions.jaxpr, [*given, *arguments])
-    return jnp.broadcast_to(result, shape)
+    results = _Tile(shape, device).run(late.instructions.jaxpr, [*given, *arguments])
+    return [jnp.broadcast_to(x, shape) for x in results]
 
 
 def _border(late: Late, i: int, value: Any) -> Any:
@@ -172,6 +182,9 @@ class _Tile:
         """Returns the results of a function with a derivative rule of its own, which differentiation then uses."""
         self._check_numbers(equation.primitive.name, *equation.invars, *equation.outvars)
         whole = [self._whole(x, aval(variable).dtype) for x, variable in zip(given, equation.invars, strict=True)]
+        if not self.device.differentiated:
+            inner = inner_program(equation)
+            return self.run(inner.jaxpr, [*inner.consts, *whole])
         rule = jax.vmap(jax.vmap(one_equation(jaxpr, equation)))
 
         # The body contains no more than the compiler has. The rule is the function's own: it is not rewritten.

@@ -1,7 +1,6 @@
 """The tiled kernel as a function with a custom derivative rule. Its contract is that of `reference`."""
 
 import functools
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +13,7 @@ from seqattn.kernels.chunked.plan import Leaves, Plan, prepare
 from seqattn.kernels.chunked.tile_loop import absorb, finish, start
 from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.mesh_axes import varying
-from seqattn.kernels.no_gradient import is_floating, no_gradient
+from seqattn.kernels.no_gradient import is_floating, no_gradient, refuse_second
 from seqattn.kernels.reverse_mode import reverse_only
 
 _MOST_PAIRS = 2**36
@@ -96,10 +95,6 @@ def gradients_of(
     return [d.astype(x.dtype) for d, x in zip(everything, leaves, strict=True) if is_floating(x)]
 
 
-def _refuse_second(plan: Plan, *residuals: Any) -> Any:
-    raise NotImplementedError("second derivatives of attention are only supported by 'reference'")
-
-
 _attend.defvjp(_forward, _backward)
 # Second derivatives would differentiate the loop over tiles and store the scores of each one, so they are refused.
-gradients_of.defvjp(_refuse_second, _refuse_second)
+gradients_of.defvjp(refuse_second, refuse_second)

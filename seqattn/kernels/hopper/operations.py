@@ -68,9 +68,12 @@ HOPPER = on_tile.Device(
         "logistic": _logistic,
         "pow": _pow,
         "log1p": _log1p,
+        "add_any": lambda x, y, **_: x + y,  # sums of derivatives
         "stop_gradient": lambda x, **_: x,
         "copy": lambda x, **_: x,
     },
+    # Derivatives are operations of their own: see `slope`. The compiler has no primitive for a derivative rule.
+    differentiated=False,
 )
 """What Pallas Mosaic GPU accepts (jax 0.10.2, compiled for H200), and what is rewritten for it."""
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -12,8 +11,10 @@ from jaxtyping import Array
 from seqattn.kernels import blocks
 from seqattn.kernels.call import Call
 from seqattn.kernels.counters import first_counters
+from seqattn.kernels.hopper.backward_plan import Backward, backward_of
 from seqattn.kernels.hopper.protocol import CONSUMERS
 from seqattn.kernels.hopper.rule import Rule, rule_of
+from seqattn.kernels.hopper.walk import Walk
 from seqattn.kernels.traced import TracedMask, capture
 from seqattn.pytrees import pytree
 
@@ -59,6 +60,7 @@ class Plan:
         mask: the operations of the mask for each pair, or None.
         score_mod: the operations of the score modification for each pair, or None.
         dropout_rate: 0 if there is no dropout.
+        backward: the kernels of the backward pass, or None if `chunked` computes the gradients.
         interpret: an `InterpretGPUParams`, to run the kernel in Pallas's interpreter, or None.
     """
 
@@ -68,7 +70,13 @@ class Plan:
     mask: Rule | None
     score_mod: Rule | None
     dropout_rate: float
+    backward: Backward | None
     interpret: Any
+
+    @property
+    def group(self) -> int:
+        """How many query heads read each key head."""
+        return self.sizes[1] // self.sizes[2]
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -93,8 +101,8 @@ class Operands:
         bias: a list of an array of the same form that is added to the scores, or empty.
         words: a list of the two words of the dropout key, `[2]`, or empty.
         base: a list of the first row and column of dropout, `[B, N, 2]`, or empty.
-        counts: `[B or 1, I, 2]`: how many full and how many partial tiles of keys each pair of query tiles visits.
-        tiles: `[B or 1, I, J]`: the indices of these tiles, full ones first.
+        walk: the tiles of keys that each pair of query tiles visits.
+        backward: the tiles that each kernel of the backward pass visits, or nothing.
     """
 
     query: Any
@@ -107,8 +115,8 @@ class Operands:
     bias: Any
     words: Any
     base: Any
-    counts: Any
-    tiles: Any
+    walk: Any
+    backward: Any
 
 
 def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
@@ -128,7 +136,7 @@ def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
     tiling = _tiling(head_dim, [each.entries for each in (mask, mod) if each is not None], dropped=rate > 0)
     # The tiles are decided by the mask itself. The kernel evaluates its trace, as it must not hold a user's function.
     kinds = blocks.kinds_of_tiles(call.mask, call.q_at, call.kv_at, tiling.together, tiling.keys)
-    counts, tiles = lists(kinds)
+    backward = backward_of(call, (mask, mod))
     plan = Plan(
         (batch, num_heads, num_kv_heads, length, size, head_dim),
         np.dtype(call.query.dtype),
@@ -136,6 +144,7 @@ def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
         mask,
         mod,
         rate,
+        backward,
         interpret,
     )
     query, scale = _positive(call.query, call.scale)
@@ -150,8 +159,8 @@ def prepare(call: Call, *, interpret: Any = None) -> tuple[Plan, Operands]:
         [] if call.bias is None else [call.bias],
         [] if rate == 0 else [call.dropout.words()],
         [] if rate == 0 else [first_counters(call)],
-        counts,
-        tiles,
+        Walk.of(kinds),
+        () if backward is None else backward.walks(call),
     )
 
 
@@ -164,20 +173,6 @@ def _tiling(head_dim: int, entries: Sequence[int], *, dropped: bool) -> Tiling:
         what = "dropout" if dropped else f"a table of {most} entries that each pair searches"
         raise NotImplementedError(f"{what} leaves too few registers at head dim {head_dim}")
     return SEARCHING[head_dim]
-
-
-def lists(kinds: np.ndarray | Array) -> tuple[Any, Any]:
-    """Returns the lists of the tiles to visit, from the kind of each tile `[B or 1, I, J]`.
-
-    Returns:
-        The numbers of full and of partial tiles, `[B or 1, I, 2]`, and the indices of tiles, full ones first and those
-        that are visited before all others, `[B or 1, I, J]`.
-    """
-    xp = jnp if isinstance(kinds, jax.Array) else np
-    full, partial = kinds == blocks.FULL, kinds == blocks.PARTIAL
-    counts = xp.stack([x.sum(axis=-1, dtype=np.int32) for x in (full, partial)], axis=-1)
-    rank = xp.where(full, np.int32(0), xp.where(partial, np.int32(1), np.int32(2)))
-    return counts, xp.argsort(rank, axis=-1, stable=True).astype(np.int32)
 
 
 _LEAST = 1e-30

@@ -74,7 +74,7 @@ class When(enum.Enum):
     MORE = "more"
     """If another step follows."""
     TILE = "tile"
-    """If the step has a tile of keys, and is none of those that `Program.more` adds."""
+    """If the step has a tile, and is none of those that `Program.more` adds."""
     FIRST = "first"
     """In the first consumer."""
     SECOND = "second"
@@ -100,7 +100,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The rows of a warpgroup: before all steps, in each step, and after them. A step is a tile of keys.
+    """The rows of a warpgroup: before all steps, in each step, and after them. A step is a tile of the other side.
 
     Attributes:
         before: rows before the steps.
@@ -135,10 +135,12 @@ class Buffer:
     Attributes:
         count: how many there are.
         ready: the barrier, with the same index, at which a load arrives.
+        owned: whether each consumer has one of its own. All others hold the tile of a step.
     """
 
     count: int
     ready: str
+    owned: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +192,7 @@ def forward(slots: int) -> Protocol:
             "turn": Barrier(1, arrivals=CONSUMERS),
         },
         buffers={
-            "query": Buffer(CONSUMERS, "query_ready"),
+            "query": Buffer(CONSUMERS, "query_ready", owned=True),
             "key": Buffer(slots, "key_ready"),
             "value": Buffer(slots, "value_ready"),
         },
@@ -204,12 +206,14 @@ def forward(slots: int) -> Protocol:
 
 
 def observed(table: Protocol) -> Protocol:
-    """Returns the table of `forward` with waits for the phases that nobody needs.
+    """Returns a table with waits for the phases that nobody needs.
 
     The interpreter requires that a thread which waits at a barrier waits for each of its phases.
     """
-    turn = table.consumer.after.index(_LAST_TURN) + 1
-    after = (*table.consumer.after[:turn], Row(Action.WAIT, "turn", when=When.FIRST), *table.consumer.after[turn:])
+    after = table.consumer.after
+    if _LAST_TURN in after:
+        turn = after.index(_LAST_TURN) + 1
+        after = (*after[:turn], Row(Action.WAIT, "turn", when=When.FIRST), *after[turn:])
     loads = [
         dataclasses.replace(row, when=When.TILE) if row.action is Action.LOAD else row for row in table.memory.step
     ]

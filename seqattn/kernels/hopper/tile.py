@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from seqattn.kernels import on_tile
 from seqattn.kernels.hopper.operations import HOPPER, LOG2_E, kept
-from seqattn.kernels.hopper.plan import Operands
+from seqattn.kernels.hopper.plan import Operands, Plan
 from seqattn.kernels.hopper.rule import Rule
 from seqattn.kernels.hopper.units import Units
 from seqattn.kernels.log_total import SEES_NOTHING
@@ -53,21 +53,17 @@ class Arithmetic:
 
     Attributes:
         units: what differs between the device and the interpreter.
-        size: S without padding.
-        mask: the operations of the mask for each pair, or None.
-        score_mod: the operations of the score modification for each pair, or None.
-        dropout_rate: 0 if there is no dropout.
+        plan: the static part of the call.
         scale: what products are multiplied by, a positive scalar.
         given: references to the arrays in global memory, or the arrays themselves.
+        transposed: whether tiles have keys as rows and queries as columns.
     """
 
     units: Units
-    size: int
-    mask: Rule | None
-    score_mod: Rule | None
-    dropout_rate: float
+    plan: Plan
     scale: Any
     given: Operands
+    transposed: bool = False
 
     def start(self, queries: int, dim: int) -> Sums:
         """Returns the state before any key."""
@@ -100,21 +96,22 @@ class Arithmetic:
         output = sums.output * spread(shrink, sums.output.shape)
         # Dropout acts on the weights after the softmax: the total keeps the dropped ones.
         sums = Sums(output, peak, sums.total * shrink + weights.sum(axis=1))
-        return self._dropped(weights, place), sums
+        return self.dropped(weights, place), sums
 
-    def _dropped(self, weights: Float[Array, "Q K"], place: Place) -> Float[Array, "Q K"]:
+    def dropped(self, weights: Float[Array, "Q K"], place: Place) -> Float[Array, "Q K"]:
         """Applies dropout to the weights of a tile: kept ones are divided by the keep probability."""
-        if self.dropout_rate == 0:
+        rate = self.plan.dropout_rate
+        if rate == 0:
             return weights
         (words,), (base,) = self.given.words, self.given.base
         # The row and the column of a weight are the counter of the random generator: see `seqattn.dropout.kept`.
-        firsts = place.query + base[place.batch, place.head, 0], place.key + base[place.batch, place.head, 1]
         row, column = (
-            (self.units.index(weights.shape, axis) + first).astype(jnp.uint32) for axis, first in enumerate(firsts)
+            self._index(of_query, place, weights.shape, base[place.batch, place.head, i]).astype(jnp.uint32)
+            for i, of_query in enumerate((True, False))
         )
-        keep = kept([words[0], words[1]], self.dropout_rate, row, column)
+        keep = kept([words[0], words[1]], rate, row, column)
         # `weights * 0` keeps a NaN row NaN in the dropped places as well.
-        return jnp.where(keep, weights * jnp.float32(1 / (1 - self.dropout_rate)), weights * jnp.float32(0))
+        return jnp.where(keep, weights * jnp.float32(1 / (1 - rate)), weights * jnp.float32(0))
 
     def finish(self, sums: Sums) -> tuple[Array, Array, Array]:
         """Returns the output, the largest logit of each query and the log of its total, as `log_total` says."""
@@ -128,7 +125,7 @@ class Arithmetic:
     @property
     def is_natural(self) -> bool:
         """Whether scores are more than scaled products. They are then not multiplied by the scale a second time."""
-        return self.score_mod is not None or len(self.given.bias) > 0
+        return self.plan.score_mod is not None or len(self.given.bias) > 0
 
     @property
     def _unit(self) -> Array:
@@ -147,50 +144,61 @@ class Arithmetic:
             # A bias of -inf masks its pair, whatever the modification makes of it.
             bias = self._pairs(each, place, products.shape).astype(jnp.float32)
             scores, hidden = scores + jnp.where(bias == -jnp.inf, jnp.zeros_like(bias), bias), bias == -jnp.inf
-        if self.score_mod is not None:
-            scores = self._evaluate(self.score_mod, self.given.mod, (scores,), place, scores.shape)
+        if self.plan.score_mod is not None:
+            (scores,) = self._evaluate(self.plan.score_mod, self.given.mod, (scores,), place, scores.shape)
         if self.given.bias:
             scores = jnp.where(hidden, -jnp.inf, scores)
         return jnp.where(seen | (scores == -jnp.inf), scores, jnp.nan)
 
     def _pairs(self, array: Any, place: Place, shape: tuple[int, ...]) -> Array:
-        """Returns a tile of an array of pairs, `[B or 1, N or 1, T or 1, S]`."""
+        """Returns a tile of an array of pairs: `[B or 1, N or 1, T, S]` in the order of the tile, or with one query."""
         at = self._row_and_head(array, place)
         if array.shape[2] == 1:
-            return self.units.vector(array, (*at, 0), place.key, 1, shape)
-        return self.units.pairs(array, at, (place.query, place.key), shape)
+            return self.units.vector(array, (*at, 0), place.key, self._axis(of_query=False), shape)
+        first = (place.key, place.query) if self.transposed else (place.query, place.key)
+        return self.units.pairs(array, at, first, shape)
 
     def _visible(self, place: Place, shape: tuple[int, ...]) -> Array | None:
         """Returns the visible pairs of a partial tile, or None if there are no others."""
-        visible = None if self.mask is None else self._evaluate(self.mask, self.given.mask, (), place, shape)
+        mask, visible = self.plan.mask, None
+        if mask is not None:
+            (visible,) = self._evaluate(mask, self.given.mask, (), place, shape)
         for each in self.given.shown:
             visible = self._pairs(each, place, shape) != 0
-        if self.size % shape[1]:
-            # Keys past the end are masked. Queries past the end are cut off in the results.
-            real = self.units.index(shape, 1) + place.key < self.size
+        length, size = self.plan.sizes[3:5]
+        # Columns past the end are masked. Rows past the end are cut off in the results.
+        if (length if self.transposed else size) % shape[1]:
+            real = self._index(self.transposed, place, shape) < (length if self.transposed else size)
             visible = real if visible is None else visible & real
         return visible
 
+    def _axis(self, *, of_query: bool) -> int:
+        """Returns the axis of a tile along which queries or keys differ."""
+        return int(of_query == self.transposed)
+
+    def _index(self, of_query: bool, place: Place, shape: tuple[int, ...], first: Any = 0) -> Array:
+        """Returns the index of the query or of the key of each pair, counted from `first`."""
+        start = place.query if of_query else place.key
+        return self.units.index(shape, self._axis(of_query=of_query)) + (start + first)
+
     def _evaluate(
         self,
-        rule: Rule | None,
+        rule: Rule,
         arrays: Sequence[Any],
         scores: tuple[Array, ...],
         place: Place,
         shape: tuple[int, ...],
-    ) -> Array:
-        """Returns the result of a mask or score modification for each pair of a tile."""
-        assert rule is not None
+    ) -> list[Array]:
+        """Returns the results of a mask or score modification for each pair of a tile."""
         given, borders = iter(arrays), []
         for border, first, read in rule.sources():
             if read:
                 borders.append(self._border(border, next(given), place, shape))
             elif first is not None:
-                axis, start = (0, place.query) if QUERY in border.reads else (1, place.key)
-                borders.append(self.units.index(shape, axis) + (start + first))
+                borders.append(self._index(QUERY in border.reads, place, shape, first))
             else:
                 borders.append(None)
-        return on_tile.evaluate(rule.late, borders, scores, (shape[0], shape[1]), HOPPER)
+        return on_tile.evaluate_all(rule.late, borders, scores, (shape[0], shape[1]), HOPPER)
 
     def _row_and_head(self, array: Any, place: Place) -> tuple[Any, Any]:
         """Returns the indices of the first two axes of an array, which has size 1 where rows or heads share it."""
@@ -201,9 +209,9 @@ class Arithmetic:
         row, head = self._row_and_head(array, place)
         if not border.by_token:
             return [_typed(array[row, head, i], border) for i in range(border.entries)]
-        axis = 0 if QUERY in border.reads else 1
-        first = place.query if axis == 0 else place.key
-        return _typed(self.units.vector(array, (row, head), first, axis, shape), border)
+        of_query = QUERY in border.reads
+        first = place.query if of_query else place.key
+        return _typed(self.units.vector(array, (row, head), first, self._axis(of_query=of_query), shape), border)
 
 
 def _typed(x: Array, border: Border) -> Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-Meanwhile = Callable[[], None]
+Meanwhile = Callable[[], Any]
 """What the warpgroup does while a product runs."""
 
 
@@ -20,8 +20,11 @@ class Units(abc.ABC):
     """The operations that differ between the device and the interpreter."""
 
     @abc.abstractmethod
-    def scores(self, query: Any, key: Any, meanwhile: Meanwhile) -> Array:
-        """Returns the products of the queries `[rows, H]` and the keys `[columns, H]` in shared memory, float32."""
+    def scores(self, query: Any, key: Any, meanwhile: Meanwhile) -> tuple[Array, Any]:
+        """Returns the products of the queries `[rows, H]` and the keys `[columns, H]` in shared memory, float32.
+
+        The second result is that of `meanwhile`. Queries and keys may be any vectors of rows and of columns.
+        """
 
     @abc.abstractmethod
     def output(self, total: Array, weights: Array, value: Any, meanwhile: Meanwhile) -> Array:
@@ -40,24 +43,28 @@ class Units(abc.ABC):
         """Returns the row or the column of each entry of a tile, int32."""
 
     @abc.abstractmethod
-    def vector(self, array: Any, at: tuple[Any, ...], first: Any, axis: int, shape: tuple[int, ...]) -> Array:
-        """Returns a part of the last axis of an array in global memory, repeated over a tile.
+    def part(self, array: Any, at: tuple[Any, ...], first: Any, length: int, axis: int) -> Array:
+        """Returns a part of the last axis of an array in global memory.
 
         Args:
             array: the array.
             at: indices of all axes but the last.
             first: where the part begins.
-            axis: 0 for a number for each row, 1 for one for each column.
-            shape: the shape of the tile.
+            length: how long it is.
+            axis: 0 for a number for each row of a tile, 1 for one for each column.
         """
+
+    def vector(self, array: Any, at: tuple[Any, ...], first: Any, axis: int, shape: tuple[int, ...]) -> Array:
+        """Returns the same as `part`, repeated over a tile."""
+        return self.spread(self.part(array, at, first, shape[axis], axis), shape, axis)
 
     @abc.abstractmethod
     def pairs(self, array: Any, at: tuple[Any, ...], first: tuple[Any, Any], shape: tuple[int, ...]) -> Array:
         """Returns a tile of the last two axes of an array in global memory, that begins at `first`."""
 
-    def spread(self, vector: Array, shape: tuple[int, ...]) -> Array:
-        """Repeats a number of each query over a tile."""
-        return lax.broadcast_in_dim(vector, shape, (0,))
+    def spread(self, vector: Array, shape: tuple[int, ...], axis: int = 0) -> Array:
+        """Repeats a number of each row, or of each column, over a tile."""
+        return lax.broadcast_in_dim(vector, shape, (axis,))
 
 
 class Device(Units):
@@ -72,11 +79,11 @@ class Device(Units):
         self._whole = plgpu.Layout.WGMMA
         self._of_axis = {0: plgpu.Layout.WGMMA.reduce(1), 1: plgpu.Layout.WGMMA.reduce(0)}
 
-    def scores(self, query: Any, key: Any, meanwhile: Meanwhile) -> Array:
-        def multiply(sums: Any) -> Array:
+    def scores(self, query: Any, key: Any, meanwhile: Meanwhile) -> tuple[Array, Any]:
+        def multiply(sums: Any) -> tuple[Array, Any]:
             self._plgpu.wgmma(sums, query, self._plgpu.transpose_ref(key, (1, 0)))
-            meanwhile()
-            return sums[...]  # waits for the product
+            done = meanwhile()
+            return sums[...], done  # waits for the product
 
         return self._pl.run_scoped(multiply, self._plgpu.ACC((query.shape[0], key.shape[0]), jnp.float32))
 
@@ -97,10 +104,9 @@ class Device(Units):
     def index(self, shape: tuple[int, ...], axis: int) -> Array:
         return self._plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=self._whole)
 
-    def vector(self, array: Any, at: tuple[Any, ...], first: Any, axis: int, shape: tuple[int, ...]) -> Array:
-        part = (*at, self._pl.ds(first, shape[axis]))
-        loaded = self._plgpu.load(array, part, layout=self._of_axis[axis], optimized=False)
-        return lax.broadcast_in_dim(loaded, shape, (axis,))
+    def part(self, array: Any, at: tuple[Any, ...], first: Any, length: int, axis: int) -> Array:
+        part = (*at, self._pl.ds(first, length))
+        return self._plgpu.load(array, part, layout=self._of_axis[axis], optimized=False)
 
     def pairs(self, array: Any, at: tuple[Any, ...], first: tuple[Any, Any], shape: tuple[int, ...]) -> Array:
         part = (*at, self._pl.ds(first[0], shape[0]), self._pl.ds(first[1], shape[1]))
@@ -110,10 +116,9 @@ class Device(Units):
 class Interpreted(Units):
     """The same operations in terms of plain loads, which the interpreter knows and whose races it sees."""
 
-    def scores(self, query: Any, key: Any, meanwhile: Meanwhile) -> Array:
+    def scores(self, query: Any, key: Any, meanwhile: Meanwhile) -> tuple[Array, Any]:
         sums = lax.dot_general(query[...], key[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-        meanwhile()
-        return sums
+        return sums, meanwhile()
 
     def output(self, total: Array, weights: Array, value: Any, meanwhile: Meanwhile) -> Array:
         sums = lax.dot_general(weights, value[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
@@ -129,10 +134,10 @@ class Interpreted(Units):
     def index(self, shape: tuple[int, ...], axis: int) -> Array:
         return lax.broadcasted_iota(jnp.int32, shape, axis)
 
-    def vector(self, array: Any, at: tuple[Any, ...], first: Any, axis: int, shape: tuple[int, ...]) -> Array:
+    def part(self, array: Any, at: tuple[Any, ...], first: Any, length: int, axis: int) -> Array:
         from jax.experimental import pallas as pl
 
-        return lax.broadcast_in_dim(array[(*at, pl.ds(first, shape[axis]))], shape, (axis,))
+        return array[(*at, pl.ds(first, length))]
 
     def pairs(self, array: Any, at: tuple[Any, ...], first: tuple[Any, Any], shape: tuple[int, ...]) -> Array:
         from jax.experimental import pallas as pl

@@ -11,6 +11,7 @@ from seqattn.coordinates import Coordinates
 from seqattn.kernels.call import Call
 from seqattn.kernels.hopper import plan as plans
 from seqattn.kernels.hopper import protocol
+from seqattn.kernels.hopper.inputs import of_forward
 from seqattn.kernels.hopper.plan import Tiling, prepare
 from seqattn.kernels.hopper.protocol import Action, Index, Row
 from seqattn.masks import Causal, SameSegment
@@ -45,7 +46,7 @@ def prepared(shape=SHAPE, **options):
 
 def interpreted(plan, operands, table=None):
     """The results of the kernel, and whether the interpreter found a race."""
-    results = jax.device_get(forward.compute(plan, forward.padded(plan, operands), table))
+    results = jax.device_get(forward.compute(plan, of_forward(plan, operands), table))
     return results, gpu_callbacks.get_races().races_found
 
 
@@ -61,10 +62,10 @@ def packed():
 @pytest.mark.parametrize("score_mod", [None, SoftCap(3.0)], ids=["plain", "soft cap"])
 def test_the_interpreted_kernel_computes_what_its_arithmetic_does(score_mod):
     plan, operands = prepared(mask=Causal() & SameSegment(), score_mod=score_mod, **packed())
-    assert operands.counts[0, 0].sum() == 0 < operands.counts[0, 1].sum()
+    assert operands.walk.counts[0, 0].sum() == 0 < operands.walk.counts[0, 1].sum()
     results, races = interpreted(plan, operands)
     assert not races
-    for actual, expected in zip(results, hopper_plain.compute(plan, forward.padded(plan, operands)), strict=True):
+    for actual, expected in zip(results, hopper_plain.compute(plan, of_forward(plan, operands)), strict=True):
         close(actual, expected, "bfloat16")
     assert (np.asarray(results[1]) == lowest(jnp.float32)).any()
 

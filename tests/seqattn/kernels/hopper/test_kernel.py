@@ -13,7 +13,7 @@ from seqattn.kernels import hopper
 from seqattn.kernels.call import Call
 from seqattn.kernels.hopper.plan import Tiling
 from seqattn.masks import Causal, SameSegment
-from seqattn.score_mods import Alibi
+from seqattn.score_mods import Alibi, SoftCap
 from tests import hopper_plain
 
 pytest.importorskip("absl", reason="Pallas Mosaic GPU needs absl-py")
@@ -88,18 +88,41 @@ def test_a_program_for_a_gpu_holds_the_kernel_and_no_loop_over_tiles():
     assert "dot_general" not in text
 
 
-def test_its_gradient_is_computed_by_the_tiles_of_chunked_from_its_log_sum_exp():
-    def gradient(attend):
-        def total(*arrays):
-            output, lse = attend(*arrays)
-            return output.astype(jnp.float32).sum() + lse.sum()
+def gradient(attend, by):
+    def total(*arrays):
+        output, lse = attend(*arrays)
+        return output.astype(jnp.float32).sum() + lse.sum()
 
-        return jax.grad(total, (0, 1, 2, 4))
+    return jax.grad(total, by)
 
-    text = lowered(gradient, "float16", 128)
+
+def test_where_a_score_mod_reads_a_traced_array_the_gradient_is_computed_by_the_tiles_of_chunked():
+    text = lowered(lambda attend: gradient(attend, (0, 1, 2, 4)), "float16", 128)
     # The forward pass runs once and keeps no scores.
     assert text.count("@mosaic_gpu") == 1
     assert "dot_general" in text
+
+
+@pytest.mark.parametrize(("dim", "kernels"), [(64, 3), (256, 1)])
+def test_the_gradient_of_query_key_and_value_is_computed_by_kernels(dim, kernels):
+    def attend(query, key, value, segment):
+        at = Coordinates.from_segments(segment)
+        options = {"mask": Causal() & SameSegment(), "score_mod": SoftCap(5.0), "q_at": at, "kv_at": at}
+        return hopper.attend(Call.of(query, key, value, **options, bias=None, scale=None, dropout=None))
+
+    arrays = [jax.ShapeDtypeStruct((2, 301, heads, dim), jnp.bfloat16) for heads in (6, 3, 3)]
+    segment = jax.ShapeDtypeStruct((2, 301), np.int32)
+    traced = jax.jit(gradient(attend, (0, 1, 2))).trace(*arrays, segment)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == kernels
+    assert ("dot_general" in text) == (kernels == 1)
+
+
+def test_explain_says_who_computes_the_gradients():
+    assert hopper.note(call()) is None
+    assert hopper.note(call(length=0)) is None
+    assert hopper.note(call(bias=jnp.zeros((1, 1, 7, 7)))) == "chunked computes the gradients: a bias may need one"
+    assert "head dim 256 takes too many registers" in hopper.note(call(dim=256))
 
 
 def test_second_derivatives_are_refused_as_by_the_tiled_kernel():

@@ -7,9 +7,8 @@ import pytest
 
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
-from seqattn.kernels import blocks
 from seqattn.kernels.call import Call
-from seqattn.kernels.hopper.plan import lists, prepare
+from seqattn.kernels.hopper.plan import prepare
 from seqattn.masks import Causal, SameSegment, SlidingWindow
 from seqattn.score_mod import ScoreMod
 from seqattn.score_mods import RelativeBuckets
@@ -33,8 +32,8 @@ def test_the_lists_hold_the_tiles_that_hold_a_visible_pair(mask):
     x = jnp.zeros((1, LENGTH, 1, DIM), jnp.bfloat16)
     plan, operands = prepare(Call.of(x, x, x, mask=mask, q_at=at, kv_at=at, score_mod=None, **GIVEN))
     some, every = visible_tiles(np.asarray(mask.dense(at, at)), plan.tiling.together, plan.tiling.keys)
-    for i, (full, partial) in enumerate(operands.counts[0]):
-        listed = list(operands.tiles[0, i])
+    for i, (full, partial) in enumerate(operands.walk.counts[0]):
+        listed = list(operands.walk.tiles[0, i])
         assert set(listed[:full]) == set(np.flatnonzero(every[i]))
         assert set(listed[full : full + partial]) == set(np.flatnonzero(some[i] & ~every[i]))
         assert sorted(listed) == list(range(some.shape[1]))
@@ -50,19 +49,12 @@ def test_lists_that_are_made_at_run_time_are_those_that_are_known_before():
     def made(at):
         mask = Causal() & SameSegment()
         operands = prepare(Call.of(x, x, x, mask=mask, q_at=at, kv_at=at, score_mod=None, **GIVEN))[1]
-        return operands.counts, operands.tiles
+        return operands.walk.counts, operands.walk.tiles
 
     counts, tiles = made(known)
     assert isinstance(counts, np.ndarray)
     for here, there in zip((counts, tiles), jax.jit(made)(at), strict=True):
         np.testing.assert_array_equal(here, there)
-
-
-def test_a_kind_decides_the_place_in_the_list():
-    kinds = np.array([[[blocks.PARTIAL, blocks.EMPTY, blocks.FULL, blocks.PARTIAL]]], np.int32)
-    counts, tiles = lists(kinds)
-    assert counts.tolist() == [[[1, 2]]]
-    assert tiles.tolist() == [[[2, 0, 3, 1]]]
 
 
 def test_tables_take_smaller_tiles_and_are_refused_at_head_dim_256():

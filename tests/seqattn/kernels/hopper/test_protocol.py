@@ -5,36 +5,10 @@ import dataclasses
 import pytest
 
 from seqattn.kernels.hopper import protocol
-from seqattn.kernels.hopper.protocol import Action, Barrier, Index, Program, Protocol, Row
-from tests.abstract_machine import fault
+from seqattn.kernels.hopper.protocol import Action, Barrier, Index, Row
+from tests.abstract_machine import ORDERING, fault, first_fault, replaced, rows
 
 SLOTS = (1, 2, 3)
-# So many steps that each slot is used twice, and one more.
-STEPS = (0, 1, 2, 3, 5)
-ORDERING = (Action.WAIT, Action.ARRIVE, Action.FINISH, Action.FENCE, Action.DRAIN)
-"""Actions whose only purpose is the order of others."""
-
-
-def rows(table: Protocol) -> list[tuple[str, str, int, Row]]:
-    """Each row with its place: the warpgroup, the part of its program, and the number."""
-    return [
-        (who, part, i, row)
-        for who in ("memory", "consumer")
-        for part in ("before", "step", "after")
-        for i, row in enumerate(getattr(getattr(table, who), part))
-    ]
-
-
-def replaced(table: Protocol, who: str, part: str, i: int, *new: Row) -> Protocol:
-    """The table with other rows in the place of one."""
-    program: Program = getattr(table, who)
-    old = getattr(program, part)
-    return dataclasses.replace(table, **{who: dataclasses.replace(program, **{part: (*old[:i], *new, *old[i + 1 :])})})
-
-
-def first_fault(table: Protocol) -> str | None:
-    """What goes wrong with the fewest steps."""
-    return next((told for steps in STEPS if (told := fault(table, steps)) is not None), None)
 
 
 @pytest.mark.parametrize("slots", SLOTS)
