@@ -38,7 +38,7 @@ class Moved:
         main: those in the main memory of the device.
         all: those in any memory: compilers for TPUs keep arrays that fit in the memory for vectors.
         exact: False if they are at least that many: a loop that runs an unknown number of times counts once, and a
-            kernel reads its operands at least once.
+            kernel reads its operands at least once. Every branch of a conditional counts, and a scatter as its arrays.
     """
 
     main: float = 0.0
@@ -92,12 +92,12 @@ def _fused(module: Module) -> set[str]:
 def _of(instruction: Instruction, here: Mapping[str, Instruction], module: Module) -> Iterator[tuple[Shape, float]]:
     """Yields each array that an instruction reads or writes, with the bytes of it that it does."""
     opcode = instruction.opcode
-    if opcode in _NOTHING or opcode.endswith("-done"):
+    if opcode in _NOTHING or opcode.endswith(("-start", "-update")):
         return
-    operands = [here[name].result[0] for name in instruction.operands if name in here and here[name].result]
-    if opcode.endswith("-start"):
-        # Its results are the destination, the source once more and a flag.
-        yield from ((shape, shape.bytes) for shape in (*operands, *instruction.result[:1]))
+    operands = _arrays(instruction, here)
+    if opcode.endswith("-done"):
+        # An asynchronous instruction counts where it ends: its start has operands and flags beside its results.
+        yield from _asynchronous(instruction, here, module)
     elif opcode in _SLICES:
         size = sum(shape.bytes for shape in instruction.result)
         yield operands[0], size
@@ -109,6 +109,26 @@ def _of(instruction: Instruction, here: Mapping[str, Instruction], module: Modul
         yield from _fusion(instruction, operands, module)
     else:
         yield from ((shape, shape.bytes) for shape in (*operands, *instruction.result))
+
+
+def _arrays(instruction: Instruction, here: Mapping[str, Instruction]) -> list[Shape]:
+    """Returns the operands of an instruction."""
+    return [here[name].result[0] for name in instruction.operands if name in here and here[name].result]
+
+
+def _asynchronous(done: Instruction, here: Mapping[str, Instruction], module: Module) -> Iterator[tuple[Shape, float]]:
+    """Yields what an asynchronous instruction reads and writes, given its end."""
+    start = here.get(done.operands[0])
+    while start is not None and not start.opcode.endswith("-start"):
+        start = here.get(start.operands[0]) if start.operands else None
+    if start is None:
+        return
+    body = [x for name in start.called() for x in module.computations.get(name, {}).values() if x.is_root]
+    written = sum(shape.bytes for shape in done.result)
+    for shape in _arrays(start, here):
+        is_slice = start.opcode.removesuffix("-start") in _SLICES or any(x.opcode in _SLICES for x in body)
+        yield shape, min(shape.bytes, written) if is_slice else shape.bytes
+    yield from ((shape, shape.bytes) for shape in done.result)
 
 
 def _fusion(instruction: Instruction, operands: list[Shape], module: Module) -> Iterator[tuple[Shape, float]]:

@@ -20,14 +20,15 @@ _MOST = 2**24
 
 
 def moved_by_kernels(function: Callable[..., Any], *arguments: Any) -> float:
-    """Returns the bytes that the kernels of a program for a TPU copy.
+    """Returns the bytes that the kernels of a program for a TPU copy. A block that reaches past the end counts whole.
 
     Args:
         function: the function.
         *arguments: arrays, or shapes where no index map depends on the values.
 
     Raises:
-        NotImplementedError: an index map, or the size of a grid, depends on values that are not known.
+        NotImplementedError: an index map, or the size of a grid, depends on values that are not known; a kernel is
+            inside of a loop or of `jax.shard_map`; or a kernel copies an operand by itself.
     """
     types = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.tree.leaves(arguments)]
     tree = jax.tree.structure(arguments)
@@ -63,7 +64,7 @@ class _Counter:
             self.total += _bytes(equation, given)
             return nothing
         if name == "platform_index":
-            return [next((i for i, names in enumerate(params["platforms"]) if names is None or "tpu" in names), 0)]
+            return [next(i for i, names in enumerate(params["platforms"]) if names is None or "tpu" in names)]
         if name == "on_tpu":
             types = (jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in equation.invars)
             inner = jax.make_jaxpr(params["run"])(*types)
@@ -77,11 +78,22 @@ class _Counter:
             inner = params["call_jaxpr"] if "call_jaxpr" in params else params["jaxpr"]
             consts = inner.consts if hasattr(inner, "consts") else ()
             return self.evaluate(getattr(inner, "jaxpr", inner), consts, given)
+        if any(map(_holds_kernel, params.values())):
+            raise NotImplementedError(f"a kernel inside of {name} is not counted")
         sizes = (math.prod(x.aval.shape) for x in equation.outvars if hasattr(x.aval, "shape"))
         if any(x is None for x in given) or max(sizes, default=0) > _MOST:
             return nothing
         found = equation.primitive.bind(*given, **params)
         return found if equation.primitive.multiple_results else [found]
+
+
+def _holds_kernel(value: Any) -> bool:
+    """Whether a parameter of an equation is a program with a kernel, or holds one."""
+    if isinstance(value, tuple | list):
+        return any(map(_holds_kernel, value))
+    program = getattr(value, "jaxpr", value)
+    found = getattr(program, "eqns", ())
+    return any(each.primitive.name == "pallas_call" or any(map(_holds_kernel, each.params.values())) for each in found)
 
 
 def _bytes(equation: Any, given: Sequence[Any]) -> float:
@@ -93,9 +105,14 @@ def _bytes(equation: Any, given: Sequence[Any]) -> float:
     if any(x is None for x in (*grid, *lists)):
         raise NotImplementedError("the steps of a kernel are not known before it runs")
     # The last dim of the grid runs fastest.
-    steps = np.indices([int(size) for size in grid], dtype=np.int32).reshape(len(grid), -1)
+    numbers = [int(size) for size in grid]
+    steps = np.indices(numbers, dtype=np.int32).reshape(len(grid), math.prod(numbers))
+    if not math.prod(numbers):
+        return 0.0
     total = sum(np.asarray(x).nbytes for x in lists)
     for block in mapping.block_mappings:
+        if (space := str(block.transformed_block_aval.memory_space).lower()) in ("any", "hbm"):
+            raise NotImplementedError(f"the kernel itself copies an operand (memory space {space})")
         array, shape = block.array_aval, block.transformed_block_aval.shape
         copies = _copies(block.index_map_jaxpr, steps, lists)
         total += copies * math.prod(shape) * array.dtype.itemsize
@@ -110,6 +127,6 @@ def _copies(index_map: Any, steps: np.ndarray, lists: Sequence[Any]) -> int:
     def index(*ids: Any) -> list[Any]:
         return jax.core.eval_jaxpr(pure.jaxpr, pure.consts, *ids, *lists)[:number]
 
-    found = jax.jit(jax.vmap(index))(*steps)
+    found = jax.jit(jax.vmap(index, axis_size=steps.shape[1]))(*steps)
     blocks = np.stack([np.broadcast_to(np.asarray(x), steps.shape[1:]) for x in found])
     return 1 + int((blocks[:, 1:] != blocks[:, :-1]).any(axis=0).sum())

@@ -108,8 +108,9 @@ def visits(number: int | None, total: int, queries: int, keys: int) -> str:
     """Returns the note for `explain` on the tiles that a kernel visits; `number` is None if only the program knows."""
     tiles = f"tiles of {queries} queries and {keys} keys"
     if number is None:
-        return f"finds out at run time which of {total} {tiles} to visit"
-    return f"visits {number} of {total} {tiles}"
+        return f"finds out at run time which {tiles} to visit"
+    # A share: kernels differ in whether heads and rows have tiles of their own.
+    return f"visits {number / total:.1%} of the {tiles}"
 
 
 def note(call: Any, queries: int, keys: int) -> str:

@@ -67,10 +67,10 @@ def _of_scores(grid: Grid, call: TiledCall, key: Float[Array, "B S K H"]) -> Ope
         given["key"] = layouts.key_rows(grid, zero_unless_finite(key), layouts.REPEAT)
         if rows is not None:
             given["rows"] = layouts.query_rows(grid, zero_unless_finite(rows), filler=layouts.REPEAT)
-    # Padding is masked in both: a query that does not exist must not make a tile visible or receive a gradient.
-    for name, x, hidden in (("bias", call.bias, -jnp.inf), ("mask", call.mask, False)):
+    # Padding repeats the last pairs here as well: a modification then sees of a repeated pair what it saw of the first.
+    for name, x in (("bias", call.bias), ("mask", call.mask)):
         if x is not None and not isinstance(x, Mask):
             # A dim of size 1 is broadcast over the padding, too, so it needs none.
             behind = (0 if n == 1 else whole - n for n, whole in zip(x.shape[2:], grid.padded, strict=True))
-            given[name] = jnp.pad(x, ((0, 0), (0, 0), *((0, n) for n in behind)), constant_values=hidden)
+            given[name] = jnp.pad(x, ((0, 0), (0, 0), *((0, n) for n in behind)), mode="edge")
     return given

@@ -86,7 +86,7 @@ class TileScores:
         if place.partial:
             real, shown = _real(place), _shown(place)
             # Padding repeats real pairs. They are hidden after the modification, which might be infinite at 0.
-            visible, heard = real & shown, ~real | shown
+            visible, heard = real & shown, shown
         bias = None if call.bias is None else place.pairs("bias").astype(call.high)
         # The order of the contract: scale * q.k + bias, then the score modification, then the mask.
         if bias is not None:

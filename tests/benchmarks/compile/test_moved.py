@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from benchmarks.compile.moved import Moved, moved
 
@@ -66,11 +67,49 @@ def test_an_update_in_place_writes_the_update():
     assert 2 * 2560 <= moved(text).main < 2 * 2560 + 100
 
 
-def test_what_several_instructions_read_counts_for_each():
-    x = jnp.ones((64, 96))
-    once = moved(jax.jit(lambda x: x @ x.T).lower(x).compile().as_text())
-    twice = moved(jax.jit(lambda x: (x @ x.T) @ (x @ x.T).T).lower(x).compile().as_text())
-    assert once.all < twice.all
+ASYNCHRONOUS = """
+%wrapped (p0: f32[64,32]) -> f32[8,32] {
+  %p0 = f32[64,32]{1,0} parameter(0)
+  ROOT %s = f32[8,32]{1,0} slice(%p0), slice={[0:8], [0:32]}
+}
+
+ENTRY %main (x: f32[64,32]) -> f32[8,32] {
+  %x = f32[64,32]{1,0} parameter(0)
+  %start = START
+  ROOT %done = DONE
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("start", "done", "size"),
+    [
+        # A gather reads its operand and writes a result of eight times the size.
+        (
+            "(f32[64,32]{1,0}, f32[512,32]{1,0}) all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={0}",
+            "f32[512,32]{1,0} all-gather-done(%start)",
+            9 * 8192,
+        ),
+        (
+            "(f32[64,32]{1,0:S(1)}, f32[64,32]{1,0}, u32[]{:S(2)}) copy-start(%x)",
+            "f32[64,32]{1,0:S(1)} copy-done(%start)",
+            2 * 8192,
+        ),
+        (
+            "((f32[64,32]{1,0}), f32[8,32]{1,0}, u32[]{:S(2)}) async-start(%x), calls=%wrapped",
+            "f32[8,32]{1,0} async-done(%start)",
+            2 * 1024,
+        ),
+        (
+            "(f32[64,32]{1,0}, f32[8,32]{1,0}, u32[]{:S(2)}) slice-start(%x), slice={[0:8], [0:32]}",
+            "f32[8,32]{1,0} slice-done(%start)",
+            2 * 1024,
+        ),
+    ],
+    ids=["gather", "copy", "wrapped-slice", "slice"],
+)
+def test_an_asynchronous_instruction_moves_what_it_moves_at_once(start, done, size):
+    assert moved(ASYNCHRONOUS.replace("START", start).replace("DONE", done)).all == size
 
 
 CALL = """

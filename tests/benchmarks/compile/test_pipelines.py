@@ -73,6 +73,38 @@ def test_lists_that_are_not_known_are_refused():
         moved_by_kernels(gathered, *shapes)
 
 
+def test_a_kernel_in_a_loop_is_refused_and_not_left_out():
+    x, y = jnp.ones((48, 48)), jnp.ones((48, 80))
+
+    def looped(x, y):
+        return jax.lax.scan(lambda z, _: (product(z, x), None), x, length=5)[0]
+
+    with pytest.raises(NotImplementedError, match="inside of scan is not counted"):
+        moved_by_kernels(looped, jax.ShapeDtypeStruct(x.shape, x.dtype), y)
+
+
+def test_a_kernel_that_copies_by_itself_is_refused():
+    def kernel(x, y):
+        y[...] = jnp.zeros_like(y)
+
+    def call(x):
+        space = pl.BlockSpec(memory_space=pl.ANY)
+        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((8, 128), x.dtype), in_specs=[space])(x)
+
+    with pytest.raises(NotImplementedError, match="copies an operand"):
+        moved_by_kernels(call, jax.ShapeDtypeStruct((40, 128), jnp.float32))
+
+
+def test_a_kernel_without_a_grid_copies_its_arrays():
+    def kernel(x, y):
+        y[...] = x[...] + 1
+
+    def call(x):
+        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x)
+
+    assert moved_by_kernels(call, jax.ShapeDtypeStruct((8, 128), jnp.float32)) == 2 * 4096
+
+
 def test_attention_moves_the_tiles_that_it_visits():
     length, tiles, heads, dim = 2048, 4, 2, 128
     x = jax.ShapeDtypeStruct((1, length, heads, dim), jnp.bfloat16)

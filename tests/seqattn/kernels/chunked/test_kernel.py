@@ -218,18 +218,34 @@ def test_dropout_is_the_same_for_every_tile(monkeypatch):
         close(actual, expected)
 
 
-@pytest.mark.parametrize("mask", [None, Causal()])
-def test_a_score_mod_that_is_infinite_at_zero_meets_no_padding(mask):
+_NOT_LAST = np.arange(SHAPE.S) < SHAPE.S - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "hides", "last"),
+    [
+        ({}, False, 1),
+        ({"bias": np.full((SHAPE.T, SHAPE.S), 0.25, np.float32)}, False, 1),
+        ({"mask": Causal()}, True, 1),
+        # Scores of a negative last key have no logarithm. It is hidden, and so must be what repeats it.
+        ({"mask": np.broadcast_to(_NOT_LAST, (SHAPE.T, SHAPE.S))}, True, -9),
+        ({"bias": np.broadcast_to(np.where(_NOT_LAST, np.float32(0.25), -np.inf), (SHAPE.T, SHAPE.S))}, True, -9),
+    ],
+    ids=["nothing", "bias", "causal", "array", "hiding-bias"],
+)
+def test_a_score_mod_that_is_infinite_at_zero_meets_no_padding(options, hides, last):
     """Padding has no pair whose logarithm is infinite, which would make the gradient of the parameter NaN."""
     inputs = {name: jnp.abs(jnp.asarray(x)) + 0.1 for name, x in arrays(SHAPE).items()}
+    inputs["key"] = inputs["key"].at[..., -1, :, :].multiply(last)
 
     def loss(implementation, scale, inputs):
         def logarithm(score, query, key, head):
-            # Masked pairs have scores of 0 by contract: it must be finite there, where there is a mask.
-            return scale * jnp.log(score if mask is None else jnp.where(score == 0, 1, score))
+            # Masked pairs have scores of 0 by contract: it must be finite there, if there are any.
+            return scale * jnp.log(jnp.where(score == 0, 1, score) if hides else score)
 
         mod = ScoreFunction(logarithm)
-        return jnp.sum(jnp.sin(attend(**inputs, mask=mask, score_mod=mod, implementation=implementation)))
+        given = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+        return jnp.sum(jnp.sin(attend(**inputs, **given, score_mod=mod, implementation=implementation)))
 
     for found, expected in zip(
         *(
@@ -239,7 +255,7 @@ def test_a_score_mod_that_is_infinite_at_zero_meets_no_padding(mask):
         strict=True,
     ):
         assert np.isfinite(expected).all()
-        close(found, expected)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_score_mod_of_infinite_slope_at_zero_meets_no_padding():
