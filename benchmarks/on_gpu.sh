@@ -19,8 +19,11 @@ dry=0 steps=$ALL out=""
 while [ $# -gt 0 ]; do
     case $1 in
     --dry-run) dry=1 ;;
-    --steps) steps=${2//,/ }; shift ;;
-    --out) out=$2; shift ;;
+    --steps | --out)
+        [ -n "${2:-}" ] || { echo "$1 needs a value" >&2; exit 2; }
+        if [ "$1" = --out ]; then out=$2; else steps=${2//,/ }; fi
+        shift
+        ;;
     *) sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
     esac
     shift
@@ -34,7 +37,10 @@ python=${PYTHON:-.venv/bin/python}
 work=$(mktemp -d)
 background=""
 # A process that is cut takes its children along: `timeout` signals its whole group.
-trap 'for pid in $background; do kill "$pid" 2>/dev/null; done; wait; rm -rf "$work"' EXIT
+step_pid=""
+trap 'for pid in $step_pid $background; do kill "$pid" 2>/dev/null; done; wait; rm -rf "$work"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # JAX would take most of the memory of the GPU, and several processes share it with PyTorch.
@@ -72,7 +78,8 @@ mkdir -p "$out" || exit 2
 stem="$out/$device"
 rows="$stem.jsonl" checked="$stem-checked.jsonl" compiled="$stem-compiled.jsonl" profile="$stem-profile.jsonl"
 log="$stem.log" report="$stem-steps.jsonl"
-rm -f "$log" "$report"
+# A part of the steps adds to what an earlier call has found.
+[ "$steps" != "$ALL" ] || rm -f "$log" "$report"
 say() { printf '%s\n' "$*" | tee -a "$log"; }
 has() { "$python" -c "import importlib.util, sys; sys.exit(any(importlib.util.find_spec(m) is None for m in sys.argv[1:]))" "$@"; }
 
@@ -106,7 +113,7 @@ outcome() {
 
 # run STEP LIMIT COMMAND...
 run() {
-    local step=$1 limit begun code
+    local step=$1 limit begun code shown
     wanted "$step" || return 0
     limit=$(least $((SLOWER * $2)) $((WHOLE - SECONDS)))
     shift 2
@@ -116,8 +123,15 @@ run() {
     fi
     say "" "== $step (at most $limit s)"
     begun=$SECONDS
-    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$work/$step.log" | tee -a "$log"
-    code=${PIPESTATUS[0]}
+    # In the background, as a signal would else wait for the end of the step, and leave it running.
+    timeout --kill-after=5 "$limit" "$@" >"$work/$step.log" 2>&1 &
+    step_pid=$!
+    tail -n +1 -f --pid="$step_pid" "$work/$step.log" | tee -a "$log" &
+    shown=$!
+    wait "$step_pid"
+    code=$?
+    step_pid=""
+    wait "$shown"
     outcome "$step" "$code" $((SECONDS - begun)) "$limit" "$work/$step.log"
 }
 

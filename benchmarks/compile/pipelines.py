@@ -1,7 +1,8 @@
 """Counts the bytes that Pallas kernels for TPUs copy between the main memory and the memory for vectors.
 
 Pallas copies a block of each operand before a step of the grid, and a block of each result after it, but not if the
-next step has the same block. The index maps of a kernel tell the blocks. They may read lists that are made before the
+next step has the same block. It counts as main memory even where the compiler holds a whole array in the memory for
+vectors. The index maps of a kernel tell the blocks. They may read lists that are made before the
 kernel starts, so the program is evaluated as far as its values are known without computing any attention.
 """
 
