@@ -113,8 +113,10 @@ def visits(number: int | None, total: int, queries: int, keys: int) -> str:
     return f"visits {number / total:.1%} of the {tiles}"
 
 
-def note(call: Any, queries: int, keys: int) -> str:
-    """Returns `visits` for a kernel whose grid has these tiles."""
+def note(call: Any, queries: int, keys: int) -> str | None:
+    """Returns `visits` for a kernel whose grid has these tiles; None for a boolean array, which is long to read."""
+    if call.mask is not None and not isinstance(call.mask, Mask):
+        return None
     kinds = kinds_of_tiles(call.mask, call.q_at, call.kv_at, queries, keys)
     number = int((kinds != EMPTY).sum()) if isinstance(kinds, np.ndarray) else None
     return visits(number, kinds.size, queries, keys)

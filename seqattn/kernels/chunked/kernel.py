@@ -15,6 +15,7 @@ from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.mesh_axes import varying
 from seqattn.kernels.no_gradient import is_floating, no_gradient, refuse_second
 from seqattn.kernels.reverse_mode import reverse_only
+from seqattn.mask import Mask
 
 _MOST_PAIRS = 2**36
 """Pairs of queries and keys up to which `note` lists the tiles."""
@@ -30,6 +31,8 @@ def refuse(call: Call) -> None:
 def note(call: Call) -> str | None:
     """Returns the note for `explain` on the tiles that the kernel visits; None if it would take long to list them."""
     batch, length, num_heads = call.query.shape[:3]
+    if call.mask is not None and not isinstance(call.mask, Mask):
+        return None
     if call.is_empty or batch * num_heads * length * call.key.shape[1] > _MOST_PAIRS:
         return None
     plan, leaves = prepare(call)
