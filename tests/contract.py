@@ -39,7 +39,10 @@ REFUSED = {
     "hopper": "from which pairs choose|with a gradient is|not float64|that differ by pair",
     "ring": "no dropout",
     "cached": "has no dropout",
-    "tpu_cached": "has no dropout|no bias over|no score modification over|jax_enable_x64|float32 and bfloat16, not",
+    "tpu_cached": (
+        "has no dropout|takes up to 64 queries|no bias over|no score modification over|jax_enable_x64"
+        "|float32 and bfloat16, not"
+    ),
     "tpu": (
         "takes no bias|from which pairs choose|jax_enable_x64|float32 and bfloat16, not|with a gradient is"
         "|that differ by pair"

@@ -8,8 +8,9 @@ from jaxtyping import Array
 
 from seqattn.kernels.blocks import visits
 from seqattn.kernels.call import Call, Result, refuse_unknown
+from seqattn.kernels.chunked import schedule
 from seqattn.kernels.chunked.backward import backward, with_gradients
-from seqattn.kernels.chunked.plan import Leaves, Plan, prepare
+from seqattn.kernels.chunked.plan import Leaves, Plan, prepare, shape_of
 from seqattn.kernels.chunked.tile_loop import absorb, finish, start
 from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.mesh_axes import varying
@@ -17,8 +18,8 @@ from seqattn.kernels.no_gradient import is_floating, no_gradient, refuse_second
 from seqattn.kernels.reverse_mode import reverse_only
 from seqattn.mask import Mask
 
-_MOST_PAIRS = 2**36
-"""Pairs of queries and keys up to which `note` lists the tiles."""
+_MOST_BLOCKS = 2**22
+"""Blocks up to which `note` plans the tiles of a call."""
 
 
 def refuse(call: Call) -> None:
@@ -30,10 +31,9 @@ def refuse(call: Call) -> None:
 
 def note(call: Call) -> str | None:
     """Returns the note for `explain` on the tiles that the kernel visits; None if it would take long to list them."""
-    batch, length, num_heads = call.query.shape[:3]
-    if call.mask is not None and not isinstance(call.mask, Mask):
+    if call.is_empty or (call.mask is not None and not isinstance(call.mask, Mask)):
         return None
-    if call.is_empty or batch * num_heads * length * call.key.shape[1] > _MOST_PAIRS:
+    if schedule.size(shape_of(call)) > _MOST_BLOCKS:
         return None
     plan, leaves = prepare(call)
     grid, tiles = plan.grid, plan.call(leaves).schedule

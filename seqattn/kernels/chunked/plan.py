@@ -59,6 +59,13 @@ class Plan:
         return jax.tree.unflatten(self.tree, leaves)
 
 
+def shape_of(call: Call) -> tuple[int, int, int, int, int]:
+    """Returns B, K, N / K, T and S."""
+    batch, length, num_heads, _ = call.query.shape
+    size, num_kv_heads = call.key.shape[1:3]
+    return batch, num_kv_heads, num_heads // num_kv_heads, length, size
+
+
 def prepare(call: Call, *, reaching: Mask | None = None) -> tuple[Plan, Leaves]:
     """Returns a call of `attend` with its grid and schedule, split into the static plan and the leaves.
 
@@ -66,11 +73,8 @@ def prepare(call: Call, *, reaching: Mask | None = None) -> tuple[Plan, Leaves]:
         call: the call.
         reaching: the mask that tells which tiles are visible, if that of the call is a program already.
     """
-    batch, length, num_heads, _ = call.query.shape
-    size, num_kv_heads = call.key.shape[1:3]
-    shape = (batch, num_kv_heads, num_heads // num_kv_heads, length, size)
     mask = call.mask if reaching is None else reaching
-    grid, tiles = schedule.plan(shape, mask, call.bias is not None, call.q_at, call.kv_at)
+    grid, tiles = schedule.plan(shape_of(call), mask, call.bias is not None, call.q_at, call.kv_at)
     # The program receives the dropout key as two words, which are all that `dropout.kept` reads.
     words = None if call.dropout is None else call.dropout.words()
     given = {field.name: getattr(call, field.name) for field in dataclasses.fields(Call)}

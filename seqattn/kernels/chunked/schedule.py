@@ -126,6 +126,11 @@ def plan(
     return min(plans, key=lambda plan: _cost(*plan))
 
 
+def size(shape: tuple[int, int, int, int, int]) -> int:
+    """Returns the number of blocks that `plan` looks at for a call of this shape, in the grid that has most."""
+    return max(math.prod(_cut(*shape, n).counts) for n in _QUERIES)
+
+
 def _cost(grid: Grid, schedule: Schedule) -> int:
     # A traced schedule has no count at trace time, so it adds nothing to the cost.
     number = sum(steps.at.shape[0] for steps in (schedule.partial, schedule.full) if steps.count is None)
