@@ -140,7 +140,7 @@ SMALL = Pass("query", ("query",), 2, 4, 2), Pass("key", ("key", "value"), 2, 3, 
 """Kernels of the backward pass with tiles so small that a few tokens fill several."""
 
 
-class _Every(dict[int, Any]):
+class Every(dict[int, Any]):
     """One value for all head dims."""
 
     def __contains__(self, head_dim: object) -> bool:
@@ -158,13 +158,13 @@ def attend(call: Call, tiling: Tiling | None = None, passes: tuple[Pass, ...] = 
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(forward, "compute", compute))
         if tiling is not None:
-            patches.enter_context(mock.patch.object(kernel, "_DTYPES", ("float32", "bfloat16", "float16")))
-            patches.enter_context(mock.patch.object(kernel, "_refuse_dims"))
+            patches.enter_context(mock.patch.object(kernel, "DTYPES", ("float32", "bfloat16", "float16")))
+            patches.enter_context(mock.patch.object(kernel, "refuse_dims"))
             for where, names, value in (
                 (plans, ("TILINGS", "SEARCHING"), tiling),
                 (backward_plan, ("PASSES", "NARROW"), passes),
             ):
                 for name in names:
-                    patches.enter_context(mock.patch.object(where, name, _Every({0: value})))
+                    patches.enter_context(mock.patch.object(where, name, Every({0: value})))
         # The name keeps the traced programs apart from those of the device.
         return kernel.attend(call, interpret=_PLAIN)

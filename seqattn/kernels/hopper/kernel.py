@@ -20,16 +20,12 @@ from seqattn.kernels.chunked.plan import Plan as TiledPlan
 from seqattn.kernels.chunked.plan import prepare as prepare_tiles
 from seqattn.kernels.guard import refuse_mesh_axes, refuse_platform, refuse_wide_integers, relaxed
 from seqattn.kernels.hopper.backward_plan import why_chunked
+from seqattn.kernels.hopper.machine import DTYPES, refuse_dims, refuse_machine, refuse_rows
 from seqattn.kernels.hopper.plan import TILINGS, Operands, Plan, prepare
 from seqattn.kernels.log_total import lse_of
 from seqattn.kernels.no_gradient import is_floating, no_gradient, refuse_second
 from seqattn.kernels.reverse_mode import reverse_only
 from seqattn.platforms import on_gpu
-
-_DTYPES = ("bfloat16", "float16")
-
-_MOST_ROWS = 65535
-"""The largest second and third dim of a grid in CUDA."""
 
 
 def refuse(call: Call) -> None:
@@ -76,40 +72,15 @@ def _refuse(call: Call) -> None:
     refuse_platform("the Hopper kernel", "gpu", call)
     refuse_unknown("a grid of tiles", call.query.shape, call.key.shape)
     dtype = call.query.dtype
-    if dtype not in _DTYPES or call.key.dtype != dtype:
+    if dtype not in DTYPES or call.key.dtype != dtype:
         raise NotImplementedError(
-            f"the Hopper kernel takes {' and '.join(_DTYPES)}, not {dtype} with keys {call.key.dtype}"
+            f"the Hopper kernel takes {' and '.join(DTYPES)}, not {dtype} with keys {call.key.dtype}"
         )
-    _refuse_dims(call.query.shape[-1], call.value.shape[-1])
-    if call.query.shape[0] > _MOST_ROWS:
-        raise NotImplementedError(f"{call.query.shape[0]} batch rows; the grid of a kernel has at most {_MOST_ROWS}")
+    refuse_dims(call.query.shape[-1], call.value.shape[-1], tuple(TILINGS))
+    refuse_rows(call)
     refuse_wide_integers("the Hopper kernel")
     refuse_mesh_axes("the Hopper kernel", call)
-    _refuse_machine()
-
-
-def _refuse_dims(head_dim: int, value_dim: int) -> None:
-    """Raises NotImplementedError for dims without a tiling."""
-    if head_dim not in TILINGS or value_dim != head_dim:
-        dims = ", ".join(map(str, TILINGS))
-        raise NotImplementedError(f"H ({head_dim}) and V ({value_dim}) must be equal, and one of {dims}")
-
-
-def _refuse_machine() -> None:
-    """Raises NotImplementedError if Pallas Mosaic GPU is missing, or the machine's GPU is of another generation."""
-    try:
-        # Imported here, because the import is slow and needs absl-py, which JAX does not install.
-        from jax.experimental.pallas import mosaic_gpu  # noqa: F401
-    except ImportError as error:
-        raise NotImplementedError(f"Pallas Mosaic GPU cannot be imported ({error}); it needs absl-py") from error
-    from jax._src.lib import cuda_versions
-
-    version = 0 if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
-    # JAX's own attention in Mosaic GPU refuses masks there: the assembler miscompiles them.
-    if 12080 <= version < 12091:
-        raise NotImplementedError(f"the assembler of CUDA 12.8.0 to 12.9.0 miscompiles masks, and this is {version}")
-    if jax.default_backend() == "gpu" and (found := jax.local_devices()[0].compute_capability) != "9.0":
-        raise NotImplementedError(f"the Hopper kernel is for compute capability 9.0, and this GPU has {found}")
+    refuse_machine()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
