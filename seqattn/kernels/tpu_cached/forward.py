@@ -15,16 +15,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from seqattn.kernels.blocks import EMPTY, FIRST, KIND, LAST, PARTIAL, Steps
+from seqattn.kernels.blocks import FIRST, KIND, LAST, PARTIAL, Steps
 from seqattn.kernels.call import Columns, Result
 from seqattn.kernels.finite import marked_query
 from seqattn.kernels.log_total import SEES_NOTHING, lse_of
+from seqattn.kernels.over_cache import in_rows, kinds_of_tiles, of_queries, visible_rows
 from seqattn.kernels.tpu_cached.plan import LISTS, Plan
 from seqattn.precision import lowest
 
@@ -37,15 +37,12 @@ HIDDEN, SEEN, LOST = 0, 1, 2
 
 def forward(plan: Plan, query: Array, columns: Columns, visible: Array | None, scale: Array) -> Result:
     """Returns the output and the log-sum-exp."""
-    batch, num_heads, num_kv_heads, length, _, _, value_dim = plan.sizes
+    _, num_heads, num_kv_heads, length, *_ = plan.sizes
     steps, code = steps_of(plan, visible), codes(plan, visible, columns)
-    output, peak, log_total = _call(plan, steps, _in_rows(plan, query), columns, scale, code)
-
-    def of_queries(x: Array, *dims: int) -> Array:
-        by_head = x[:, :, : plan.group * length].reshape(batch, num_kv_heads, plan.group, length, *dims)
-        return jnp.moveaxis(by_head, 3, 1).reshape(batch, length, num_heads, *dims)
-
-    return of_queries(output, value_dim), of_queries(lse_of(peak[:, :, 0], log_total[:, :, 0]))
+    rows = in_rows(marked_query(query).astype(plan.product), num_kv_heads, plan.rows)
+    output, peak, log_total = _call(plan, steps, rows, columns, scale, code)
+    lse = lse_of(peak[:, :, 0], log_total[:, :, 0])
+    return of_queries(output, num_heads, length), of_queries(lse, num_heads, length)
 
 
 def codes(plan: Plan, visible: Array | None, columns: Columns) -> Array:
@@ -56,40 +53,19 @@ def codes(plan: Plan, visible: Array | None, columns: Columns) -> Array:
         visible: the pairs that the mask shows, `[B or 1, N or 1, T or 1, S or 1]`, or None.
         columns: the cache, which marks keys that are not finite.
     """
-    num_kv_heads, length = plan.sizes[2:4]
     finite = columns.finite[:, None, None] if columns.finite.ndim == 2 else columns.finite[:, :, None]
     shown = jnp.where(finite, jnp.int8(SEEN), jnp.int8(LOST))
     if visible is None:
         return shown
-    if visible.shape[1:3] != (1, 1):
-        # The rows of a key head are its query heads, and the tokens of each.
-        heads = 1 if visible.shape[1] == 1 else num_kv_heads
-        by_group = visible.reshape(visible.shape[0], heads, -1, *visible.shape[2:])
-        by_group = jnp.broadcast_to(by_group, (*by_group.shape[:2], plan.group, length, visible.shape[3]))
-        visible = by_group.reshape(*by_group.shape[:2], plan.group * length, visible.shape[3])
-        visible = jnp.pad(visible, ((0, 0), (0, 0), (0, plan.rows - visible.shape[2]), (0, 0)))
+    visible = visible_rows(visible, plan.sizes[2], plan.group, plan.sizes[3])
+    if (rows := visible.shape[2]) > 1:
+        visible = jnp.pad(visible, ((0, 0), (0, 0), (0, plan.rows - rows), (0, 0)))
     return jnp.where(visible, shown, jnp.int8(HIDDEN))
 
 
 def steps_of(plan: Plan, visible: Array | None) -> Steps:
     """Returns the tiles to visit: those in which some query of the row sees a key. They are known without a mask."""
-    batch, size = plan.sizes[0], plan.sizes[4]
-    if visible is None:
-        return Steps.of(np.full((batch, 1, plan.tiles), PARTIAL, np.int32))
-    seen = visible.any(axis=(1, 2))
-    seen = jnp.broadcast_to(seen, (seen.shape[0], size))
-    behind = plan.tiles * plan.tile - size
-    by_tile = jnp.pad(seen, ((0, 0), (0, behind))).reshape(-1, plan.tiles, plan.tile).any(axis=-1)
-    kinds = jnp.where(by_tile, jnp.int32(PARTIAL), jnp.int32(EMPTY))
-    return Steps.of(jnp.broadcast_to(kinds, (batch, plan.tiles))[:, None])
-
-
-def _in_rows(plan: Plan, query: Array) -> Array:
-    """Returns queries `[B, T, N, H]` as rows of their key head, `[B, K, rows, H]`, NaN where they are not finite."""
-    batch, _, num_kv_heads, length, _, head_dim, _ = plan.sizes
-    by_head = marked_query(query).astype(plan.product).reshape(batch, length, num_kv_heads, plan.group, head_dim)
-    rows = jnp.moveaxis(by_head, 1, 3).reshape(batch, num_kv_heads, plan.group * length, head_dim)
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, plan.rows - rows.shape[2]), (0, 0)))
+    return Steps.of(kinds_of_tiles(visible, plan.sizes[0], plan.sizes[4], plan.tile))
 
 
 def _call(plan: Plan, steps: Steps, query: Array, columns: Columns, scale: Array, code: Array) -> Sequence[Array]:
