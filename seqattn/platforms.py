@@ -90,9 +90,14 @@ def on_tpu(
     return _only_on("tpu", fn, operands, results, if_split)
 
 
-def on_gpu(fn: Callable[..., Any], *operands: Any, results: Any = None) -> Any:
-    """Returns `fn(*operands)` in a program for an NVIDIA GPU. The same as `on_tpu`, for kernels of that kind."""
-    return _only_on("gpu", fn, operands, results)
+def on_gpu(
+    fn: Callable[..., Any], *operands: Any, results: Any = None, if_split: Callable[..., Any] | None = None
+) -> Any:
+    """Returns `fn(*operands)` in a program for an NVIDIA GPU. The same as `on_tpu`, for kernels of that kind.
+
+    Where the compiler splits a program, it gathers the operands of such a kernel without an error.
+    """
+    return _only_on("gpu", fn, operands, results, if_split)
 
 
 def _only_on(

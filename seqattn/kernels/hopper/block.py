@@ -207,12 +207,12 @@ class Block(abc.ABC):
 def buffers(table: Protocol, rows: dict[str, int], dim: int, dtype: Any) -> dict[str, Any]:
     """Returns the buffers of a table in shared memory: tiles of `rows[name]` vectors of `dim` numbers."""
     return {
-        name: plgpu.SMEM((each.count, rows[name], dim), dtype, transforms=_layout(dtype, min(rows.values())))
+        name: plgpu.SMEM((each.count, rows[name], dim), dtype, transforms=layout(dtype, min(rows.values())))
         for name, each in table.buffers.items()
     }
 
 
-def _layout(dtype: Any, least: int) -> tuple[Any, ...]:
+def layout(dtype: Any, least: int) -> tuple[Any, ...]:
     """Returns the layout that wgmma reads without bank conflicts: swizzled rows of 128 bytes, or of fewer.
 
     A product over `least` rows of a tile needs that many numbers in each swizzled row, or a part of them.

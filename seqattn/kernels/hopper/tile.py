@@ -47,6 +47,31 @@ class Sums(NamedTuple):
     total: Array
 
 
+def start(units: Units, queries: int, dim: int) -> Sums:
+    """Returns the state before any key."""
+    # The maximum starts at the lowest finite number instead of -inf: -inf - -inf would be NaN.
+    return Sums(units.tile(0.0, (queries, dim)), units.rows(_LOWEST, queries), units.rows(0.0, queries))
+
+
+def add(units: Units, scores: Float[Array, "Q K"], sums: Sums, unit: Any) -> tuple[Float[Array, "Q K"], Sums]:
+    """Returns the weights of a tile under the new maximum, and the sums of earlier tiles rescaled to it.
+
+    Args:
+        units: what differs between the device and the interpreter.
+        scores: the scores, -inf where a pair is masked.
+        sums: the state after the earlier tiles.
+        unit: the power of 2 in a score of 1.
+    """
+    # The maximum is never -inf, so a row that is masked so far gives exp(-inf - finite) = 0 and no NaN.
+    peak = jnp.maximum(sums.peak, scores.max(axis=1))
+    # The difference comes first, and is exact near the maximum. FlashAttention-3 multiplies and subtracts in one
+    # instruction, but it is the exponential that takes the time: the GPU computes eight times as many differences.
+    weights = jnp.exp2((scores - units.spread(peak, scores.shape)) * unit)
+    shrink = jnp.exp2((sums.peak - peak) * unit)
+    output = sums.output * units.spread(shrink, sums.output.shape)
+    return weights, Sums(output, peak, sums.total * shrink + weights.sum(axis=1))
+
+
 @dataclasses.dataclass(frozen=True)
 class Arithmetic:
     """The functions of a call.
@@ -67,9 +92,7 @@ class Arithmetic:
 
     def start(self, queries: int, dim: int) -> Sums:
         """Returns the state before any key."""
-        # The maximum starts at the lowest finite number instead of -inf: -inf - -inf would be NaN.
-        rows = self.units.rows
-        return Sums(self.units.tile(0.0, (queries, dim)), rows(_LOWEST, queries), rows(0.0, queries))
+        return start(self.units, queries, dim)
 
     def weights(
         self, products: Float[Array, "Q K"], sums: Sums, place: Place, *, partial: bool
@@ -86,16 +109,8 @@ class Arithmetic:
         if partial:
             visible = self._visible(place, scores.shape)
             scores = scores if visible is None else jnp.where(visible, scores, -jnp.inf)
-        spread = self.units.spread
-        # The maximum is never -inf, so a row that is masked so far gives exp(-inf - finite) = 0 and no NaN.
-        peak = jnp.maximum(sums.peak, scores.max(axis=1))
-        # The difference comes first, and is exact near the maximum. FlashAttention-3 multiplies and subtracts in one
-        # instruction, but it is the exponential that takes the time: the GPU computes eight times as many differences.
-        weights = jnp.exp2((scores - spread(peak, scores.shape)) * self._unit)
-        shrink = jnp.exp2((sums.peak - peak) * self._unit)
-        output = sums.output * spread(shrink, sums.output.shape)
+        weights, sums = add(self.units, scores, sums, self._unit)
         # Dropout acts on the weights after the softmax: the total keeps the dropped ones.
-        sums = Sums(output, peak, sums.total * shrink + weights.sum(axis=1))
         return self.dropped(weights, place), sums
 
     def dropped(self, weights: Float[Array, "Q K"], place: Place) -> Float[Array, "Q K"]:

@@ -27,6 +27,10 @@ class Units(abc.ABC):
         """
 
     @abc.abstractmethod
+    def product(self, left: Any, right: Any, meanwhile: Meanwhile) -> tuple[Array, Any]:
+        """Returns the product of `[rows, H]` and `[H, columns]` in shared memory, as `scores` does."""
+
+    @abc.abstractmethod
     def output(self, total: Array, weights: Array, value: Any, meanwhile: Meanwhile) -> Array:
         """Returns `total + weights @ value`, with the values `[columns, V]` in shared memory."""
 
@@ -80,12 +84,15 @@ class Device(Units):
         self._of_axis = {0: plgpu.Layout.WGMMA.reduce(1), 1: plgpu.Layout.WGMMA.reduce(0)}
 
     def scores(self, query: Any, key: Any, meanwhile: Meanwhile) -> tuple[Array, Any]:
+        return self.product(query, self._plgpu.transpose_ref(key, (1, 0)), meanwhile)
+
+    def product(self, left: Any, right: Any, meanwhile: Meanwhile) -> tuple[Array, Any]:
         def multiply(sums: Any) -> tuple[Array, Any]:
-            self._plgpu.wgmma(sums, query, self._plgpu.transpose_ref(key, (1, 0)))
+            self._plgpu.wgmma(sums, left, right)
             done = meanwhile()
             return sums[...], done  # waits for the product
 
-        return self._pl.run_scoped(multiply, self._plgpu.ACC((query.shape[0], key.shape[0]), jnp.float32))
+        return self._pl.run_scoped(multiply, self._plgpu.ACC((left.shape[0], right.shape[1]), jnp.float32))
 
     def output(self, total: Array, weights: Array, value: Any, meanwhile: Meanwhile) -> Array:
         def multiply(sums: Any) -> None:
@@ -118,6 +125,10 @@ class Interpreted(Units):
 
     def scores(self, query: Any, key: Any, meanwhile: Meanwhile) -> tuple[Array, Any]:
         sums = lax.dot_general(query[...], key[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        return sums, meanwhile()
+
+    def product(self, left: Any, right: Any, meanwhile: Meanwhile) -> tuple[Array, Any]:
+        sums = lax.dot_general(left[...], right[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         return sums, meanwhile()
 
     def output(self, total: Array, weights: Array, value: Any, meanwhile: Meanwhile) -> Array:
