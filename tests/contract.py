@@ -29,7 +29,7 @@ from seqattn.kernels.hopper.plan import Tiling
 from seqattn.kernels.tpu import tiles
 from seqattn.kernels.tpu_cached import plan
 from seqattn.mask import Mask, MaskMod
-from tests import hopper_plain, oracle
+from tests import hopper_cached_plain, hopper_plain, oracle
 
 PLATFORM = {"cudnn": "gpu", "splash": "tpu"}
 """Where an implementation runs at all, if not everywhere."""
@@ -42,6 +42,10 @@ REFUSED = {
     "tpu_cached": (
         "has no dropout|takes up to 64 queries|no bias over|no score modification over|jax_enable_x64"
         "|float32 and bfloat16, not"
+    ),
+    "hopper_cached": (
+        "has no dropout|takes up to 64 queries|no bias over|no score modification over|jax_enable_x64"
+        "|bfloat16 and float16, not|are 70 rows of a key head"
     ),
     "tpu": (
         "takes no bias|from which pairs choose|jax_enable_x64|float32 and bfloat16, not|with a gradient is"
@@ -153,12 +157,18 @@ def _tpu_cached(call):
         return tpu_cached.attend(in_columns(call), interpret=True)
 
 
+def _hopper_cached(call):
+    """The kernel for Hopper that reads a cache in plain JAX, with tiles of one slot, and with all dtypes and dims."""
+    return hopper_cached_plain.attend(in_columns(call), hopper_cached_plain.Tiling(64, 1, 2))
+
+
 HELD = {
     "tpu": Implementation(_tpu),
     "xla": _of_equal_dims(IMPLEMENTATIONS["xla"]),
     "cached": Implementation(_cached),
     "tpu_cached": Implementation(_tpu_cached),
     "hopper": Implementation(_hopper),
+    "hopper_cached": Implementation(_hopper_cached),
     "ring": Implementation(_ring),
 }
 """Implementations in a form that takes all calls here: in the place of the library's own, or beside them."""

@@ -14,7 +14,20 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from seqattn.kernels import cached, chunked, cudnn, guard, hopper, reference, shared_keys, splash, tpu, tpu_cached, xla
+from seqattn.kernels import (
+    cached,
+    chunked,
+    cudnn,
+    guard,
+    hopper,
+    hopper_cached,
+    reference,
+    shared_keys,
+    splash,
+    tpu,
+    tpu_cached,
+    xla,
+)
 from seqattn.kernels.call import Call, Kernel, Result, Shaped, check_sinks, is_known
 from seqattn.kernels.split import Split, repeats_keys, spread
 from seqattn.kernels.split import check as check_split
@@ -65,6 +78,9 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": Implementation(reference.attend, reference.refuse),
     "cached": Implementation(cached.attend, cached.refuse, reads_columns=True),
     "tpu_cached": Implementation(tpu_cached.attend, tpu_cached.refuse, reads_columns=True, in_shares=True, typed=False),
+    "hopper_cached": Implementation(
+        hopper_cached.attend, hopper_cached.refuse, reads_columns=True, in_shares=True, typed=False
+    ),
     "chunked": Implementation(chunked.attend, chunked.refuse, chunked.note, in_shares=True, rings=True),
     "tpu": Implementation(tpu.attend, tpu.refuse, tpu.note, in_shares=True, typed=False),
     "hopper": Implementation(hopper.attend, hopper.refuse, hopper.note, in_shares=True, typed=False),
@@ -159,6 +175,7 @@ def names(implementation: str | Sequence[str] | None, platform: str, call: Call)
         if call.columns is not None:
             # A symbolic number of queries may exceed the limit, so it counts as many.
             many = may_exceed(call.query.shape[-3], FEW_OF_CACHE)
+            # `hopper_cached` runs by name only, as `hopper` does: see `order`.
             first = ("tpu_cached", "cached") if platform == "tpu" else ("cached",)
             ordered = (*ordered, "cached") if many else (*first, *ordered)
         return tuple(name for name in ordered if name in IMPLEMENTATIONS)
