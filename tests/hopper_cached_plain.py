@@ -22,11 +22,11 @@ from tests.hopper_plain import Every, Plain
 
 def compute(plan: Plan, given: tuple[jax.Array, ...]) -> list[jax.Array]:
     """What `forward.compute` returns."""
-    queries, keys, values, scale, marks, counts, tiles = given
+    queries, keys, values, scale, counts, tiles, *words = given
     units, slots, rows = Plain(), plan.tiling.slots, plan.tiling.queries
 
     def block(row, head, part):
-        arithmetic = Arithmetic(units, scale[0], marks, row, head)
+        arithmetic = Arithmetic(units, scale[0], words, row, head)
         query = jnp.pad(queries[row, head], ((0, rows - plan.rows), (0, 0)))
         begin, end = (forward.share(plan, counts[row, 0, 1], part + more) for more in (0, 1))
 
@@ -34,7 +34,8 @@ def compute(plan: Plan, given: tuple[jax.Array, ...]) -> list[jax.Array]:
             first = tiles[row, 0, n] * slots
             key = lax.dynamic_slice_in_dim(keys[row, head], first, slots, axis=1)
             value = lax.dynamic_slice_in_dim(values[row, head], first, slots)
-            weights, sums = arithmetic.weights(units.product(query, key, lambda: None)[0], sums, first)
+            products, _ = units.product(query, key, lambda: None)
+            weights, sums = arithmetic.weights(products, arithmetic.bits(first, slots), sums)
             return sums._replace(output=units.output(sums.output, weights.astype(plan.dtype), value, lambda: None))
 
         sums = lax.fori_loop(begin, end, step, start(units, rows, values.shape[3]))

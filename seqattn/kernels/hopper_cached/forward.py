@@ -23,11 +23,11 @@ from seqattn.kernels.hopper.block import layout
 from seqattn.kernels.hopper.tile import Sums, start
 from seqattn.kernels.hopper.units import units
 from seqattn.kernels.hopper.walk import Walk
-from seqattn.kernels.hopper_cached.marks import marks_of
+from seqattn.kernels.hopper_cached.marks import sees_lost, words_of
 from seqattn.kernels.hopper_cached.plan import Plan
 from seqattn.kernels.hopper_cached.tile import Arithmetic
 from seqattn.kernels.log_total import SEES_NOTHING, lse_of
-from seqattn.kernels.over_cache import in_rows, kinds_of_tiles, of_queries
+from seqattn.kernels.over_cache import in_rows, kinds_of_tiles, of_queries, visible_rows
 
 
 def forward(plan: Plan, query: Array, columns: Columns, visible: Array | None, scale: Array) -> Result:
@@ -38,17 +38,21 @@ def forward(plan: Plan, query: Array, columns: Columns, visible: Array | None, s
 
 
 def operands(plan: Plan, query: Array, columns: Columns, visible: Array | None, scale: Array) -> tuple[Array, ...]:
-    """Returns what the kernel reads: queries in rows, keys, values, the scale, marks, and the lists of tiles."""
-    batch, num_heads, num_kv_heads, length, size, _ = plan.sizes
+    """Returns what the kernel reads: queries in rows, keys, values, the scale, the lists of tiles, and bits of slots.
+
+    Without a mask there are no bits.
+    """
+    batch, _, num_kv_heads, length, size, _ = plan.sizes
     walk = Walk.of(kinds_of_tiles(visible, batch, size, plan.tiling.slots))
-    return (
-        in_rows(marked_query(query), num_kv_heads, plan.rows),
-        columns.key,
-        columns.value,
-        scale.reshape(1),
-        marks_of(visible, columns, num_heads, length),
-        *(jnp.asarray(x) for x in (walk.counts, walk.tiles)),
-    )
+    rows = None if visible is None else visible_rows(visible, num_kv_heads, plan.group, length)
+    lost = sees_lost(rows, columns)
+    if lost.shape[2] > 1:
+        lost = jnp.pad(lost, ((0, 0), (0, 0), (0, plan.rows - lost.shape[2])))
+    # The cache holds 0 for a key that is not finite. A query that is NaN makes NaN the row that sees it, and no other.
+    queries = jnp.where(lost[..., None], jnp.nan, in_rows(marked_query(query), num_kv_heads, plan.rows))
+    bits = [] if rows is None else [jnp.broadcast_to(x := words_of(rows), (*x.shape[:3], size))]
+    listed = (jnp.asarray(x) for x in (walk.counts, walk.tiles))
+    return queries.astype(plan.dtype), columns.key, columns.value, scale.reshape(1), *listed, *bits
 
 
 def merged(output: Array, peak: Array, total: Array) -> tuple[Array, Array, Array]:
@@ -118,9 +122,9 @@ class _Block:
         key: `[B, K, H, S]`.
         value: `[B, K, S, H]`.
         scale: `[1]`.
-        marks: see `marks`.
         counts: see `Walk`.
         tiles: see `Walk`.
+        words: see `marks`; absent without a mask.
         output: see `merged`, as the next two.
         peak: the largest logits.
         total: the sums of weights.
@@ -130,12 +134,12 @@ class _Block:
 
     def __init__(self, plan: Plan, *refs: Any) -> None:
         self.plan = plan
-        self.query, self.key, self.value, scale, marks, counts, self.tiles, *rest = refs
-        *self.results, self.shared, self.ready = rest
+        self.query, self.key, self.value, scale, counts, self.tiles, *words = refs[:-5]
+        *self.results, self.shared, self.ready = refs[-5:]
         self.batch, self.head, self.part = (lax.axis_index(name) for name in ("batch", "heads", "parts"))
         self.units = units(interpret=plan.interpret is not None)
-        self.arithmetic = Arithmetic(self.units, scale[0], marks, self.batch, self.head)
-        # All tiles count as partial: a mark is read for each pair.
+        self.arithmetic = Arithmetic(self.units, scale[0], words, self.batch, self.head)
+        # All tiles count as partial: a bit is read for each pair.
         found = counts[self.batch, 0, 1]
         self.begin, self.end = (share(plan, found, self.part + more) for more in (0, 1))
 
@@ -184,10 +188,12 @@ class _Block:
     def _step(self, step: Any, sums: Sums) -> Sums:
         """Adds a tile. As soon as a product has read its buffer, the next tile is copied there."""
         slot, after = self._slot(step), step + self.plan.tiling.ring
+        # Loaded while the keys are on their way.
+        bits = self.arithmetic.bits(self._first(step), self.plan.tiling.slots)
         self._wait("key", slot)
         products, _ = self.units.product(self.shared["query"], self.shared["key"].at[slot], lambda: None)
         self._load("key", after)
-        weights, sums = self.arithmetic.weights(products, sums, self._first(step))
+        weights, sums = self.arithmetic.weights(products, bits, sums)
         self._wait("value", slot)
         # The product runs in the dtype of the values; its sums are float32.
         output = self.units.output(

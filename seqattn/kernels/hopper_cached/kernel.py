@@ -11,7 +11,7 @@ from seqattn.kernels import cached, over_cache
 from seqattn.kernels.call import Call, Columns, Result
 from seqattn.kernels.guard import relaxed
 from seqattn.kernels.hopper.machine import DTYPES, refuse_dims, refuse_machine, refuse_rows
-from seqattn.kernels.hopper_cached.plan import STEP, TILINGS, Plan
+from seqattn.kernels.hopper_cached.plan import TILINGS, Plan
 from seqattn.platforms import on_gpu
 
 _NAME = "the Hopper kernel"
@@ -59,9 +59,9 @@ def _refuse_sizes(call: Call) -> None:
             f"{length} queries of {group} heads are {group * length} rows of a key head, and {_NAME} takes up to "
             f"{tiling.queries} over a cache"
         )
-    if size % (step := min(STEP, tiling.slots)):
+    if size % tiling.slots:
         raise NotImplementedError(
-            f"the slots of the cache ({size}) must be a multiple of {step}: tiles are copied whole"
+            f"the slots of the cache ({size}) must be a multiple of {tiling.slots}, as tiles are copied whole"
         )
 
 

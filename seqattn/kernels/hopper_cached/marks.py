@@ -1,41 +1,26 @@
-"""What the kernel knows of each slot: one bit for each query that sees it, and whether the cached key is finite.
+"""What the mask says of each slot and of each row, in a form that costs the kernel few bytes.
 
-A tile of marks takes 8 or 12 bytes a slot, in place of 64 for an array of pairs.
+A slot has one bit for each row that sees it: 4 or 8 bytes, in place of 64 for an array of pairs. A row that sees a key
+which is not finite is marked as a whole, so the kernel reads no marks of keys.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Int
 
 from seqattn.kernels.call import Columns
-from seqattn.kernels.over_cache import visible_rows
 
 WORD = 32
 """Rows that have their bits in the same integer."""
 
 
-def marks_of(visible: Array | None, columns: Columns, num_heads: int, length: int) -> Array:
-    """Returns the marks `[B, K or 1, words + 1, S]`, int32. Bit i of word w says whether row `32 w + i` sees the slot.
+def words_of(visible: Bool[Array, "..."]) -> Int[Array, "..."]:
+    """Returns the bits `[B or 1, K or 1, words, S or 1]`, int32: bit i of word w says whether row `32 w + i` sees.
 
-    The last row is 1 where key and value were finite. Without a mask there are no words. One word serves all rows if
-    they see the same slots.
+    One word serves all rows if they see the same slots.
 
     Args:
-        visible: the pairs that the mask shows, `[B or 1, N or 1, T or 1, S or 1]`, or None.
-        columns: the cache, which marks keys that are not finite.
-        num_heads: N.
-        length: T.
+        visible: the rows of `over_cache.visible_rows`, `[B or 1, K or 1, rows or 1, S or 1]`.
     """
-    batch, num_kv_heads, size, _ = columns.value.shape
-    finite = columns.finite[:, None] if columns.finite.ndim == 2 else columns.finite
-    found = [finite[:, :, None].astype(jnp.int32)]
-    if visible is not None:
-        found.insert(0, _words(visible_rows(visible, num_kv_heads, num_heads // num_kv_heads, length)))
-    heads = max(x.shape[1] for x in found)
-    return jnp.concatenate([jnp.broadcast_to(x, (batch, heads, x.shape[2], size)) for x in found], axis=2)
-
-
-def _words(visible: Array) -> Array:
-    """Returns the words of rows `[B or 1, K or 1, rows or 1, S or 1]`."""
     rows = visible.shape[2]
     if rows == 1:
         return jnp.where(visible, jnp.int32(-1), jnp.int32(0))
@@ -44,3 +29,15 @@ def _words(visible: Array) -> Array:
     powers = jnp.left_shift(jnp.int32(1), jnp.arange(WORD, dtype=jnp.int32))
     # Each bit is set once, so the sum is their union; the highest one is the sign.
     return jnp.where(bits, powers[:, None], jnp.int32(0)).sum(axis=3, dtype=jnp.int32)
+
+
+def sees_lost(visible: Bool[Array, "..."] | None, columns: Columns) -> Bool[Array, "B _ _"]:
+    """Returns which rows see a slot whose key or value was not finite, `[B, K or 1, rows or 1]`.
+
+    Args:
+        visible: as in `words_of`, or None if every row sees every slot.
+        columns: the cache, which holds 0 there.
+    """
+    finite = columns.finite[:, None] if columns.finite.ndim == 2 else columns.finite
+    lost = ~finite[:, :, None]
+    return (lost if visible is None else lost & visible).any(axis=3)

@@ -112,7 +112,9 @@ def _order(monkeypatch, found, parts, part):
         return functools.reduce(lambda state, i: step(i, state), range(begin, end), state)
 
     nothing = Sums(*[jnp.zeros(1)] * 3)
-    arithmetic = SimpleNamespace(weights=lambda products, sums, first: (jnp.zeros(1), sums))
+    arithmetic = SimpleNamespace(
+        bits=lambda first, slots: [], weights=lambda products, bits, sums: (jnp.zeros(1), sums)
+    )
     named = {name: _Named(name) for name in ("query", "key", "value", "output")}
     index = {"batch": 0, "heads": 0, "parts": part}
     fakes = {
@@ -132,7 +134,7 @@ def _order(monkeypatch, found, parts, part):
     for name, fake in fakes.items():
         monkeypatch.setattr(forward, name, fake)
     counts, visited = np.array([[[0, found]]]), np.arange(found)[None, None] * 3 + 1
-    given = named["query"], named["key"], named["value"], [0.1], None, counts, visited
+    given = named["query"], named["key"], named["value"], [0.1], counts, visited
     forward._Block(plan, *given, *[_Named("result")] * 3, named, named).run()
     assert set(seen.values()) <= {"read", "0"}, "what is loaded is read"
     return tiles

@@ -1,38 +1,40 @@
-"""The bits of the slots."""
+"""The bits of the slots, and the rows that see a key which is not finite."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from seqattn.kernels.call import Columns
-from seqattn.kernels.hopper_cached.marks import WORD, marks_of
+from seqattn.kernels.hopper_cached.marks import WORD, sees_lost, words_of
 
 B, K, S = 2, 3, 5
 
 
-def _columns(of_heads=False):
-    finite = np.random.default_rng(0).random((B, K, S) if of_heads else (B, S)) < 0.7
-    return Columns(None, jnp.zeros((B, K, S, 7)), jnp.asarray(finite))
+@pytest.mark.parametrize("rows", [7, 65], ids=["one word", "three words"])
+def test_each_pair_has_its_bit(rows):
+    visible = np.random.default_rng(1).random((B, K, rows, S)) < 0.5
+    words = np.asarray(words_of(jnp.asarray(visible)))
+    assert words.shape == (B, K, -(-rows // WORD), S)
+    for row in range(rows):
+        bit = (words[:, :, row // WORD].astype(np.uint32) >> np.uint32(row % WORD)) & 1
+        np.testing.assert_array_equal(bit, visible[:, :, row])
+
+
+def test_rows_that_see_alike_share_a_word():
+    visible = np.random.default_rng(1).random((B, 1, 1, S)) < 0.5
+    np.testing.assert_array_equal(words_of(jnp.asarray(visible)), np.where(visible, -1, 0))
 
 
 @pytest.mark.parametrize("of_heads", [False, True], ids=["marks_of_tokens", "marks_of_heads"])
-@pytest.mark.parametrize(("length", "group"), [(7, 1), (13, 5)], ids=["one word", "three words"])
-def test_each_pair_has_its_bit(of_heads, length, group):
-    visible = np.random.default_rng(1).random((B, K * group, length, S)) < 0.5
-    columns = _columns(of_heads)
-    marks = np.asarray(marks_of(jnp.asarray(visible), columns, K * group, length))
-    words = -(-length * group // WORD)
-    assert marks.shape == (B, K, words + 1, S)
-    for row in range(length * group):
-        bit = (marks[:, :, row // WORD].astype(np.uint32) >> np.uint32(row % WORD)) & 1
-        np.testing.assert_array_equal(bit, visible[:, row // length :: group, row % length])
-    finite = np.asarray(columns.finite)
-    np.testing.assert_array_equal(marks[:, :, -1], np.broadcast_to(finite if of_heads else finite[:, None], (B, K, S)))
-
-
-def test_queries_that_see_alike_share_a_word_of_all_heads():
-    visible = np.random.default_rng(1).random((B, 1, 1, S)) < 0.5
-    marks = marks_of(jnp.asarray(visible), _columns(), 6, 40)
-    np.testing.assert_array_equal(marks[:, 0, 0], np.where(visible[:, 0, 0], -1, 0))
-    assert marks.shape == (B, 1, 2, S)
-    assert marks_of(None, _columns(), 6, 40).shape == (B, 1, 1, S), "no words without a mask"
+@pytest.mark.parametrize("rows", [1, 7])
+def test_rows_that_see_a_lost_key(of_heads, rows):
+    random = np.random.default_rng(0)
+    finite = random.random((B, K, S) if of_heads else (B, 1, S)) < 0.7
+    columns = Columns(None, None, jnp.asarray(finite if of_heads else finite[:, 0]))
+    visible = random.random((1, K, rows, S)) < 0.4
+    expected = np.array(
+        [[[any(seen & ~finite[b, k if of_heads else 0]) for seen in visible[0, k]] for k in range(K)] for b in range(B)]
+    )
+    assert 0 < expected.sum() < expected.size
+    np.testing.assert_array_equal(sees_lost(jnp.asarray(visible), columns), expected)
+    np.testing.assert_array_equal(sees_lost(None, columns), ~finite.all(axis=-1)[..., None])
