@@ -167,7 +167,7 @@ def compare(program: Program, folder: Path) -> dict[str, Any]:
     }
 
 
-_CALLS = {"hopper": "mosaic_gpu", "cudnn": "__cudnn"}
+_CALLS = {"hopper": "mosaic_gpu", "hopper_cached": "mosaic_gpu", "cudnn": "__cudnn"}
 """What the calls of a kernel for GPUs are named after, by the word in a program's name."""
 
 

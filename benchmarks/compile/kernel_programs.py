@@ -15,8 +15,10 @@ from benchmarks.attention.case import BACKWARD, AttentionCase
 from benchmarks.attention.shapes import Shape
 from benchmarks.compile.attention_programs import visited
 from benchmarks.compile.program import Built, Program
-from benchmarks.compile.work import ABOUT, Work, of_function
+from benchmarks.compile.work import ABOUT, AT_MOST, Work, of_function
 from seqattn import Causal, Coordinates, attend
+from seqattn.attention import attend_columns
+from seqattn.kernels.call import Columns
 from seqattn.masks import Prefix, SameSegment
 from seqattn.score_mod import ScoreFunction
 from seqattn.score_mods import Alibi
@@ -48,7 +50,7 @@ _CASES = (*((name, 128) for name in CALLS if name != "causal"), ("causal", 64), 
 
 
 def kernel_programs(length: int = _LENGTH) -> list[Program]:
-    """Makes the programs: every call with a head dim of 128, and other head dims."""
+    """Makes the programs: every call with a head dim of 128, and other head dims; steps over a cache of `length`."""
     return [
         Program(
             f"kernel/{kernel}/{name}/h{dim}/{direction}",
@@ -61,7 +63,35 @@ def kernel_programs(length: int = _LENGTH) -> list[Program]:
         for name, dim in _CASES
         for direction in ("fwd", "bwd")
         if (case := _case(name, dim, direction, length))
-    ]
+    ] + [_over_cache(length, dim) for dim in (64, 128, 256)]
+
+
+def _over_cache(slots: int, dim: int) -> Program:
+    """Makes a step of 4 hypotheses of each of 4 rows, which see the last document in a cache."""
+    sizes = {"batch": 4, "length": 4, "num_keys": slots, "num_heads": _HEADS, "num_kv_heads": 2, "head_dim": dim}
+    more = {"mask": "documents", "pass": "fwd", "dtype": "bfloat16", "implementation_of_attention": "hopper_cached"}
+    name = f"kernel/hopper_cached/documents/h{dim}/fwd"
+    return Program(name, (1,), functools.partial(_build_over_cache, sizes), sizes | more, platforms=("gpu",))
+
+
+def _build_over_cache(sizes: dict[str, int], devices: Sequence[Any], platform: str) -> Built:
+    here = NamedSharding(Mesh(np.array(devices), ("device",)), P())
+    batch, length, slots, heads, kv_heads, dim = sizes.values()
+
+    def step(query: Any, key: Any, value: Any, segment: Any) -> Any:
+        columns = Columns(key, value, jnp.ones(segment.shape, bool))
+        q_at = Coordinates.from_segments(segment[:, -length:])
+        at = {"q_at": q_at, "kv_at": Coordinates.from_segments(segment)}
+        # The traced program also has a branch for this machine, where the kernel would refuse.
+        names = ("hopper_cached", "cached")
+        return attend_columns(query, columns, mask=SameSegment(), **at, implementation=names)
+
+    shapes = (batch, length, heads, dim), (batch, kv_heads, dim, slots), (batch, kv_heads, slots, dim)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here) for shape in shapes]
+    arrays.append(jax.ShapeDtypeStruct((batch, slots), jnp.int32, sharding=here))
+    # The kernel skips the tiles that no hypothesis sees.
+    work = Work(4 * batch * heads * length * slots * dim, AT_MOST)
+    return Built(jax.jit(step).trace(*arrays).lower(), work)
 
 
 def _case(name: str, dim: int, direction: str, length: int) -> AttentionCase:

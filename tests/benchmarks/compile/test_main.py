@@ -110,7 +110,7 @@ def test_lists_every_name(capsys):
 
 def test_every_implementation_of_attention_is_compiled():
     attention = {name.split("/")[1] for name in PROGRAMS if name.startswith("attention/")}
-    # `decode` attends with those that read a cache.
+    # `decode` and `kernel` attend with those that read a cache.
     assert attention | {"cached", "tpu_cached", "hopper_cached"} == set(IMPLEMENTATIONS)
     assert {name.split("/")[1] for name in programs.SHORT} == attention
 

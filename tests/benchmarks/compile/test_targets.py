@@ -71,6 +71,16 @@ def test_the_kernel_for_tpus_compiles_for_each_generation(compile_for, program, 
     assert compile_for(program, target)["temp_bytes"] < 128 * MIB
 
 
+@pytest.mark.parametrize("program", [each.name for each in matching(["kernel/hopper_cached"], PROGRAMS)])
+def test_the_kernel_over_a_cache_copies_no_cache_and_spills_nothing(compile_for, program):
+    answer = compile_for(program, "h200-1")
+    (kernel,) = answer["kernels"]
+    assert "seqattn_hopper_cached" in kernel["name"]
+    assert kernel["spill_bytes"] == 0
+    # The keys of the cache alone are half of the arguments.
+    assert answer["temp_bytes"] < answer["argument_bytes"] / 4
+
+
 @pytest.mark.parametrize("name", ["reference", "xla"])
 @pytest.mark.parametrize("target", ["v5e-1", "h200-1"])
 def test_attention_with_all_scores_compiles(compile_for, name, target):
