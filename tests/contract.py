@@ -130,8 +130,13 @@ def in_columns(call):
     return dataclasses.replace(call, key=None, value=None, columns=columns)
 
 
-def _cached(call):
-    return cached.attend(in_columns(call))
+OVER_A_CACHE = {
+    "cached": cached.attend,
+    "tpu_cached": functools.partial(tpu_cached.attend, interpret=True),
+    # In plain JAX, with tiles of one slot, and with all dtypes and dims.
+    "hopper_cached": functools.partial(hopper_cached_plain.attend, tiling=hopper_cached_plain.Tiling(64, 1, 2)),
+}
+"""Kernels that read a cache, as any machine runs them."""
 
 
 @contextlib.contextmanager
@@ -151,24 +156,19 @@ def _tpu(call):
         return tpu.attend(call, interpret=True)
 
 
-def _tpu_cached(call):
-    """The same for the kernel for TPUs that reads a cache."""
-    with small_tpu_tiles():
-        return tpu_cached.attend(in_columns(call), interpret=True)
+def _over_a_cache(name):
+    def attend(call):
+        with small_tpu_tiles():
+            return OVER_A_CACHE[name](in_columns(call))
 
-
-def _hopper_cached(call):
-    """The kernel for Hopper that reads a cache in plain JAX, with tiles of one slot, and with all dtypes and dims."""
-    return hopper_cached_plain.attend(in_columns(call), hopper_cached_plain.Tiling(64, 1, 2))
+    return Implementation(attend)
 
 
 HELD = {
     "tpu": Implementation(_tpu),
     "xla": _of_equal_dims(IMPLEMENTATIONS["xla"]),
-    "cached": Implementation(_cached),
-    "tpu_cached": Implementation(_tpu_cached),
+    **{name: _over_a_cache(name) for name in OVER_A_CACHE},
     "hopper": Implementation(_hopper),
-    "hopper_cached": Implementation(_hopper_cached),
     "ring": Implementation(_ring),
 }
 """Implementations in a form that takes all calls here: in the place of the library's own, or beside them."""

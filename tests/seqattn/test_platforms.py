@@ -57,12 +57,13 @@ def test_one_branch_alone_does_not_stand_for_the_platforms_that_have_none():
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs several devices")
 @pytest.mark.parametrize("results", [None, jax.ShapeDtypeStruct((4,), jnp.float32)], ids=["traced", "typed"])
-def test_a_program_that_is_split_over_devices_computes_the_other_function(results):
+@pytest.mark.parametrize(("on", "name"), [(on_tpu, "tpu"), (on_gpu, "cuda")])
+def test_a_program_that_is_split_over_devices_computes_the_other_function(on, name, results):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    run = jax.jit(jax.vmap(lambda x: on_tpu(jnp.sin, x, results=results, if_split=jnp.cos)))
+    run = jax.jit(jax.vmap(lambda x: on(jnp.sin, x, results=results, if_split=jnp.cos)))
 
     def lowered(x):
-        return run.trace(x).lower(lowering_platforms=("tpu",)).as_text()
+        return run.trace(x).lower(lowering_platforms=(name,)).as_text()
 
     x = jax.ShapeDtypeStruct((3, 4), jnp.float32)
     assert ["stablehlo.sine" in lowered(x), "stablehlo.cosine" in lowered(x)] == [True, False]
@@ -71,7 +72,7 @@ def test_a_program_that_is_split_over_devices_computes_the_other_function(result
     whole = jnp.linspace(0, 1, 4)
     parts = jax.device_put(whole, NamedSharding(mesh, P("data")))
     for x, fn in ((whole, jnp.sin), (parts, jnp.cos)):
-        np.testing.assert_allclose(on_tpu(jnp.sin, x, results=results, if_split=jnp.cos), fn(x), rtol=1e-6)
+        np.testing.assert_allclose(on(jnp.sin, x, results=results, if_split=jnp.cos), fn(x), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("on", "kind", "name"), [(on_tpu, "TPUs", "tpu"), (on_gpu, "NVIDIA GPUs", "cuda")])

@@ -28,12 +28,12 @@ from seqattn import (
     zigzag,
 )
 from seqattn.attention import attend_columns
-from seqattn.kernels import tpu_cached
 from seqattn.kernels.call import Columns
 from seqattn.kernels.chunked import kernel, plan
 from seqattn.kernels.dispatch import IMPLEMENTATIONS
 from seqattn.nn import KeyColumns, KeyValue
 from tests import oracle
+from tests.contract import OVER_A_CACHE
 
 B, T, N, K, H = 6, 28, 12, 4, 5
 TABLE = np.linspace(0.3, 1.7, N, dtype=np.float32)
@@ -374,10 +374,10 @@ def test_a_kernel_that_states_no_axes_has_the_gradients_of_one_device(mesh, monk
 
 
 @pytest.mark.parametrize("kv_heads", [K, 1])
-def test_each_device_reads_its_own_part_of_a_cache(mesh, monkeypatch, kv_heads):
-    interpreted = functools.partial(tpu_cached.attend, interpret=True)
-    kernel = dataclasses.replace(IMPLEMENTATIONS["tpu_cached"], attend=interpreted, refuse=lambda call: None)
-    monkeypatch.setitem(IMPLEMENTATIONS, "tpu_cached", kernel)
+@pytest.mark.parametrize("name", ["tpu_cached", "hopper_cached"])
+def test_each_device_reads_its_own_part_of_a_cache(mesh, monkeypatch, name, kv_heads):
+    kernel = dataclasses.replace(IMPLEMENTATIONS[name], attend=OVER_A_CACHE[name], refuse=lambda call: None)
+    monkeypatch.setitem(IMPLEMENTATIONS, name, kernel)
     query, key, value = arrays(kv_heads=kv_heads, length=3).values()
     mask, at = Causal() & MaskMod(by_index), {"q_at": Coordinates.range(3, start=19), "kv_at": Coordinates.range(T)}
 
@@ -388,12 +388,12 @@ def test_each_device_reads_its_own_part_of_a_cache(mesh, monkeypatch, kv_heads):
 
     spoilt = key.at[1, 7].set(jnp.nan)
     with jax.set_mesh(mesh):
-        found = jax.jit(functools.partial(output, "tpu_cached", Split(batch="data", heads="tensor")))(spoilt)
+        found = jax.jit(functools.partial(output, name, Split(batch="data", heads="tensor")))(spoilt)
     expected = output("reference", None, spoilt)
     assert np.isnan(expected[1]).any()
     np.testing.assert_allclose(found, expected, atol=2e-5)
     with jax.set_mesh(mesh), pytest.raises(NotImplementedError, match="cannot split a sequence over devices"):
-        output("tpu_cached", Split(sequence="sequence"), key)
+        output(name, Split(sequence="sequence"), key)
 
 
 @pytest.mark.parametrize(

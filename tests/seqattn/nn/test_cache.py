@@ -16,6 +16,7 @@ from seqattn.kernels.dispatch import IMPLEMENTATIONS
 from seqattn.mask import MaskMod
 from seqattn.masks import Causal, NotPadding, SameSegment, SlidingWindow
 from seqattn.nn import KeyColumns, KeyValue, MultiHeadAttention, PagedCache, RingCache, StaticCache
+from tests.contract import OVER_A_CACHE
 
 B, T, D, N, K, H, WINDOW = 3, 11, 6, 4, 2, 2, 3
 X = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
@@ -346,12 +347,12 @@ def _beams_of(implementation, **options):
     return attention, x, now, cache.branch(2).append(attention.project(x, now))[1]
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked", "cached", "tpu_cached"])
+@pytest.mark.parametrize("implementation", ["reference", "chunked", *OVER_A_CACHE])
 def test_hypotheses_attend_by_the_implementation_that_is_named(implementation, monkeypatch):
     expected, *same = _beams_of(None)
     expected = expected(*same)
     ran, kernel = [], IMPLEMENTATIONS[implementation]
-    run = functools.partial(kernel.attend, interpret=True) if implementation == "tpu_cached" else kernel.attend
+    run = OVER_A_CACHE.get(implementation, kernel.attend)
     spied = dataclasses.replace(kernel, attend=lambda call: ran.append(implementation) or run(call))
     monkeypatch.setitem(IMPLEMENTATIONS, implementation, spied)
     attention, *given = _beams_of(implementation)
