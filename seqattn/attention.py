@@ -178,8 +178,8 @@ def attend_columns(
     """Like `attend`, for keys and values in the layout of a cache (see `Columns`), with one batch dimension.
 
     With `implementation=None` a step of few queries runs on `cached`, which reads this layout, or on a TPU on
-    `tpu_cached`, which reads only the slots that a query may see. More queries run in the order of `attend`. All other
-    kernels receive keys and values in rows.
+    `tpu_cached`, which reads only the slots that a query may see. `hopper_cached` does the same on a GPU, by name only.
+    More queries run in the order of `attend`. All other kernels receive keys and values in rows.
 
     >>> columns = Columns(jnp.ones((1, 1, 2, 3)), jnp.arange(3.0).reshape(1, 1, 3, 1), jnp.ones((1, 3), bool))
     >>> print(attend_columns(jnp.ones((1, 1, 1, 2)), columns)[0, 0, 0])
