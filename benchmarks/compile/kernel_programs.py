@@ -81,10 +81,10 @@ def _build_over_cache(sizes: dict[str, int], devices: Sequence[Any], platform: s
     def step(query: Any, key: Any, value: Any, segment: Any) -> Any:
         columns = Columns(key, value, jnp.ones(segment.shape, bool))
         q_at = Coordinates.from_segments(segment[:, -length:])
-        at = {"q_at": q_at, "kv_at": Coordinates.from_segments(segment)}
+        kv_at = Coordinates.from_segments(segment)
         # The traced program also has a branch for this machine, where the kernel would refuse.
         names = ("hopper_cached", "cached")
-        return attend_columns(query, columns, mask=SameSegment(), **at, implementation=names)
+        return attend_columns(query, columns, mask=SameSegment(), q_at=q_at, kv_at=kv_at, implementation=names)
 
     shapes = (batch, length, heads, dim), (batch, kv_heads, dim, slots), (batch, kv_heads, slots, dim)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=here) for shape in shapes]

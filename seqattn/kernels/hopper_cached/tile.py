@@ -56,7 +56,7 @@ class Arithmetic:
         if bits:
             row = self.units.index(scores.shape, 0)
             words = [self.units.spread(each, scores.shape, 1) for each in bits]
-            word = words[0] if len(words) == 1 else jnp.where(row < WORD, *words)
+            word = words[0] if len(words) == 1 else jnp.where(row < WORD, words[0], words[1])
             seen = lax.shift_right_logical(word, row & jnp.int32(WORD - 1)) & jnp.int32(1)
             scores = jnp.where(seen != 0, scores, -jnp.inf)
         return add(self.units, scores, sums, jnp.float32(LOG2_E))
