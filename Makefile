@@ -22,11 +22,13 @@ bench-training: .venv/bench  ## updates beside Hugging Face and torch.nn.Transfo
 bench-compile: .venv/train .venv-aot-tpu .venv-aot-gpu  ## attention compiled for TPU and GPU, on a machine without them
 	@exec $(python) -m benchmarks.compile --short $(ARGS)
 
+# A worker that was killed, as for memory, ends the run with the name of its test: pytest-xdist would start another one,
+# which meets the same end, and then wait for it forever.
 test: .venv/test  ## what .ci/run tests
-	@exec $(python) -m pytest -n auto --dist loadfile $(ARGS)
+	@exec $(python) -m pytest -n auto --dist loadfile --max-worker-restart 0 $(ARGS)
 
 test-all: .venv/test  ## the slow tests too
-	@exec $(python) -m pytest -n auto --dist loadfile -m "not gpu and not aot" $(ARGS)
+	@exec $(python) -m pytest -n auto --dist loadfile --max-worker-restart 0 -m "not gpu and not aot" $(ARGS)
 
 test-aot: .venv/test  ## programs compiled for TPU and GPU, where `make .venv-aot-tpu .venv-aot-gpu` has installed compilers
 	@exec $(python) -m pytest -m aot tests/benchmarks/compile $(ARGS)

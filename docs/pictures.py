@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 import seqattn
 from seqattn import Coordinates
@@ -24,6 +25,7 @@ TEXT = Coordinates.range(LENGTH)
 PACKED = Coordinates.from_segments(jnp.array([1] * 5 + [2] * 4 + [3] * 5 + [0] * 2))
 PADDED = Coordinates.from_lengths(jnp.array(11), LENGTH)
 IMAGE = Coordinates.grid(4, 4)
+TILE = 2
 
 MASKS: dict[str, tuple[str, seqattn.Mask, Coordinates]] = {
     "causal": ("Causal()", seqattn.Causal(), TEXT),
@@ -74,6 +76,7 @@ def draw_all(folder: Path) -> None:
     with matplotlib.rc_context(STYLE):
         for name, (title, mask, at) in MASKS.items():
             _picture(folder / f"mask-{name}", (3.2, 3.3), lambda ax, t=title, m=mask, a=at: _mask(ax, t, m, a))
+        _picture(folder / "mask-tiles", (3.2, 3.6), _tiles)
         for name, (title, mod) in SCORE_MODS.items():
             _picture(folder / f"score-{name}", (3.9, 3.3), lambda ax, t=title, m=mod: _score_mod(ax, t, m))
         _picture(folder / "score-soft-cap", (3.9, 2.8), _soft_cap)
@@ -105,6 +108,23 @@ def _pairs(ax: Axes, title: str) -> None:
 def _mask(ax: Axes, title: str, mask: seqattn.Mask, at: Coordinates) -> None:
     ax.imshow(mask.dense(at, at), cmap=ListedColormap(["#e8e8e8", BLUE]), vmin=0, vmax=1)
     _pairs(ax, title)
+
+
+def _tiles(ax: Axes) -> None:
+    x = jax.ShapeDtypeStruct((LENGTH, 1, 1), jnp.float32)
+    mask = seqattn.Causal() & seqattn.SameSegment()
+    kinds = seqattn.block_mask(mask, x, x, x, q_at=PACKED, kv_at=PACKED).kinds(TILE, TILE)[0]
+    visible = np.asarray(mask.dense(PACKED, PACKED))
+    # The pairs that the mask shows, in front of the tiles that a kernel computes for them.
+    tiles = np.repeat(np.repeat(kinds, TILE, axis=0), TILE, axis=1)
+    ax.imshow(np.where(visible, 3, tiles), cmap=ListedColormap(["#e8e8e8", ORANGE, GREY, BLUE]), vmin=0, vmax=3)
+    _pairs(ax, f"{np.mean(kinds != 0):.0%} of the tiles of {TILE} x {TILE} are visited")
+    for edge in range(TILE, LENGTH, TILE):
+        ax.axvline(edge - 0.5, color="black", linewidth=0.6, zorder=5)
+        ax.axhline(edge - 0.5, color="black", linewidth=0.6, zorder=5)
+    labels = {BLUE: "visible", ORANGE: "masked in a visited tile", "#e8e8e8": "skipped"}
+    handles = [Patch(color=color, label=label) for color, label in labels.items()]
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, fontsize=6, frameon=False)
 
 
 def _score_mod(ax: Axes, title: str, mod: seqattn.ScoreMod) -> None:

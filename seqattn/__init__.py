@@ -7,9 +7,11 @@ and `seqattn.decoding` sampling and beam search.
 
 from seqattn import decoding, models, nn, scores
 from seqattn.attention import attend, attend_scores, attention_weights
+from seqattn.block_mask import block_mask
 from seqattn.coordinates import Coordinates, Tile
 from seqattn.drop_in import dot_product_attention
 from seqattn.dropout import Dropout
+from seqattn.kernels.block_mask import BlockMask
 from seqattn.kernels.dispatch import Explanation, explain
 from seqattn.kernels.split import Split
 from seqattn.losses import cross_entropy
@@ -23,6 +25,7 @@ from seqattn.score_mods import Alibi, RelativeBuckets, RelativePositions, SoftCa
 
 __all__ = [
     "Alibi",
+    "BlockMask",
     "Causal",
     "Coordinates",
     "Dilated",
@@ -49,6 +52,7 @@ __all__ = [
     "attend",
     "attend_scores",
     "attention_weights",
+    "block_mask",
     "compose",
     "cross_entropy",
     "decoding",

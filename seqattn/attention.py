@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout, check_dropout
 from seqattn.kernels import reference
+from seqattn.kernels.block_mask import opened
 from seqattn.kernels.call import (
     Call,
     Columns,
@@ -97,7 +98,8 @@ def attend(
             A batch dimension of keys and values may be 1: all rows then read the same keys, without a copy.
         value: `[*batch, S, K, V]`, of the same dtype. V may differ from H.
         mask: a `Mask` over coordinates, or a boolean array that is True where a query may attend: `[T, S]`, or
-            `[*batch, N, T, S]` with any dim 1. Defaults to no mask.
+            `[*batch, N, T, S]` with any dim 1. Defaults to no mask. A `BlockMask` also holds coordinates, and tiles
+            that calls share.
         bias: added to the logits after scaling: `[T, S]`, or `[*batch, N, T, S]` with any dim 1, floating. An entry of
             -inf masks the pair.
         score_mod: modifies each score after scale and bias and before the mask: a `ScoreMod`, or a function
@@ -288,6 +290,7 @@ def attend_scores(
     check_dropout(dropout)
     check_heads(scores.shape[-3], value.shape[-2])
     num_heads, length, size = scores.shape[-3:]
+    mask, q_at, kv_at, _ = opened(mask, q_at, kv_at)
     located = locate((*batch, length, num_heads, 1), (*batch, size, 1, 1), mask, None, q_at, kv_at)
     flat = flatten(scores, batch).astype(accumulator(scores.dtype))
     visible = reference.visibility((flat.shape[0], length, num_heads, 1), **located)

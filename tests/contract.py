@@ -24,6 +24,7 @@ from seqattn.attention import attend
 from seqattn.dropout import Dropout
 from seqattn.kernels import cached, ring, tpu, tpu_cached
 from seqattn.kernels.call import Call, Columns
+from seqattn.kernels.chunked import schedule
 from seqattn.kernels.dispatch import IMPLEMENTATIONS, Implementation
 from seqattn.kernels.hopper.plan import Tiling
 from seqattn.kernels.tpu import tiles
@@ -137,6 +138,15 @@ OVER_A_CACHE = {
     "hopper_cached": functools.partial(hopper_cached_plain.attend, tiling=hopper_cached_plain.Tiling(64, 1, 2)),
 }
 """Kernels that read a cache, as any machine runs them."""
+
+
+def small_tiles(monkeypatch):
+    """Tiles of `chunked` so small that the few tokens of a test fill several, with an odd rest.
+
+    Four queries (of one head in a group) and four keys in blocks of two, one lane, several steps.
+    """
+    for name, value in {"_VECTOR": 2, "_BLOCK": 2, "_QUERIES": (4, 8), "_KEYS": 4, "_LANES": 1, "_AT_ONCE": 0}.items():
+        monkeypatch.setattr(schedule, name, value)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ ROWS = (
     "seqattn.masks",
     "seqattn.score_mods",
     "seqattn.kernels",
-    "seqattn.attention seqattn.ring_attention",
+    "seqattn.attention seqattn.block_mask seqattn.ring_attention",
     "seqattn.drop_in",
     "seqattn.nn seqattn.decoding",
     "seqattn.models",

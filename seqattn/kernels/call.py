@@ -12,13 +12,14 @@ from jaxtyping import Array
 
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout, check_dropout
+from seqattn.kernels.block_mask import BlockMask, opened
 from seqattn.mask import Mask
 from seqattn.precision import accumulator, lowest
 from seqattn.pytrees import pytree, static
 from seqattn.score_mod import ScoreMod, ScoreModLike, for_kernel
 from seqattn.sizes import Size
 
-Visible = Mask | Array | None
+Visible = Mask | BlockMask | Array | None
 """The type of the argument `mask`."""
 
 Shaped = Array | jax.ShapeDtypeStruct
@@ -97,6 +98,7 @@ class Call:
         columns: keys and values in the layout of a cache; then `key` and `value` are None, and the dispatcher converts
             them to rows for a kernel that reads no columns.
         origin: where a device's share of a call begins in the whole call; or None.
+        visits: the tiles that kernels visit, if they were found before, from this mask and these coordinates; or None.
         platform: "cpu", "gpu" or "tpu", for which the call is computed; None if the program may run on any.
     """
 
@@ -113,6 +115,7 @@ class Call:
     dropout: Any
     columns: Any = None
     origin: Any = None
+    visits: Any = None
     platform: Any = static(default=None)
 
     @staticmethod
@@ -133,6 +136,7 @@ class Call:
         check_arrays(query, key, value)
         check_dropout(dropout)
         mod = None if score_mod is None else ScoreMod.of(score_mod)
+        mask, q_at, kv_at, visits = opened(mask, q_at, kv_at)
         located = locate(query.shape, key.shape, mask, bias, q_at, kv_at, mod)
         # Kernels see one batch dim. A reshape of leading dims moves no data.
         query, key, value = (flatten(x, query.shape[:-3]) for x in (query, key, value))
@@ -141,7 +145,8 @@ class Call:
             # The rows are computed here, outside the kernel: once for each query and head, and JAX differentiates them
             # itself.
             mod, rows = for_kernel(mod, query, scale, located["q_at"], located["kv_at"])
-        return Call(query, key, value, **located, score_mod=mod, rows=rows, scale=scale, dropout=dropout)
+        given = {"score_mod": mod, "rows": rows, "scale": scale, "dropout": dropout, "visits": visits}
+        return Call(query, key, value, **located, **given)
 
     @staticmethod
     def of_columns(
@@ -283,7 +288,7 @@ def check_sinks(sinks: Array | None, query: Shaped) -> Array | None:
 def locate(
     query: tuple[Size, ...],
     key: tuple[Size, ...],
-    mask: Mask | Array | None,
+    mask: Visible,
     bias: Array | None,
     q_at: Coordinates | None,
     kv_at: Coordinates | None,
@@ -294,6 +299,8 @@ def locate(
     # Before the coordinates are judged: they would be blamed for a mask that is none.
     if isinstance(mask, type):
         raise TypeError(f"mask must be an instance, not its class: write {mask.__name__}(...)")
+    if isinstance(mask, BlockMask):
+        raise TypeError("this function takes no BlockMask: give its mask, q_at and kv_at")
     if callable(mask) and not isinstance(mask, Mask):
         raise TypeError("mask must be a Mask or a boolean array, not a function: write MaskMod(fn)")
     # Coordinates that nothing reads are a mistake of the caller, such as a forgotten mask.

@@ -8,10 +8,12 @@ compilation keeps one branch.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from seqattn.kernels import (
@@ -28,8 +30,9 @@ from seqattn.kernels import (
     tpu_cached,
     xla,
 )
+from seqattn.kernels.block_mask import Visits
 from seqattn.kernels.call import Call, Kernel, Result, Shaped, check_sinks, is_known
-from seqattn.kernels.split import Split, repeats_keys, spread
+from seqattn.kernels.split import Split, find_in_shares, repeats_keys, spread
 from seqattn.kernels.split import check as check_split
 from seqattn.platforms import all_platforms, by_platform, platform_of
 from seqattn.sizes import may_exceed
@@ -48,6 +51,8 @@ class Implementation:
             share of the call.
         typed: False if the kernel does not state to `jax.shard_map` over which mesh axes its results vary.
         rings: True if the ring replaces the kernel where a sequence is split.
+        find: returns the tiles that the kernel visits for a call, of which it reads sizes, mask and coordinates: a
+            pytree that the kernel then reads from `call.visits`. None for a kernel without such tiles.
     """
 
     attend: Kernel
@@ -57,6 +62,7 @@ class Implementation:
     in_shares: bool = False
     typed: bool = True
     rings: bool = False
+    find: Callable[[Call], Any] | None = None
 
     def __call__(self, call: Call) -> Result:
         """Runs the kernel. Converts the keys to rows first if the kernel reads no columns."""
@@ -81,8 +87,10 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "hopper_cached": Implementation(
         hopper_cached.attend, hopper_cached.refuse, reads_columns=True, in_shares=True, typed=False
     ),
-    "chunked": Implementation(chunked.attend, chunked.refuse, chunked.note, in_shares=True, rings=True),
-    "tpu": Implementation(tpu.attend, tpu.refuse, tpu.note, in_shares=True, typed=False),
+    "chunked": Implementation(
+        chunked.attend, chunked.refuse, chunked.note, in_shares=True, rings=True, find=chunked.find
+    ),
+    "tpu": Implementation(tpu.attend, tpu.refuse, tpu.note, in_shares=True, typed=False, find=tpu.find),
     "hopper": Implementation(hopper.attend, hopper.refuse, hopper.note, in_shares=True, typed=False),
     "xla": Implementation(xla.attend, xla.refuse, xla.note),
     "cudnn": Implementation(cudnn.attend, cudnn.refuse, guard.lse_note, in_shares=True, typed=False),
@@ -164,6 +172,66 @@ def _reason(name: str, call: Call, split: Split | None) -> str | None:
     return None
 
 
+def find_visits(
+    implementation: str | Sequence[str] | None,
+    make: Callable[..., Call],
+    arrays: tuple[Shaped, ...],
+    call: Call,
+    split: Split | None = None,
+) -> Visits:
+    """Returns the tiles that a call visits, for the implementation that runs on each platform that it may run on.
+
+    Args:
+        implementation: as in `attend`.
+        make: returns the call for query, key and value.
+        arrays: query, key and value; shapes and dtypes suffice.
+        call: the same call with the shapes and dtypes of query, key and value in their place.
+        split: as in `attend`.
+    """
+    read = jax.tree.leaves((call.mask, call.q_at, call.kv_at))
+    # Inside a trace this array is traced as well, and the platform unknown.
+    here = platform_of([*read, lax.iota(jnp.int32, 1)])
+    here = here if split is None or split.platform is None else split.platform
+    chosen: dict[str, set[str]] = {}
+
+    def look(*arrays: Array) -> None:
+        made = make(*arrays)
+        for platform in all_platforms() if here is None else (here,):
+            for name in _able(implementation, dataclasses.replace(made, platform=platform), split)[:1]:
+                chosen.setdefault(name, set()).add(platform)
+
+    jax.eval_shape(look, *arrays)
+    known = not any(isinstance(x, jax.Array) for x in read)
+    found = {}
+    for name, platforms in sorted(chosen.items()):
+        if (of_kernel := IMPLEMENTATIONS[name].find) is not None:
+            find = functools.partial(_find, of_kernel, call, split)
+            found[name] = find() if known or here is not None else _find_on(platforms, find)
+    return Visits({name: each for name, each in found.items() if each is not None}, split)
+
+
+def _find(find: Callable[[Call], Any], call: Call, split: Split | None) -> Any:
+    """Returns the tiles that a kernel visits for a call."""
+    return find(call) if split is None else find_in_shares(find, call, split)
+
+
+def _find_on(platforms: Collection[str], find: Callable[[], Any]) -> Any:
+    """Returns the tiles that a kernel visits in programs for some platforms, and zeros in others, which read none."""
+    structure: list[Any] = []
+
+    def leaves() -> list[Any]:
+        leaves, tree = jax.tree.flatten(find())
+        structure.append(tree)
+        return leaves
+
+    types = jax.eval_shape(leaves)
+
+    def nothing() -> Any:
+        return jax.tree.unflatten(structure[0], [jnp.zeros(x.shape, x.dtype) for x in types])
+
+    return by_platform({each: find if each in platforms else nothing for each in all_platforms()})
+
+
 def names(implementation: str | Sequence[str] | None, platform: str, call: Call) -> tuple[str, ...]:
     """Returns the names of the implementations to try on a platform, in order.
 
@@ -219,8 +287,11 @@ def _in_shares(implementation: Implementation, call: Call, split: Split | None) 
     """Runs an implementation on each device's share of the call, or on the whole call if the compiler can split it."""
     if split is None or not implementation.in_shares or cached.as_if_in_rows(call).is_empty:
         # The compiler splits such a kernel by itself.
-        return _without_explicit_axes(implementation, call)
+        whole = call.visits is None or call.visits.split is None
+        return _without_explicit_axes(implementation, call if whole else dataclasses.replace(call, visits=None))
     call = call if implementation.reads_columns else cached.in_rows(call)
+    if call.visits is not None and call.visits.split != split:
+        call = dataclasses.replace(call, visits=None)
     check_split(cached.as_if_in_rows(call), split, rings=implementation.rings)
     return spread(implementation, call, split, typed=implementation.typed)
 

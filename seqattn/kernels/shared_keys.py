@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array
 
 from seqattn.coordinates import Coordinates
-from seqattn.kernels.call import Call
+from seqattn.kernels.block_mask import opened
+from seqattn.kernels.call import Call, Shaped
 from seqattn.mask import Mask, reads
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreMod
@@ -36,7 +37,7 @@ class Folding:
     length: Size
 
     @staticmethod
-    def of(query: Array, key: Array, value: Array) -> "Folding":
+    def of(query: Shaped, key: Shaped, value: Shaped) -> "Folding":
         """Returns the folding of arrays `[*batch, length, heads, dim]`. Later checks refuse keys that do not fit."""
         batch, keys = query.shape[:-3], key.shape[:-3]
         alike = len(batch) == len(keys) and keys == value.shape[:-3]
@@ -104,6 +105,9 @@ def fold(
     folding = Folding.of(query, key, value)
     if not folding.shared:
         return query, key, value, options
+    # The lists of a `BlockMask` are not those of the folded call.
+    mask, q_at, kv_at, _ = opened(options["mask"], options["q_at"], options["kv_at"])
+    options = options | {"mask": mask, "q_at": q_at, "kv_at": kv_at}
     # Checked on the call as the user wrote it, so that messages name the user's shapes; nothing is computed.
     jax.eval_shape(functools.partial(_check, folding, options), query, key, value)
     if repeat or _must_repeat(query, key, options):

@@ -7,6 +7,7 @@ device. So such kernels run inside `jax.shard_map`, on calls as small as a devic
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -189,6 +190,44 @@ def spread(kernel: Kernel, call: Call, split: Split, *, typed: bool = True) -> R
     return output, lse
 
 
+def find_in_shares(find: Callable[[Call], Any], call: Call, split: Split) -> Any:
+    """Returns the tiles that each device visits, in the form in which `spread` takes them.
+
+    Args:
+        find: returns the tiles that a call visits, a pytree.
+        call: the whole call, with the shapes of query, key and value in their place.
+        split: the mesh axes.
+
+    Returns:
+        A pytree of arrays with one more dim in front: the parts of the batch. None if each device finds its tiles
+        itself: in a ring they differ by step, and those that are known at trace time are constants of the program.
+    """
+    parts, mesh = _Parts.of(call, split), split.resolved()
+    named, tree = jax.tree_util.tree_flatten_with_path(parts.indexed(call))
+    leaves, specs = [x for _, x in named], [parts.spec(path, x) for path, x in named]
+    given = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+    if parts.queries or parts.keys or not given:
+        return None
+    shares = [_share_of(x, mesh, spec) for x, spec in zip(leaves, specs, strict=True)]
+    structure: list[Any] = []
+
+    def share(*arrays: Array) -> list[Array]:
+        known = dict(zip(given, arrays, strict=True))
+        local = jax.tree.unflatten(tree, [known.get(i, x) for i, x in enumerate(shares)])
+        if parts.heads and not parts.kv_heads:
+            # The device's query heads read one key head.
+            key, value = (jax.eval_shape(lambda x: x[:, :, :1], x) for x in (local.key, local.value))
+            local = dataclasses.replace(local, key=key, value=value)
+        here, found = jax.tree.flatten(find(local))
+        structure.append(found)
+        return [jnp.asarray(x)[None] for x in here]
+
+    options: dict[str, Any] = {"in_specs": tuple(specs[i] for i in given), "out_specs": parts.of_visits()}
+    here = jax.jit(jax.shard_map(share, mesh=mesh, check_vma=False, **options))
+    arrays = here(*(_placed(leaves[i], mesh, specs[i]) for i in given))
+    return jax.tree.unflatten(structure[0], arrays)
+
+
 def check(call: Call, split: Split, *, rings: bool) -> None:
     """Raises an error if a call cannot be spread.
 
@@ -285,12 +324,18 @@ class _Parts:
             # In a ring a device needs the columns of all keys, in the order of the devices.
             dims = (self.batch, self.heads, self.queries, () if self.queries else self.keys)
             return self._axes(*(axes if n > 1 else () for n, axes in zip(leaf.shape, dims, strict=True)))
+        if name == "visits":
+            return self.of_visits()
         # Arrays of masks and score modifications, the scale and the key of dropout are whole on each device.
         return P()
 
     @staticmethod
     def _axes(*dims: tuple[str, ...]) -> P:
         return P(*(axes or None for axes in dims))
+
+    def of_visits(self) -> P:
+        """Returns the mesh axes of the lists of tiles, which have a part of the batch in front."""
+        return self._axes(self.batch)
 
     def results(self) -> tuple[P, P]:
         """Returns the mesh axes of the output and the log-sum-exp."""
@@ -308,7 +353,8 @@ class _Parts:
             num_heads=self.num_heads,
             length=self.length,
         )
-        call = dataclasses.replace(call, origin=origin, mask=shifted_mask(call, origin))
+        visits = None if self.queries or self.keys else jax.tree.map(lambda x: x[0], call.visits)
+        call = dataclasses.replace(call, origin=origin, mask=shifted_mask(call, origin), visits=visits)
         call = dataclasses.replace(call, score_mod=shifted_mod(call, origin))
         if self.heads and not self.kv_heads:
             # The device's query heads lie in one group, which reads one key head.
@@ -317,6 +363,14 @@ class _Parts:
             return ring.attend(call, self.keys)
         output, lse = kernel(call)
         return _merged(output, lse, self.keys) if self.keys else (output, lse)
+
+
+def _share_of(x: Any, mesh: Mesh | AbstractMesh, spec: P) -> Any:
+    """Returns a device's share of the shape of an array. All else stays as it is."""
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    parts = [math.prod(mesh.shape[axis] for axis in _names(axes)) for axes in (*spec, *[None] * len(x.shape))]
+    return jax.ShapeDtypeStruct([n // part for n, part in zip(x.shape, parts, strict=False)], x.dtype)
 
 
 def _with_key_head(call: Call, head: Array) -> Call:

@@ -14,6 +14,7 @@ from seqattn.coordinates import Coordinates
 from seqattn.dropout import split
 from seqattn.mask import Mask
 from seqattn.masks import Causal, SameBlock, SameSegment, SlidingWindow
+from seqattn.models.block_masks import BlockMasks
 from seqattn.models.layer_loop import run_layers
 from seqattn.models.position_encodings import Positions, PositionScores, rotary_base
 from seqattn.nn.blocks import BlockConfig, EncoderBlock
@@ -131,10 +132,13 @@ class Stack(nnx.Module):
             `[*batch, T, D]`.
         """
 
-        def call(x: Array, block: EncoderBlock, score_mod: ScoreMod | None, key: Array | None) -> Array:
-            return block(x, at, score_mod=score_mod, dropout_key=key)
+        mods = [self.scores.of(layer) for layer in range(len(self.blocks))]
+        attentions = [block.attention for block in self.blocks]
+        masks = BlockMasks.of(zip(attentions, mods, strict=True), x, at)
 
-        mods = map(self.scores.of, range(len(self.blocks)))
+        def call(x: Array, block: EncoderBlock, score_mod: ScoreMod | None, key: Array | None) -> Array:
+            return block(x, at, score_mod=score_mod, block_mask=masks.get(block.attention), dropout_key=key)
+
         layers = list(zip(self.blocks, mods, split(dropout_key, len(self.blocks)), strict=True))
         x = run_layers(call, x, layers, remat=self.block.remat, scan=self.block.scan_layers)
         return x if self.norm is None else self.norm(x)

@@ -15,6 +15,7 @@ from seqattn.dropout import drop, split
 from seqattn.hypotheses import Shared
 from seqattn.masks import Causal, SameSegment, SlidingWindow
 from seqattn.models import position_encodings
+from seqattn.models.block_masks import BlockMasks
 from seqattn.models.layer_loop import run_layers
 from seqattn.models.position_encodings import Positions, PositionScores, Sinusoidal
 from seqattn.nn.blocks import BlockConfig, DecoderBlock, EncoderBlock
@@ -180,10 +181,15 @@ class Transformer(nnx.Module):
         keys = split(dropout_key, 1 + len(self.encoder))
         x = drop(x, self.config.block.dropout_rate, keys[0])
 
-        def call(x: Array, block: EncoderBlock, score_mod: ScoreMod | None, key: Array | None) -> Array:
-            return block(x, source_at, score_mod=score_mod, dropout_key=key)
+        mods = [self.encoder_scores.of(layer) for layer in range(len(self.encoder))]
+        attentions = [block.attention for block in self.encoder]
+        masks = BlockMasks.of(zip(attentions, mods, strict=True), x, source_at)
 
-        layers = list(zip(self.encoder, map(self.encoder_scores.of, range(len(self.encoder))), keys[1:], strict=True))
+        def call(x: Array, block: EncoderBlock, score_mod: ScoreMod | None, key: Array | None) -> Array:
+            shared = masks.get(block.attention)
+            return block(x, source_at, score_mod=score_mod, block_mask=shared, dropout_key=key)
+
+        layers = list(zip(self.encoder, mods, keys[1:], strict=True))
         x = run_layers(call, x, layers, **self._training)
         x = x if self.encoder_norm is None else self.encoder_norm(x)
         rows = jax.tree.map(lambda field: jnp.broadcast_to(field, x.shape[:-1]), source_at)
@@ -204,13 +210,21 @@ class Transformer(nnx.Module):
         keys = split(dropout_key, 1 + len(self.decoder))
         x = self._embed(self.embedding, self.target_positions, target, target_at, keys[0])
 
+        mods = [self.decoder_scores.of(layer) for layer in range(len(self.decoder))]
+        attentions = [block.attention for block in self.decoder]
+        own = BlockMasks.of(zip(attentions, mods, strict=True), x, target_at)
+        # All layers read the same source, so their keys have the coordinates of the first.
+        source_at = memory.key_values[0].at if memory.key_values else None
+        cross = BlockMasks.of(((block.memory_attention, None) for block in self.decoder), x, target_at, source_at)
+
         def call(
             x: Array, block: DecoderBlock, memory: KeyValue, score_mod: ScoreMod | None, key: Array | None
         ) -> Array:
+            shared = own.get(block.attention), cross.get(block.memory_attention)
+            options: dict[str, Any] = dict(zip(("block_mask", "memory_block_mask"), shared, strict=True))
             kv = block.project(x, target_at)
-            return block(x, target_at, kv, memory, score_mod=score_mod, dropout_key=key)
+            return block(x, target_at, kv, memory, score_mod=score_mod, **options, dropout_key=key)
 
-        mods = map(self.decoder_scores.of, range(len(self.decoder)))
         layers = list(zip(self.decoder, memory.key_values, mods, keys[1:], strict=True))
         return self._logits(run_layers(call, x, layers, **self._training))
 

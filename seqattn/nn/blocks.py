@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from seqattn.checks import check_multiple, check_number, check_rate, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import drop, split
+from seqattn.kernels.block_mask import BlockMask
 from seqattn.mask import Mask
 from seqattn.nn.cache import Cache
 from seqattn.nn.compressed import MemoryCompressedAttention
@@ -244,6 +245,7 @@ class EncoderBlock(nnx.Module):
         kv: KeyValue | KeyColumns | None = None,
         *,
         score_mod: ScoreMod | None = None,
+        block_mask: BlockMask | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch T D"]:
         """Applies the block.
@@ -253,6 +255,7 @@ class EncoderBlock(nnx.Module):
             at: their coordinates.
             kv: keys and values to attend to. Defaults to those of `x` itself.
             score_mod: modifies the scores of the self-attention, as in `seqattn.attend`.
+            block_mask: that of the self-attention, to share it between layers. See `MultiHeadAttention.block_mask`.
             dropout_key: if None, nothing is dropped.
 
         Returns:
@@ -262,7 +265,7 @@ class EncoderBlock(nnx.Module):
 
         def attend(inner: Array) -> Array:
             seen = self.attention.project(inner, at) if kv is None else kv
-            return self.attention(inner, at, seen, score_mod=score_mod, dropout_key=keys[0])
+            return self.attention(inner, at, seen, score_mod=score_mod, block_mask=block_mask, dropout_key=keys[0])
 
         x = self.attention_residual(x, attend, keys[1])
         return self.feed_forward_residual(x, lambda inner: _feed(self.feed_forward, inner, at, keys[2]), keys[3])
@@ -330,6 +333,8 @@ class DecoderBlock(nnx.Module):
         memory: KeyValue | KeyColumns,
         *,
         score_mod: ScoreMod | None = None,
+        block_mask: BlockMask | None = None,
+        memory_block_mask: BlockMask | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch T D"]:
         """Applies the block.
@@ -340,18 +345,18 @@ class DecoderBlock(nnx.Module):
             kv: keys and values of the target, from `project` or a cache.
             memory: keys and values of the source, from `remember`.
             score_mod: modifies the scores of the self-attention, as in `seqattn.attend`.
+            block_mask: that of the self-attention, to share it between layers. See `MultiHeadAttention.block_mask`.
+            memory_block_mask: that of the cross-attention, likewise.
             dropout_key: if None, nothing is dropped.
 
         Returns:
             `[*batch, T, D]`.
         """
         keys = split(dropout_key, 6)
-        x = self.attention_residual(
-            x, lambda inner: self.attention(inner, at, kv, score_mod=score_mod, dropout_key=keys[0]), keys[1]
-        )
-        x = self.memory_residual(
-            x, lambda inner: self.memory_attention(inner, at, memory, dropout_key=keys[2]), keys[3]
-        )
+        own: dict[str, Any] = {"score_mod": score_mod, "block_mask": block_mask, "dropout_key": keys[0]}
+        x = self.attention_residual(x, lambda inner: self.attention(inner, at, kv, **own), keys[1])
+        cross: dict[str, Any] = {"block_mask": memory_block_mask, "dropout_key": keys[2]}
+        x = self.memory_residual(x, lambda inner: self.memory_attention(inner, at, memory, **cross), keys[3])
         return self.feed_forward_residual(x, lambda inner: _feed(self.feed_forward, inner, at, keys[4]), keys[5])
 
     def weights(

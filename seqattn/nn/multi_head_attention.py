@@ -10,9 +10,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from seqattn.attention import attend, attend_columns, attention_weights
+from seqattn.block_mask import block_mask as make_block_mask
 from seqattn.checks import check_even, check_multiple, check_rate, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
+from seqattn.kernels.block_mask import BlockMask
 from seqattn.kernels.call import Call, Columns, check_heads
 from seqattn.kernels.dispatch import Explanation, call_of, explain_call
 from seqattn.kernels.split import Split, repeats_keys
@@ -144,6 +146,7 @@ class MultiHeadAttention(nnx.Module):
         kv: KeyValue | KeyColumns,
         *,
         score_mod: ScoreMod | None = None,
+        block_mask: BlockMask | None = None,
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch T D"]:
         """Attends from tokens to keys and values.
@@ -153,25 +156,60 @@ class MultiHeadAttention(nnx.Module):
             at: their coordinates, `[*batch, T]`; `[T]` serves all batch rows.
             kv: the keys and values of `project`, or the columns of a cache, which decoding steps read without copying.
             score_mod: modifies the scores, as in `seqattn.attend`.
+            block_mask: takes the place of the module's mask, and of the coordinates that masks and score modifications
+                read. Made by `block_mask`, to share the tiles that the mask reaches between layers.
             dropout_key: if None, nothing is dropped.
 
         Returns:
             The attention output after the output projection, `[*batch, T, D]`.
 
         Raises:
-            ValueError: shapes do not fit, or `implementation` is unknown.
+            ValueError: shapes do not fit, `implementation` is unknown, or a block mask is given for the columns of a
+                cache.
             NotImplementedError: the named implementation cannot serve this call.
         """
         query = self._rotated(self._heads(self.query(x), self.query_norm), at)
         dropout = None if dropout_key is None else Dropout(self.dropout_rate, dropout_key)
         options: dict[str, Any] = {"dropout": dropout, "implementation": self.implementation, "split": self.split}
-        if isinstance(kv, KeyColumns):
+        if block_mask is not None:
+            if isinstance(kv, KeyColumns) or kv.of_cache:
+                raise ValueError("a block_mask is for the keys of `project`, not for the slots of a cache")
+            output = attend(query, kv.key, kv.value, mask=block_mask, score_mod=score_mod, **options)
+        elif isinstance(kv, KeyColumns):
             # The columns go to the kernel as they are: a step must not copy the whole cache.
             options |= _located(_of_slots(self.mask, at, kv, self.num_heads), at, kv.at, score_mod)
             output = attend_columns(query, Columns(kv.key, kv.value, kv.finite), **options)
         else:
             output = attend(query, kv.key, kv.value, **options, **_located(self._mask_over(kv), at, kv.at, score_mod))
         return self.output(output.reshape(*x.shape[:-1], self.num_heads * self.head_dim))
+
+    def block_mask(
+        self,
+        x: Float[Array, "*batch T D"],
+        at: Coordinates,
+        kv_at: Coordinates | None = None,
+        *,
+        score_mod: ScoreMod | None = None,
+    ) -> BlockMask | None:
+        """Finds the tiles that the mask reaches, for all layers with such an attention to share.
+
+        Args:
+            x: tokens `[*batch, T, D]`, of which only shape and dtype are read.
+            at: their coordinates, `[*batch, T]` or `[T]`.
+            kv_at: the coordinates of the keys, `[*batch, S]` or `[S]`. Defaults to `at`.
+            score_mod: the score modification of the calls, if the choice of an implementation depends on it.
+
+        Returns:
+            The argument `block_mask` of a call, or None if there is no mask.
+        """
+        if self.mask is None:
+            return None
+        kv_at = at if kv_at is None else kv_at
+        dtype = jax.eval_shape(self.query, x).dtype
+        query = jax.ShapeDtypeStruct((*x.shape[:-1], self.num_heads, self.head_dim), dtype)
+        key = jax.ShapeDtypeStruct((*x.shape[:-2], kv_at.shape[-1], self.num_kv_heads, self.head_dim), dtype)
+        options: dict[str, Any] = {"implementation": self.implementation, "split": self.split, "score_mod": score_mod}
+        return make_block_mask(self.mask, query, key, key, q_at=at, kv_at=kv_at, **options)
 
     def explain(
         self,

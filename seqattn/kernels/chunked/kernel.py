@@ -38,8 +38,8 @@ def note(call: Call) -> str | None:
     plan, leaves = prepare(call)
     grid, tiles = plan.grid, plan.call(leaves).schedule
     lanes, queries, _ = grid.counts
-    known = tiles.full.count is None and tiles.partial.count is None
-    number = sum(steps.at.shape[0] for steps in (tiles.full, tiles.partial)) if known else None
+    counts = [steps.at.shape[0] if steps.count is None else steps.count for steps in (tiles.full, tiles.partial)]
+    number = None if any(isinstance(n, jax.core.Tracer) for n in counts) else sum(map(int, counts))
     return visits(number, lanes * queries * -(-grid.size // grid.keys), grid.queries, grid.keys)
 
 

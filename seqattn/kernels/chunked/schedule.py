@@ -53,6 +53,11 @@ class Grid:
     keys: int
 
     @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """B, K, N / K, T and S of the call."""
+        return self.batch, self.num_kv_heads, self.group, self.length, self.size
+
+    @property
     def counts(self) -> tuple[int, int, int]:
         """The numbers of lane tiles, query tiles and key blocks."""
         lanes = self.batch * self.num_kv_heads

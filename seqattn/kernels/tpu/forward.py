@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
@@ -22,10 +23,14 @@ _LANES = 128
 """Numbers for each query are kept in all 128 lanes of a vector, so that no step has to spread them."""
 
 
-def forward(plan: Plan, operands: Operands) -> tuple[Array, Array, Array]:
-    """Returns the output, the largest logit of each row and the log of the sum of `exp(logit - largest)`.
+def forward(plan: Plan, operands: Operands, *, parts: bool) -> tuple[Array, ...]:
+    """Returns the output `[B, T, N, V]`, and the log-sum-exp `[B, N, T]` or its two parts.
 
-    The output is `[B, T, N, V]`, the others `[B, N, T]`. The parts of the log-sum-exp are those of the tiled kernel.
+    Args:
+        plan: the static part of the call.
+        operands: its arrays.
+        parts: return the largest logit of each row and the log of the sum of `exp(logit - largest)`, as the tiled
+            kernel does. The backward pass reads both. A call without gradients needs their sum alone.
     """
     batch, num_heads, _, length, _, _, value_dim = plan.sizes
     place = Place(plan, transposed=False)
@@ -33,11 +38,11 @@ def forward(plan: Plan, operands: Operands) -> tuple[Array, Array, Array]:
     row = jax.ShapeDtypeStruct((batch, num_heads, 1, queries), jnp.float32)
     whole = jax.ShapeDtypeStruct((batch, num_heads, queries, value_dim), plan.dtype)
     vector = place.vector(row.shape, of_query=True)
-    output, peak, log_total = kernel_inputs.call(
+    output, *rows = kernel_inputs.call(
         functools.partial(_step, place),
         _inputs(place, operands),
         operands.lists(transposed=False),
-        [(whole, place.by_query(value_dim)), (row, vector), (row, vector)],
+        [(whole, place.by_query(value_dim)), *[(row, vector)] * (1 + parts)],
         [
             pltpu.VMEM((plan.tiles.queries, value_dim), jnp.float32),
             pltpu.VMEM((plan.tiles.queries, _LANES), jnp.float32),
@@ -45,7 +50,7 @@ def forward(plan: Plan, operands: Operands) -> tuple[Array, Array, Array]:
         ],
         dims=plan.sizes[5] + value_dim,
     )
-    return output[:, :, :length].swapaxes(1, 2), peak[:, :, 0, :length], log_total[:, :, 0, :length]
+    return output[:, :, :length].swapaxes(1, 2), *(x[:, :, 0, :length] for x in rows)
 
 
 def _inputs(place: Place, operands: Operands) -> Inputs:
@@ -91,8 +96,14 @@ def _step(place: Place, refs: dict[str, Any], results: Any, scratch: Any) -> Non
         whole = jnp.where(empty, 1.0, total[:, :1])
         # One division at the end instead of one in each step (Dao 2023, section 3.1).
         results[0][...] = (output[...] / whole).astype(results[0].dtype)
-        results[1][...] = peak[:, :1].T
-        results[2][...] = jnp.where(empty, SEES_NOTHING, jnp.log(whole)).T
+        if len(results) == 3:
+            results[1][...] = peak[:, :1].T
+            results[2][...] = jnp.where(empty, SEES_NOTHING, jnp.log(whole)).T
+            return
+        # As `lse_of`: `lowest` tells a fully masked row, so no other row is as low. A comparison with NaN is False.
+        lse, least = peak[:, :1] + jnp.log(whole), float(np.nextafter(lowest(jnp.float32), 0, dtype=np.float32))
+        lse = jnp.where(lse < least, least, lse)
+        results[1][...] = jnp.where(empty, lowest(jnp.float32), lse).T
 
 
 def _add(tile: Tile, output: Any, peak: Any, total: Any) -> None:

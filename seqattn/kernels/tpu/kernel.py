@@ -79,17 +79,23 @@ def _refuse(call: Call) -> None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan: Plan, operands: Operands) -> tuple[Array, Array]:
     """Returns the output and the log-sum-exp; the custom derivative rules are attached below."""
-    return _forward(plan, operands)[0]
+    output, lse = _here(plan, _without_parts, _types(plan)[:2], operands)
+    return output, lse.swapaxes(1, 2)
 
 
 def _forward(plan: Plan, operands: Operands) -> tuple[tuple[Array, Array], tuple]:
     """Returns the results, and the residuals for the backward pass: O(T + S) numbers, no scores."""
+    output, peak, log_total = _here(plan, _with_parts, _types(plan), operands)
+    lse = lse_of(peak, log_total).swapaxes(1, 2)
+    return (output, lse), (operands, output, peak, log_total)
+
+
+def _types(plan: Plan) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Returns the types of the output and of the two parts of the log-sum-exp."""
     batch, num_heads, _, length, _, _, value_dim = plan.sizes
     output = jax.ShapeDtypeStruct((batch, length, num_heads, value_dim), plan.dtype)
     row = jax.ShapeDtypeStruct((batch, num_heads, length), jnp.float32)
-    output, peak, log_total = _here(plan, _results, (output, row, row), operands)
-    lse = lse_of(peak, log_total).swapaxes(1, 2)
-    return (output, lse), (operands, output, peak, log_total)
+    return output, row, row
 
 
 def _backward(plan: Plan, residuals: tuple, directions: tuple) -> tuple[Operands]:
@@ -122,12 +128,20 @@ def _here(plan: Plan, fn: Callable[..., Any], results: Any, *operands: Any) -> A
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _results(plan: Plan, operands: Operands) -> tuple[Array, Array, Array]:
-    """Runs the forward pass, traced once for each plan and set of shapes."""
+def _without_parts(plan: Plan, operands: Operands) -> tuple[Array, ...]:
+    """Runs the forward pass of a call without gradients, traced once for each plan and set of shapes."""
     # Imported here, because the import of Pallas is slow.
     from seqattn.kernels.tpu.forward import forward
 
-    return forward(plan, operands)
+    return forward(plan, operands, parts=False)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _with_parts(plan: Plan, operands: Operands) -> tuple[Array, ...]:
+    """Runs the forward pass for a backward pass, traced likewise."""
+    from seqattn.kernels.tpu.forward import forward
+
+    return forward(plan, operands, parts=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -9,13 +9,14 @@ import numpy as np
 from jaxtyping import Array
 
 from seqattn.kernels import blocks, on_tile
+from seqattn.kernels.block_mask import Visits
 from seqattn.kernels.blocks import Steps
 from seqattn.kernels.call import Call
 from seqattn.kernels.counters import first_counters
 from seqattn.kernels.per_pair import BATCH, HEAD, Cut, Late, arguments_of, cut
 from seqattn.kernels.tpu.tiles import Tiles
 from seqattn.kernels.traced import TracedMask, capture
-from seqattn.pytrees import pytree
+from seqattn.pytrees import pytree, static
 
 MOST_WORDS = 250_000
 """The most words of the memory for scalars, of 262,144, which holds four lists of steps and the scalars of borders."""
@@ -103,6 +104,57 @@ class Operands:
         return Steps.of(self.kinds.swapaxes(1, 2) if transposed else self.kinds)
 
 
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The tiles of a call, and the lists of those to visit.
+
+    Attributes:
+        steps: the tiles to visit for each tile of queries, or None if `kinds` tells them where the kernel is lowered.
+        transposed: the tiles to visit for each tile of keys, or None likewise.
+        kinds: the kind of each tile, `[B or 1, tiles of queries, tiles of keys]`, or None.
+        sizes: B, T and S of the call.
+        tiles: queries and keys in a tile.
+        shared: whether all batch rows visit the same tiles.
+    """
+
+    steps: Steps | None
+    transposed: Steps | None
+    kinds: Any
+    sizes: tuple[int, int, int] = static()
+    tiles: Tiles = static()
+    shared: bool = static()
+
+    @property
+    def number(self) -> int:
+        """The number of entries of a list."""
+        if self.steps is None or self.transposed is None:
+            return int(self.kinds.size)
+        return max(self.steps.size, self.transposed.size)
+
+
+def _tiles(call: Call) -> tuple[tuple[int, int, int], Tiles]:
+    """Returns B, T and S of a call, and its tiles."""
+    (batch, length, _, head_dim), (_, size, _, value_dim) = call.query.shape, call.value.shape
+    return (batch, length, size), Tiles.of(length, size, max(head_dim, value_dim))
+
+
+def find(call: Call, *, listed: bool = True) -> Found:
+    """Returns the tiles that a call visits.
+
+    Args:
+        call: the call.
+        listed: if False, lists that only the program knows are left to where the kernel is lowered.
+    """
+    sizes, tiles = _tiles(call)
+    kinds = blocks.kinds_of_tiles(call.mask, call.q_at, call.kv_at, tiles.queries, tiles.keys)
+    shared = kinds.shape[0] == 1
+    # NumPy builds the lists at once; then the grid is known as well.
+    if listed or isinstance(kinds, np.ndarray):
+        return Found(Steps.of(kinds), Steps.of(kinds.swapaxes(1, 2)), None, sizes, tiles, shared)
+    return Found(None, None, kinds, sizes, tiles, shared)
+
+
 def prepare(call: Call, *, interpret: bool) -> tuple[Plan, Operands]:
     """Returns the plan and the arrays of a call.
 
@@ -111,23 +163,21 @@ def prepare(call: Call, *, interpret: bool) -> tuple[Plan, Operands]:
     """
     batch, length, num_heads, head_dim = call.query.shape
     size, num_kv_heads, value_dim = call.value.shape[1:]
-    tiles = Tiles.of(length, size, max(head_dim, value_dim))
+    found = Visits.of(call, "tpu")
     # The tiles are decided by the mask itself. The kernel evaluates its trace, as it must not hold a user's function.
-    kinds = blocks.kinds_of_tiles(call.mask, call.q_at, call.kv_at, tiles.queries, tiles.keys)
-    # Lists are built where the kernel is lowered, unless NumPy can build them now: then the grid is known as well.
-    known = isinstance(kinds, np.ndarray)
-    steps = [Steps.of(x) for x in (kinds, kinds.swapaxes(1, 2))] if known else []
+    if found is None or (found.sizes, found.tiles) != _tiles(call):
+        found = find(call, listed=False)
     traced, mask, mod = _cut_all(call)
-    _check_memory(max([x.size for x in steps], default=kinds.size), _scalars(call, mask, mod))
+    _check_memory(found.number, _scalars(call, mask, mod))
     rate = 0.0 if call.dropout is None else call.dropout.rate
     plan = Plan(
         (batch, num_heads, num_kv_heads, length, size, head_dim, value_dim),
         np.dtype(call.query.dtype),
-        tiles,
+        found.tiles,
         None if mask is None else mask.late,
         None if mod is None else mod.late,
         rate,
-        kinds.shape[0] == 1,
+        found.shared,
         interpret,
     )
     return plan, Operands(
@@ -139,16 +189,16 @@ def prepare(call: Call, *, interpret: bool) -> tuple[Plan, Operands]:
         call.mask if mask is None else _borders(traced, traced.mask.program, mask),
         None if rate == 0 else call.dropout.words(),
         None if rate == 0 else first_counters(call),
-        steps[0] if known else None,
-        steps[1] if known else None,
-        None if known else kinds,
+        found.steps,
+        found.transposed,
+        found.kinds,
     )
 
 
 def check(call: Call) -> None:
     """Raises NotImplementedError if the kernel cannot compute the mask or the score modification of a call."""
     length, size = call.query.shape[1], call.key.shape[1]
-    tiles = Tiles.of(length, size, max(call.query.shape[-1], call.value.shape[-1]))
+    _, tiles = _tiles(call)
     queries, keys = tiles.padded(length, size)
     number = call.query.shape[0] * (queries // tiles.queries) * (keys // tiles.keys)
     _, mask, mod = _cut_all(call)

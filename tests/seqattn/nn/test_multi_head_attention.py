@@ -391,3 +391,29 @@ def test_a_module_explains_which_kernel_reads_memory_and_which_a_cache():
     with_name = with_implementation(attention, "chunked")
     assert with_name.explain(x, X_AT, kv).chosen == "chunked"
     assert attention.explain(x, X_AT, kv, platform="tpu").chosen == "tpu_cached"
+
+
+def test_a_block_mask_takes_the_place_of_mask_and_coordinates(monkeypatch):
+    monkeypatch.setattr("seqattn.kernels.dispatch.TINY_PAIRS", 0)
+    monkeypatch.setattr("seqattn.kernels.dispatch.FEW_QUERIES", 0)
+    attention, x = _attention(mask=SameSegment()), jnp.asarray(X)
+    kv = attention.project(jnp.asarray(MEMORY), MEMORY_AT)
+    shared = attention.block_mask(x, X_AT, MEMORY_AT)
+    assert shared.visits.by_name.keys() == {"chunked"}
+    expected = attention(x, X_AT, kv)
+    np.testing.assert_allclose(attention(x, X_AT, kv, block_mask=shared), expected, atol=1e-6)
+    # The coordinates of masks are those of the block mask.
+    elsewhere = jax.tree.map(jnp.zeros_like, X_AT)
+    np.testing.assert_allclose(attention(x, elsewhere, kv, block_mask=shared), expected, atol=1e-6)
+    assert _attention(mask=None).block_mask(x, X_AT) is None
+
+
+def test_a_block_mask_beside_a_cache_is_refused():
+    """Which slots are written changes from step to step, and no block mask knows it."""
+    attention, x = _attention(), jnp.asarray(X)
+    cache = StaticCache.empty(B, T + 2, num_kv_heads=N, head_dim=H)
+    _, columns = cache.append(attention.project(x, X_AT))
+    shared = attention.block_mask(x, X_AT)
+    for kv in (columns, columns.rows()):
+        with pytest.raises(ValueError, match="a block_mask is for the keys of `project`, not for the slots of a cache"):
+            attention(x, X_AT, kv, block_mask=shared)

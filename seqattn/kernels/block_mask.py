@@ -1,0 +1,101 @@
+"""A mask over given coordinates with the tiles that it reaches, found once and shared by many calls of attention."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from seqattn.coordinates import Coordinates
+from seqattn.kernels import blocks
+from seqattn.mask import Mask
+from seqattn.pytrees import pytree, static
+
+_MOST_SIGNS = 32
+"""The most tiles that `print` shows along each side."""
+
+_SIGNS = np.array([".", "o", "#"])
+"""How `print` shows a tile of each kind: no visible pair, some, or all."""
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Visits:
+    """The tiles that kernels visit.
+
+    Attributes:
+        by_name: for each implementation that visits tiles from a list, its list, in a form of its own.
+        split: the `Split` for which the lists were made, or None. Each device then has lists of its own.
+    """
+
+    by_name: dict[str, Any]
+    split: Any = static(default=None)
+
+    @staticmethod
+    def of(call: Any, name: str) -> Any:
+        """Returns the list of an implementation that comes with a call, or None."""
+        return None if call.visits is None else call.visits.by_name.get(name)
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class BlockMask:
+    """A `Mask`, the coordinates of queries and keys, and the tiles that kernels visit for them.
+
+    Make it with `seqattn.block_mask` and pass it to `attend` as `mask`, without `q_at` and `kv_at`. Calls that have the
+    same one share the lists of tiles. A call for which a list does not fit, such as one with other sizes, makes its
+    own, and computes the same.
+
+    Attributes:
+        mask: the mask.
+        q_at: coordinates of the queries, `[T]` or `[*batch, T]`.
+        kv_at: coordinates of the keys, `[S]` or `[*batch, S]`.
+        visits: the lists of tiles.
+    """
+
+    mask: Mask
+    q_at: Coordinates
+    kv_at: Coordinates
+    visits: Visits
+
+    def kinds(self, queries: int, keys: int) -> Int[np.ndarray, "rows I J"] | Int[Array, "rows I J"]:
+        """Returns for each tile whether a kernel with such tiles skips it.
+
+        Args:
+            queries: queries in a tile.
+            keys: keys in a tile.
+
+        Returns:
+            `[B or 1, I, J]` integers: 0 if the tile is skipped, 1 if the mask is evaluated for its pairs, 2 if all of
+            them are visible. A NumPy array if mask and coordinates are known at trace time.
+        """
+        q_at, kv_at = (jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), at.rows()) for at in (self.q_at, self.kv_at))
+        return blocks.kinds_of_tiles(self.mask, q_at, kv_at, queries, keys)
+
+    def __str__(self) -> str:
+        """Returns the share of tiles that are visited, and a picture of those of the first row."""
+        sizes = self.q_at.shape[-1], self.kv_at.shape[-1]
+        if 0 in sizes or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
+            return f"{self.mask} of {sizes[0]} queries and {sizes[1]} keys"
+        tile = 1
+        while max(sizes) > tile * _MOST_SIGNS:
+            tile *= 2
+        kinds = np.asarray(self.kinds(tile, tile))
+        visited = blocks.visits(int((kinds != blocks.EMPTY).sum()), kinds.size, tile, tile)
+        return "\n".join([f"{self.mask} {visited}", *("".join(_SIGNS[row]) for row in kinds[0])])
+
+
+def opened(
+    mask: Mask | BlockMask | Array | None, q_at: Coordinates | None, kv_at: Coordinates | None
+) -> tuple[Mask | Array | None, Coordinates | None, Coordinates | None, Visits | None]:
+    """Returns mask, coordinates and lists of tiles of a call. A `BlockMask` holds all of them.
+
+    Raises:
+        ValueError: coordinates are given beside a `BlockMask`.
+    """
+    if not isinstance(mask, BlockMask):
+        return mask, q_at, kv_at, None
+    if q_at is not None or kv_at is not None:
+        raise ValueError("a BlockMask holds the coordinates of queries and keys; give no q_at and kv_at beside it")
+    return mask.mask, mask.q_at, mask.kv_at, mask.visits
