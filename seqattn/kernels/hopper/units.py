@@ -82,7 +82,7 @@ class Device(Units):
         self._of_axis = {0: plgpu.Layout.WGMMA.reduce(1), 1: plgpu.Layout.WGMMA.reduce(0)}
         # Before jax 0.12 the index is an argument, too.
         index: dict[str, Any] = {"idx": ()} if "idx" in inspect.signature(plgpu.load).parameters else {}
-        self._load = functools.partial(plgpu.load, **index, optimized=False)
+        self._load: Callable[..., Array] = functools.partial(plgpu.load, optimized=False, **index)
 
     def scores(self, query: Any, key: Any, meanwhile: Meanwhile) -> tuple[Array, Any]:
         def multiply(sums: Any) -> tuple[Array, Any]:
