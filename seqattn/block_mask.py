@@ -52,7 +52,6 @@ def block_mask(
     Raises:
         TypeError: as `attend`, or `mask` is no `Mask`.
         ValueError: as `attend`.
-        NotImplementedError: as `attend`.
 
     >>> import jax.numpy as jnp
     >>> from seqattn import attend
@@ -82,10 +81,11 @@ def block_mask(
         return call_of(*arrays, **options, repeat=repeats_keys(split))
 
     visits = Visits({}, split)
+    arrays = query, key, value
     # Rows that share their keys become queries of one row, which have other tiles. Over Explicit mesh axes each
-    # operation on coordinates would need its result's sharding.
-    if not (Folding.of(query, key, value).shared or jax.sharding.get_abstract_mesh().explicit_axes):
-        arrays = query, key, value
+    # operation on coordinates would need its result's sharding. An empty call has no tiles.
+    alone = Folding.of(query, key, value).shared or jax.sharding.get_abstract_mesh().explicit_axes
+    if not (alone or any(0 in x.shape for x in arrays)):
         visits = find_visits(implementation, make, arrays, _shapes(arrays, located), split)
     at = {name: Coordinates.range(x.shape[-3]) for name, x in (("q_at", query), ("kv_at", key))}
     at |= {name: given for name, given in (("q_at", q_at), ("kv_at", kv_at)) if given is not None}

@@ -420,6 +420,9 @@ def explain_call(
 
     def look(*arrays: Array) -> None:
         call = dataclasses.replace(make(*arrays), platform=here)
+        if call.visits is not None and call.visits.split is not None:
+            # The notes are on the whole call, and these lists on a device's share.
+            call = dataclasses.replace(call, visits=None)
         whole = Split.of(cached.as_if_in_rows(call), split)
         tried.extend(names(implementation, here, call))
         for name, each in IMPLEMENTATIONS.items():

@@ -176,6 +176,22 @@ def test_a_split_sequence_makes_lists_for_each_step_of_the_ring():
     close(jax.jit(functools.partial(attend, mask=made, split=split))(*inputs), expected, "float32")
 
 
+def test_a_note_on_a_split_call_is_on_the_whole():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    split, inputs, at = Split(batch="data", mesh=mesh), _inputs(), _packed()
+    made = block_mask(PACKED, *inputs, q_at=at, kv_at=at, split=split)
+    notes = explain(*inputs, mask=made, split=split).notes
+    assert notes["chunked"].startswith("finds out at run time")
+
+
+@pytest.mark.parametrize("shape", [{"batch": (0,)}, {"length": 0}])
+def test_an_empty_call(shape):
+    inputs = _inputs(**shape)
+    at = Coordinates.range(inputs[0].shape[1])
+    made = block_mask(Causal(), *inputs, q_at=at, kv_at=at)
+    assert attend(*inputs, mask=made).shape == inputs[0].shape
+
+
 def test_rows_that_share_their_keys():
     inputs, at = _inputs((3,)), _packed((3,))
     one = inputs[0], *(x[:1] for x in inputs[1:])

@@ -68,6 +68,7 @@ HOPPER = on_tile.Device(
         "logistic": _logistic,
         "pow": _pow,
         "log1p": _log1p,
+        "one_minus_square": on_tile.one_minus_square,
         "add_any": lambda x, y, **_: x + y,  # sums of derivatives
         "stop_gradient": lambda x, **_: x,
         "copy": lambda x, **_: x,

@@ -5,6 +5,8 @@ The interpreter of Pallas Mosaic GPU knows neither a transposed operand nor layo
 """
 
 import abc
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -82,9 +84,12 @@ class Device(Units):
         self._pl, self._plgpu = pl, plgpu
         self._whole = plgpu.Layout.WGMMA
         self._of_axis = {0: plgpu.Layout.WGMMA.reduce(1), 1: plgpu.Layout.WGMMA.reduce(0)}
+        # Before jax 0.12 the index is an argument, too.
+        index: dict[str, Any] = {"idx": ()} if "idx" in inspect.signature(plgpu.load).parameters else {}
+        self._load: Callable[..., Array] = functools.partial(plgpu.load, optimized=False, **index)
 
     def scores(self, query: Any, key: Any, meanwhile: Meanwhile) -> tuple[Array, Any]:
-        return self.product(query, self._plgpu.transpose_ref(key, (1, 0)), meanwhile)
+        return self.product(query, key.transpose((1, 0)), meanwhile)
 
     def product(self, left: Any, right: Any, meanwhile: Meanwhile) -> tuple[Array, Any]:
         def multiply(sums: Any) -> tuple[Array, Any]:
@@ -113,11 +118,11 @@ class Device(Units):
 
     def part(self, array: Any, at: tuple[Any, ...], first: Any, length: int, axis: int) -> Array:
         part = (*at, self._pl.ds(first, length))
-        return self._plgpu.load(array, part, layout=self._of_axis[axis], optimized=False)
+        return self._load(array.at[part], layout=self._of_axis[axis])
 
     def pairs(self, array: Any, at: tuple[Any, ...], first: tuple[Any, Any], shape: tuple[int, ...]) -> Array:
         part = (*at, self._pl.ds(first[0], shape[0]), self._pl.ds(first[1], shape[1]))
-        return self._plgpu.load(array, part, layout=self._whole, optimized=False)
+        return self._load(array.at[part], layout=self._whole)
 
 
 class Interpreted(Units):
