@@ -14,7 +14,20 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from seqattn.kernels import cached, chunked, cudnn, guard, hopper, reference, shared_keys, splash, tpu, tpu_cached, xla
+from seqattn.kernels import (
+    cached,
+    chunked,
+    cudnn,
+    guard,
+    hopper,
+    reference,
+    shared_keys,
+    splash,
+    tokamax,
+    tpu,
+    tpu_cached,
+    xla,
+)
 from seqattn.kernels.call import Call, Kernel, Result, Shaped, check_sinks, is_known
 from seqattn.kernels.split import Split, repeats_keys, spread
 from seqattn.kernels.split import check as check_split
@@ -71,6 +84,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(xla.attend, xla.refuse, xla.note),
     "cudnn": Implementation(cudnn.attend, cudnn.refuse, guard.lse_note, in_shares=True, typed=False),
     "splash": Implementation(splash.attend, splash.refuse, guard.lse_note, in_shares=True, typed=False),
+    "tokamax": Implementation(tokamax.attend, tokamax.refuse, tokamax.note, in_shares=True, typed=False),
 }
 """The names that `implementation` accepts."""
 
@@ -180,7 +194,8 @@ def order(platform: str, query: Shaped, key: Shaped) -> tuple[str, ...]:
     # A kernel for the device comes first there, in an order that has not been measured yet. Both kernels for TPUs have
     # been compiled for v5e, v5p and v6e; `tpu` has larger tiles than `splash` and skips those that are empty at run
     # time. Few pairs fill no tile of it.
-    # `hopper` runs by name only, until a GPU has shown that it is right: its products were only compiled.
+    # `hopper` runs by name only, until a GPU has shown that it is right: its products were only compiled. So does
+    # `tokamax`: nothing of it has been measured on a device.
     own = {"gpu": ("cudnn",), "tpu": () if tiny else ("tpu", "splash")}.get(platform, ())
     return own + (("xla", "reference", "chunked") if tiny else ("chunked", "xla", "reference"))
 
