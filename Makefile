@@ -57,7 +57,8 @@ clean:
 	@$(python) -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	@touch $@
 
-# pip refuses tokamax beside tyro: each pins another typeguard. benchmarks/attention/jax_calls.py does without it.
+# For Python 3.11, whose tokamax pip refuses beside tyro: each pins another typeguard. benchmarks/attention/jax_calls.py
+# does without it. Newer ones have tokamax from the extra.
 .venv/tokamax: .venv/bench
 	@$(python) -m pip install --quiet --disable-pip-version-check --no-deps tokamax
 	@touch $@

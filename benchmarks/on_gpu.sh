@@ -140,7 +140,7 @@ skip() { ! wanted "$1" || record "$1" skipped 0 0 "$2"; }
 # Sizes: those of a GPU, and those of a dry run.
 shape=hopper-t8192 masks="causal documents alibi cap window-512" directions="fwd bwd" rounds=5 product=8192
 programs="" length=8192 only="" workers=$(least 8 $((($(nproc) + 1) / 2)))
-peers="seqattn:chunked seqattn:cudnn jax.nn:cudnn jax.nn:xla tokamax tokamax:mosaic torch:flex torch:flash-2"
+peers="seqattn:chunked seqattn:cudnn seqattn:tokamax jax.nn:cudnn jax.nn:xla tokamax tokamax:mosaic torch:flex torch:flash-2"
 peers="$peers torch:flash-3"
 small=b1-t256-n2-d64
 if [ $dry = 1 ]; then

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from seqattn.attention import attend
 from seqattn.dropout import Dropout
-from seqattn.kernels import cached, ring, tpu, tpu_cached
+from seqattn.kernels import cached, ring, tokamax, tpu, tpu_cached
 from seqattn.kernels.call import Call, Columns
 from seqattn.kernels.chunked import schedule
 from seqattn.kernels.dispatch import IMPLEMENTATIONS, Implementation
@@ -39,6 +39,7 @@ REFUSED = {
     "xla": "no score modification|no dropout|softmax of float64",
     "hopper": "from which pairs choose|with a gradient is|not float64|that differ by pair",
     "ring": "no dropout",
+    "tokamax": "no bias|no score modification|no dropout|boolean array|no causal mask|not known at trace time|one text",
     "cached": "has no dropout",
     "tpu_cached": (
         "has no dropout|takes up to 64 queries|no bias over|no score modification over|jax_enable_x64"
@@ -174,12 +175,18 @@ def _over_a_cache(name):
     return Implementation(attend)
 
 
+def _tokamax(call):
+    """What is around tokamax's kernels, with its XLA in their place."""
+    return tokamax.attend(call, on="xla")
+
+
 HELD = {
     "tpu": Implementation(_tpu),
     "xla": _of_equal_dims(IMPLEMENTATIONS["xla"]),
     **{name: _over_a_cache(name) for name in OVER_A_CACHE},
     "hopper": Implementation(_hopper),
     "ring": Implementation(_ring),
+    "tokamax": Implementation(_tokamax),
 }
 """Implementations in a form that takes all calls here: in the place of the library's own, or beside them."""
 
@@ -194,6 +201,8 @@ def every_implementation(test: Callable[..., None], slow: Collection[str] = ()) 
             pytest.skip(f"{implementation} runs on a {PLATFORM[implementation]}, and this is a {here}")
         if implementation == "ring" and jax.device_count() < RING:
             pytest.skip(f"a ring needs {RING} devices, and here are {jax.device_count()}")
+        if implementation == "tokamax" and (reason := tokamax.why_missing()):
+            pytest.skip(reason)
         try:
             with mock.patch.dict(IMPLEMENTATIONS, HELD):
                 test(implementation=implementation, **others)

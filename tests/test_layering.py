@@ -36,8 +36,8 @@ RANK = {layer: rank for rank, row in enumerate(ROWS) for layer in row.split()}
 
 # The library takes arrays and gives arrays. Of the standard library it gets what touches no file, clock or environment.
 LIBRARY_MAY_IMPORT = frozenset(
-    "seqattn jax flax numpy jaxtyping abc collections contextlib dataclasses enum fnmatch functools inspect itertools "
-    "math numbers operator string textwrap types typing".split()
+    "seqattn jax flax numpy jaxtyping abc collections contextlib dataclasses enum fnmatch functools importlib inspect "
+    "itertools math numbers operator string textwrap tokamax types typing".split()
 )
 LIBRARY_MAY_NOT_CALL = frozenset("open print input breakpoint exec eval __import__".split())
 FORBIDDEN_PACKAGES = frozenset("chex clu hydra ml_collections pickle tensorflow".split())

@@ -47,6 +47,7 @@ SHORT = ("seqattn", "jax.nn:xla", "tokamax", "torch:sdpa")
 
 _ON_GPU = (
     *("jax.nn:cudnn", "tokamax:triton", "tokamax:mosaic", "tokamax:cudnn", "seqattn:cudnn", "seqattn:hopper"),
+    "seqattn:tokamax",  # and on TPUs
     *(f"torch:{name}" for name in flash_calls.CALLS),
 )
 _ON_TPU = ("seqattn:tpu", "seqattn:splash")

@@ -41,13 +41,13 @@ def tokamax(case: AttentionCase, implementation: str | None) -> AttentionCall:
 def _import_tokamax() -> Any:
     import typeguard
 
-    # tokamax pins typeguard 2 for its decorators, which is incompatible with tyro. Later versions read dimension names
-    # as types, and the import fails. Without the checks it computes the same.
+    # Before 0.0.15, on Python 3.11, tokamax pins typeguard 2 for its decorators, which is incompatible with tyro. Later
+    # typeguards read dimension names as types, and the import fails. Without the checks it computes the same.
     with mock.patch.object(typeguard, "typechecked", lambda function: function):
         import tokamax
     from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # otherwise tokamax parses this program's command line and fails
+    if not flags.FLAGS.is_parsed():  # otherwise an old tokamax parses this program's command line and fails
         flags.FLAGS(["tokamax"])
     return tokamax
 

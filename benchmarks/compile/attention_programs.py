@@ -23,7 +23,7 @@ from seqattn.masks import Mask, SameSegment, SlidingWindow
 MASKS = ("full", "causal", "window", "documents")
 """Masks by name, see `benchmarks.attention.patterns`; the segments of `documents` are known at run time only."""
 
-_ONLY_ON = {"cudnn": ("gpu",), "splash": ("tpu",), "tpu": ("tpu",), "hopper": ("gpu",)}
+_ONLY_ON = {"cudnn": ("gpu",), "splash": ("tpu",), "tpu": ("tpu",), "hopper": ("gpu",), "tokamax": ("tpu",)}
 LENGTH, LONG = 8192, 65536
 _HEADS, _DIM = 8, 128
 _ROWS = 4
@@ -130,7 +130,7 @@ def _attention(name: str, case: AttentionCase, devices: Sequence[Any], platform:
 
 def _work(name: str, case: AttentionCase, platform: str, function: Callable[..., Any], arrays: Sequence[Any]) -> Work:
     """Returns the operations of the tiles that a kernel visits."""
-    if name in ("splash", "cudnn", "hopper"):
+    if name in ("splash", "cudnn", "hopper", "tokamax"):
         # No such kernel is in the jaxpr as what it computes. Tiles of this size are its own, or a guess (cuDNN).
         pairs = visited(case, _TILE, _TILE)
         work = Work(4 * pairs * _HEADS * _DIM * (BACKWARD if case.backward else 1))

@@ -26,6 +26,7 @@ from seqattn.kernels import (
     reference,
     shared_keys,
     splash,
+    tokamax,
     tpu,
     tpu_cached,
     xla,
@@ -95,6 +96,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(xla.attend, xla.refuse, xla.note),
     "cudnn": Implementation(cudnn.attend, cudnn.refuse, guard.lse_note, in_shares=True, typed=False),
     "splash": Implementation(splash.attend, splash.refuse, guard.lse_note, in_shares=True, typed=False),
+    "tokamax": Implementation(tokamax.attend, tokamax.refuse, tokamax.note, in_shares=True, typed=False),
 }
 """The names that `implementation` accepts."""
 
@@ -265,7 +267,8 @@ def order(platform: str, query: Shaped, key: Shaped) -> tuple[str, ...]:
     # A kernel for the device comes first there, in an order that has not been measured yet. Both kernels for TPUs have
     # been compiled for v5e, v5p and v6e; `tpu` has larger tiles than `splash` and skips those that are empty at run
     # time. Few pairs fill no tile of it.
-    # `hopper` runs by name only, until a GPU has shown that it is right: its products were only compiled.
+    # `hopper` runs by name only, until a GPU has shown that it is right: its products were only compiled. So does
+    # `tokamax`: nothing of it has been measured on a device.
     own = {"gpu": ("cudnn",), "tpu": () if tiny else ("tpu", "splash")}.get(platform, ())
     return own + (("xla", "reference", "chunked") if tiny else ("chunked", "xla", "reference"))
 

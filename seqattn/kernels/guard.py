@@ -61,6 +61,16 @@ def refuse_mesh_axes(what: str, tree: Any) -> None:
         raise NotImplementedError(f"{what} does not declare to jax.shard_map that it varies over {along}")
 
 
+def refuse_assembler() -> None:
+    """Raises NotImplementedError if the CUDA of this machine miscompiles kernels in Pallas Mosaic GPU."""
+    from jax._src.lib import cuda_versions
+
+    version = 0 if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
+    # JAX's own attention in Mosaic GPU refuses masks there: the assembler miscompiles them.
+    if 12080 <= version < 12091:
+        raise NotImplementedError(f"the assembler of CUDA 12.8.0 to 12.9.0 miscompiles masks, and this is {version}")
+
+
 def lse_note(call: Call) -> str:
     """Returns the note for `explain` on the cost of the log-sum-exp and of a bias."""
     dense = "" if call.bias is None else "the bias is dense, so no tile is skipped; "

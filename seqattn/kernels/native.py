@@ -1,7 +1,7 @@
 """Masks in the form that vendors' kernels support: a band along the diagonal, and lengths.
 
-`xla` takes any mask, because it stores every score anyway. `cudnn` and `splash` take a `Native` mask and refuse all
-others: a dense mask would cost the time and memory that these kernels save.
+`xla` takes any mask, because it stores every score anyway. `cudnn`, `splash` and `tokamax` take a `Native` mask and
+refuse all others: a dense mask would cost the time and memory that these kernels save.
 """
 
 import contextlib

@@ -5,6 +5,7 @@ from collections.abc import Collection
 import jax
 
 from seqattn.kernels.call import Call
+from seqattn.kernels.guard import refuse_assembler
 
 DTYPES = ("bfloat16", "float16")
 
@@ -32,11 +33,6 @@ def refuse_machine() -> None:
         from jax.experimental.pallas import mosaic_gpu  # noqa: F401
     except ImportError as error:
         raise NotImplementedError(f"Pallas Mosaic GPU cannot be imported ({error}); it needs absl-py") from error
-    from jax._src.lib import cuda_versions
-
-    version = 0 if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
-    # JAX's own attention in Mosaic GPU refuses masks there: the assembler miscompiles them.
-    if 12080 <= version < 12091:
-        raise NotImplementedError(f"the assembler of CUDA 12.8.0 to 12.9.0 miscompiles masks, and this is {version}")
+    refuse_assembler()
     if jax.default_backend() == "gpu" and (found := jax.local_devices()[0].compute_capability) != "9.0":
         raise NotImplementedError(f"the Hopper kernel is for compute capability 9.0, and this GPU has {found}")
