@@ -1,6 +1,7 @@
 """Calls of attention: one on one device, and `ring_attend` on several."""
 
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from benchmarks.compile.pipelines import moved_by_kernels
 from benchmarks.compile.program import Built, Program
 from benchmarks.compile.work import AT_MOST, Work, of_function
 from seqattn import Causal, Coordinates, Split, attend, explain, ring_attend, ring_cost, zigzag
-from seqattn.kernels.dispatch import IMPLEMENTATIONS
+from seqattn.kernels.dispatch import IMPLEMENTATIONS, Implementation
 from seqattn.masks import Mask, SameSegment, SlidingWindow
 
 MASKS = ("full", "causal", "window", "documents")
@@ -39,7 +40,7 @@ def attention_programs(length: int = LENGTH, long: int | None = LONG) -> list[Pr
         length: the number of queries and of keys.
         long: another length, for causal attention alone; None for no such programs.
     """
-    names = [name for name, each in IMPLEMENTATIONS.items() if not each.reads_columns]
+    names = [name for name, each in _installed().items() if not each.reads_columns]
     cases = [(length, mask, direction) for mask in MASKS for direction in ("fwd", "bwd")]
     # Longer ones show whether memory grows with the length or with its square.
     cases += [(long, "causal", direction) for direction in ("fwd", "bwd") if long is not None]
@@ -67,10 +68,16 @@ def split_programs() -> list[Program]:
             functools.partial(_split, name, case[direction]),
             case[direction].fields() | {"implementation_of_attention": name},
         )
-        for name, implementation in IMPLEMENTATIONS.items()
+        for name, implementation in _installed().items()
         if implementation.in_shares and not implementation.reads_columns
         for direction in case
     ]
+
+
+def _installed() -> dict[str, Implementation]:
+    """Returns the implementations whose packages are installed."""
+    missing = [name for name in ("tokamax",) if importlib.util.find_spec(name) is None]
+    return {name: each for name, each in IMPLEMENTATIONS.items() if name not in missing}
 
 
 def ring_programs() -> list[Program]:
