@@ -12,8 +12,10 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from seqattn.coordinates import Coordinates
 from seqattn.kernels.call import Call, Result
 from seqattn.kernels.hopper import backward, backward_plan, forward, kernel
 from seqattn.kernels.hopper import plan as plans
@@ -35,6 +37,9 @@ class Plain(Interpreted):
 
     def pairs(self, array, at, first, shape):
         return lax.dynamic_slice(array[at], first, shape)
+
+    def after_loads(self):
+        """Arrays need no order."""
 
 
 def compute(plan: Plan, given: Operands) -> list[jax.Array]:
@@ -168,3 +173,24 @@ def attend(call: Call, tiling: Tiling | None = None, passes: tuple[Pass, ...] = 
                     patches.enter_context(mock.patch.object(where, name, Every({0: value})))
         # The name keeps the traced programs apart from those of the device.
         return kernel.attend(call, interpret=_PLAIN)
+
+
+def interpreted(compute):
+    """What a kernel returns in Pallas's interpreter, and whether that found a race."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    try:
+        return jax.device_get(compute()), gpu_callbacks.get_races().races_found
+    except jax.errors.JaxRuntimeError as error:
+        # From jax 0.12 on a race is an error.
+        if "RACE DETECTED" not in str(error):
+            raise
+        return None, True
+
+
+def packed(length):
+    """Two texts and padding, with full, partial and empty tiles. The first block of queries is padding: it has none."""
+    segment = np.repeat(np.int32([1, 2, 0]), [20, 14, 3])
+    kv_at = Coordinates.from_segments(jnp.asarray(segment))
+    of_queries = np.repeat(np.int32([0, 2]), [16, length - 16])
+    return {"q_at": Coordinates(kv_at.position[-length:], jnp.asarray(of_queries)), "kv_at": kv_at}

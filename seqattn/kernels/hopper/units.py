@@ -130,16 +130,29 @@ class Interpreted(Units):
 
     def scores(self, query: Any, key: Any, meanwhile: Meanwhile) -> tuple[Array, Any]:
         sums = lax.dot_general(query[...], key[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        self.after_loads()
         return sums, meanwhile()
 
     def product(self, left: Any, right: Any, meanwhile: Meanwhile) -> tuple[Array, Any]:
         sums = lax.dot_general(left[...], right[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        self.after_loads()
         return sums, meanwhile()
 
     def output(self, total: Array, weights: Array, value: Any, meanwhile: Meanwhile) -> Array:
         sums = lax.dot_general(weights, value[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        self.after_loads()
         meanwhile()
         return total + sums
+
+    def after_loads(self) -> None:
+        """Orders what was loaded before later copies to the same place.
+
+        The hardware knows two kinds of accesses, and a fence orders them. wgmma is of the kind of copies and needs
+        none; plain loads are not. From jax 0.12 on, the detector of races knows both kinds.
+        """
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        plgpu.commit_smem()
 
     def tile(self, number: float, shape: tuple[int, ...]) -> Array:
         return jnp.full(shape, number, jnp.float32)

@@ -44,7 +44,7 @@ def test_a_terminal_that_is_too_narrow_for_lines_gets_a_table_at_the_end(
 ):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setattr(command.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    monkeypatch.setattr(command.shutil, "get_terminal_size", lambda **_: os.terminal_size((columns, 24)))
     shown = command.show([[RECORD], [RECORD]], 2, TABLE, tmp_path / "rows.jsonl")
     assert shown == [RECORD] * 2
     assert [row["implementation"] for row in read(tmp_path / "rows.jsonl")] == ["seqattn"] * 2

@@ -9,7 +9,6 @@ from benchmarks.compile.__main__ import main, parse, plan
 from benchmarks.compile.programs import PROGRAMS
 from benchmarks.compile.targets import TARGETS, Target
 from benchmarks.compile.update_programs import TRAININGS
-from seqattn.kernels.dispatch import IMPLEMENTATIONS
 
 ANSWER = {
     "status": COMPILED,

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqattn.coordinates import Coordinates
 from seqattn.kernels.call import Call
 from seqattn.kernels.hopper import backward_plan, backward_protocol
 from seqattn.kernels.hopper import plan as plans
@@ -21,7 +20,6 @@ from tests import hopper_plain
 from tests.contract import Shape, arrays, close, cotangents
 
 pytest.importorskip("absl", reason="Pallas Mosaic GPU needs absl-py")
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from seqattn.kernels.hopper import backward
@@ -53,21 +51,12 @@ def prepared(monkeypatch, each, shape=SHAPE, **options):
 
 def interpreted(plan, each, given, table=None):
     """The results of a kernel, and whether the interpreter found a race."""
-    results = jax.device_get(backward.compute(plan, each, given, table))
-    return results, gpu_callbacks.get_races().races_found
-
-
-def packed():
-    """Two texts and padding, with full, partial and empty tiles. The first block of queries is padding: it has none."""
-    segment = np.repeat(np.int32([1, 2, 0]), [20, 14, 3])
-    kv_at = Coordinates.from_segments(jnp.asarray(segment))
-    of_queries = np.repeat(np.int32([0, 2]), [16, SHAPE.T - 16])
-    return {"q_at": Coordinates(kv_at.position[-SHAPE.T :], jnp.asarray(of_queries)), "kv_at": kv_at}
+    return hopper_plain.interpreted(lambda: backward.compute(plan, each, given, table))
 
 
 @pytest.mark.parametrize("each", [OF_QUERIES, OF_BOTH, OF_KEYS, OF_VALUES], ids=["queries", "both", "keys", "values"])
 def test_the_interpreted_kernel_computes_what_its_arithmetic_does(each, monkeypatch):
-    options = {"mask": Causal() & SameSegment(), "score_mod": SoftCap(3.0), **packed()}
+    options = {"mask": Causal() & SameSegment(), "score_mod": SoftCap(3.0), **hopper_plain.packed(SHAPE.T)}
     plan, given = prepared(monkeypatch, each, **options)
     counts = given[0].walk.counts[0]
     assert counts.sum(axis=1).min() == 0 < counts.sum(axis=1).max()

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqattn.coordinates import Coordinates
 from seqattn.kernels.call import Call
 from seqattn.kernels.hopper import plan as plans
 from seqattn.kernels.hopper import protocol
@@ -21,7 +20,6 @@ from tests import hopper_plain
 from tests.contract import Shape, arrays, close
 
 pytest.importorskip("absl", reason="Pallas Mosaic GPU needs absl-py")
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from seqattn.kernels.hopper import forward
@@ -46,22 +44,13 @@ def prepared(shape=SHAPE, **options):
 
 def interpreted(plan, operands, table=None):
     """The results of the kernel, and whether the interpreter found a race."""
-    results = jax.device_get(forward.compute(plan, of_forward(plan, operands), table))
-    return results, gpu_callbacks.get_races().races_found
-
-
-def packed():
-    """Two texts and padding, with full, partial and empty tiles. The first block of queries is padding: it has none."""
-    segment = np.repeat(np.int32([1, 2, 0]), [20, 14, 3])
-    kv_at = Coordinates.from_segments(jnp.asarray(segment))
-    of_queries = np.repeat(np.int32([0, 2]), [16, SHAPE.T - 16])
-    return {"q_at": Coordinates(kv_at.position[-SHAPE.T :], jnp.asarray(of_queries)), "kv_at": kv_at}
+    return hopper_plain.interpreted(lambda: forward.compute(plan, of_forward(plan, operands), table))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("score_mod", [None, SoftCap(3.0)], ids=["plain", "soft cap"])
 def test_the_interpreted_kernel_computes_what_its_arithmetic_does(score_mod):
-    plan, operands = prepared(mask=Causal() & SameSegment(), score_mod=score_mod, **packed())
+    plan, operands = prepared(mask=Causal() & SameSegment(), score_mod=score_mod, **hopper_plain.packed(SHAPE.T))
     assert operands.walk.counts[0, 0].sum() == 0 < operands.walk.counts[0, 1].sum()
     results, races = interpreted(plan, operands)
     assert not races

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,11 +17,10 @@ from seqattn.kernels.hopper.tile import Sums
 from seqattn.kernels.hopper_cached import kernel
 from seqattn.kernels.hopper_cached import plan as plans
 from seqattn.kernels.hopper_cached.plan import Plan, Tiling
-from tests import hopper_cached_plain
+from tests import hopper_cached_plain, hopper_plain
 from tests.contract import close
 
 pytest.importorskip("absl", reason="Pallas Mosaic GPU needs absl-py")
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from seqattn.kernels.hopper_cached import forward
@@ -48,8 +46,8 @@ def _run(lengths, parts):
     call = Call.of_columns(query, columns, mask=jnp.asarray(visible), **dict.fromkeys(UNUSED))
     plan = dataclasses.replace(Plan.of(call, interpret=InterpretGPUParams(detect_races=True)), parts=parts)
     given = forward.operands(plan, query, columns, call.mask, jnp.float32(0.1))
-    results = jax.device_get(forward.compute(plan, given))
-    return results, hopper_cached_plain.compute(plan, given), gpu_callbacks.get_races().races_found
+    results, races = hopper_plain.interpreted(lambda: forward.compute(plan, given))
+    return results, hopper_cached_plain.compute(plan, given), races
 
 
 UNUSED = ("score_mod", "q_at", "kv_at", "dropout")
