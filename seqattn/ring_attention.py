@@ -341,7 +341,7 @@ def _scores(
     def count(q_at: Coordinates, kv_at: Coordinates) -> Float[Array, ""]:
         grid, schedule = plan(shape, mask, False, q_at, kv_at)
         partial, full = (
-            steps.at.shape[0] if steps.count is None else steps.count for steps in (schedule.partial, schedule.full)
+            steps.size if steps.count is None else steps.count for steps in (schedule.partial, schedule.full)
         )
         return jnp.asarray(partial + full, jnp.float32) * float(grid.lanes * grid.group * grid.queries * grid.keys)
 

@@ -38,7 +38,7 @@ def note(call: Call) -> str | None:
     plan, leaves = prepare(call)
     grid, tiles = plan.grid, plan.call(leaves).schedule
     lanes, queries, _ = grid.counts
-    counts = [steps.at.shape[0] if steps.count is None else steps.count for steps in (tiles.full, tiles.partial)]
+    counts = [steps.size if steps.count is None else steps.count for steps in (tiles.full, tiles.partial)]
     number = None if any(isinstance(n, jax.core.Tracer) for n in counts) else sum(map(int, counts))
     return visits(number, lanes * queries * -(-grid.size // grid.keys), grid.queries, grid.keys)
 

@@ -86,12 +86,18 @@ class Steps:
     """The tiles to visit, in order.
 
     Attributes:
-        at: `[steps, 3]` integers. Each row is (lane tile, query tile, key block).
+        at: `[steps, 3]` integers. Each row is (lane tile, query tile, key block). None if it is known that there are
+            none: in jaxlib 0.11.2 an array without entries that leaves a `jax.shard_map` ends the process.
         count: the number of rows of `at` to visit, or None if it was known at trace time: then all rows are visited.
     """
 
-    at: np.ndarray | Array
+    at: np.ndarray | Array | None
     count: Array | None
+
+    @property
+    def size(self) -> int:
+        """The number of rows of `at`."""
+        return 0 if self.at is None else int(self.at.shape[0])
 
 
 @pytree
@@ -138,7 +144,7 @@ def size(shape: tuple[int, int, int, int, int]) -> int:
 
 def _cost(grid: Grid, schedule: Schedule) -> int:
     # A traced schedule has no count at trace time, so it adds nothing to the cost.
-    number = sum(steps.at.shape[0] for steps in (schedule.partial, schedule.full) if steps.count is None)
+    number = sum(steps.size for steps in (schedule.partial, schedule.full) if steps.count is None)
     return number * (grid.lanes * grid.queries * grid.group * grid.keys + _STEP)
 
 
@@ -242,7 +248,8 @@ def _lanes(grid: Grid, x: Truth) -> Any:
 def _steps(visit: np.ndarray | Array) -> Steps:
     """Returns the visited tiles as a list, or as a sorted list and a traced count."""
     if not isinstance(visit, jax.Array):
-        return Steps(np.argwhere(visit).astype(np.int32), None)
+        known = np.argwhere(visit).astype(np.int32)
+        return Steps(known if len(known) else None, None)
     # Shapes are static under `jit`: list all tiles, visited ones first, and let the loop stop at `count`. A stable sort
     # keeps the tiles of one query tile together, so its state stays in the cache.
     order = jnp.argsort(~visit.reshape(-1), stable=True)

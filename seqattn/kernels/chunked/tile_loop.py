@@ -100,7 +100,7 @@ def visit(call: TiledCall, step: Callable[..., Carry], carry: Carry) -> Carry:
     carry, schedule = varying(carry, call), call.schedule
     # Two loops instead of a branch in one: the body of the full tiles then contains no mask at all.
     for steps, partial in ((schedule.full, False), (schedule.partial, True)):
-        number = steps.at.shape[0]
+        number = steps.size
         # A loop of one step would still cost its set-up and keep XLA from fusing the step with its surroundings.
         if number == 1 and steps.count is None:
             carry = step(carry, jnp.asarray(steps.at[0]), partial)
@@ -111,6 +111,6 @@ def visit(call: TiledCall, step: Callable[..., Carry], carry: Carry) -> Carry:
 
 def _loop(steps: Steps, step: Callable[[Carry, Array], Carry], carry: Carry) -> Carry:
     """Runs `step` on each scheduled tile."""
-    count = steps.at.shape[0] if steps.count is None else steps.count
+    count = steps.size if steps.count is None else steps.count
     # A traced count makes a while loop. Tiles after the count are listed but never computed.
     return lax.fori_loop(0, count, lambda n, carry: step(carry, jnp.asarray(steps.at)[n]), carry)

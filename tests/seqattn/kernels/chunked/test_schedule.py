@@ -23,8 +23,8 @@ def _visits(grid, schedule):
     """How often each pair is computed without asking the mask, and with: `[2, T, S]` of the first row."""
     counts = np.zeros((2, grid.padded[0], grid.padded[1]), int)
     for kind, steps in enumerate((schedule.full, schedule.partial)):
-        number = steps.at.shape[0] if steps.count is None else int(steps.count)
-        for lanes, i, block in np.asarray(steps.at)[:number]:
+        number = steps.size if steps.count is None else int(steps.count)
+        for lanes, i, block in np.asarray([] if steps.at is None else steps.at)[:number]:
             if lanes == 0:
                 queries = slice(i * grid.queries, (i + 1) * grid.queries)
                 counts[kind, queries, block * grid.block : block * grid.block + grid.keys] += 1
@@ -99,8 +99,9 @@ def test_a_bias_and_a_mask_without_reach_leave_no_tile_full():
     grid = tiles._cut(1, 1, 1, T, S, 4)
     for mask, biased in ((None, True), (MaskMod(lambda query, key: query.position >= key.position), False)):
         schedule = tiles.schedule(grid, mask, biased, *at)
-        assert schedule.full.at.shape == (0, 3)
-    assert tiles.schedule(grid, None, False, *at).partial.at.shape[0] > 0, "the tiles that hold padding"
+        # None, and no array without entries: see `Steps`.
+        assert (schedule.full.size, schedule.full.at) == (0, None)
+    assert tiles.schedule(grid, None, False, *at).partial.size > 0, "the tiles that hold padding"
 
 
 def test_a_length_known_at_run_time_is_followed():
@@ -132,4 +133,4 @@ def test_short_texts_are_one_step(monkeypatch):
     at = _row(Coordinates.range(3))
     grid, schedule = tiles.plan((5, 2, 1, 3, 3), Causal(), False, at, at)
     assert grid.lanes == 10
-    assert [steps.at.shape[0] for steps in (schedule.full, schedule.partial)] == [0, 1]
+    assert [steps.size for steps in (schedule.full, schedule.partial)] == [0, 1]
