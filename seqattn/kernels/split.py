@@ -114,6 +114,14 @@ class Split:
         parts = {name: _names(getattr(self, name)) for name in ("batch", "heads", "sequence")}
         return {name: math.prod(shape[axis] for axis in axes) for name, axes in parts.items()}
 
+    def with_mesh(self) -> "Split":
+        """Returns the split with its mesh, where it is that of `jax.set_mesh`.
+
+        Raises:
+            ValueError: there is no mesh.
+        """
+        return dataclasses.replace(self, mesh=self.resolved())
+
     def axes(self) -> tuple[str, ...]:
         """Returns the names of all its axes.
 

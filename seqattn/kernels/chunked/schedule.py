@@ -91,7 +91,7 @@ class Steps:
     """
 
     at: np.ndarray | Array
-    count: Array | None
+    count: np.ndarray | Array | None
 
 
 @pytree
