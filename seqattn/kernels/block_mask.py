@@ -48,7 +48,8 @@ class BlockMask:
 
     Make it with `seqattn.block_mask` and pass it to `attend` as `mask`, without `q_at` and `kv_at`. Calls that have the
     same one share the lists of tiles. A call for which a list does not fit, such as one with other sizes, makes its
-    own, and computes the same.
+    own, and computes the same. The attributes belong together: for another mask or other coordinates make another one
+    instead of replacing an attribute, as the lists would stay those of the old.
 
     Attributes:
         mask: the mask.
