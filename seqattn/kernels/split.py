@@ -114,14 +114,6 @@ class Split:
         parts = {name: _names(getattr(self, name)) for name in ("batch", "heads", "sequence")}
         return {name: math.prod(shape[axis] for axis in axes) for name, axes in parts.items()}
 
-    def with_mesh(self) -> "Split":
-        """Returns the split with its mesh, where it is that of `jax.set_mesh`.
-
-        Raises:
-            ValueError: there is no mesh.
-        """
-        return dataclasses.replace(self, mesh=self.resolved())
-
     def axes(self) -> tuple[str, ...]:
         """Returns the names of all its axes.
 
@@ -183,13 +175,7 @@ def spread(kernel: Kernel, call: Call, split: Split, *, typed: bool = True) -> R
 
     options: dict[str, Any] = {"in_specs": tuple(specs[i] for i in given), "out_specs": parts.results()}
     here = jax.shard_map(share, mesh=mesh, check_vma=typed, **options)
-
-    # Outside of `jax.jit` a NumPy operand lies on one device, and `reshard` would not move it to the mesh.
-    @jax.jit
-    def everywhere(*arrays: Array) -> Result:
-        return here(*(_placed(x, mesh, specs[i]) for i, x in zip(given, arrays, strict=True)))
-
-    results = everywhere(*(leaves[i] for i in given))
+    results = _run(here, mesh, [specs[i] for i in given], [leaves[i] for i in given])
     typed_as = jax.typeof(call.query).sharding
     if not typed_as.mesh.explicit_axes:
         return results
@@ -214,12 +200,11 @@ def find_in_shares(find: Callable[[Call], Any], call: Call, split: Split) -> Any
     named, tree = jax.tree_util.tree_flatten_with_path(parts.indexed(call))
     leaves, specs = [x for _, x in named], [parts.spec(path, x) for path, x in named]
     # As in `spread`: coordinates that the axes split are known on no device.
-    shaped = [isinstance(x, jax.ShapeDtypeStruct) for x in leaves]
-    given = [i for i, x in enumerate(leaves) if not shaped[i] and (isinstance(x, jax.Array) or any(specs[i]))]
+    split_up = [isinstance(x, np.ndarray) and any(spec) for x, spec in zip(leaves, specs, strict=True)]
+    given = [i for i, x in enumerate(leaves) if split_up[i] or isinstance(x, jax.Array)]
     if parts.queries or parts.keys or not given:
         return None
-    shares = [_share_of(x, mesh, spec) for x, spec in zip(leaves, specs, strict=True)]
-    structure: list[Any] = []
+    shares, structure = [_share_of(x, mesh, spec) for x, spec in zip(leaves, specs, strict=True)], list[Any]()
 
     def share(*arrays: Array) -> list[Array]:
         known = dict(zip(given, arrays, strict=True))
@@ -234,13 +219,18 @@ def find_in_shares(find: Callable[[Call], Any], call: Call, split: Split) -> Any
 
     options: dict[str, Any] = {"in_specs": tuple(specs[i] for i in given), "out_specs": parts.of_visits()}
     here = jax.shard_map(share, mesh=mesh, check_vma=False, **options)
+    arrays = _run(here, mesh, [specs[i] for i in given], [leaves[i] for i in given])
+    return jax.tree.unflatten(structure[0], arrays)
+
+
+def _run(here: Callable[..., Any], mesh: Mesh | AbstractMesh, specs: list[P], arrays: list[Any]) -> Any:
+    """Runs a function of `jax.shard_map`. Outside of `jax.jit`, `reshard` does not move NumPy operands to the mesh."""
 
     @jax.jit
-    def everywhere(*arrays: Array) -> list[Array]:
-        return here(*(_placed(x, mesh, specs[i]) for i, x in zip(given, arrays, strict=True)))
+    def everywhere(*arrays: Array) -> Any:
+        return here(*(_placed(x, mesh, spec) for x, spec in zip(arrays, specs, strict=True)))
 
-    arrays = everywhere(*(leaves[i] for i in given))
-    return jax.tree.unflatten(structure[0], arrays)
+    return everywhere(*arrays)
 
 
 def check(call: Call, split: Split, *, rings: bool) -> None:

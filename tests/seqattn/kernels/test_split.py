@@ -18,7 +18,6 @@ from seqattn import (
     Dropout,
     Mask,
     MaskMod,
-    Prefix,
     SameSegment,
     ScoreFunction,
     Split,
@@ -353,22 +352,6 @@ def test_an_array_inside_a_mask_stays_whole(mesh):
         with jax.set_mesh(mesh):
             output = jax.jit(functools.partial(attend, implementation="chunked", split=split))(*three, mask=mask)
         np.testing.assert_allclose(output, wanted, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    "split", [Split("data"), Split(("data", "tensor", "sequence")), Split("data", None, "sequence")]
-)
-def test_a_device_asks_a_mask_about_its_own_rows(split, mesh):
-    """Its prefixes are those of all rows, and which tiles they reach differs by row."""
-    rng = np.random.default_rng(4)
-    three = [jnp.asarray(rng.standard_normal((8, 2**6, 2, H)), jnp.float32) for _ in range(3)]
-    at = Coordinates.from_segments(jnp.asarray(np.sort(rng.integers(1, 4, (8, 2**6)), axis=-1)))
-    mask = Causal() & SameSegment() | Prefix(jnp.array([0, 63, 17, 5, 40, 0, 64, 29]))
-    wanted = attend(*three, mask=mask, q_at=at, kv_at=at, implementation="reference")
-    with jax.set_mesh(mesh):
-        run = jax.jit(functools.partial(attend, implementation="chunked", split=split))
-        found = run(*three, mask=mask, q_at=at, kv_at=at)
-    np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
 def test_a_kernel_that_states_no_axes_has_the_gradients_of_one_device(mesh, monkeypatch):
