@@ -74,22 +74,31 @@ def block_mask(
     """
     if not isinstance(mask, Mask):
         raise TypeError(f"a BlockMask is made of a Mask, got {type(mask).__name__}")
-    located = locate(query.shape, key.shape, mask, None, q_at, kv_at)
     options: dict[str, Any] = {"mask": mask, "score_mod": score_mod, "q_at": q_at, "kv_at": kv_at}
 
     def make(*arrays: jax.Array) -> Call:
         return call_of(*arrays, **options, repeat=repeats_keys(split))
 
-    visits = Visits({}, split)
-    arrays = query, key, value
-    # Rows that share their keys become queries of one row, which have other tiles. Over Explicit mesh axes each
-    # operation on coordinates would need its result's sharding. An empty call has no tiles.
-    alone = Folding.of(query, key, value).shared or jax.sharding.get_abstract_mesh().explicit_axes
-    if not (alone or any(0 in x.shape for x in arrays)):
+    arrays, visits = (query, key, value), Visits({}, None)
+    if _has_lists(arrays, (mask, q_at, kv_at)):
+        located = locate(query.shape, key.shape, mask, None, q_at, kv_at)
         visits = find_visits(implementation, make, arrays, _shapes(arrays, located), split)
+    else:
+        # For the errors of `attend`; nothing is computed.
+        jax.eval_shape(lambda *arrays: make(*arrays).query, *arrays)
     at = {name: Coordinates.range(x.shape[-3]) for name, x in (("q_at", query), ("kv_at", key))}
     at |= {name: given for name, given in (("q_at", q_at), ("kv_at", kv_at)) if given is not None}
     return BlockMask(mask, **at, visits=visits)
+
+
+def _has_lists(arrays: tuple[Shaped, ...], read: Any) -> bool:
+    """Returns whether calls with these arrays, whose masks read these pytrees, can share lists of tiles."""
+    # An empty call has no tiles. Rows that share their keys become queries of one row, which have other tiles.
+    if any(0 in x.shape for x in arrays) or Folding.of(*arrays).shared:
+        return False
+    # Over Explicit mesh axes each operation on coordinates would need its result's sharding.
+    given = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(read) if isinstance(x, jax.Array)]
+    return not any(mesh.explicit_axes for mesh in (jax.sharding.get_abstract_mesh(), *given))
 
 
 def _shapes(arrays: tuple[Shaped, ...], located: Located) -> Call:

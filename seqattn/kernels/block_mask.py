@@ -1,12 +1,15 @@
 """A mask over given coordinates with the tiles that it reaches, found once and shared by many calls of attention."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from seqattn.checks import check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.kernels import blocks
 from seqattn.mask import Mask
@@ -26,7 +29,7 @@ class Visits:
 
     Attributes:
         by_name: for each implementation that visits tiles from a list, its list, in a form of its own.
-        split: the `Split` for which the lists were made, or None. Each device then has lists of its own.
+        split: the `Split` for which the lists were made, with its mesh, or None. Each device has lists of its own.
     """
 
     by_name: dict[str, Any]
@@ -45,7 +48,8 @@ class BlockMask:
 
     Make it with `seqattn.block_mask` and pass it to `attend` as `mask`, without `q_at` and `kv_at`. Calls that have the
     same one share the lists of tiles. A call for which a list does not fit, such as one with other sizes, makes its
-    own, and computes the same.
+    own, and computes the same. The attributes belong together: for another mask or other coordinates make another one
+    instead of replacing an attribute, as the lists would stay those of the old.
 
     Attributes:
         mask: the mask.
@@ -69,21 +73,47 @@ class BlockMask:
         Returns:
             `[B or 1, I, J]` integers: 0 if the tile is skipped, 1 if the mask is evaluated for its pairs, 2 if all of
             them are visible. A NumPy array if mask and coordinates are known at trace time.
+
+        Raises:
+            ValueError: a size is no integer of at least 1.
         """
-        q_at, kv_at = (jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), at.rows()) for at in (self.q_at, self.kv_at))
-        return blocks.kinds_of_tiles(self.mask, q_at, kv_at, queries, keys)
+        check_sizes(queries=queries, keys=keys)
+        return blocks.kinds_of_tiles(self.mask, *self._rows(), queries, keys)
+
+    def _rows(self) -> tuple[Coordinates, Coordinates]:
+        """Returns the coordinates with one batch dim, `[B or 1, T]` and `[B or 1, S]`."""
+        both = self.q_at.rows(), self.kv_at.rows()
+        # Rows that share their keys have batch dims of 1 there.
+        batch = np.broadcast_shapes(*(at.shape[:-1] for at in both))
+
+        def field(x: Any) -> Any:
+            if math.prod(x.shape[:-1]) > 1:
+                x = (jnp if isinstance(x, jax.Array) else np).broadcast_to(x, (*batch, x.shape[-1]))
+            return x.reshape(-1, x.shape[-1])
+
+        return jax.tree.map(field, both)
 
     def __str__(self) -> str:
         """Returns the share of tiles that are visited, and a picture of those of the first row."""
         sizes = self.q_at.shape[-1], self.kv_at.shape[-1]
-        if 0 in sizes or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
+        if 0 in sizes or not all(map(_is_readable, jax.tree.leaves((self.mask, self.q_at, self.kv_at)))):
             return f"{self.mask} of {sizes[0]} queries and {sizes[1]} keys"
         tile = 1
         while max(sizes) > tile * _MOST_SIGNS:
             tile *= 2
-        kinds = np.asarray(self.kinds(tile, tile))
+        # Read and computed now: `print` may stand in a traced function, or the arrays lie on several devices.
+        known = jax.tree.map(lambda x: np.asarray(x) if isinstance(x, jax.Array) else x, self)
+        with jax.ensure_compile_time_eval():
+            kinds = np.asarray(known.kinds(tile, tile))
         visited = blocks.visits(int((kinds != blocks.EMPTY).sum()), kinds.size, tile, tile)
         return "\n".join([f"{self.mask} {visited}", *("".join(_SIGNS[row]) for row in kinds[0])])
+
+
+def _is_readable(x: Any) -> bool:
+    """Returns whether the values of a leaf can be read here."""
+    if not isinstance(x, jax.Array):
+        return True
+    return not isinstance(x, jax.core.Tracer) and x.is_fully_addressable
 
 
 def opened(

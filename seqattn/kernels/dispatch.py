@@ -209,7 +209,13 @@ def find_visits(
         if (of_kernel := IMPLEMENTATIONS[name].find) is not None:
             find = functools.partial(_find, of_kernel, call, split)
             found[name] = find() if known or here is not None else _find_on(platforms, find)
-    return Visits({name: each for name, each in found.items() if each is not None}, split)
+    by_name = {name: each for name, each in found.items() if each is not None}
+    return Visits(by_name, None if split is None else _with_mesh(split))
+
+
+def _with_mesh(split: Split) -> Split:
+    """Returns a split with its mesh. Without one it is over that of `jax.set_mesh`, which may change."""
+    return dataclasses.replace(split, mesh=split.resolved())
 
 
 def _find(find: Callable[[Call], Any], call: Call, split: Split | None) -> Any:
@@ -293,7 +299,7 @@ def _in_shares(implementation: Implementation, call: Call, split: Split | None) 
         whole = call.visits is None or call.visits.split is None
         return _without_explicit_axes(implementation, call if whole else dataclasses.replace(call, visits=None))
     call = call if implementation.reads_columns else cached.in_rows(call)
-    if call.visits is not None and call.visits.split != split:
+    if call.visits is not None and call.visits.split != _with_mesh(split):
         call = dataclasses.replace(call, visits=None)
     check_split(cached.as_if_in_rows(call), split, rings=implementation.rings)
     return spread(implementation, call, split, typed=implementation.typed)

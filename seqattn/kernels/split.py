@@ -175,13 +175,7 @@ def spread(kernel: Kernel, call: Call, split: Split, *, typed: bool = True) -> R
 
     options: dict[str, Any] = {"in_specs": tuple(specs[i] for i in given), "out_specs": parts.results()}
     here = jax.shard_map(share, mesh=mesh, check_vma=typed, **options)
-
-    # Outside of `jax.jit` a NumPy operand lies on one device, and `reshard` would not move it to the mesh.
-    @jax.jit
-    def everywhere(*arrays: Array) -> Result:
-        return here(*(_placed(x, mesh, specs[i]) for i, x in zip(given, arrays, strict=True)))
-
-    results = everywhere(*(leaves[i] for i in given))
+    results = _run(here, mesh, [specs[i] for i in given], [leaves[i] for i in given])
     typed_as = jax.typeof(call.query).sharding
     if not typed_as.mesh.explicit_axes:
         return results
@@ -205,15 +199,16 @@ def find_in_shares(find: Callable[[Call], Any], call: Call, split: Split) -> Any
     parts, mesh = _Parts.of(call, split), split.resolved()
     named, tree = jax.tree_util.tree_flatten_with_path(parts.indexed(call))
     leaves, specs = [x for _, x in named], [parts.spec(path, x) for path, x in named]
-    given = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+    # As in `spread`: coordinates that the axes split are known on no device.
+    split_up = [isinstance(x, np.ndarray) and any(spec) for x, spec in zip(leaves, specs, strict=True)]
+    given = [i for i, x in enumerate(leaves) if split_up[i] or isinstance(x, jax.Array)]
     if parts.queries or parts.keys or not given:
         return None
-    shares = [_share_of(x, mesh, spec) for x, spec in zip(leaves, specs, strict=True)]
-    structure: list[Any] = []
+    shares, structure = [_share_of(x, mesh, spec) for x, spec in zip(leaves, specs, strict=True)], list[Any]()
 
     def share(*arrays: Array) -> list[Array]:
         known = dict(zip(given, arrays, strict=True))
-        local = jax.tree.unflatten(tree, [known.get(i, x) for i, x in enumerate(shares)])
+        local = parts.of_device(jax.tree.unflatten(tree, [known.get(i, x) for i, x in enumerate(shares)]))
         if parts.heads and not parts.kv_heads:
             # The device's query heads read one key head.
             key, value = (jax.eval_shape(lambda x: x[:, :, :1], x) for x in (local.key, local.value))
@@ -223,9 +218,19 @@ def find_in_shares(find: Callable[[Call], Any], call: Call, split: Split) -> Any
         return [jnp.asarray(x)[None] for x in here]
 
     options: dict[str, Any] = {"in_specs": tuple(specs[i] for i in given), "out_specs": parts.of_visits()}
-    here = jax.jit(jax.shard_map(share, mesh=mesh, check_vma=False, **options))
-    arrays = here(*(_placed(leaves[i], mesh, specs[i]) for i in given))
+    here = jax.shard_map(share, mesh=mesh, check_vma=False, **options)
+    arrays = _run(here, mesh, [specs[i] for i in given], [leaves[i] for i in given])
     return jax.tree.unflatten(structure[0], arrays)
+
+
+def _run(here: Callable[..., Any], mesh: Mesh | AbstractMesh, specs: list[P], arrays: list[Any]) -> Any:
+    """Runs a function of `jax.shard_map`. Outside of `jax.jit`, `reshard` does not move NumPy operands to the mesh."""
+
+    @jax.jit
+    def everywhere(*arrays: Array) -> Any:
+        return here(*(_placed(x, mesh, spec) for x, spec in zip(arrays, specs, strict=True)))
+
+    return everywhere(*arrays)
 
 
 def check(call: Call, split: Split, *, rings: bool) -> None:
@@ -344,6 +349,19 @@ class _Parts:
 
     def compute(self, kernel: Kernel, call: Call) -> Result:
         """Computes a device's share, inside `jax.shard_map`."""
+        visits = None if self.queries or self.keys else jax.tree.map(lambda x: x[0], call.visits)
+        call = self.of_device(dataclasses.replace(call, visits=visits))
+        call = dataclasses.replace(call, score_mod=shifted_mod(call, call.origin))
+        if self.heads and not self.kv_heads:
+            # The device's query heads lie in one group, which reads one key head.
+            call = _with_key_head(call, call.origin.head // self.group)
+        if self.queries and self.keys:
+            return ring.attend(call, self.keys)
+        output, lse = kernel(call)
+        return _merged(output, lse, self.keys) if self.keys else (output, lse)
+
+    def of_device(self, call: Call) -> Call:
+        """Returns a device's share, whose mask knows where it begins in the whole call, inside `jax.shard_map`."""
         rows, own, heads, _ = call.query.shape
         origin = Origin(
             batch=_index(self.batch) * rows,
@@ -353,16 +371,8 @@ class _Parts:
             num_heads=self.num_heads,
             length=self.length,
         )
-        visits = None if self.queries or self.keys else jax.tree.map(lambda x: x[0], call.visits)
-        call = dataclasses.replace(call, origin=origin, mask=shifted_mask(call, origin), visits=visits)
-        call = dataclasses.replace(call, score_mod=shifted_mod(call, origin))
-        if self.heads and not self.kv_heads:
-            # The device's query heads lie in one group, which reads one key head.
-            call = _with_key_head(call, origin.head // self.group)
-        if self.queries and self.keys:
-            return ring.attend(call, self.keys)
-        output, lse = kernel(call)
-        return _merged(output, lse, self.keys) if self.keys else (output, lse)
+        parts = lax.axis_size(self.batch) if self.batch else 1
+        return dataclasses.replace(call, origin=origin, mask=shifted_mask(call, origin, parts))
 
 
 def _share_of(x: Any, mesh: Mesh | AbstractMesh, spec: P) -> Any:

@@ -196,7 +196,8 @@ class MultiHeadAttention(nnx.Module):
         Args:
             x: tokens `[*batch, T, D]`, of which only shape and dtype are read.
             at: their coordinates, `[*batch, T]` or `[T]`.
-            kv_at: the coordinates of the keys, `[*batch, S]` or `[S]`. Defaults to `at`.
+            kv_at: the coordinates of the keys, `[*batch, S]` or `[S]`. Defaults to `at`. A batch dimension of 1 is that
+                of keys which all rows read.
             score_mod: the score modification of the calls, if the choice of an implementation depends on it.
 
         Returns:
@@ -207,7 +208,8 @@ class MultiHeadAttention(nnx.Module):
         kv_at = at if kv_at is None else kv_at
         dtype = jax.eval_shape(self.query, x).dtype
         query = jax.ShapeDtypeStruct((*x.shape[:-1], self.num_heads, self.head_dim), dtype)
-        key = jax.ShapeDtypeStruct((*x.shape[:-2], kv_at.shape[-1], self.num_kv_heads, self.head_dim), dtype)
+        batch = kv_at.shape[:-1] or x.shape[:-2]
+        key = jax.ShapeDtypeStruct((*batch, kv_at.shape[-1], self.num_kv_heads, self.head_dim), dtype)
         options: dict[str, Any] = {"implementation": self.implementation, "split": self.split, "score_mod": score_mod}
         return make_block_mask(self.mask, query, key, key, q_at=at, kv_at=kv_at, **options)
 

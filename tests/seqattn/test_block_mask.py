@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from seqattn.attention import attend, attend_scores, attention_weights
 from seqattn.block_mask import block_mask
@@ -138,22 +138,35 @@ def test_shapes_suffice_to_make_it():
 
 
 @pytest.mark.parametrize("split", [Split(batch="data"), Split(heads="tensor"), Split(batch="data", heads="tensor")])
-def test_a_split_call_reads_the_lists_of_its_rows(split):
+@pytest.mark.parametrize("mask", [PACKED, PACKED | Prefix(jnp.array([3, 0]))], ids=["packed", "prefix"])
+def test_a_split_call_reads_the_lists_of_its_rows(split, mask):
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     split, inputs, at = Split(split.batch, split.heads, mesh=mesh), _inputs(), _packed()
 
     def shared(inputs, at, *, blind=False):
-        made = block_mask(PACKED, *inputs, q_at=at, kv_at=at, split=split)
+        made = block_mask(mask, *inputs, q_at=at, kv_at=at, split=split)
         assert made.visits.by_name.keys() == {"chunked"}
         visits = jax.tree.map(jnp.zeros_like, made.visits) if blind else made.visits
         return _loss(inputs, mask=type(made)(made.mask, made.q_at, made.kv_at, visits), split=split)
 
     def alone(inputs, at):
-        return _loss(inputs, mask=PACKED, q_at=at, kv_at=at, implementation="reference")
+        return _loss(inputs, mask=mask, q_at=at, kv_at=at, implementation="reference")
 
     found, expected = (jax.jit(jax.value_and_grad(each))(inputs, at) for each in (shared, alone))
     jax.tree.map(lambda a, b: close(a, b, "float32"), found, expected)
     assert jax.jit(functools.partial(shared, blind=True))(inputs, at) == 0
+
+
+def test_rows_that_differ_are_known_on_no_device():
+    """Coordinates that are known at trace time are split as traced ones are. What all rows share stays known."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    split, inputs = Split(batch="data", mesh=mesh), _inputs()
+    at = jax.tree.map(np.asarray, _packed())
+    made = block_mask(PACKED, *inputs, q_at=at, kv_at=at, split=split)
+    assert made.visits.by_name.keys() == {"chunked"}
+    expected = attend(*inputs, mask=PACKED, q_at=at, kv_at=at, implementation="reference")
+    close(jax.jit(functools.partial(attend, mask=made, split=split))(*inputs), expected, "float32")
+    assert not block_mask(Causal(), *inputs, split=split).visits.by_name
 
 
 @pytest.mark.parametrize("made_for", [None, Split(batch="data")])
@@ -165,6 +178,18 @@ def test_lists_of_another_split_are_not_read(made_for):
     expected = attend(*inputs, mask=PACKED, q_at=at, kv_at=at, implementation="reference")
     for split in (other, None):
         close(attend(*inputs, mask=made, split=split), expected, "float32")
+
+
+def test_lists_of_another_mesh_are_not_read():
+    """A split without a mesh is over that of `jax.set_mesh`, which may be another one when the lists are read."""
+    inputs, split = _inputs((4,)), Split(batch="data")
+    at = jax.tree.map(np.asarray, _packed((4,)))
+    expected = attend(*inputs, mask=PACKED, q_at=at, kv_at=at, implementation="reference")
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))):
+        made = jax.device_get(block_mask(PACKED, *inputs, q_at=at, kv_at=at, split=split))
+    for size in (2, 4):
+        with jax.set_mesh(jax.make_mesh((size,), ("data",), axis_types=(AxisType.Auto,))):
+            close(jax.jit(functools.partial(attend, split=split))(*inputs, mask=made), expected, "float32")
 
 
 def test_a_split_sequence_makes_lists_for_each_step_of_the_ring():
@@ -290,3 +315,46 @@ def test_the_score_modification_takes_part_in_the_choice():
     for score_mod in (None, RelativePositions(jnp.ones((3, H)))):
         jax.eval_shape(functools.partial(names, score_mod=score_mod), _packed().segment)
     assert found == [["chunked", "tpu"], ["chunked"]]
+
+
+@pytest.mark.parametrize(("batch", "kv_batch"), [((3,), (1,)), ((3, 2), (1, 2)), ((3, 2), (3, 1))])
+def test_coordinates_of_keys_that_rows_share(batch, kv_batch):
+    (query, *_), at = _inputs(batch), _packed(batch)
+    (_, key, value), kv_at = _inputs(kv_batch), _packed(kv_batch)
+    made = block_mask(PACKED, query, key, value, q_at=at, kv_at=kv_at)
+    located = {"mask": PACKED, "q_at": at, "kv_at": kv_at}
+    close(attend(query, key, value, mask=made), attend(query, key, value, **located), "float32")
+    kinds = made.kinds(1, 1).reshape(*batch, T, T)
+    np.testing.assert_array_equal(kinds > 0, PACKED.dense(at, kv_at))
+    with pytest.raises(TypeError, match="dtypes must agree"):
+        block_mask(PACKED, query, key, value.astype(jnp.bfloat16), q_at=at, kv_at=kv_at)
+
+
+def test_arrays_of_explicit_axes_outside_of_their_mesh():
+    """Their types name a mesh also where `jax.set_mesh` does not."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    place = functools.partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec("data")))
+    inputs, at = _inputs(), _packed()
+    expected = attend(*inputs, mask=PACKED, q_at=at, kv_at=at, implementation="reference")
+
+    def shared(inputs, at):
+        return attend(*inputs, mask=block_mask(PACKED, *inputs, q_at=at, kv_at=at))
+
+    for call in (shared, jax.jit(shared)):
+        close(call(*jax.tree.map(place, (inputs, at))), expected, "float32")
+    placed = block_mask(PACKED, *inputs, q_at=place(at), kv_at=place(at))
+    assert str(placed) == str(block_mask(PACKED, *inputs, q_at=at, kv_at=at))
+
+
+def test_it_tells_inside_of_a_traced_function():
+    x, at = _inputs()[0], _packed()
+    made = block_mask(PACKED | Prefix(jnp.array([3, 0])), x, x, x, q_at=at, kv_at=at)
+    told: list[str] = []
+    jax.eval_shape(lambda: told.append(str(made)))
+    assert told == [str(made)]
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (4, -1)])
+def test_tiles_of_no_size_are_refused(sizes):
+    with pytest.raises(ValueError, match="must be an integer of at least 1"):
+        block_mask(Causal(), *_inputs()).kinds(*sizes)

@@ -92,7 +92,7 @@ class Steps:
     """
 
     at: np.ndarray | Array | None
-    count: Array | None
+    count: np.ndarray | Array | None
 
     @property
     def size(self) -> int:

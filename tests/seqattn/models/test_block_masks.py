@@ -90,3 +90,13 @@ def test_layers_read_the_lists(scan):
         jax.clear_caches()
         close(run(model, TOKENS, at), run(model, others, at), "float32")
     jax.clear_caches()
+
+
+def test_texts_that_share_a_source():
+    """A memory of one row is that of all rows of the target."""
+    model, target = _transformer(), jnp.concatenate([TOKENS, TOKENS[:, ::-1]])
+    source, at = TOKENS[:1], Coordinates.from_lengths(jnp.array([T - 2]), T)
+    target_at = Coordinates.from_lengths(jnp.array([T, 3, 5, 1]), T)
+    found = model.decode(target, target_at, model.encode(source, at))
+    rows = [jnp.repeat(source, 4, axis=0), jax.tree.map(lambda x: jnp.broadcast_to(x, (4, T)), at)]
+    close(found, model.decode(target, target_at, model.encode(*rows)), "float32")

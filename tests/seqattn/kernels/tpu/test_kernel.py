@@ -293,3 +293,19 @@ def test_derivatives_that_only_the_reference_has_are_refused():
 
     with small_tpu_tiles(), pytest.raises(NotImplementedError, match=r"forward-mode derivatives .* 'reference'"):
         jax.jvp(loss, inputs, inputs)
+
+
+def test_a_call_without_gradients_marks_the_rows_that_see_nothing():
+    """Its log-sum-exp is one array, in which they have the lowest number and no other row has."""
+    inputs = tuple(jnp.asarray(x) for x in arrays(SHAPE, "float32").values())
+    call = _call(
+        inputs,
+        mask=MaskMod(lambda query, key: query.position % 3 > 0),
+        at=(Coordinates.range(13), Coordinates.range(11)),
+    )
+    with small_tpu_tiles():
+        _, lse = tpu.attend(call, interpret=True)
+    expected = reference.attend(call)[1]
+    assert (expected == jnp.finfo(jnp.float32).min).any()
+    np.testing.assert_array_equal(lse == jnp.finfo(jnp.float32).min, expected == jnp.finfo(jnp.float32).min)
+    close(lse, expected, "float32")
