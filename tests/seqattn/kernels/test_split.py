@@ -206,7 +206,7 @@ def visited(monkeypatch, split, length, **options):
         grid, steps = result[0].grid, result[1]
         tiles = result[0].call(steps).schedule
         each = grid.lanes * grid.queries * grid.group * grid.keys
-        found.append(each * sum(len(part.at) for part in (tiles.full, tiles.partial)))
+        found.append(each * sum(part.size for part in (tiles.full, tiles.partial)))
         return result
 
     monkeypatch.setattr(kernel, "prepare", noted)
