@@ -40,6 +40,12 @@ class Visits:
         """Returns the list of an implementation that comes with a call, or None."""
         return None if call.visits is None else call.visits.by_name.get(name)
 
+    @staticmethod
+    def of_whole(call: Any) -> Any:
+        """Returns the call without lists that are those of each device's share."""
+        shared_out = call.visits is not None and call.visits.split is not None
+        return dataclasses.replace(call, visits=None) if shared_out else call
+
 
 @pytree
 @dataclasses.dataclass(frozen=True)

@@ -71,6 +71,7 @@ class Implementation:
 
     def check(self, call: Call, split: Split | None = None) -> None:
         """Raises NotImplementedError, with the reason, if the kernel cannot serve the call."""
+        call = Visits.of_whole(call)
         rows = cached.as_if_in_rows(call)
         if split is not None and self.in_shares and not rows.is_empty:
             check_split(rows, split, rings=self.rings)
@@ -296,8 +297,7 @@ def _in_shares(implementation: Implementation, call: Call, split: Split | None) 
     """Runs an implementation on each device's share of the call, or on the whole call if the compiler can split it."""
     if split is None or not implementation.in_shares or cached.as_if_in_rows(call).is_empty:
         # The compiler splits such a kernel by itself.
-        whole = call.visits is None or call.visits.split is None
-        return _without_explicit_axes(implementation, call if whole else dataclasses.replace(call, visits=None))
+        return _without_explicit_axes(implementation, Visits.of_whole(call))
     call = call if implementation.reads_columns else cached.in_rows(call)
     if call.visits is not None and call.visits.split != _with_mesh(split):
         call = dataclasses.replace(call, visits=None)
@@ -428,10 +428,8 @@ def explain_call(
     tried: list[str] = []
 
     def look(*arrays: Array) -> None:
-        call = dataclasses.replace(make(*arrays), platform=here)
-        if call.visits is not None and call.visits.split is not None:
-            # The notes are on the whole call, and these lists on a device's share.
-            call = dataclasses.replace(call, visits=None)
+        # Notes are on the whole call, not on a device's share.
+        call = Visits.of_whole(dataclasses.replace(make(*arrays), platform=here))
         whole = Split.of(cached.as_if_in_rows(call), split)
         tried.extend(names(implementation, here, call))
         for name, each in IMPLEMENTATIONS.items():
