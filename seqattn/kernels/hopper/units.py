@@ -84,8 +84,9 @@ class Device(Units):
         self._pl, self._plgpu = pl, plgpu
         self._whole = plgpu.Layout.WGMMA
         self._of_axis = {0: plgpu.Layout.WGMMA.reduce(1), 1: plgpu.Layout.WGMMA.reduce(0)}
-        # Before jax 0.12 the index is an argument, too.
-        index: dict[str, Any] = {"idx": ()} if "idx" in inspect.signature(plgpu.load).parameters else {}
+        # Until jax 0.11 the index is a required argument, too.
+        given = inspect.signature(plgpu.load).parameters.get("idx")
+        index: dict[str, Any] = {} if given is None or given.default is not given.empty else {"idx": ()}
         self._load: Callable[..., Array] = functools.partial(plgpu.load, optimized=False, **index)
 
     def scores(self, query: Any, key: Any, meanwhile: Meanwhile) -> tuple[Array, Any]:
