@@ -47,27 +47,39 @@ class Visits:
         return dataclasses.replace(call, visits=None) if shared_out else call
 
 
-@pytree
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_pytree_node_class
 class BlockMask:
     """A `Mask`, the coordinates of queries and keys, and the tiles that kernels visit for them.
 
     Make it with `seqattn.block_mask` and pass it to `attend` as `mask`, without `q_at` and `kv_at`. Calls that have the
     same one share the lists of tiles. A call for which a list does not fit, such as one with other sizes, makes its
-    own, and computes the same. The attributes belong together: for another mask or other coordinates make another one
-    instead of replacing an attribute, as the lists would stay those of the old.
+    own, and computes the same. It is a pytree. Its attributes belong together, so none of them can be replaced.
 
-    Attributes:
+    Args:
         mask: the mask.
         q_at: coordinates of the queries, `[T]` or `[*batch, T]`.
         kv_at: coordinates of the keys, `[S]` or `[*batch, S]`.
-        visits: the lists of tiles.
+        visits: the lists of tiles for these.
     """
 
-    mask: Mask
-    q_at: Coordinates
-    kv_at: Coordinates
-    visits: Visits
+    def __init__(self, mask: Mask, q_at: Coordinates, kv_at: Coordinates, visits: Visits) -> None:
+        self._parts = mask, q_at, kv_at, visits
+
+    mask = property(lambda self: self._parts[0], doc="The mask.")
+    q_at = property(lambda self: self._parts[1], doc="Coordinates of the queries.")
+    kv_at = property(lambda self: self._parts[2], doc="Coordinates of the keys.")
+    visits = property(lambda self: self._parts[3], doc="The lists of tiles.")
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], None]:
+        """Returns the parts as children."""
+        return self._parts, None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, parts: tuple[Any, ...]) -> "BlockMask":
+        """Inverts `tree_flatten`."""
+        made = object.__new__(cls)
+        made._parts = tuple(parts)
+        return made
 
     def kinds(self, queries: int, keys: int) -> Int[np.ndarray, "rows I J"] | Int[Array, "rows I J"]:
         """Returns for each tile whether a kernel with such tiles skips it.

@@ -13,14 +13,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from seqattn.checks import check_sizes
 from seqattn.coordinates import Coordinates
-from seqattn.kernels.block_mask import BlockMask
 from seqattn.nn.cache import Cache, RingCache
 from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.nn.multi_head_attention import MultiHeadAttention
 from seqattn.nn.parameter_rule import Kind, ParameterRule
 from seqattn.precision import accumulator
 from seqattn.pytrees import pytree
-from seqattn.score_mod import ScoreMod
 from seqattn.sizes import may_exceed
 
 RULES = (ParameterRule("*_filter", Kind.MATRIX),)
@@ -58,6 +56,9 @@ class MemoryCompressedAttention(MultiHeadAttention):
     (2, 2, 2, 4) [2 5] [1 0]
     """
 
+    keys_are_tokens = False
+    """Keys are blocks, which each call finds."""
+
     def __init__(
         self,
         model_dim: int,
@@ -90,17 +91,6 @@ class MemoryCompressedAttention(MultiHeadAttention):
         rows = math.prod(batch)  # -1 would be ambiguous for an array without elements
         flat = jax.tree.map(lambda leaf: jnp.asarray(leaf).reshape(rows, *leaf.shape[len(batch) :]), kv)
         return jax.tree.map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), self.compress(flat))
-
-    def block_mask(
-        self,
-        x: Float[Array, "*batch T D"],
-        at: Coordinates,
-        kv_at: Coordinates | None = None,
-        *,
-        score_mod: ScoreMod | None = None,
-    ) -> BlockMask | None:
-        """Returns None: the keys are blocks, which each layer finds itself."""
-        return None
 
     def compress(self, kv: KeyValue) -> KeyValue:
         """Merges complete blocks of tokens.

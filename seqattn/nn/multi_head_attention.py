@@ -71,6 +71,9 @@ class MultiHeadAttention(nnx.Module):
     (3, 5, 8)
     """
 
+    keys_are_tokens = True
+    """Whether each token has a key. If not, each call finds out where its keys are."""
+
     def __init__(
         self,
         model_dim: int,
@@ -201,9 +204,9 @@ class MultiHeadAttention(nnx.Module):
             score_mod: the score modification of the calls, if the choice of an implementation depends on it.
 
         Returns:
-            The argument `block_mask` of a call, or None if there is no mask.
+            The argument `block_mask` of a call, or None if there is no mask, or the keys are no tokens.
         """
-        if self.mask is None:
+        if self.mask is None or not self.keys_are_tokens:
             return None
         kv_at = at if kv_at is None else kv_at
         dtype = jax.eval_shape(self.query, x).dtype

@@ -1,5 +1,6 @@
 """A block mask: the same results as its mask, with lists of tiles that are made once."""
 
+import dataclasses
 import functools
 import re
 
@@ -358,3 +359,14 @@ def test_it_tells_inside_of_a_traced_function():
 def test_tiles_of_no_size_are_refused(sizes):
     with pytest.raises(ValueError, match="must be an integer of at least 1"):
         block_mask(Causal(), *_inputs()).kinds(*sizes)
+
+
+@pytest.mark.parametrize("name", ["mask", "q_at", "kv_at", "visits"])
+def test_no_part_can_be_replaced(name):
+    """The lists would stay those of the old mask and coordinates, and hide what the new ones show."""
+    inputs = _inputs()
+    made = block_mask(Causal(), *inputs)
+    with pytest.raises(AttributeError, match=f"property '{name}' .* has no setter"):
+        setattr(made, name, getattr(made, name))
+    with pytest.raises(TypeError, match="dataclass instances"):
+        dataclasses.replace(made, **{name: getattr(made, name)})
