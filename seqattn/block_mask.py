@@ -1,18 +1,24 @@
 """The maker of a `BlockMask`: a mask whose tiles are found once and shared by many calls of `attend`."""
 
+import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
 
 from seqattn.coordinates import Coordinates
 from seqattn.kernels.block_mask import BlockMask, Visits
 from seqattn.kernels.call import Call, Located, Shaped, locate
-from seqattn.kernels.dispatch import call_of, find_visits
+from seqattn.kernels.dispatch import IMPLEMENTATIONS, call_of, choices, with_mesh
 from seqattn.kernels.shared_keys import Folding
-from seqattn.kernels.split import Split, repeats_keys
+from seqattn.kernels.split import Split, find_in_shares, repeats_keys
 from seqattn.mask import Mask
+from seqattn.platforms import all_platforms, by_platform, platform_of
 from seqattn.score_mod import ScoreModLike
 
 
@@ -82,7 +88,7 @@ def block_mask(
     arrays, visits = (query, key, value), Visits({}, None)
     if _has_lists(arrays, (mask, q_at, kv_at)):
         located = locate(query.shape, key.shape, mask, None, q_at, kv_at)
-        visits = find_visits(implementation, make, arrays, _shapes(arrays, located), split)
+        visits = _find_visits(implementation, make, arrays, _shapes(arrays, located), split)
     else:
         # For the errors of `attend`; nothing is computed.
         jax.eval_shape(lambda *arrays: make(*arrays).query, *arrays)
@@ -105,3 +111,64 @@ def _shapes(arrays: tuple[Shaped, ...], located: Located) -> Call:
     """Returns a call with one batch dim and the shapes of query, key and value in their place."""
     query, key, value = (jax.ShapeDtypeStruct((math.prod(x.shape[:-3]), *x.shape[-3:]), x.dtype) for x in arrays)
     return Call(query, key, value, **located, score_mod=None, rows=None, scale=1.0, dropout=None)
+
+
+def _find_visits(
+    implementation: str | Sequence[str] | None,
+    make: Callable[..., Call],
+    arrays: tuple[Shaped, ...],
+    call: Call,
+    split: Split | None = None,
+) -> Visits:
+    """Returns the tiles that a call visits, for the implementation that runs on each platform that it may run on.
+
+    Args:
+        implementation: as in `attend`.
+        make: returns the call for query, key and value.
+        arrays: query, key and value; shapes and dtypes suffice.
+        call: the same call with the shapes and dtypes of query, key and value in their place.
+        split: as in `attend`.
+    """
+    read = jax.tree.leaves((call.mask, call.q_at, call.kv_at))
+    # Inside a trace this array is traced as well, and the platform unknown.
+    here = platform_of([*read, lax.iota(jnp.int32, 1)])
+    here = here if split is None or split.platform is None else split.platform
+    chosen: dict[str, set[str]] = {}
+
+    def look(*arrays: Array) -> None:
+        made = make(*arrays)
+        for platform in all_platforms() if here is None else (here,):
+            for name in choices(implementation, dataclasses.replace(made, platform=platform), split)[:1]:
+                chosen.setdefault(name, set()).add(platform)
+
+    jax.eval_shape(look, *arrays)
+    known = not any(isinstance(x, jax.Array) for x in read)
+    found = {}
+    for name, platforms in sorted(chosen.items()):
+        if (of_kernel := IMPLEMENTATIONS[name].find) is not None:
+            find = functools.partial(_find, of_kernel, call, split)
+            found[name] = find() if known or here is not None else _find_on(platforms, find)
+    by_name = {name: each for name, each in found.items() if each is not None}
+    return Visits(by_name, None if split is None else with_mesh(split))
+
+
+def _find(find: Callable[[Call], Any], call: Call, split: Split | None) -> Any:
+    """Returns the tiles that a kernel visits for a call."""
+    return find(call) if split is None else find_in_shares(find, call, split)
+
+
+def _find_on(platforms: Collection[str], find: Callable[[], Any]) -> Any:
+    """Returns the tiles that a kernel visits in programs for some platforms, and zeros in others, which read none."""
+    structure: list[Any] = []
+
+    def leaves() -> list[Any]:
+        leaves, tree = jax.tree.flatten(find())
+        structure.append(tree)
+        return leaves
+
+    types = jax.eval_shape(leaves)
+
+    def nothing() -> Any:
+        return jax.tree.unflatten(structure[0], [jnp.zeros(x.shape, x.dtype) for x in types])
+
+    return by_platform({each: find if each in platforms else nothing for each in all_platforms()})

@@ -8,12 +8,10 @@ compilation keeps one branch.
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from seqattn.kernels import (
@@ -33,7 +31,7 @@ from seqattn.kernels import (
 )
 from seqattn.kernels.block_mask import Visits
 from seqattn.kernels.call import Call, Kernel, Result, Shaped, check_sinks, is_known
-from seqattn.kernels.split import Split, find_in_shares, repeats_keys, spread
+from seqattn.kernels.split import Split, repeats_keys, spread
 from seqattn.kernels.split import check as check_split
 from seqattn.platforms import all_platforms, by_platform, platform_of
 from seqattn.sizes import may_exceed
@@ -124,7 +122,7 @@ def serve(implementation: str | Sequence[str] | None, call: Call, split: Split |
     if platform is not None:
         return _first_able(names(implementation, platform, call), dataclasses.replace(call, platform=platform), split)
     # Traced: the platform is unknown until the program is lowered, so each platform's choice is worked out now.
-    able = {each: _able(implementation, dataclasses.replace(call, platform=each), split) for each in all_platforms()}
+    able = {each: choices(implementation, dataclasses.replace(call, platform=each), split) for each in all_platforms()}
     if not able[jax.default_backend()]:
         # Report the reasons for the local platform, though the program may be compiled for another.
         here = dataclasses.replace(call, platform=jax.default_backend())
@@ -157,7 +155,7 @@ class _Branch:
         return _first_able(self.names, self.call, self.split)
 
 
-def _able(implementation: str | Sequence[str] | None, call: Call, split: Split | None) -> tuple[str, ...]:
+def choices(implementation: str | Sequence[str] | None, call: Call, split: Split | None) -> tuple[str, ...]:
     """Returns the implementations to try on the call's platform, starting at the first that does not refuse."""
     ordered = names(implementation, call.platform, call)
     for i, name in enumerate(ordered):
@@ -175,70 +173,9 @@ def _reason(name: str, call: Call, split: Split | None) -> str | None:
     return None
 
 
-def find_visits(
-    implementation: str | Sequence[str] | None,
-    make: Callable[..., Call],
-    arrays: tuple[Shaped, ...],
-    call: Call,
-    split: Split | None = None,
-) -> Visits:
-    """Returns the tiles that a call visits, for the implementation that runs on each platform that it may run on.
-
-    Args:
-        implementation: as in `attend`.
-        make: returns the call for query, key and value.
-        arrays: query, key and value; shapes and dtypes suffice.
-        call: the same call with the shapes and dtypes of query, key and value in their place.
-        split: as in `attend`.
-    """
-    read = jax.tree.leaves((call.mask, call.q_at, call.kv_at))
-    # Inside a trace this array is traced as well, and the platform unknown.
-    here = platform_of([*read, lax.iota(jnp.int32, 1)])
-    here = here if split is None or split.platform is None else split.platform
-    chosen: dict[str, set[str]] = {}
-
-    def look(*arrays: Array) -> None:
-        made = make(*arrays)
-        for platform in all_platforms() if here is None else (here,):
-            for name in _able(implementation, dataclasses.replace(made, platform=platform), split)[:1]:
-                chosen.setdefault(name, set()).add(platform)
-
-    jax.eval_shape(look, *arrays)
-    known = not any(isinstance(x, jax.Array) for x in read)
-    found = {}
-    for name, platforms in sorted(chosen.items()):
-        if (of_kernel := IMPLEMENTATIONS[name].find) is not None:
-            find = functools.partial(_find, of_kernel, call, split)
-            found[name] = find() if known or here is not None else _find_on(platforms, find)
-    by_name = {name: each for name, each in found.items() if each is not None}
-    return Visits(by_name, None if split is None else _with_mesh(split))
-
-
-def _with_mesh(split: Split) -> Split:
+def with_mesh(split: Split) -> Split:
     """Returns a split with its mesh. Without one it is over that of `jax.set_mesh`, which may change."""
     return dataclasses.replace(split, mesh=split.resolved())
-
-
-def _find(find: Callable[[Call], Any], call: Call, split: Split | None) -> Any:
-    """Returns the tiles that a kernel visits for a call."""
-    return find(call) if split is None else find_in_shares(find, call, split)
-
-
-def _find_on(platforms: Collection[str], find: Callable[[], Any]) -> Any:
-    """Returns the tiles that a kernel visits in programs for some platforms, and zeros in others, which read none."""
-    structure: list[Any] = []
-
-    def leaves() -> list[Any]:
-        leaves, tree = jax.tree.flatten(find())
-        structure.append(tree)
-        return leaves
-
-    types = jax.eval_shape(leaves)
-
-    def nothing() -> Any:
-        return jax.tree.unflatten(structure[0], [jnp.zeros(x.shape, x.dtype) for x in types])
-
-    return by_platform({each: find if each in platforms else nothing for each in all_platforms()})
 
 
 def names(implementation: str | Sequence[str] | None, platform: str, call: Call) -> tuple[str, ...]:
@@ -299,7 +236,7 @@ def _in_shares(implementation: Implementation, call: Call, split: Split | None) 
         # The compiler splits such a kernel by itself.
         return _without_explicit_axes(implementation, Visits.of_whole(call))
     call = call if implementation.reads_columns else cached.in_rows(call)
-    if call.visits is not None and call.visits.split != _with_mesh(split):
+    if call.visits is not None and call.visits.split != with_mesh(split):
         call = dataclasses.replace(call, visits=None)
     check_split(cached.as_if_in_rows(call), split, rings=implementation.rings)
     return spread(implementation, call, split, typed=implementation.typed)
