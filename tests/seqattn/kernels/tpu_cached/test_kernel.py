@@ -3,6 +3,7 @@
 No TPU is needed: Pallas interprets the kernel, or lowers it. tests/benchmarks/compile compiles it.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -17,6 +18,7 @@ from seqattn.dropout import Dropout
 from seqattn.kernels import cached, tpu_cached
 from seqattn.kernels.call import Call, Columns
 from seqattn.kernels.dispatch import explain_call
+from seqattn.kernels.tpu_cached import plan as plans
 from seqattn.kernels.tpu_cached.forward import codes, steps_of
 from seqattn.kernels.tpu_cached.plan import Plan
 from seqattn.masks import Causal
@@ -76,6 +78,29 @@ def test_equals_the_oracle_for_rows_of_any_length(length, group, dtypes, value_d
     close(np.where(seen, lse, 0), np.where(seen, expected.lse, 0))
     assert not seen[2].any()
     assert (np.asarray(lse)[~seen] == np.finfo(np.float32).min).all(), "rows that see nothing"
+
+
+@pytest.mark.parametrize(
+    ("by_head", "value_dim"), [(False, 128), (True, V)], ids=["one_mask_and_values_in_rows", "masks_of_heads"]
+)
+def test_heads_that_do_not_fit_into_one_step_take_several(monkeypatch, by_head, value_dim):
+    """Each key head has its own queries, keys, values, marks and results."""
+    query, columns, visible, arrays = _case(value_dim=value_dim)
+    whole = Plan.of(Call(query, None, None, *[None] * 8, columns=columns), interpret=True)
+    # As small tiles are, so that one head fits.
+    alone = dataclasses.replace(whole, tile=4, heads=1)
+    monkeypatch.setattr(plans, "_MOST_BYTES", alone.bytes)
+    pairs = np.asarray(visible)[:, None]
+    if by_head:
+        pairs = pairs & (np.arange(S) % 4 != np.arange(4)[:, None, None])
+    call = Call.of_columns(query, columns, **UNUSED | {"mask": jnp.asarray(pairs)})
+    with small_tpu_tiles():
+        assert Plan.of(call, interpret=True) == alone
+        output, lse = _interpreted(call)
+    expected = oracle.attention(*arrays, visible=pairs)
+    close(output, expected.output)
+    seen = np.isfinite(expected.lse)
+    close(np.where(seen, lse, 0), np.where(seen, expected.lse, 0))
 
 
 def test_without_a_mask_every_slot_is_seen():
