@@ -183,6 +183,11 @@ def attend_columns(
     `tpu_cached`, which reads only the slots that a query may see. `hopper_cached` does the same on a GPU, by name only.
     More queries run in the order of `attend`. All other kernels receive keys and values in rows.
 
+    Raises:
+        TypeError: an array has a wrong dtype, or as `attend`.
+        ValueError: queries and columns do not fit each other, or as `attend`.
+        NotImplementedError: no implementation can serve the call.
+
     >>> columns = Columns(jnp.ones((1, 1, 2, 3)), jnp.arange(3.0).reshape(1, 1, 3, 1), jnp.ones((1, 3), bool))
     >>> print(attend_columns(jnp.ones((1, 1, 1, 2)), columns)[0, 0, 0])
     [1.]

@@ -159,9 +159,12 @@ class Call:
         kv_at: Coordinates | None,
         dropout: Dropout | None,
     ) -> "Call":
-        """Returns the call of queries `[B, T, N, H]` to keys and values in the layout of a cache."""
+        """Returns the call of queries `[B, T, N, H]` to keys and values in the layout of a cache.
+
+        Raises the errors of `check_columns`, and those of `Call.of` for all other arguments.
+        """
+        check_columns(query, columns)
         check_dropout(dropout)
-        check_heads(query.shape[2], columns.key.shape[1])
         mod = None if score_mod is None else ScoreMod.of(score_mod)
         size = columns.key.shape[3]
         located = locate(query.shape, (query.shape[0], size, 1, 1), mask, None, q_at, kv_at, mod)
@@ -251,6 +254,31 @@ def check_arrays(query: Array, key: Array, value: Array) -> None:
     if query.shape[-1] != key.shape[-1] or query.shape[-1] < 1:
         raise ValueError(f"head_dim of query ({query.shape[-1]}) and key ({key.shape[-1]}) must be equal, at least 1")
     check_heads(query.shape[-2], key.shape[-2])
+
+
+def check_columns(query: Array, columns: Columns) -> None:
+    """Raises TypeError or ValueError unless queries `[B, T, N, H]` fit the arrays of a cache.
+
+    The dtype of the cache may differ from that of the queries.
+    """
+    key, value, finite = columns.key, columns.value, columns.finite
+    for name, x in (("query", query), ("columns.key", key), ("columns.value", value)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have 4 dims, got {x.shape}")
+        check_dtypes(**{name: x})
+    if finite.dtype != jnp.bool_:
+        raise TypeError(f"columns.finite must be boolean, got {finite.dtype}")
+    (batch, _, num_heads, head_dim), (rows, num_kv_heads, key_dim, size) = query.shape, key.shape
+    # A kernel that cuts tiles reads what the first sizes say: a larger array would go unread in silence.
+    if rows != batch:
+        raise ValueError(f"batch rows must agree, got query {query.shape} and columns.key {key.shape}")
+    if key_dim != head_dim or head_dim < 1:
+        raise ValueError(f"head_dim of query ({head_dim}) and columns.key ({key_dim}) must be equal, at least 1")
+    if value.shape[:3] != (rows, num_kv_heads, size):
+        raise ValueError(f"columns.value {value.shape} must be [B, K, S, V] for columns.key [B, K, H, S] {key.shape}")
+    if finite.shape not in ((rows, size), (rows, num_kv_heads, size)):
+        raise ValueError(f"columns.finite {finite.shape} must be [B, S] or [B, K, S] for columns.key {key.shape}")
+    check_heads(num_heads, num_kv_heads)
 
 
 def check_dtypes(**arrays: Array) -> None:

@@ -50,7 +50,7 @@ def attend(kernel: CacheKernel, call: Call) -> Result:
 
 
 def is_empty(call: Call) -> bool:
-    """Returns whether a call has no pair or no number to compute."""
+    """Returns whether a dim of the queries or the values is 0, so that there is nothing to compute."""
     return 0 in (*call.query.shape, *call.columns.value.shape)
 
 
@@ -82,7 +82,10 @@ def refuse(what: str, platform: str, dtypes: Sequence[str], call: Call) -> None:
 
 
 def in_rows(query: Float[Array, "B T N H"], num_kv_heads: int, rows: int) -> Float[Array, "B K rows H"]:
-    """Returns queries as rows of their key head: its query heads, and the tokens of each. Zeros fill `rows`."""
+    """Returns the queries of each key head as rows: all tokens of its first query head, then those of the next.
+
+    Rows of zeros fill up to `rows`.
+    """
     batch, length, num_heads, head_dim = query.shape
     by_head = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     found = jnp.moveaxis(by_head, 1, 3).reshape(batch, num_kv_heads, -1, head_dim)
@@ -90,7 +93,7 @@ def in_rows(query: Float[Array, "B T N H"], num_kv_heads: int, rows: int) -> Flo
 
 
 def of_queries(x: Float[Array, "B K rows *V"], num_heads: int, length: int) -> Float[Array, "B T N *V"]:
-    """Returns the results of queries from those of rows, as `in_rows` orders them."""
+    """Returns results in the order of the queries, from results of rows in the order of `in_rows`."""
     batch, num_kv_heads, _, *dims = x.shape
     group = num_heads // num_kv_heads
     by_head = x[:, :, : group * length].reshape(batch, num_kv_heads, group, length, *dims)
@@ -166,7 +169,7 @@ _attend.defvjp(_forward, _backward)
 
 def _whole(query: Array, columns: Columns, visible: Array | None, scale: Array) -> Result:
     """Computes the same with `cached`, which reads the whole cache."""
-    # An array as the mask reads no coordinates.
+    # The mask is an array, so nothing reads the coordinates that a call must have.
     at = (Coordinates.range(n) for n in (query.shape[1], columns.key.shape[3]))
     located = dict(zip(("q_at", "kv_at"), (jax.tree.map(lambda x: x[None], each) for each in at), strict=True))
     unused = dict.fromkeys(("key", "value", "bias", "score_mod", "rows", "dropout"))

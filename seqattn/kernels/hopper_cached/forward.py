@@ -48,7 +48,8 @@ def operands(plan: Plan, query: Array, columns: Columns, visible: Array | None, 
     lost = sees_lost(rows, columns)
     if lost.shape[2] > 1:
         lost = jnp.pad(lost, ((0, 0), (0, 0), (0, plan.rows - lost.shape[2])))
-    # The cache holds 0 for a key that is not finite. A query that is NaN makes NaN the row that sees it, and no other.
+    # The cache holds 0 in place of a key that is not finite. A row that sees one gets a query of NaN, and so results of
+    # NaN.
     queries = jnp.where(lost[..., None], jnp.nan, in_rows(marked_query(query), num_kv_heads, plan.rows))
     bits = [] if rows is None else [jnp.broadcast_to(x := words_of(rows), (*x.shape[:3], size))]
     listed = (jnp.asarray(x) for x in (walk.counts, walk.tiles))
@@ -74,7 +75,7 @@ def merged(output: Array, peak: Array, total: Array) -> tuple[Array, Array, Arra
 
 
 def share(plan: Plan, found: Any, part: Any) -> Any:
-    """Returns where a part begins in the list of the tiles that a row visits; parts differ by one tile at most."""
+    """Returns where a part begins in the list of tiles that a row visits. Parts differ by at most one tile."""
     return lax.div(found * part, jnp.int32(plan.parts))
 
 
@@ -146,7 +147,7 @@ class _Block:
     def run(self) -> None:
         """Runs the program. Copies are `ring` tiles ahead of the products."""
         tiling, rows = self.plan.tiling, pl.ds(0, self.plan.rows)
-        # The rows behind those of the call hold anything. No row of a product reads another.
+        # Rows past those of the call hold garbage. It stays in its own rows of each product.
         query = self.shared["query"]
         plgpu.copy_gmem_to_smem(self.query.at[self.batch, self.head], query.at[rows], self.ready["query"].at[0])
         for i in range(tiling.ring):

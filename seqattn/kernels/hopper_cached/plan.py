@@ -14,7 +14,7 @@ class Tiling:
 
     Attributes:
         queries: the rows of a product: 64, those of one wgmma.
-        slots: slots of a tile, of which a cache must have a multiple: the copies of a GPU (TMA) read whole tiles.
+        slots: slots of a tile. The size of a cache must be a multiple of it, because the GPU (TMA) copies whole tiles.
         ring: tiles of keys, and of values, that shared memory holds.
     """
 
@@ -30,7 +30,7 @@ _ROWS = 8
 """Rows are copied in multiples of this, those of a swizzled tile in shared memory."""
 
 _BLOCKS = 2 * 132
-"""The least blocks of a kernel, if there are as many tiles: two for each core of an H200. Not measured."""
+"""A kernel has at least this many blocks if there are enough tiles: two for each core of an H200. Not measured."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The kernel: an online softmax (Milakov 2018; Dao 2023) over the tiles of a cache that a query of the row sees.
 
 A step of decoding is as fast as it reads keys and values, so the kernel reads no tile twice and none that is hidden.
-The grid is (groups of key heads, steps). Lists that are read before the kernel starts tell row and tile of each step:
-rows of different lengths take different numbers of steps. All heads of a group and all new tokens are the rows of one
-product with the keys, in the layout of the cache.
+The grid is (groups of key heads, steps). Lists, read before the kernel starts, hold the row and the tile of each step,
+so rows of different lengths take different numbers of steps. All heads of a group and all new tokens are the rows of
+one product with the keys, in the layout of the cache.
 
 The tiles of a row follow each other and are not shared out among cores ("flash-decoding"): a v5e and a v6e have one
 core a chip, which a single row already keeps reading.
@@ -165,13 +165,13 @@ def _add(plan: Plan, at: Any, scale: Any, inputs: tuple[Any, ...], kept: tuple[A
     output, peak, total = kept
     code, slots = code.astype(jnp.int32), 2 if plan.columns else 1
     if plan.sizes[4] % plan.tile:
-        # Behind the last slot of the cache a tile holds anything, also NaN.
+        # Past the last slot of the cache a tile holds garbage, which may be NaN.
         left = plan.sizes[4] - at * plan.tile
         code = jnp.where(lax.broadcasted_iota(jnp.int32, code.shape, 2) < left, code, HIDDEN)
         here = lax.broadcasted_iota(jnp.int32, value.shape, slots) < left
         value = jnp.where(here, value, jnp.zeros_like(value))
     scores = _product(query, key.astype(plan.product), 1) * scale
-    # The cache holds 0 for a key that is not finite. Its mark makes NaN the rows that see it, and no other.
+    # The cache holds 0 in place of a key that is not finite. Its mark turns the rows that see it into NaN.
     scores = jnp.where(code == LOST, jnp.nan, scores)
     scores = jnp.where(code == HIDDEN, -jnp.inf, scores)
     # The running maximum of Milakov 2018, algorithm 3: m_j = max(m_{j-1}, x_j).

@@ -32,8 +32,7 @@ def attend(call: Call, *, interpret: bool = False) -> Result:
         call: the call.
         interpret: run the kernel in Pallas's interpreter, without a TPU.
     """
-    asked = dataclasses.replace(call, platform=None) if interpret else call
-    over_cache.refuse("the TPU kernel", "tpu", _DTYPES, asked)
+    refuse(dataclasses.replace(call, platform=None) if interpret else call)
     if over_cache.is_empty(call):
         return cached.attend(call)
     return over_cache.attend(over_cache.CacheKernel(Plan.of(call, interpret=interpret), _results, on_tpu), call)

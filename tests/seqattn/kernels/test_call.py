@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from seqattn.coordinates import Coordinates
-from seqattn.kernels.call import flatten, locate
+from seqattn.kernels.call import Call, Columns, flatten, locate
 from seqattn.masks import Causal
 
 BATCH, T, S, N, K = (3, 2), 5, 7, 4, 2
@@ -70,3 +70,37 @@ def test_a_mask_that_is_a_class_or_a_function_is_named_before_the_coordinates_ar
     unchecked = inspect.unwrap(locate)
     with pytest.raises(TypeError, match=words):
         unchecked((3, 1, 2), (3, 1, 2), mask, None, at, at)
+
+
+def _of_columns(query=(3, T, N, 11), key=(3, K, 11, S), value=(3, K, S, 13), finite=(3, S), dtypes=()):
+    shapes = {"query": query, "key": key, "value": value, "finite": finite}
+    dtypes = dict.fromkeys(shapes, jnp.float32) | {"finite": bool} | dict(dtypes)
+    given = {name: jnp.zeros(shape, dtypes[name]) for name, shape in shapes.items()}
+    unused = dict.fromkeys(("mask", "score_mod", "q_at", "kv_at", "dropout"))
+    return Call.of_columns(given.pop("query"), Columns(**given), **unused)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"query": (2, T, N, 11)}, ValueError, r"batch rows must agree, got query \(2, .* columns.key \(3, "),
+        ({"query": (3, T, N, 7)}, ValueError, r"head_dim of query \(7\) and columns.key \(11\) must be equal"),
+        ({"query": (3, N, 11)}, ValueError, r"query must have 4 dims, got \(3, 4, 11\)"),
+        ({"query": (3, T, 3, 11)}, ValueError, r"num_heads \(3\) must be a multiple of num_kv_heads \(2\)"),
+        ({"value": (3, K, 17, 13)}, ValueError, r"columns.value \(3, 2, 17, 13\) must be \[B, K, S, V\]"),
+        ({"value": (3, N, S, 13)}, ValueError, r"columns.value \(3, 4, 7, 13\) must be"),
+        ({"finite": (3, 5)}, ValueError, r"columns.finite \(3, 5\) must be \[B, S\] or \[B, K, S\]"),
+        ({"finite": (3, N, S)}, ValueError, r"columns.finite \(3, 4, 7\) must be"),
+        ({"dtypes": {"finite": jnp.float32}}, TypeError, "columns.finite must be boolean, got float32"),
+        ({"dtypes": {"query": jnp.int32}}, TypeError, "query must be floating, got int32"),
+    ],
+    ids=["batch", "dim", "dims", "heads", "slots", "kv-heads", "marks", "marks-of-heads", "marks-dtype", "dtype"],
+)
+def test_a_cache_that_does_not_fit_the_queries_is_refused(given, error, words):
+    """A kernel reads tiles by the first sizes that it knows, and would not notice."""
+    with pytest.raises(error, match=words):
+        _of_columns(**given)
+
+
+def test_marks_of_a_cache_may_belong_to_heads_and_its_dtype_may_differ():
+    assert _of_columns(finite=(3, K, S), dtypes={"key": jnp.bfloat16}).columns.finite.shape == (3, K, S)

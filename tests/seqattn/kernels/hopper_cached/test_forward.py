@@ -25,7 +25,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from seqattn.kernels.hopper_cached import forward
 
-S, K, H, T = 80, 1, 64, 3
+S, H, T = 80, 64, 3
 
 
 @pytest.fixture(autouse=True)
@@ -35,14 +35,14 @@ def tiny_tiles(monkeypatch):
         monkeypatch.setattr(where, "TILINGS", {H: Tiling(8, 16, 2)})
 
 
-def _run(lengths, parts):
+def _run(lengths, heads, parts):
     """Results of the interpreted kernel and of plain JAX for two rows, and whether the interpreter found a race."""
     random, rows = np.random.default_rng(0), len(lengths)
-    shapes = (rows, T, 2 * K, H), (rows, K, H, S), (rows, K, S, H)
+    shapes = (rows, T, 2 * heads, H), (rows, heads, H, S), (rows, heads, S, H)
     query, key, value = (jnp.asarray(random.normal(size=shape), jnp.bfloat16) for shape in shapes)
     # New tokens see what is filled; the first ones less of it.
     visible = np.arange(S) < np.maximum(np.array(lengths)[:, None, None, None] - np.arange(T)[::-1, None], 0)
-    columns = Columns(key, value, jnp.ones((rows, S), bool).at[0, 1].set(False))
+    columns = Columns(key, value, jnp.ones((rows, heads, S), bool).at[0, 0, 1].set(False))
     call = Call.of_columns(query, columns, mask=jnp.asarray(visible), **dict.fromkeys(UNUSED))
     plan = dataclasses.replace(Plan.of(call, interpret=InterpretGPUParams(detect_races=True)), parts=parts)
     given = forward.operands(plan, query, columns, call.mask, jnp.float32(0.1))
@@ -53,13 +53,16 @@ def _run(lengths, parts):
 UNUSED = ("score_mod", "q_at", "kv_at", "dropout")
 
 
-@pytest.mark.parametrize(("lengths", "parts"), [([75, 0], 1), ([75, 17], 2)], ids=["one part", "two parts"])
-def test_the_interpreted_kernel_computes_what_its_arithmetic_does(lengths, parts):
-    results, plain, races = _run(lengths, parts)
+@pytest.mark.parametrize(
+    ("lengths", "heads", "parts"), [([75, 0], 2, 1), ([75, 17], 1, 2)], ids=["two heads", "two parts"]
+)
+def test_the_interpreted_kernel_computes_what_its_arithmetic_does(lengths, heads, parts):
+    results, plain, races = _run(lengths, heads, parts)
     assert not races
     for actual, expected in zip(results, plain, strict=True):
         close(actual, expected, "bfloat16")
-    assert np.isnan(results[0]).any(), "the second slot of the first row is not finite"
+    assert np.isnan(results[0][0, 0]).any(), "the second slot of the first row and head is not finite"
+    assert not np.isnan(results[0][:, 1:]).any()
     assert (results[2] == 0).any(), "a row that sees nothing"
 
 

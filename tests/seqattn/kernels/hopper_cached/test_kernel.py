@@ -4,7 +4,6 @@ Its arithmetic, its lists of tiles and its parts run in plain JAX. No GPU is nee
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,6 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from seqattn.attention import attend_columns
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels import cached, hopper_cached
@@ -23,7 +21,7 @@ from seqattn.kernels.hopper_cached.plan import Tiling
 from seqattn.masks import Causal, NotPadding, SlidingWindow
 from seqattn.nn import KeyValue, PagedCache, RingCache, StaticCache
 from seqattn.score_mods import Alibi
-from tests import hopper_cached_plain, oracle
+from tests import cache_programs, hopper_cached_plain, oracle
 from tests.contract import close
 
 pytest.importorskip("absl", reason="Pallas Mosaic GPU needs absl-py")
@@ -189,20 +187,9 @@ def test_a_query_that_is_not_finite_makes_nan_of_its_row_alone():
 
 def test_gradients_are_those_of_cached():
     query, columns, options, _ = _case()
-
-    def loss(kernel, query, key, value, scale):
-        scaled = lambda call: kernel(dataclasses.replace(call, scale=scale))  # noqa: E731
-        output, lse = _attend(query, Columns(key, value, columns.finite), options, scaled)
-        return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.where(lse > -1e30, jnp.cos(lse), 0))
-
-    given = query, columns.key, columns.value, jnp.float32(-0.3)
-    found, expected = (
-        jax.jit(jax.value_and_grad(functools.partial(loss, kernel), argnums=(0, 1, 2, 3)))(*given)
-        for kernel in (_plain, cached.attend)
+    cache_programs.assert_gradients_of_cached(
+        _plain, query, columns, -0.3, lambda query, columns, kernel: _attend(query, columns, options, kernel)
     )
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        close(a, b)
-    assert all(np.any(x) for x in found[1])
 
 
 def test_forward_mode_is_refused():
@@ -211,39 +198,17 @@ def test_forward_mode_is_refused():
         jax.jvp(lambda query: _attend(query, columns, options)[0], (query,), (query,))
 
 
-LARGE = {"query": (2, 1, 8, 64), "key": (2, 2, 64, 1536), "value": (2, 2, 1536, 64), "finite": (2, 1536)}
-
-
-def _lowered(shardings=None, implementation="hopper_cached", grad=False, vmap=False):
-    """A step over a cache of 1,536 slots, of which a number is filled that is known at run time only."""
-    dtypes, more = dict.fromkeys(LARGE, jnp.bfloat16) | {"finite": bool}, (3,) * vmap
-    given = {
-        name: jax.ShapeDtypeStruct((*more, *shape), dtypes[name], sharding=shardings) for name, shape in LARGE.items()
-    }
-    filled = jax.ShapeDtypeStruct((*more, 2, 1), jnp.int32, sharding=shardings)
+def _lowered(implementation="hopper_cached", **options):
     # The traced program also has a branch for this machine, where the kernel would refuse.
     names = None if implementation is None else (implementation, "cached")
-
-    def step(given, filled):
-        columns = Columns(given["key"], given["value"], given["finite"])
-        at = {"q_at": Coordinates(filled, jnp.ones_like(filled)), "kv_at": Coordinates.range(1536)}
-        return attend_columns(given["query"], columns, mask=Causal(), **at, implementation=names)
-
-    def loss(given, filled):
-        floats = {name: x for name, x in given.items() if name != "finite"}
-        total = lambda floats: jnp.sum(step(given | floats, filled).astype(jnp.float32))  # noqa: E731
-        return jax.grad(total)(floats)
-
-    function = loss if grad else step
-    traced = jax.jit(jax.vmap(function) if vmap else function).trace(given, filled)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
+    return cache_programs.lowered("cuda", 1536, names, **options)
 
 
 def test_it_serves_a_step_on_a_gpu_by_name_alone():
     text = _lowered()
     assert text.count("@mosaic_gpu") == 1
     assert "stablehlo.dot_general" not in text
-    assert "@mosaic_gpu" not in _lowered(implementation=None)
+    assert "@mosaic_gpu" not in _lowered(None)
 
 
 def test_it_lowers_under_vmap():
@@ -251,18 +216,14 @@ def test_it_lowers_under_vmap():
 
 
 def test_its_backward_pass_is_that_of_cached():
-    text = _lowered(grad=True)
-    assert "stablehlo.dot_general" in text
-    assert "@mosaic_gpu" not in text, "the output itself is not used"
+    cache_programs.assert_is_cached(_lowered(grad=True), "@mosaic_gpu")
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs several devices")
 def test_a_program_that_the_compiler_splits_uses_cached():
     """A kernel there would gather the cache of all devices, without a word."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
-    text = _lowered(NamedSharding(mesh, P("data")))
-    assert "@mosaic_gpu" not in text
-    assert "stablehlo.dot_general" in text
+    cache_programs.assert_is_cached(_lowered(sharding=NamedSharding(mesh, P("data"))), "@mosaic_gpu")
 
 
 def _call(query=(2, 3, 4, 64), dtype="bfloat16", kv_heads=2, size=128, value_dim=None, cache_dtype=None, **options):

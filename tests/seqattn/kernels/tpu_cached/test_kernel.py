@@ -13,18 +13,18 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from seqattn.attention import attend_columns
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels import cached, tpu_cached
 from seqattn.kernels.call import Call, Columns
 from seqattn.kernels.dispatch import explain_call
+from seqattn.kernels.tpu_cached import plan as plans
 from seqattn.kernels.tpu_cached.forward import codes, steps_of
 from seqattn.kernels.tpu_cached.plan import Plan
 from seqattn.masks import Causal
 from seqattn.nn import KeyColumns, KeyValue
 from seqattn.score_mods import Alibi
-from tests import oracle
+from tests import cache_programs, oracle
 from tests.contract import close, small_tpu_tiles
 
 B, S, K, H, V = 4, 11, 2, 5, 7
@@ -78,6 +78,29 @@ def test_equals_the_oracle_for_rows_of_any_length(length, group, dtypes, value_d
     close(np.where(seen, lse, 0), np.where(seen, expected.lse, 0))
     assert not seen[2].any()
     assert (np.asarray(lse)[~seen] == np.finfo(np.float32).min).all(), "rows that see nothing"
+
+
+@pytest.mark.parametrize(
+    ("by_head", "value_dim"), [(False, 128), (True, V)], ids=["one_mask_and_values_in_rows", "masks_of_heads"]
+)
+def test_heads_that_do_not_fit_into_one_step_take_several(monkeypatch, by_head, value_dim):
+    """Each key head has its own queries, keys, values, marks and results."""
+    query, columns, visible, arrays = _case(value_dim=value_dim)
+    whole = Plan.of(Call(query, None, None, *[None] * 8, columns=columns), interpret=True)
+    # As small tiles are, so that one head fits.
+    alone = dataclasses.replace(whole, tile=4, heads=1)
+    monkeypatch.setattr(plans, "_MOST_BYTES", alone.bytes)
+    pairs = np.asarray(visible)[:, None]
+    if by_head:
+        pairs = pairs & (np.arange(S) % 4 != np.arange(4)[:, None, None])
+    call = Call.of_columns(query, columns, **UNUSED | {"mask": jnp.asarray(pairs)})
+    with small_tpu_tiles():
+        assert Plan.of(call, interpret=True) == alone
+        output, lse = _interpreted(call)
+    expected = oracle.attention(*arrays, visible=pairs)
+    close(output, expected.output)
+    seen = np.isfinite(expected.lse)
+    close(np.where(seen, lse, 0), np.where(seen, expected.lse, 0))
 
 
 def test_without_a_mask_every_slot_is_seen():
@@ -144,20 +167,9 @@ def test_keys_that_are_not_finite_make_nan_of_the_rows_that_see_them(of_heads):
 
 def test_gradients_are_those_of_cached():
     query, columns, visible, _ = _case()
-
-    def loss(kernel, query, key, value, scale):
-        scaled = lambda call: kernel(dataclasses.replace(call, scale=scale))  # noqa: E731
-        output, lse = _attend(query, Columns(key, value, columns.finite), visible, scaled)
-        return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.where(lse > -1e30, jnp.cos(lse), 0))
-
-    given = query, columns.key, columns.value, jnp.float32(0.3)
-    found, expected = (
-        jax.jit(jax.value_and_grad(functools.partial(loss, kernel), argnums=(0, 1, 2, 3)))(*given)
-        for kernel in (_interpreted, cached.attend)
+    cache_programs.assert_gradients_of_cached(
+        _interpreted, query, columns, 0.3, lambda query, columns, kernel: _attend(query, columns, visible, kernel)
     )
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        close(a, b)
-    assert all(np.any(x) for x in found[1])
 
 
 def test_forward_mode_is_refused():
@@ -166,37 +178,15 @@ def test_forward_mode_is_refused():
         jax.jvp(lambda query: _attend(query, columns, visible)[0], (query,), (query,))
 
 
-LARGE = {"query": (2, 1, 8, 64), "key": (2, 2, 64, 1500), "value": (2, 2, 1500, 64), "finite": (2, 1500)}
-
-
-def _lowered(shardings=None, implementation=None, grad=False, vmap=False):
-    """A step over a cache of 1,500 slots, of which a number is filled that is known at run time only."""
-    dtypes, more = dict.fromkeys(LARGE, jnp.bfloat16) | {"finite": bool}, (3,) * vmap
-    given = {
-        name: jax.ShapeDtypeStruct((*more, *shape), dtypes[name], sharding=shardings) for name, shape in LARGE.items()
-    }
-    filled = jax.ShapeDtypeStruct((*more, 2, 1), jnp.int32, sharding=shardings)
-
-    def step(given, filled):
-        columns = Columns(given["key"], given["value"], given["finite"])
-        at = {"q_at": Coordinates(filled, jnp.ones_like(filled)), "kv_at": Coordinates.range(1500)}
-        return attend_columns(given["query"], columns, mask=Causal(), **at, implementation=implementation)
-
-    def loss(given, filled):
-        floats = {name: x for name, x in given.items() if name != "finite"}
-        total = lambda floats: jnp.sum(step(given | floats, filled).astype(jnp.float32))  # noqa: E731
-        return jax.grad(total)(floats)
-
-    function = loss if grad else step
-    traced = jax.jit(jax.vmap(function) if vmap else function).trace(given, filled)
-    return traced.lower(lowering_platforms=("tpu",)).as_text()
+def _lowered(implementation=None, **options):
+    return cache_programs.lowered("tpu", 1500, implementation, **options)
 
 
 def test_it_serves_a_step_on_a_tpu_by_default():
     text = _lowered()
     assert text.count("tpu_custom_call") == 1
     assert "stablehlo.dot_general" not in text
-    assert "tpu_custom_call" not in _lowered(implementation="cached")
+    assert "tpu_custom_call" not in _lowered("cached")
 
 
 def test_it_lowers_under_vmap():
@@ -204,18 +194,14 @@ def test_it_lowers_under_vmap():
 
 
 def test_its_backward_pass_is_that_of_cached():
-    text = _lowered(grad=True)
-    assert "stablehlo.dot_general" in text
-    assert "tpu_custom_call" not in text, "the output itself is not used"
+    cache_programs.assert_is_cached(_lowered(grad=True), "tpu_custom_call")
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs several devices")
 def test_a_program_that_the_compiler_splits_uses_cached():
     """JAX refuses a kernel there, and nothing tells that while the step is traced."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
-    text = _lowered(NamedSharding(mesh, P("data")))
-    assert "tpu_custom_call" not in text
-    assert "stablehlo.dot_general" in text
+    cache_programs.assert_is_cached(_lowered(sharding=NamedSharding(mesh, P("data"))), "tpu_custom_call")
 
 
 def _refusal(query=(2, 3, 4, 8), dtype="float32", platform="tpu", kv_heads=2, size=9, **options):
