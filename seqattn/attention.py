@@ -173,6 +173,7 @@ def attend_columns(
     score_mod: ScoreModLike = None,
     q_at: Coordinates | None = None,
     kv_at: Coordinates | None = None,
+    scale: float | Array | None = None,
     dropout: Dropout | None = None,
     implementation: str | Sequence[str] | None = None,
     split: Split | None = None,
@@ -192,7 +193,8 @@ def attend_columns(
     >>> print(attend_columns(jnp.ones((1, 1, 1, 2)), columns)[0, 0, 0])
     [1.]
     """
-    call = Call.of_columns(query, columns, mask=mask, score_mod=score_mod, q_at=q_at, kv_at=kv_at, dropout=dropout)
+    located: dict[str, Any] = {"mask": mask, "score_mod": score_mod, "q_at": q_at, "kv_at": kv_at}
+    call = Call.of_columns(query, columns, **located, scale=scale, dropout=dropout)
     return serve(implementation, call, split)[0]
 
 

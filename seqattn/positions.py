@@ -32,7 +32,14 @@ def angular_frequencies(dim: int, *, base: float = 10_000.0) -> Float[Array, "ha
     return jnp.exp(jnp.arange(0, dim, 2, dtype=jnp.float32) * (-math.log(base) / dim))
 
 
-def sinusoidal(position: Int[Array, "*shape"], dim: int, *, base: float = 10_000.0) -> Float[Array, "*shape dim"]:
+def sinusoidal(
+    position: Int[Array, "*shape"],
+    dim: int,
+    *,
+    base: float = 10_000.0,
+    frequencies: Float[Array, "half"] | None = None,
+    interleaved: bool = True,
+) -> Float[Array, "*shape dim"]:
     """Returns the sine and cosine of positions at `dim / 2` wavelengths, interleaved (Vaswani 2017, section 3.5).
 
     `PE(pos, 2i) = sin(pos / base ** (2i / dim))` and `PE(pos, 2i + 1) = cos(pos / base ** (2i / dim))`.
@@ -41,12 +48,14 @@ def sinusoidal(position: Int[Array, "*shape"], dim: int, *, base: float = 10_000
         position: integers of any shape.
         dim: the number of features, even and at least 2.
         base: see `angular_frequencies`.
+        frequencies: `[dim / 2]`, in radians per position, used instead of `base`.
+        interleaved: if False, all sines come before all cosines.
 
     Returns:
         `[*shape, dim]` float32.
 
     Raises:
-        ValueError: `dim` is odd or below 2, or `base` is not positive.
+        ValueError: `dim` is odd or below 2, `base` is not positive, or `frequencies` is not `[dim / 2]`.
 
     For d_model 6 at positions 0, 1 and 2:
 
@@ -56,11 +65,13 @@ def sinusoidal(position: Int[Array, "*shape"], dim: int, *, base: float = 10_000
      [ 0.8415  0.5403  0.0464  0.9989  0.0022  1.    ]
      [ 0.9093 -0.4161  0.0927  0.9957  0.0043  1.    ]]
     """
-    speed = angular_frequencies(dim, base=base)
+    speed = angular_frequencies(dim, base=base) if frequencies is None else frequencies
+    if speed.shape != (dim // 2,) or dim % 2:
+        raise ValueError(f"dim ({dim}) must be twice the number of frequencies, got frequencies {speed.shape}")
 
     def one(index: Int[Array, ""]) -> Float[Array, "dim"]:
         phase = index.astype(jnp.float32) * speed
-        return jnp.stack([jnp.sin(phase), jnp.cos(phase)], axis=-1).reshape(dim)
+        return jnp.stack([jnp.sin(phase), jnp.cos(phase)], axis=-1 if interleaved else 0).reshape(dim)
 
     return jnp.vectorize(one, signature="()->(d)")(jnp.asarray(position))
 

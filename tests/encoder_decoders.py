@@ -31,7 +31,17 @@ from seqattn.models import (
     TransformerConfig,
     Window,
 )
-from seqattn.nn import Activation, BlockConfig, Cell, Direction, MixtureConfig, Monotonic, Predictive, Score
+from seqattn.nn import (
+    Activation,
+    BlockConfig,
+    Cell,
+    Direction,
+    MixtureConfig,
+    Monotonic,
+    Predictive,
+    Score,
+    YarnScaling,
+)
 from tests.parameters import drawn
 
 V, B, S, T = 13, 4, 7, 5
@@ -40,6 +50,18 @@ RICH = dataclasses.replace(
     BLOCK, num_heads=6, num_kv_heads=3, activation=Activation.GELU, gated=True, norm_first=True, qk_norm=True
 )
 MIXED = dataclasses.replace(BLOCK, mixture=MixtureConfig(num_experts=3, top_k=2, capacity_factor=0.1))
+# What T5, BART and Gemma 2 add to a block.
+CAPPED = dataclasses.replace(
+    RICH,
+    attention_head_dim=4,
+    attention_scale=0.7,
+    attention_soft_cap=1.5,
+    output_bias=True,
+    feed_forward_bias=False,
+    norm_outputs=True,
+    rms_norm=True,
+    norm_bias=False,
+)
 TRANSFORMER = TransformerConfig(V, num_encoder_layers=1, num_decoder_layers=1, block=BLOCK)
 LANGUAGE = LanguageModelConfig(V, num_layers=2, block=BLOCK)
 SEQ2SEQ = Seq2SeqConfig(V, embedding_dim=5, hidden_dim=6, dropout_rate=0.5)
@@ -53,6 +75,25 @@ CONFIGS = {
     "transformer_alibi_window": dataclasses.replace(TRANSFORMER, positions=LinearBiases(), decoder_window=3),
     "transformer_buckets": dataclasses.replace(TRANSFORMER, positions=BucketBiases(8, 6)),
     "transformer_relative": dataclasses.replace(TRANSFORMER, positions=RelativeKeys(3), num_decoder_layers=2),
+    "transformer_two_blocks_own_logits": dataclasses.replace(
+        TRANSFORMER,
+        positions=BucketBiases(8, 6),
+        block=CAPPED,
+        decoder_block=dataclasses.replace(CAPPED, hidden_dim=7, num_heads=4, num_kv_heads=None),
+        embedding_scale=1.0,
+        norm_embedding=True,
+        tie_logits=False,
+        logits_scale=0.5,
+    ),
+    "language_caps_scaled_rotary": dataclasses.replace(
+        LANGUAGE,
+        positions=Rotary(50.0, YarnScaling(2.0, 8), fraction=0.5, interleaved=True),
+        block=CAPPED,
+        pattern=(Window(3), Full()),
+        embedding_scale=2.0,
+        tie_logits=False,
+        logits_soft_cap=2.0,
+    ),
     "language_learned_norm_first": dataclasses.replace(LANGUAGE, positions=Learned(23), block=RICH),
     "language_local_compressed_rotary": dataclasses.replace(
         LANGUAGE, positions=Rotary(50.0), pattern=(Local(5), Compressed(2), Window(4)), num_layers=3
@@ -101,9 +142,13 @@ SELDOM = {
     *("seq2seq_lstm_both_general", "seq2seq_simple_forward_dot_feeding", "seq2seq_local_monotonic"),
     *("transformer_relative", "language_learned_norm_first", "language_mixture", "recurrent_language_lstm"),
     "seq2seq_local_predictive_attention_encoder",
+    *("transformer_two_blocks_own_logits", "language_caps_scaled_rotary"),
     *("recurrent_language_tied", "transformer_learned_own_tables", "seq2seq_lstm_backward_no_attention"),
 }
-CACHED = {"transformer_window", "language_music", "seq2seq_local_monotonic", "recurrent_language_lstm"}
+CACHED = {
+    *("transformer_window", "language_music", "seq2seq_local_monotonic", "recurrent_language_lstm"),
+    *("transformer_two_blocks_own_logits", "language_caps_scaled_rotary"),
+}
 """Of these the caches that the usual ones do not have."""
 most_models = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in SELDOM else ()) for name in CONFIGS]

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from seqattn.interop import marian_config, to_marian
-from seqattn.models.transformer import Transformer
+from seqattn.interop import model_type
+from seqattn.interop.huggingface import huggingface_config, to_huggingface
 
 END = 0
 _NEVER = -1e9  # a logit: effectively forbidden, without the -inf that some libraries mishandle
@@ -71,12 +71,18 @@ class RandomMarian:
         }
         tokens = {"eos_token_id": END, "pad_token_id": sizes.pad_token, "decoder_start_token_id": sizes.pad_token}
         others = {"activation_function": "relu", "scale_embedding": True, "forced_eos_token_id": None}
-        return {"vocab_size": sizes.vocab_size, "d_model": sizes.model_dim} | sides | tokens | others
+        return (
+            {"model_type": "marian", "vocab_size": sizes.vocab_size, "d_model": sizes.model_dim}
+            | sides
+            | tokens
+            | others
+        )
 
     @functools.cached_property
     def arrays(self) -> dict[str, np.ndarray]:
         """Float32 parameters by Marian's names; the same in every process."""
-        names = to_marian(Transformer(marian_config(self.config), rngs=nnx.Rngs(0)))
+        config = huggingface_config(self.config)
+        _, names = to_huggingface(model_type(config)(config, rngs=nnx.Rngs(0)), "marian")
         random = np.random.default_rng(_SEED)
         arrays = {name: _draw(name, names[name].shape, random) for name in sorted(names)}
         # As in every OPUS-MT model, the start token has a zero embedding. CTranslate2 relies on it.
@@ -94,7 +100,7 @@ def marian_mt(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> An
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    network = transformers.MarianMTModel(transformers.MarianConfig(**config)).eval()
+    network = transformers.MarianMTModel(transformers.MarianConfig.from_dict(dict(config))).eval()
     found = network.load_state_dict({name: torch.from_numpy(x) for name, x in arrays.items()}, strict=False)
     # The rest are sinusoids and aliases of the shared table.
     missing = [name for name in found.missing_keys if "embed_" not in name and name != "lm_head.weight"]

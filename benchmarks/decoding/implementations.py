@@ -14,7 +14,7 @@ from benchmarks.bench.program import Program, compiled, there_already
 from benchmarks.decoding.case import DecodingCase
 from seqattn.coordinates import Coordinates
 from seqattn.decoding import AverageLength, Stopping, beam_search, generate
-from seqattn.interop import from_marian
+from seqattn.interop.huggingface import from_huggingface
 from seqattn.models.transformer import Transformer
 
 Translator = Callable[[DecodingCase], Program]
@@ -29,7 +29,7 @@ Raises ImportError if the library is not installed, NotImplementedError if it do
 
 def seqattn(model: RandomMarian) -> Translator:
     """`generate` and `beam_search` over our Transformer, compiled once with the parameters as arguments."""
-    transformer = from_marian(model.config, model.arrays)
+    transformer = from_huggingface(model.config, model.arrays)
     graph, parameters = nnx.split(transformer)
 
     def prepare(case: DecodingCase) -> Program:

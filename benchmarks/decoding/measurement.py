@@ -19,7 +19,7 @@ from benchmarks.decoding.case import DecodingCase
 from benchmarks.decoding.implementations import NAMES, PEERS, Translator
 from benchmarks.decoding.record import Agreement, DecodingRecord
 from seqattn.coordinates import Coordinates
-from seqattn.interop import from_marian
+from seqattn.interop.huggingface import from_huggingface
 from seqattn.models.transformer import Transformer
 
 DecodingAttempt = Attempt[DecodingRecord]
@@ -99,7 +99,7 @@ def scores(model: RandomMarian, case: DecodingCase, tokens: np.ndarray) -> np.nd
     source = jnp.asarray(case.sources())
     start = jnp.full((case.batch, 1), case.sizes.pad_token)
     target = jnp.concatenate([start, jnp.asarray(tokens)[:, :-1]], axis=1)
-    logits = _decode(from_marian(model.config, model.arrays), source, target)
+    logits = _decode(from_huggingface(model.config, model.arrays), source, target)
     log_probabilities = jax.nn.log_softmax(logits)
     return np.asarray(jnp.take_along_axis(log_probabilities, jnp.asarray(tokens)[..., None], axis=-1).mean(axis=(1, 2)))
 

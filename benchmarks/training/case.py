@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.bench.marian import END, RandomMarian, Sizes
-from seqattn.interop import from_marian
+from seqattn.interop.huggingface import from_huggingface
 from seqattn.nn import with_implementation
 from train.data.batches import Batch, collate, filled
 from train.objectives.sequences import SequenceToSequence
@@ -83,7 +83,7 @@ def tokens(batch: Batch) -> int:
 
 def operations(case: TrainingCase, weights: dict[str, np.ndarray]) -> float:
     """Returns the forward operations of our loss's products per padded token: F of `train.engine.meter.Meter`."""
-    graph, parameters = nnx.split(from_marian(case.config, weights))
+    graph, parameters = nnx.split(from_huggingface(case.config, weights))
 
     def loss(parameters: nnx.State, batch: dict[str, jax.Array]) -> Any:
         # Other kernels loop over tiles, and the number of iterations is unknown to the operation count.

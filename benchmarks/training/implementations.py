@@ -16,7 +16,7 @@ from benchmarks.bench.marian import marian_mt
 from benchmarks.bench.program import Program, there_already
 from benchmarks.training.case import TrainingCase
 from benchmarks.training.torch_transformer import torch_transformer
-from seqattn.interop import from_marian
+from seqattn.interop.huggingface import from_huggingface
 from train.devices.parallel import Replicated
 from train.objectives.sequences import SequenceToSequence
 from train.update.optimizer import AdamW, Optimizer
@@ -40,7 +40,7 @@ _IGNORED = -100  # torch's label for positions without a target
 def seqattn(case: TrainingCase, weights: Mapping[str, np.ndarray], part: str) -> Program:
     """The objective and update of `python -m train` on one device, without clipping; donates the state."""
     optimizer = Optimizer(ADAMW, Constant(RATE), clip_norm=None).make(steps=1)
-    graph, state = start(from_marian(case.config, weights), optimizer)
+    graph, state = start(from_huggingface(case.config, weights), optimizer)
     if part != UPDATE:
         return _before_update(case, graph, state.params, part)
     settings: dict[str, Any] = {"seed": 0, "label_smoothing": case.label_smoothing}

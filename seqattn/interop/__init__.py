@@ -1,6 +1,5 @@
 """Models as JSON values and named arrays, and conversion from and to other libraries. Opens no files."""
 
-from seqattn.interop.marian import from_marian, marian_config, to_marian
 from seqattn.interop.pytorch import recurrent_from_torch
 from seqattn.interop.saved import ModelConfig, from_arrays, from_dict, model_type, to_arrays, to_dict
 
@@ -8,11 +7,8 @@ __all__ = [
     "ModelConfig",
     "from_arrays",
     "from_dict",
-    "from_marian",
-    "marian_config",
     "model_type",
     "recurrent_from_torch",
     "to_arrays",
     "to_dict",
-    "to_marian",
 ]

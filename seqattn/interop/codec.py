@@ -47,8 +47,8 @@ def to_json(value: Any, annotation: Any, path: str = "config") -> Any:
             `type`; names the field.
 
     >>> import seqattn.models
-    >>> to_json(seqattn.models.Rotary(500.0), seqattn.models.Rotary)
-    {'type': 'Rotary', 'base': 500.0}
+    >>> to_json(seqattn.models.Learned(64), seqattn.models.Learned)
+    {'type': 'Learned', 'max_length': 64}
     """
     kind = type(value)
     if dataclasses.is_dataclass(kind):

@@ -44,7 +44,7 @@ _LARGEST = 2**31 - 1
 _MOST_LAYERS = 256
 """Also the maximum number of items in a list. Even shapes alone take seconds for this many layers."""
 _LAYERS = ("num_layers", "num_encoder_layers", "num_decoder_layers")
-_MAY_BE_ZERO = (*_LAYERS, "vocab_size", "radius")
+_MAY_BE_ZERO = (*_LAYERS, "vocab_size", "radius", "first")
 _MOST_SHOWN = 12
 
 
@@ -63,10 +63,10 @@ def to_dict(config: ModelConfig) -> dict[str, Any]:
     Raises:
         ValueError: the config has a type or a value that `from_dict` would reject.
 
-    >>> from seqattn.models import Rotary
-    >>> values = to_dict(LanguageModelConfig(11, num_layers=1, positions=Rotary(base=500.0)))
+    >>> from seqattn.models import Learned
+    >>> values = to_dict(LanguageModelConfig(11, num_layers=1, positions=Learned(64)))
     >>> values["type"], values["positions"], values["block"]["activation"]
-    ('LanguageModelConfig', {'type': 'Rotary', 'base': 500.0}, {'type': 'Activation', 'value': 'relu'})
+    ('LanguageModelConfig', {'type': 'Learned', 'max_length': 64}, {'type': 'Activation', 'value': 'relu'})
     """
     try:
         values: dict[str, Any] = to_json(config, ModelConfig)
@@ -96,7 +96,7 @@ def from_dict(values: Any, *, max_parameters: int = 1_000_000_000) -> ModelConfi
     ValueError: config.num_layers must be an integer, got True
     """
     config: ModelConfig = from_json(values, ModelConfig, check=_check_limits)
-    leaves = jax.tree.leaves(_empty(config, jnp.float32))
+    leaves = jax.tree.leaves(empty_model(config, jnp.float32))
     count = sum(math.prod(leaf.shape) for leaf in leaves)
     if count > max_parameters:
         raise ValueError(f"config has {count:,} parameters, and max_parameters is {max_parameters:,}")
@@ -128,7 +128,7 @@ def from_arrays(
     Raises:
         ValueError: arrays are missing, unknown, or of the wrong shape or dtype; names them.
     """
-    graph, state = nnx.split(_empty(config, param_dtype))
+    graph, state = nnx.split(empty_model(config, param_dtype))
     _check(arrays, {_name(path): leaf for path, leaf in nnx.to_flat_state(state)})
 
     def fill(path: tuple[str | int, ...], empty: nnx.Variable) -> nnx.Variable:
@@ -145,8 +145,12 @@ class _OneKey(nnx.Rngs):
         return jax.random.key(0)
 
 
-def _empty(config: ModelConfig, param_dtype: DTypeLike) -> nnx.Module:
-    """Returns the model with shapes and dtypes in place of its parameters."""
+def empty_model(config: ModelConfig, param_dtype: DTypeLike) -> nnx.Module:
+    """Returns the model of a config with shapes and dtypes in place of its parameters.
+
+    Raises:
+        ValueError: the sizes of the config do not fit together.
+    """
     kind = model_type(config)
     try:
         return nnx.eval_shape(lambda: kind(config, param_dtype=param_dtype, rngs=_OneKey(0)))

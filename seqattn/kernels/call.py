@@ -158,6 +158,7 @@ class Call:
         q_at: Coordinates | None,
         kv_at: Coordinates | None,
         dropout: Dropout | None,
+        scale: float | Array | None = None,
     ) -> "Call":
         """Returns the call of queries `[B, T, N, H]` to keys and values in the layout of a cache.
 
@@ -168,7 +169,7 @@ class Call:
         mod = None if score_mod is None else ScoreMod.of(score_mod)
         size = columns.key.shape[3]
         located = locate(query.shape, (query.shape[0], size, 1, 1), mask, None, q_at, kv_at, mod)
-        scale, rows = scale_of(None, query.shape[-1]), None
+        scale, rows = scale_of(scale, query.shape[-1]), None
         if mod is not None:
             mod, rows = for_kernel(mod, query, scale, located["q_at"], located["kv_at"])
         given = {"score_mod": mod, "rows": rows, "scale": scale, "dropout": dropout, "columns": columns}

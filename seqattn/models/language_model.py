@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from seqattn.checks import check_sizes
+from seqattn.checks import check_number, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import drop, split
 from seqattn.hypotheses import Shared
@@ -19,6 +19,7 @@ from seqattn.models.stack import Attention, Full, Stack
 from seqattn.nn.blocks import BlockConfig
 from seqattn.nn.cache import Cache
 from seqattn.nn.embedding import TokenEmbedding
+from seqattn.nn.linear import Linear
 from seqattn.pytrees import pytree
 
 
@@ -36,6 +37,12 @@ class LanguageModelConfig:
     """Position encoding. If None, only the causal mask carries information about order."""
     pattern: tuple[Attention, ...] = (Full(),)
     """What each layer attends to, repeated over the layers."""
+    embedding_scale: float | None = None
+    """Factor of token vectors. If None, `sqrt(model_dim)` (Vaswani 2017, section 3.4); GPT-2 has 1."""
+    tie_logits: bool = True
+    """If False, logits have a table of their own, in place of that of the tokens."""
+    logits_soft_cap: float | None = None
+    """Limits logits to `cap * tanh(logits / cap)` (Gemma 2: Gemma Team 2024). If None, they have no limit."""
 
 
 @pytree
@@ -96,10 +103,14 @@ class LanguageModel(nnx.Module):
         position_encodings.check_positions(config.positions, config.block.model_dim)
         self.config = config
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
-        self.embedding = TokenEmbedding(config.vocab_size, config.block.model_dim, **sizes)
-        self.learned = position_encodings.table(config.positions, config.block.model_dim, **sizes)
+        dim = config.block.model_dim
+        self.embedding = TokenEmbedding(config.vocab_size, dim, scale=config.embedding_scale, **sizes)
+        self.learned = position_encodings.table(config.positions, dim, **sizes)
         choices: dict[str, Any] = {"positions": config.positions, "pattern": config.pattern}
         self.stack = Stack(config.block, config.num_layers, causal=True, **choices, **sizes)
+        self.output = None if config.tie_logits else Linear(dim, config.vocab_size, use_bias=False, **sizes)
+        if config.logits_soft_cap is not None:
+            check_number("logits_soft_cap", config.logits_soft_cap, above=0)
 
     def encode(
         self, source: Int[Array, "B S"], source_at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
@@ -127,7 +138,7 @@ class LanguageModel(nnx.Module):
         keys = split(dropout_key, 2)
         x, at = self._stream(target, target_at, memory)
         x = self.stack(drop(x, self.config.block.dropout_rate, keys[0]), at, dropout_key=keys[1])
-        return self.embedding.logits(x[:, memory.tokens.shape[1] :])
+        return self._logits(x[:, memory.tokens.shape[1] :])
 
     def room(self, source_length: int) -> int | None:
         """Returns the number of learned positions that a prefix of `source_length` tokens leaves for the target.
@@ -159,7 +170,7 @@ class LanguageModel(nnx.Module):
         at = Coordinates(state.position[:, None] + new.position, state.segment.value[:, None] * new.segment)
         x, caches = self.stack.extend(self._embed(tokens, at), at, state.caches)
         position = state.position + jnp.asarray(lengths, jnp.int32)
-        return self.embedding.logits(x), LanguageModelState(caches, state.segment, position)
+        return self._logits(x), LanguageModelState(caches, state.segment, position)
 
     def step(
         self, tokens: Int[Array, "R"], state: LanguageModelState
@@ -185,7 +196,7 @@ class LanguageModel(nnx.Module):
         position = state.position.reshape(beams)
         at = Coordinates(position, jnp.broadcast_to(segment[:, None], position.shape))
         x, caches = self.stack.extend(self._embed(tokens.reshape(beams), at), at, state.caches)
-        logits = self.embedding.logits(x)
+        logits = self._logits(x)
         return logits.reshape(*tokens.shape, logits.shape[-1]), LanguageModelState(
             caches, state.segment, state.position + 1
         )
@@ -220,3 +231,8 @@ class LanguageModel(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "B T"], at: Coordinates) -> Float[Array, "B T D"]:
         return position_encodings.embed(self.embedding, self.learned, self.config.positions, tokens, at)
+
+    def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        logits = self.embedding.logits(x) if self.output is None else self.output(x)
+        cap = self.config.logits_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -4,18 +4,20 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from seqattn.checks import check_even, check_sizes
+from seqattn.checks import check_even, check_integer, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
 from seqattn.nn.initializers import normal
 from seqattn.nn.parameter_rule import Kind, ParameterRule
+from seqattn.nn.rotary import Rotary
 from seqattn.positions import sinusoidal
 from seqattn.score_mod import ScoreMod
-from seqattn.score_mods import Alibi, RelativeBuckets, RelativePositions
+from seqattn.score_mods import Alibi, RelativeBuckets, RelativePositions, SoftCap
 
 RULES = (
     # `[layers, distances, (heads,) H]`: too small to split. The general rule for biases matches the bias of buckets.
@@ -25,7 +27,29 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class Sinusoidal:
-    """Adds sines and cosines of the position to token vectors (Vaswani 2017, section 3.5)."""
+    """Adds sines and cosines of the position to token vectors (Vaswani 2017, section 3.5).
+
+    >>> x = Sinusoidal(interleaved=False, last=True, first=1)(jnp.arange(2), 4)
+    >>> print(np.asarray(x).round(2))
+    [[ 0.84  0.    0.54  1.  ]
+     [ 0.91  0.   -0.42  1.  ]]
+    """
+
+    interleaved: bool = True
+    """If True, sines and cosines take turns (Vaswani 2017). If False, all sines come first (tensor2tensor)."""
+    last: bool = False
+    """If True, the lowest frequency is `1 / 10000` (tensor2tensor). If False, it is one step higher (Vaswani 2017)."""
+    first: int = 0
+    """Number that the first token of a text has."""
+
+    def __call__(self, position: Int[Array, "*shape"], dim: int) -> Float[Array, "*shape dim"]:
+        """Returns the vectors `[*shape, dim]` of positions, float32."""
+        frequencies = None
+        if self.last:
+            # From 1 to 1 / 10000, both included.
+            frequencies = jnp.asarray(10_000.0 ** -np.linspace(0, 1, dim // 2), jnp.float32)
+        moved = position + self.first if self.first else position
+        return sinusoidal(moved, dim, frequencies=frequencies, interleaved=self.interleaved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +58,6 @@ class Learned:
 
     max_length: int = 512
     """Positions 0 to `max_length - 1` exist. Any other position is an error."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rotary:
-    """RoPE: rotates the queries and keys of self-attention by their positions (Su 2021)."""
-
-    base: float = 10_000.0
-    """The longest wavelength is about `2 pi base` positions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +97,11 @@ def check_positions(positions: Positions, model_dim: int) -> None:
     """Checks that a model of this size can have these positions.
 
     Raises:
-        ValueError: sinusoidal positions with an odd `model_dim`.
+        ValueError: sinusoidal positions with an odd `model_dim`, or with a negative `first`.
     """
     if isinstance(positions, Sinusoidal):
         check_even("model_dim", model_dim, " for sinusoidal positions")
+        check_integer("first", positions.first, 0)
 
 
 def table(
@@ -126,17 +143,17 @@ def add(
     if learned is not None:
         return x + learned(position)
     if isinstance(positions, Sinusoidal):
-        return x + sinusoidal(position, x.shape[-1]).astype(x.dtype)
+        return x + positions(position, x.shape[-1]).astype(x.dtype)
     return x
 
 
-def rotary_base(positions: Positions) -> float | None:
-    """Returns the base of the rotation of queries and keys, or None if they are not rotated."""
-    return positions.base if isinstance(positions, Rotary) else None
+def rotary(positions: Positions) -> Rotary | None:
+    """Returns the rotation of queries and keys, or None if they are not rotated."""
+    return positions if isinstance(positions, Rotary) else None
 
 
 class PositionScores(nnx.Module):
-    """Score modifications of a stack of self-attention layers for relative positions. Other choices modify nothing.
+    """Score modifications of a stack of self-attention layers: relative positions, if any, then the soft cap, if any.
 
     One module serves all layers, so that a table they share stays one parameter.
 
@@ -146,6 +163,7 @@ class PositionScores(nnx.Module):
         num_heads: N, the number of heads of each attention.
         head_dim: H, the size of a head.
         bidirectional: whether queries see later keys.
+        soft_cap: limits scores, as `SoftCap` does. If None, they have no limit.
         param_dtype: dtype of the tables.
         rngs: initialises the tables (normal, standard deviation 0.02; zeros for T5's biases) and is not kept.
 
@@ -165,10 +183,12 @@ class PositionScores(nnx.Module):
         num_heads: int,
         head_dim: int,
         bidirectional: bool,
+        soft_cap: float | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         self.positions, self.bidirectional = positions, bidirectional
+        self.soft_cap = None if soft_cap is None else SoftCap(soft_cap)
         bias, tables = None, None
         if isinstance(positions, BucketBiases):
             _check_buckets(positions, 2 if bidirectional else 1)
@@ -184,6 +204,12 @@ class PositionScores(nnx.Module):
 
     def of(self, layer: int) -> ScoreMod | None:
         """Returns the score modification of the self-attention of layer `layer`, counted from 0; None for none."""
+        by_position = self._by_position(layer)
+        if by_position is None or self.soft_cap is None:
+            return self.soft_cap if by_position is None else by_position
+        return by_position.then(self.soft_cap)
+
+    def _by_position(self, layer: int) -> ScoreMod | None:
         if isinstance(self.positions, LinearBiases):
             return Alibi()
         if isinstance(self.positions, BucketBiases) and self.bias is not None:

@@ -16,7 +16,7 @@ from seqattn.mask import Mask
 from seqattn.masks import Causal, SameBlock, SameSegment, SlidingWindow
 from seqattn.models.block_masks import BlockMasks
 from seqattn.models.layer_loop import run_layers
-from seqattn.models.position_encodings import Positions, PositionScores, rotary_base
+from seqattn.models.position_encodings import Positions, PositionScores, rotary
 from seqattn.nn.blocks import BlockConfig, EncoderBlock
 from seqattn.nn.cache import Cache, RingCache, StaticCache
 from seqattn.nn.compressed import CompressedCache
@@ -106,7 +106,7 @@ class Stack(nnx.Module):
                 EncoderBlock(
                     block,
                     mask=_mask(attention, causal),
-                    rotary_base=rotary_base(positions),
+                    rotary=rotary(positions),
                     stride=attention.stride if isinstance(attention, Compressed) else None,
                     **sizes,
                 )
@@ -114,6 +114,7 @@ class Stack(nnx.Module):
             ]
         )
         heads: dict[str, Any] = {"num_heads": block.num_heads, "head_dim": block.head_dim}
+        heads |= {"soft_cap": block.attention_soft_cap}
         self.scores = PositionScores(positions, num_layers, **heads, bidirectional=not causal, **sizes)
         # With pre-norm blocks, nothing has normalised the output of the last block (Xiong 2020).
         self.norm = block.norm(**sizes) if block.norm_first else None

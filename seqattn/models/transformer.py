@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from seqattn.checks import check_integer, check_sizes
+from seqattn.checks import check_integer, check_number, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import drop, split
 from seqattn.hypotheses import Shared
@@ -20,8 +20,9 @@ from seqattn.models.layer_loop import run_layers
 from seqattn.models.position_encodings import Positions, PositionScores, Sinusoidal
 from seqattn.nn.blocks import BlockConfig, DecoderBlock, EncoderBlock
 from seqattn.nn.cache import Cache, RingCache, StaticCache
-from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
+from seqattn.nn.embedding import TokenEmbedding
 from seqattn.nn.key_value import KeyColumns, KeyValue
+from seqattn.nn.linear import Linear
 from seqattn.pytrees import pytree
 from seqattn.score_mod import ScoreMod
 
@@ -46,6 +47,16 @@ class TransformerConfig:
     """If True, adds a trained bias for each token to the logits."""
     decoder_window: int | None = None
     """Number of latest target tokens that a target token sees, including itself. If None, it sees all."""
+    decoder_block: BlockConfig | None = None
+    """Sizes and choices of the decoder's blocks. If None, those of `block`; `model_dim` must be the same."""
+    embedding_scale: float | None = None
+    """Factor of token vectors. If None, `sqrt(model_dim)` (Vaswani 2017, section 3.4)."""
+    norm_embedding: bool = False
+    """If True, a norm after token and position vectors are added (BART: Lewis 2020)."""
+    tie_logits: bool = True
+    """If False, logits have a table of their own, in place of that of the target tokens."""
+    logits_scale: float = 1.0
+    """Factor of the vectors from which logits are computed. T5 has `model_dim ** -0.5` (Raffel 2020)."""
 
     @classmethod
     def base(cls, vocab_size: int) -> "TransformerConfig":
@@ -110,7 +121,7 @@ class Transformer(nnx.Module):
 
     Raises:
         ValueError: sizes do not fit, such as heads that do not divide `model_dim` or an odd size for sines or
-            rotations.
+            rotations, or `model_dim` of encoder and decoder differ.
 
     >>> block = BlockConfig(model_dim=6, hidden_dim=8, num_heads=2)
     >>> config = TransformerConfig(vocab_size=11, num_encoder_layers=1, num_decoder_layers=1, block=block)
@@ -127,34 +138,39 @@ class Transformer(nnx.Module):
         check_sizes(num_decoder_layers=config.num_decoder_layers)
         position_encodings.check_positions(positions, dim)
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
-        rotary_base = position_encodings.rotary_base(positions)
-        self.embedding = TokenEmbedding(config.vocab_size, dim, **sizes)
-        self.source_embedding = None if config.share_embeddings else TokenEmbedding(config.vocab_size, dim, **sizes)
+        rotary = position_encodings.rotary(positions)
+        self.decoder_block = decoder_block = config.block if config.decoder_block is None else config.decoder_block
+        if decoder_block.model_dim != dim:
+            raise ValueError(
+                f"model_dim of decoder_block ({decoder_block.model_dim}) must be that of block ({dim}): the decoder "
+                "reads the encoder's vectors"
+            )
+        check_number("logits_scale", config.logits_scale)
+        scaled: dict[str, Any] = {"scale": config.embedding_scale, **sizes}
+        self.embedding = TokenEmbedding(config.vocab_size, dim, **scaled)
+        self.source_embedding = None if config.share_embeddings else TokenEmbedding(config.vocab_size, dim, **scaled)
         self.source_positions = position_encodings.table(positions, dim, **sizes)
         self.target_positions = position_encodings.table(positions, dim, **sizes)
         self.encoder = nnx.List(
             [
-                EncoderBlock(config.block, mask=SameSegment(), rotary_base=rotary_base, **sizes)
+                EncoderBlock(config.block, mask=SameSegment(), rotary=rotary, **sizes)
                 for _ in range(config.num_encoder_layers)
             ]
         )
+        self.source_norm = config.block.norm(**sizes) if config.norm_embedding else None
+        self.target_norm = decoder_block.norm(**sizes) if config.norm_embedding else None
         window = config.decoder_window
         within = Causal() & SameSegment() if window is None else SlidingWindow(window) & SameSegment()
         masks: dict[str, Any] = {"mask": within, "memory_mask": SameSegment()}
         self.decoder = nnx.List(
-            [
-                DecoderBlock(config.block, **masks, rotary_base=rotary_base, **sizes)
-                for _ in range(config.num_decoder_layers)
-            ]
+            [DecoderBlock(decoder_block, **masks, rotary=rotary, **sizes) for _ in range(config.num_decoder_layers)]
         )
-        heads: dict[str, Any] = {"num_heads": config.block.num_heads, "head_dim": config.block.head_dim}
-        layers = (config.num_encoder_layers, config.num_decoder_layers)
-        self.encoder_scores = PositionScores(positions, layers[0], **heads, bidirectional=True, **sizes)
-        self.decoder_scores = PositionScores(positions, layers[1], **heads, bidirectional=False, **sizes)
+        self.encoder_scores = _scores(positions, config.num_encoder_layers, config.block, bidirectional=True, **sizes)
+        self.decoder_scores = _scores(positions, config.num_decoder_layers, decoder_block, bidirectional=False, **sizes)
         # With pre-norm blocks, nothing has normalised the output of the last block (Xiong 2020).
-        final = config.block.norm_first
-        self.encoder_norm = config.block.norm(**sizes) if final else None
-        self.decoder_norm = config.block.norm(**sizes) if final else None
+        self.encoder_norm = config.block.norm(**sizes) if config.block.norm_first else None
+        self.decoder_norm = decoder_block.norm(**sizes) if decoder_block.norm_first else None
+        self.output = None if config.tie_logits else Linear(dim, config.vocab_size, use_bias=False, **sizes)
         self.logits_bias = nnx.Param(jnp.zeros(config.vocab_size, param_dtype)) if config.logits_bias else None
 
     def encode(
@@ -163,6 +179,7 @@ class Transformer(nnx.Module):
         """Encodes source tokens `[B, S]` at their coordinates. Without a dropout key, nothing is dropped."""
         embedding = self.embedding if self.source_embedding is None else self.source_embedding
         x = position_encodings.embed(embedding, self.source_positions, self.config.positions, source, source_at)
+        x = x if self.source_norm is None else self.source_norm(x)
         return self.encode_vectors(x, source_at, dropout_key=dropout_key)
 
     def encode_vectors(
@@ -190,7 +207,7 @@ class Transformer(nnx.Module):
             return block(x, source_at, score_mod=score_mod, block_mask=shared, dropout_key=key)
 
         layers = list(zip(self.encoder, mods, keys[1:], strict=True))
-        x = run_layers(call, x, layers, **self._training)
+        x = run_layers(call, x, layers, **_training(self.config.block))
         x = x if self.encoder_norm is None else self.encoder_norm(x)
         rows = jax.tree.map(lambda field: jnp.broadcast_to(field, x.shape[:-1]), source_at)
         # The source does not change while decoding, so its keys and values are computed once per source, not once per
@@ -208,7 +225,7 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """Computes logits `[B, T, V]` with known targets. See `EncoderDecoder.decode`."""
         keys = split(dropout_key, 1 + len(self.decoder))
-        x = self._embed(self.embedding, self.target_positions, target, target_at, keys[0])
+        x = self._embed(target, target_at, keys[0])
 
         mods = [self.decoder_scores.of(layer) for layer in range(len(self.decoder))]
         attentions = [block.attention for block in self.decoder]
@@ -226,7 +243,7 @@ class Transformer(nnx.Module):
             return block(x, target_at, kv, memory, score_mod=score_mod, **options, dropout_key=key)
 
         layers = list(zip(self.decoder, memory.key_values, mods, keys[1:], strict=True))
-        return self._logits(run_layers(call, x, layers, **self._training))
+        return self._logits(run_layers(call, x, layers, **_training(self.decoder_block)))
 
     def room(self, source_length: int) -> int | None:
         """Returns how many target tokens fit after a source of `source_length` tokens.
@@ -297,7 +314,7 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "B T"], at: Coordinates, state: TransformerState
     ) -> tuple[Float[Array, "B T V"], tuple[Cache, ...]]:
         """Appends tokens to the caches. Returns the logits after them and the next caches."""
-        x = self._embed(self.embedding, self.target_positions, tokens, at, None)
+        x = self._embed(tokens, at, None)
         caches = []
         layers = zip(self.decoder, state.caches, state.memory.value[0], strict=True)
         for layer, (block, cache, memory) in enumerate(layers):
@@ -311,7 +328,7 @@ class Transformer(nnx.Module):
         self, target: Int[Array, "B T"], target_at: Coordinates, memory: TransformerMemory
     ) -> Float[Array, "B L T S"]:
         """Returns the cross-attention weights of every head of every decoder block, `[B, layers * N, T, S]`."""
-        x = self._embed(self.embedding, self.target_positions, target, target_at, None)
+        x = self._embed(target, target_at, None)
         weights = []
         for layer, (block, key_value) in enumerate(zip(self.decoder, memory.key_values, strict=True)):
             kv, score_mod = block.project(x, target_at), self.decoder_scores.of(layer)
@@ -319,21 +336,24 @@ class Transformer(nnx.Module):
             x = block(x, target_at, kv, key_value, score_mod=score_mod)
         return jnp.concatenate(weights, axis=1)
 
-    @property
-    def _training(self) -> dict[str, bool]:
-        return {"remat": self.config.block.remat, "scan": self.config.block.scan_layers}
-
-    def _embed(
-        self,
-        embedding: TokenEmbedding,
-        learned: PositionEmbedding | None,
-        tokens: Array,
-        at: Coordinates,
-        dropout_key: PRNGKeyArray | None,
-    ) -> Array:
-        x = position_encodings.embed(embedding, learned, self.config.positions, tokens, at)
-        return drop(x, self.config.block.dropout_rate, dropout_key)
+    def _embed(self, tokens: Array, at: Coordinates, dropout_key: PRNGKeyArray | None) -> Array:
+        """Returns the vectors of target tokens, from which the decoder starts."""
+        x = position_encodings.embed(self.embedding, self.target_positions, self.config.positions, tokens, at)
+        x = x if self.target_norm is None else self.target_norm(x)
+        return drop(x, self.decoder_block.dropout_rate, dropout_key)
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        logits = self.embedding.logits(x if self.decoder_norm is None else self.decoder_norm(x))
+        x = x if self.decoder_norm is None else self.decoder_norm(x)
+        x = x if self.config.logits_scale == 1 else x * jnp.asarray(self.config.logits_scale, x.dtype)
+        logits = self.embedding.logits(x) if self.output is None else self.output(x)
         return logits if self.logits_bias is None else logits + self.logits_bias[...].astype(logits.dtype)[None, None]
+
+
+def _scores(positions: Positions, num_layers: int, block: BlockConfig, **options: Any) -> PositionScores:
+    """Builds the score modifications of a stack of these blocks."""
+    heads: dict[str, Any] = {"num_heads": block.num_heads, "head_dim": block.head_dim}
+    return PositionScores(positions, num_layers, **heads, soft_cap=block.attention_soft_cap, **options)
+
+
+def _training(block: BlockConfig) -> dict[str, bool]:
+    return {"remat": block.remat, "scan": block.scan_layers}

@@ -12,6 +12,7 @@ from seqattn.nn.mixture import MixtureOfExperts, routings
 from seqattn.nn.multi_head_attention import MultiHeadAttention, with_implementation, with_split
 from seqattn.nn.normalization import BatchNorm, BatchStatistics, BatchSums, Statistic, measurements, move_statistics
 from seqattn.nn.recurrent import Cell, Direction, Recurrent, RecurrentEncoder
+from seqattn.nn.rotary import LinearScaling, Llama3Scaling, Rotary, RotaryScaling, YarnScaling
 from seqattn.nn.routing import MixtureConfig, Routing
 from seqattn.nn.scored_attention import Score, ScoredAttention
 
@@ -31,6 +32,8 @@ __all__ = [
     "FeedForward",
     "KeyColumns",
     "KeyValue",
+    "LinearScaling",
+    "Llama3Scaling",
     "MemoryCompressedAttention",
     "MixtureConfig",
     "MixtureOfExperts",
@@ -46,12 +49,15 @@ __all__ = [
     "RecurrentEncoder",
     "Residual",
     "RingCache",
+    "Rotary",
+    "RotaryScaling",
     "Routing",
     "Score",
     "ScoredAttention",
     "StaticCache",
     "Statistic",
     "TokenEmbedding",
+    "YarnScaling",
     "measurements",
     "move_statistics",
     "routings",

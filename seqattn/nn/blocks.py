@@ -20,6 +20,7 @@ from seqattn.nn.feed_forward import Activation, FeedForward
 from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.nn.mixture import MixtureOfExperts
 from seqattn.nn.multi_head_attention import MultiHeadAttention
+from seqattn.nn.rotary import Rotary
 from seqattn.nn.routing import MixtureConfig
 from seqattn.score_mod import ScoreMod
 
@@ -29,7 +30,8 @@ class BlockConfig:
     """Sizes and choices that all blocks of a model share. The defaults are the base model of Vaswani 2017.
 
     Raises:
-        ValueError: `norm_epsilon` is negative or not finite, or `mixture` is combined with `remat` or `scan_layers`.
+        ValueError: `norm_epsilon` is negative or not finite, `rms_norm` is combined with `norm_bias`, or `mixture` with
+            `remat` or `scan_layers`.
     """
 
     model_dim: int = 512
@@ -40,6 +42,12 @@ class BlockConfig:
     """N, the number of query heads. Must divide `model_dim`."""
     num_kv_heads: int | None = None
     """K, the number of key heads, shared by groups of query heads (Ainslie 2023). If None, as many as query heads."""
+    attention_head_dim: int | None = None
+    """H, the size of each head. If None, `model_dim / num_heads`."""
+    attention_scale: float | None = None
+    """Factor of attention scores. If None, `head_dim ** -0.5` (Vaswani 2017); T5 has 1."""
+    attention_soft_cap: float | None = None
+    """Limits scores of self-attention to `cap * tanh(score / cap)` (Gemma 2: Gemma Team 2024). If None, no limit."""
     activation: Activation = Activation.RELU
     """Nonlinearity of the feed-forward network."""
     gated: bool = False
@@ -50,8 +58,18 @@ class BlockConfig:
     """If True, applies an RMS norm to each query and key head (Dehghani 2023)."""
     attention_bias: bool = False
     """If True, the four projections of each attention have biases."""
+    key_bias: bool | None = None
+    """Whether the key projections have biases (not in Whisper: Radford 2022). If None, as `attention_bias` says."""
+    output_bias: bool | None = None
+    """Whether the output projections have biases (not in Qwen 2: Yang 2024). If None, as `attention_bias` says."""
+    feed_forward_bias: bool = True
+    """If True, the layers of the feed-forward network have biases."""
+    norm_outputs: bool = False
+    """If True, a second norm for each sublayer, on its output before the sum (sandwich norm, Ding 2021; Gemma 2)."""
     norm_epsilon: float = 1e-6
-    """Added to the variance in each layer norm."""
+    """Added to the variance in each layer norm, and to the mean square in each RMS norm."""
+    rms_norm: bool = False
+    """If True, RMS norms (Zhang 2019) in place of layer norms. They have no offset: `norm_bias` must be False."""
     use_norm: bool = True
     """If False, blocks have no layer norms. Only for experiments on their effect."""
     norm_gain: bool = True
@@ -79,6 +97,8 @@ class BlockConfig:
                 f"remat ({self.remat}) and scan_layers ({self.scan_layers}) must be False where blocks have experts: "
                 "a block that is recomputed or scanned cannot return the routing of its experts"
             )
+        if self.rms_norm and self.norm_bias:
+            raise ValueError("norm_bias must be False with rms_norm: an RMS norm has no offset")
         check_number("norm_epsilon", self.norm_epsilon, minimum=0)
 
     @property
@@ -86,8 +106,12 @@ class BlockConfig:
         """H, the size of each head.
 
         Raises:
-            ValueError: `model_dim` is not a multiple of `num_heads`, or one of them is below 1.
+            ValueError: a size is below 1, or `model_dim` is not a multiple of `num_heads` and `attention_head_dim` is
+                None.
         """
+        if self.attention_head_dim is not None:
+            check_sizes(attention_head_dim=self.attention_head_dim)
+            return self.attention_head_dim
         check_sizes(model_dim=self.model_dim, num_heads=self.num_heads)
         check_multiple("model_dim", self.model_dim, self.num_heads, "num_heads")
         return self.model_dim // self.num_heads
@@ -95,7 +119,7 @@ class BlockConfig:
     def attention(
         self,
         mask: Mask | None,
-        rotary_base: float | None,
+        rotary: Rotary | None,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
         stride: int | None = None,
@@ -103,10 +127,15 @@ class BlockConfig:
         """Builds the attention of a block with this mask; memory-compressed if `stride` is given."""
         options: dict[str, Any] = {
             "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.attention_head_dim,
             "mask": mask,
-            "rotary_base": rotary_base,
+            "scale": self.attention_scale,
+            "rotary": rotary,
             "qk_norm": self.qk_norm,
+            "norm_epsilon": self.norm_epsilon,
             "use_bias": self.attention_bias,
+            "key_bias": self.key_bias,
+            "output_bias": self.output_bias,
             "dropout_rate": self.attention_dropout_rate,
             "param_dtype": param_dtype,
             "rngs": rngs,
@@ -115,24 +144,22 @@ class BlockConfig:
             return MemoryCompressedAttention(self.model_dim, self.num_heads, stride=stride, **options)
         return MultiHeadAttention(self.model_dim, self.num_heads, **options)
 
-    def norm(self, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm | None:
-        """Builds a layer norm (Ba 2016), or None if the model has none."""
+    def norm(self, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm | None:
+        """Builds a layer norm (Ba 2016) or an RMS norm (Zhang 2019), or None if the model has none."""
         if not self.use_norm:
             return None
-        return nnx.LayerNorm(
-            self.model_dim,
-            epsilon=self.norm_epsilon,
-            use_scale=self.norm_gain,
-            use_bias=self.norm_bias,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        options: dict[str, Any] = {"epsilon": self.norm_epsilon, "use_scale": self.norm_gain}
+        options |= {"param_dtype": param_dtype, "rngs": rngs}
+        if self.rms_norm:
+            return nnx.RMSNorm(self.model_dim, **options)
+        return nnx.LayerNorm(self.model_dim, use_bias=self.norm_bias, **options)
 
     def feed_forward(self, param_dtype: DTypeLike, rngs: nnx.Rngs) -> FeedForward | MixtureOfExperts:
         """Builds the feed-forward network of a block, or its mixture of experts."""
         options: dict[str, Any] = {
             "activation": self.activation,
             "gated": self.gated,
+            "use_bias": self.feed_forward_bias,
             "dropout_rate": self.hidden_dropout_rate,
             "param_dtype": param_dtype,
             "rngs": rngs,
@@ -145,8 +172,9 @@ class BlockConfig:
 class Residual(nnx.Module):
     """Residual connection and layer norm around a sublayer.
 
-    Computes `x + f(norm(x))` if `norm_first` (Xiong 2020), and `norm(x + f(x))` if not (Vaswani 2017). `use_residual`
-    and `use_norm` remove the sum and the norm, to show their effect.
+    Computes `x + f(norm(x))` if `norm_first` (Xiong 2020), and `norm(x + f(x))` if not (Vaswani 2017). With
+    `norm_outputs`, another norm is applied to the output of f (Ding 2021). `use_residual` and `use_norm` remove the sum
+    and the norms, to show their effect.
 
     Args:
         config: sizes and choices of the block.
@@ -162,6 +190,7 @@ class Residual(nnx.Module):
         self.norm_first, self.use_residual = config.norm_first, config.use_residual
         self.dropout_rate = config.dropout_rate
         self.norm = config.norm(param_dtype, rngs)
+        self.output_norm = config.norm(param_dtype, rngs) if config.norm_outputs else None
 
     def inner(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Returns the input of the sublayer: `norm(x)` with the norm first, `x` if not."""
@@ -173,7 +202,7 @@ class Residual(nnx.Module):
         sublayer: Callable[[Array], Array],
         dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch D"]:
-        """Applies the sublayer, dropout, the residual sum and the norm.
+        """Applies the sublayer, dropout, the residual sum and the norms.
 
         Args:
             x: vectors `[*batch, D]`.
@@ -183,8 +212,10 @@ class Residual(nnx.Module):
         Returns:
             `[*batch, D]`.
         """
+        made = sublayer(self.inner(x))
+        made = made if self.output_norm is None else self.output_norm(made)
         # Dropout before the sum, so that the residual path itself is never dropped (Vaswani 2017, section 5.4).
-        made = drop(sublayer(self.inner(x)), self.dropout_rate, dropout_key)
+        made = drop(made, self.dropout_rate, dropout_key)
         total = x + made if self.use_residual else made
         return total if self.norm_first or self.norm is None else self.norm(total)
 
@@ -210,7 +241,7 @@ class EncoderBlock(nnx.Module):
     Args:
         config: sizes and choices.
         mask: which keys each token may attend to. If None, all of them, including padding.
-        rotary_base: base of RoPE in the self-attention (Su 2021). If None, nothing is rotated.
+        rotary: rotates queries and keys of the self-attention (RoPE, Su 2021). If None, nothing is rotated.
         stride: stride of memory-compressed attention (Liu 2018). If None, tokens attend to every token.
         param_dtype: dtype of the parameters.
         rngs: initialises the parameters and is not kept.
@@ -224,12 +255,12 @@ class EncoderBlock(nnx.Module):
         config: BlockConfig,
         *,
         mask: Mask | None,
-        rotary_base: float | None = None,
+        rotary: Rotary | None = None,
         stride: int | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        self.attention = config.attention(mask, rotary_base, param_dtype, rngs, stride)
+        self.attention = config.attention(mask, rotary, param_dtype, rngs, stride)
         self.attention_residual = Residual(config, param_dtype=param_dtype, rngs=rngs)
         self.feed_forward = config.feed_forward(param_dtype, rngs)
         self.feed_forward_residual = Residual(config, param_dtype=param_dtype, rngs=rngs)
@@ -292,7 +323,7 @@ class DecoderBlock(nnx.Module):
         config: sizes and choices.
         mask: which target tokens each target token may attend to.
         memory_mask: which source tokens each target token may attend to.
-        rotary_base: base of RoPE in the self-attention (Su 2021). If None, nothing is rotated.
+        rotary: rotates queries and keys of the self-attention (RoPE, Su 2021). If None, nothing is rotated.
         param_dtype: dtype of the parameters.
         rngs: initialises the parameters and is not kept.
 
@@ -306,11 +337,11 @@ class DecoderBlock(nnx.Module):
         *,
         mask: Mask | None,
         memory_mask: Mask | None,
-        rotary_base: float | None = None,
+        rotary: Rotary | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        self.attention = config.attention(mask, rotary_base, param_dtype, rngs)
+        self.attention = config.attention(mask, rotary, param_dtype, rngs)
         self.attention_residual = Residual(config, param_dtype=param_dtype, rngs=rngs)
         self.memory_attention = config.attention(memory_mask, None, param_dtype, rngs)
         self.memory_residual = Residual(config, param_dtype=param_dtype, rngs=rngs)

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from seqattn.checks import check_sizes
+from seqattn.checks import check_number, check_sizes
 from seqattn.nn.initializers import normal
 from seqattn.nn.linear import product
 from seqattn.nn.parameter_rule import OUT_OF, Kind, ParameterRule
@@ -59,13 +59,13 @@ class TokenEmbedding(nnx.Module):
 
     Args:
         vocab_size: V, the number of tokens.
-        model_dim: D, the size of a vector. The table is drawn with variance 1 / D, and embeddings are multiplied by
-            `sqrt(D)`.
+        model_dim: D, the size of a vector. The table is drawn with variance 1 / D.
+        scale: factor of the vectors of tokens. Defaults to `sqrt(D)`.
         param_dtype: dtype of the table.
         rngs: initialises the table and is not kept.
 
     Raises:
-        ValueError: a size is below 1.
+        ValueError: a size is below 1, or the scale is not finite.
 
     >>> embedding = TokenEmbedding(11, 6, rngs=nnx.Rngs(0))
     >>> x = embedding(jnp.array([[5, 8, 9]]))
@@ -74,9 +74,17 @@ class TokenEmbedding(nnx.Module):
     """
 
     def __init__(
-        self, vocab_size: int, model_dim: int, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+        self,
+        vocab_size: int,
+        model_dim: int,
+        *,
+        scale: float | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
     ) -> None:
         check_sizes(vocab_size=vocab_size, model_dim=model_dim)
+        self.scale = math.sqrt(model_dim) if scale is None else scale
+        check_number("scale", self.scale)
         init = normal(1 / math.sqrt(model_dim))
         self.table = nnx.Param(init(rngs.params(), (vocab_size, model_dim), param_dtype))
 
@@ -87,7 +95,8 @@ class TokenEmbedding(nnx.Module):
             ValueError: a token is not in `[0, V)`. Inside `jit`, where nothing can be raised, its vector is NaN.
         """
         table = self.table[...]
-        return look_up(table, tokens, "tokens") * jnp.asarray(math.sqrt(table.shape[-1]), table.dtype)
+        vectors = look_up(table, tokens, "tokens")
+        return vectors if self.scale == 1 else vectors * jnp.asarray(self.scale, table.dtype)
 
     def logits(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Returns the product of `x` `[*batch, D]` with every vector of the table, `[*batch, V]`."""

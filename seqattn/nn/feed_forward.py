@@ -21,14 +21,17 @@ RULES = (
 
 
 class Activation(enum.Enum):
-    """Nonlinearity of a feed-forward network. GELU is the tanh approximation (Hendrycks 2016)."""
+    """Nonlinearity of a feed-forward network. GELU is the tanh approximation (Hendrycks 2016), EXACT_GELU is not."""
 
     RELU = "relu"
     GELU = "gelu"
+    EXACT_GELU = "exact_gelu"
     SILU = "silu"
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Applies the activation to each element."""
+        if self is Activation.EXACT_GELU:
+            return jax.nn.gelu(x, approximate=False)
         return {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}[self.value](x)
 
 
@@ -42,6 +45,7 @@ class FeedForward(nnx.Module):
         hidden_dim: F, the size of the hidden layer.
         activation: the nonlinearity.
         gated: if True, multiplies the hidden layer by an activated gate.
+        use_bias: if False, the layers have no biases `b1`, `b2` and `bg` (T5: Raffel 2020).
         dropout_rate: dropout rate of the hidden layer, in [0, 1). Applies only in calls with a dropout key.
         param_dtype: dtype of the parameters.
         rngs: initialises the parameters (Xavier uniform) and is not kept.
@@ -61,6 +65,7 @@ class FeedForward(nnx.Module):
         *,
         activation: Activation = Activation.RELU,
         gated: bool = False,
+        use_bias: bool = True,
         dropout_rate: float = 0.0,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -71,7 +76,7 @@ class FeedForward(nnx.Module):
 
         def linear(inputs: int, outputs: int) -> Linear:
             init = nnx.initializers.xavier_uniform()
-            return Linear(inputs, outputs, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
+            return Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
 
         self.hidden = linear(model_dim, hidden_dim)
         self.gate = linear(model_dim, hidden_dim) if gated else None

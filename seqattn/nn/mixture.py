@@ -60,6 +60,7 @@ class MixtureOfExperts(nnx.Module):
         config: the number of experts, the capacity and the losses.
         activation: the nonlinearity of the experts.
         gated: if True, multiplies the experts' hidden layer by an activated gate (Shazeer 2020).
+        use_bias: if False, the layers of the experts have no biases.
         dropout_rate: dropout rate of the experts' hidden layer, in [0, 1). Applies only in calls with a dropout key.
         param_dtype: dtype of the parameters. The gate computes in float32 or wider.
         rngs: initialises the parameters and is not kept. The experts `[E, ...]` start as `FeedForward`, the gate small
@@ -84,12 +85,14 @@ class MixtureOfExperts(nnx.Module):
         config: MixtureConfig,
         activation: Activation = Activation.RELU,
         gated: bool = False,
+        use_bias: bool = True,
         dropout_rate: float = 0.0,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         self.config = config
-        options: dict[str, Any] = {"activation": activation, "gated": gated, "dropout_rate": dropout_rate}
+        options: dict[str, Any] = {"activation": activation, "gated": gated, "use_bias": use_bias}
+        options |= {"dropout_rate": dropout_rate}
         linear: dict[str, Any] = {"use_bias": False, "param_dtype": param_dtype, "rngs": rngs}
         small = drawn_wide(nnx.initializers.variance_scaling(0.1, "fan_in", "truncated_normal"))
         zeros = nnx.initializers.zeros

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from seqattn.attention import attend, attend_columns, attention_weights
 from seqattn.block_mask import block_mask as make_block_mask
-from seqattn.checks import check_even, check_multiple, check_rate, check_sizes
+from seqattn.checks import check_multiple, check_number, check_rate, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import Dropout
 from seqattn.kernels.block_mask import BlockMask
@@ -23,7 +23,7 @@ from seqattn.nn.cache import Cache
 from seqattn.nn.key_value import KeyColumns, KeyValue, Written
 from seqattn.nn.linear import Linear
 from seqattn.nn.parameter_rule import INTO, OUT_OF, Kind, ParameterRule
-from seqattn.positions import angular_frequencies, rotate
+from seqattn.nn.rotary import Rotary
 from seqattn.precision import accumulator
 from seqattn.score_mod import ScoreMod
 
@@ -52,17 +52,22 @@ class MultiHeadAttention(nnx.Module):
             Ainslie 2023; multi-query attention for K = 1, Shazeer 2019). Defaults to N.
         head_dim: H, the size of a head. Defaults to `model_dim / num_heads`.
         mask: which keys each query may attend to. If None, every query sees every key, including padding.
-        rotary_base: base of the rotary embedding of queries and keys (RoPE, Su 2021). If None, they are not rotated.
+        scale: factor of the scores. Defaults to `head_dim ** -0.5`.
+        rotary: rotates queries and keys by their positions (RoPE, Su 2021). If None, they are not rotated.
         qk_norm: if True, applies an RMS norm to each query and key head (Dehghani 2023).
+        norm_epsilon: added to the mean square in these norms.
         use_bias: if True, the four projections have biases.
+        key_bias: whether the key projection has a bias. Defaults to `use_bias`. Without rotations it has no effect on
+            the weights: it adds the same to all scores of a query.
+        output_bias: whether the output projection has a bias. Defaults to `use_bias`.
         dropout_rate: dropout rate of the attention weights, in [0, 1). Applies only in calls with a dropout key.
         implementation: the kernel, as in `seqattn.attend`. If None, the library chooses one.
         param_dtype: dtype of the parameters.
         rngs: initialises the parameters (Xavier uniform) and is not kept.
 
     Raises:
-        ValueError: a size is below 1, the numbers of heads do not divide, `head_dim` is odd with rotations, or the
-            dropout rate is not in [0, 1).
+        ValueError: a size is below 1, the numbers of heads do not divide, `head_dim` is odd with rotations, the scale
+            is not finite, or the dropout rate is not in [0, 1).
 
     >>> from seqattn.masks import Causal, SameSegment
     >>> attention = MultiHeadAttention(8, num_heads=2, mask=Causal() & SameSegment(), rngs=nnx.Rngs(0))
@@ -82,9 +87,13 @@ class MultiHeadAttention(nnx.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         mask: Mask | None = None,
-        rotary_base: float | None = None,
+        scale: float | None = None,
+        rotary: Rotary | None = None,
         qk_norm: bool = False,
+        norm_epsilon: float = 1e-6,
         use_bias: bool = False,
+        key_bias: bool | None = None,
+        output_bias: bool | None = None,
         dropout_rate: float = 0.0,
         implementation: str | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -98,25 +107,28 @@ class MultiHeadAttention(nnx.Module):
             check_multiple("model_dim", model_dim, num_heads, "num_heads", ", or give head_dim")
         self.head_dim = model_dim // num_heads if head_dim is None else head_dim
         check_sizes(head_dim=self.head_dim)
-        if rotary_base is not None:
-            check_even("head_dim", self.head_dim, " to be rotated, a pair of features at a time")
-            angular_frequencies(self.head_dim, base=rotary_base)
+        if rotary is not None:
+            rotary.frequencies(self.head_dim)  # raises if the head cannot be rotated
+        if scale is not None:
+            check_number("scale", scale)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         # A mask that captures arrays is data for NNX. A mask of static sizes must not become a leaf of the module.
         self.mask = nnx.data(mask) if jax.tree.leaves(mask) else mask
-        self.rotary_base, self.dropout_rate, self.implementation = rotary_base, dropout_rate, implementation
+        self.scale, self.rotary = scale, rotary
+        self.dropout_rate, self.implementation = dropout_rate, implementation
         self.split: Split | None = None  # see `with_split`
 
-        def linear(inputs: int, outputs: int) -> Linear:
-            init = nnx.initializers.xavier_uniform()
-            return Linear(inputs, outputs, use_bias=use_bias, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
+        def linear(inputs: int, outputs: int, bias: bool | None = None) -> Linear:
+            options: dict[str, Any] = {"use_bias": use_bias if bias is None else bias, "param_dtype": param_dtype}
+            return Linear(inputs, outputs, kernel_init=nnx.initializers.xavier_uniform(), **options, rngs=rngs)
 
         self.query = linear(model_dim, num_heads * self.head_dim)
-        self.key = linear(model_dim, num_kv_heads * self.head_dim)
+        self.key = linear(model_dim, num_kv_heads * self.head_dim, key_bias)
         self.value = linear(model_dim, num_kv_heads * self.head_dim)
-        self.output = linear(num_heads * self.head_dim, model_dim)
-        self.query_norm = nnx.RMSNorm(self.head_dim, param_dtype=param_dtype, rngs=rngs) if qk_norm else None
-        self.key_norm = nnx.RMSNorm(self.head_dim, param_dtype=param_dtype, rngs=rngs) if qk_norm else None
+        self.output = linear(num_heads * self.head_dim, model_dim, output_bias)
+        norm: dict[str, Any] = {"epsilon": norm_epsilon, "param_dtype": param_dtype, "rngs": rngs}
+        self.query_norm = nnx.RMSNorm(self.head_dim, **norm) if qk_norm else None
+        self.key_norm = nnx.RMSNorm(self.head_dim, **norm) if qk_norm else None
 
     def project(self, x: Float[Array, "*batch S D"], at: Coordinates) -> KeyValue:
         """Computes keys and values, with keys normalised and rotated as configured.
@@ -174,6 +186,7 @@ class MultiHeadAttention(nnx.Module):
         query = self._rotated(self._heads(self.query(x), self.query_norm), at)
         dropout = None if dropout_key is None else Dropout(self.dropout_rate, dropout_key)
         options: dict[str, Any] = {"dropout": dropout, "implementation": self.implementation, "split": self.split}
+        options |= {"scale": self.scale}
         if block_mask is not None:
             if isinstance(kv, KeyColumns) or kv.of_cache:
                 raise ValueError("a block_mask is for the keys of `project`, not for the slots of a cache")
@@ -234,8 +247,9 @@ class MultiHeadAttention(nnx.Module):
             if isinstance(kv, KeyColumns):
                 located = _located(_of_slots(self.mask, at, kv, self.num_heads), at, kv.at, score_mod)
                 columns = Columns(kv.key, kv.value, kv.finite)
-                return Call.of_columns(query, columns, **{"q_at": None, "kv_at": None} | located, dropout=dropout)
-            located = _located(self._mask_over(kv), at, kv.at, score_mod)
+                located = {"q_at": None, "kv_at": None, "scale": self.scale} | located
+                return Call.of_columns(query, columns, **located, dropout=dropout)
+            located = _located(self._mask_over(kv), at, kv.at, score_mod) | {"scale": self.scale}
             return call_of(query, kv.key, kv.value, **located, dropout=dropout, repeat=repeats_keys(self.split))
 
         return explain_call(self.implementation, call, (x,), platform=platform, split=self.split)
@@ -259,8 +273,9 @@ class MultiHeadAttention(nnx.Module):
             if key.dtype != query.dtype:  # a cache may store another dtype than the model computes in
                 wider = np.promote_types(accumulator(query.dtype), accumulator(key.dtype))
                 query, key = query.astype(wider), key.astype(wider)
-            return attention_weights(query, key, **_located(mask, at, kv.at, score_mod))
-        return attention_weights(query, kv.key, **_located(self._mask_over(kv), at, kv.at, score_mod))
+            return attention_weights(query, key, scale=self.scale, **_located(mask, at, kv.at, score_mod))
+        located = _located(self._mask_over(kv), at, kv.at, score_mod)
+        return attention_weights(query, kv.key, scale=self.scale, **located)
 
     def _mask_over(self, kv: KeyValue) -> Mask | None:
         return _among_written(self.mask) if kv.of_cache else self.mask
@@ -274,7 +289,7 @@ class MultiHeadAttention(nnx.Module):
         return heads if norm is None else norm(heads)
 
     def _rotated(self, heads: Array, at: Coordinates) -> Array:
-        return heads if self.rotary_base is None else rotate(heads, jnp.asarray(at.position), base=self.rotary_base)
+        return heads if self.rotary is None else self.rotary(heads, jnp.asarray(at.position))
 
 
 def with_implementation(

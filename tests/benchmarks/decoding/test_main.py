@@ -20,7 +20,7 @@ from benchmarks.decoding.implementations import NAMES, PEERS
 from benchmarks.decoding.measurement import DecodingPlan, measure
 from benchmarks.decoding.record import Agreement, DecodingRecord
 from benchmarks.decoding.table import TABLE
-from seqattn.interop import from_marian
+from seqattn.interop.huggingface import from_huggingface
 
 SIZES = Sizes(num_layers=1, model_dim=12, hidden_dim=7, num_heads=2, vocab_size=53, source_length=5)
 WORDS = [f"--sizes.{name.replace('_', '-')}={value}" for name, value in vars(SIZES).items()]
@@ -91,7 +91,7 @@ def test_from_end_to_end(tmp_path, capsys, monkeypatch):
 
 def by_hand(model: RandomMarian, case: DecodingCase) -> np.ndarray:
     """Greedy, by the whole prefix at each step."""
-    transformer, source = from_marian(model.config, model.arrays), jnp.asarray(case.sources())
+    transformer, source = from_huggingface(model.config, model.arrays), jnp.asarray(case.sources())
     said = np.full((case.batch, 1), case.sizes.pad_token, np.int32)
     for _ in range(case.length):
         padded = jnp.asarray(np.pad(said, ((0, 0), (0, case.length + 1 - said.shape[1]))))

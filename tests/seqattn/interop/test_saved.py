@@ -215,7 +215,7 @@ D21 = {
     "object for int": (changed(VALUES, "vocab_size", {"type": "int"}), "vocab_size must be no object"),
     "no member": (
         changed(VALUES, "block.activation.value", "tanh"),
-        "config.block.activation must .* relu, gelu, silu",
+        "config.block.activation must .* relu, gelu, exact_gelu, silu",
     ),
     "more than a member": (changed(VALUES, "block.activation.x", 1), "config.block.activation must have the fields"),
     "a rule of a type": (
@@ -305,7 +305,17 @@ true, "norm_gain": true, "norm_bias": true, "use_residual": true, "dropout_rate"
 """What `to_dict` gave in November 2026."""
 
 
-ADDED_SINCE = {"recurrent captioner": {'"image_channels": 2}': '"image_channels": 2, "norm": {"type": "OverImage"}}'}}
+ADDED_SINCE = {
+    "recurrent captioner": {'"image_channels": 2}': '"image_channels": 2, "norm": {"type": "OverImage"}}'},
+    "language model": {
+        '"num_kv_heads": null': '"num_kv_heads": null, "attention_head_dim": null, "attention_scale": null, '
+        '"attention_soft_cap": null',
+        '"attention_bias": false': '"attention_bias": false, "key_bias": null, "output_bias": null, '
+        '"feed_forward_bias": true, "norm_outputs": false',
+        '"norm_epsilon": 1e-06': '"norm_epsilon": 1e-06, "rms_norm": false',
+        '"size": 3}]': '"size": 3}], "embedding_scale": null, "tie_logits": true, "logits_soft_cap": null',
+    },
+}
 
 
 @pytest.mark.parametrize("name", WRITTEN_BEFORE)

@@ -12,7 +12,7 @@ from flax import nnx
 
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, SameSegment
-from seqattn.nn import Activation, BlockConfig, DecoderBlock, EncoderBlock, MixtureConfig, Residual, StaticCache
+from seqattn.nn import Activation, BlockConfig, DecoderBlock, EncoderBlock, MixtureConfig, Residual, Rotary, StaticCache
 from tests.parameters import drawn
 
 B, T, S, D = 2, 5, 3, 12
@@ -33,7 +33,9 @@ def _encoder(**changes) -> EncoderBlock:
 @functools.cache
 def _decoder(**changes) -> DecoderBlock:
     config, masks = dataclasses.replace(CONFIG, **changes), {"mask": Causal() & SameSegment()}
-    return drawn(lambda: DecoderBlock(config, **masks, memory_mask=SameSegment(), rotary_base=50.0, rngs=nnx.Rngs(0)))
+    return drawn(
+        lambda: DecoderBlock(config, **masks, memory_mask=SameSegment(), rotary=Rotary(50.0), rngs=nnx.Rngs(0))
+    )
 
 
 _encode = jax.jit(lambda block, x, at, key=None: block(x, at, dropout_key=key))

@@ -15,7 +15,7 @@ from seqattn.hypotheses import branch, select
 from seqattn.kernels.dispatch import IMPLEMENTATIONS
 from seqattn.mask import MaskMod
 from seqattn.masks import Causal, NotPadding, SameSegment, SlidingWindow
-from seqattn.nn import KeyColumns, KeyValue, MultiHeadAttention, PagedCache, RingCache, StaticCache
+from seqattn.nn import KeyColumns, KeyValue, MultiHeadAttention, PagedCache, RingCache, Rotary, StaticCache
 from tests.contract import OVER_A_CACHE
 
 B, T, D, N, K, H, WINDOW = 3, 11, 6, 4, 2, 2, 3
@@ -26,7 +26,7 @@ X = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
 def _attention(window: int | None = None) -> MultiHeadAttention:
     mask = (Causal() if window is None else SlidingWindow(window)) & SameSegment()
     sizes = {"num_heads": N, "num_kv_heads": K, "head_dim": H}
-    return MultiHeadAttention(D, mask=mask, rotary_base=50.0, **sizes, rngs=nnx.Rngs(0))
+    return MultiHeadAttention(D, mask=mask, rotary=Rotary(50.0), **sizes, rngs=nnx.Rngs(0))
 
 
 @jax.jit

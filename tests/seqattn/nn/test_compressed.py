@@ -11,7 +11,7 @@ from jax import export
 
 from seqattn.coordinates import Coordinates
 from seqattn.masks import Causal, SameSegment
-from seqattn.nn import CompressedCache, KeyValue, MemoryCompressedAttention, MultiHeadAttention, StaticCache
+from seqattn.nn import CompressedCache, KeyValue, MemoryCompressedAttention, MultiHeadAttention, Rotary, StaticCache
 from tests import oracle
 from tests.parameters import drawn
 
@@ -43,7 +43,7 @@ def _attend(attention, x, at):
 @functools.cache
 def _rotary() -> tuple[MemoryCompressedAttention, np.ndarray]:
     """Attention that knows positions, and what it gives for `X`."""
-    attention = _attention(rotary_base=50.0)
+    attention = _attention(rotary=Rotary(50.0))
     return attention, np.asarray(_attend(attention, jnp.asarray(X), AT))
 
 
@@ -89,16 +89,16 @@ def _by_hand(attention: MemoryCompressedAttention, x: np.ndarray) -> np.ndarray:
 
 
 def _rotated(attention: MemoryCompressedAttention, heads: np.ndarray, position: np.ndarray) -> np.ndarray:
-    if attention.rotary_base is None:
+    if attention.rotary is None:
         return heads
-    angle = position[:, None, None] * attention.rotary_base ** (-np.arange(H // 2) / (H // 2))
+    angle = position[:, None, None] * attention.rotary.base ** (-np.arange(H // 2) / (H // 2))
     turned = (heads[..., : H // 2] + 1j * heads[..., H // 2 :]) * np.exp(1j * angle)
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
-@pytest.mark.parametrize("rotary_base", [None, 50.0])
-def test_it_is_a_loop_over_texts_and_blocks(rotary_base):
-    attention = _attention(rotary_base=rotary_base)
+@pytest.mark.parametrize("rotary", [None, Rotary(50.0)])
+def test_it_is_a_loop_over_texts_and_blocks(rotary):
+    attention = _attention(rotary=rotary)
     np.testing.assert_allclose(_attend(attention, jnp.asarray(X), AT), _by_hand(attention, X), atol=1e-5)
 
 
@@ -179,9 +179,10 @@ def test_where_a_token_is_not_finite_shows_in_what_sees_its_block():
 
 
 def test_stride_one_with_filters_that_do_nothing_is_ordinary_attention():
-    attention, options = _attention(stride=1, rotary_base=50.0), {"num_kv_heads": K, "head_dim": H}
+    options = {"num_kv_heads": K, "head_dim": H, "rotary": Rotary(50.0)}
+    attention = _attention(stride=1, rotary=Rotary(50.0))
     attention.key_filter[...] = attention.value_filter[...] = jnp.broadcast_to(jnp.eye(H), (1, K, H, H))
-    plain = drawn(lambda: MultiHeadAttention(D, N, mask=attention.mask, rotary_base=50.0, **options, rngs=nnx.Rngs(0)))
+    plain = drawn(lambda: MultiHeadAttention(D, N, mask=attention.mask, **options, rngs=nnx.Rngs(0)))
     nnx.update(plain, {name: nnx.state(getattr(attention, name)) for name in ("query", "key", "value", "output")})
     x = jnp.asarray(X)
     np.testing.assert_allclose(_attend(attention, x, AT), _attend(plain, x, AT), atol=1e-5)
@@ -289,7 +290,7 @@ PARENTS = np.random.default_rng(4).integers(0, BEAMS, (STEPS, B, BEAMS))
 
 def test_hypotheses_part_and_take_each_others_place():
     """After a prompt of two tokens, against each history attended as a whole."""
-    attention = _attention(stride=2, rotary_base=50.0)
+    attention = _attention(stride=2, rotary=Rotary(50.0))
     tokens = np.random.default_rng(5).normal(size=(STEPS, B, BEAMS, D)).astype(np.float32)
 
     @jax.jit

@@ -30,6 +30,7 @@ def _gelu(x):
 IN_NUMPY = {
     Activation.RELU: lambda x: np.maximum(x, 0),
     Activation.GELU: _gelu,
+    Activation.EXACT_GELU: lambda x: x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
     Activation.SILU: lambda x: x / (1 + np.exp(-x)),
 }
 

@@ -11,7 +11,7 @@ from flax import linen, nnx
 from seqattn.coordinates import Coordinates
 from seqattn.mask import MaskMod
 from seqattn.masks import Causal, NotPadding, Prefix, SameSegment
-from seqattn.nn import MemoryCompressedAttention, MultiHeadAttention, StaticCache, with_implementation
+from seqattn.nn import MemoryCompressedAttention, MultiHeadAttention, Rotary, StaticCache, with_implementation
 from tests import oracle
 from tests.parameters import drawn
 
@@ -23,7 +23,7 @@ CAUSAL = Causal() & SameSegment()
 KINDS = {
     "plain": {"num_heads": 1},
     "grouped": {"num_kv_heads": K},
-    "grouped_rotary_norm_bias": {"num_kv_heads": K, "rotary_base": 50.0, "qk_norm": True, "use_bias": True},
+    "grouped_rotary_norm_bias": {"num_kv_heads": K, "rotary": Rotary(50.0), "qk_norm": True, "use_bias": True},
 }
 
 
@@ -66,11 +66,11 @@ class _Numpy:
         if norm is not None:
             scale = np.asarray(norm.scale[...]).astype(np.float64)
             heads = heads / np.sqrt((heads**2).mean(axis=-1, keepdims=True) + norm.epsilon) * scale
-        return heads if self.attention.rotary_base is None or name == "value" else self.rotated(heads, at)
+        return heads if self.attention.rotary is None or name == "value" else self.rotated(heads, at)
 
     def rotated(self, heads: np.ndarray, at: Coordinates) -> np.ndarray:
         half = heads.shape[-1] // 2
-        angle = np.asarray(at.position)[..., None, None] * self.attention.rotary_base ** (-np.arange(half) / half)
+        angle = np.asarray(at.position)[..., None, None] * self.attention.rotary.base ** (-np.arange(half) / half)
         as_complex = (heads[..., :half] + 1j * heads[..., half:]) * np.exp(1j * angle)
         return np.concatenate([as_complex.real, as_complex.imag], axis=-1)
 
@@ -160,7 +160,7 @@ def test_any_number_of_leading_dims(batch):
 
 
 def test_coordinates_of_one_row_serve_a_batch():
-    attention = _attention(rotary_base=50.0)
+    attention = _attention(rotary=Rotary(50.0))
     rows = Coordinates(*(jnp.broadcast_to(jnp.arange(T), (B, T)) + start for start in (0, 1)))
     expected = _self_attend(attention, jnp.asarray(X), rows)
     one = jax.tree.map(lambda x: x[0], rows)
@@ -326,7 +326,7 @@ def test_a28_heads_that_do_not_divide_are_refused(options, message):
 
 def test_a21_an_odd_head_dim_cannot_be_rotated():
     with pytest.raises(ValueError, match=r"head_dim \(3\) must be even"):
-        _attention(head_dim=3, rotary_base=10_000.0)
+        _attention(head_dim=3, rotary=Rotary())
     _attention(head_dim=3)
 
 

@@ -1,0 +1,197 @@
+"""Converts models of transformers to ours and back, by the table of their family."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from seqattn.interop.codec import shown
+from seqattn.interop.huggingface.families import FAMILIES
+from seqattn.interop.huggingface.family import Family, Parameter, Path
+from seqattn.interop.huggingface.fields import Fields
+from seqattn.interop.saved import ModelConfig, empty_model, model_type
+
+_MOST_SHOWN = 6
+
+Place = Callable[[Path, np.ndarray], jax.Array]
+"""Puts a parameter, given its path and its value in the dtype of the model, on devices."""
+
+
+def huggingface_config(fields: Mapping[str, Any]) -> ModelConfig:
+    """Returns our config for the fields of a `config.json`. Missing fields take the defaults of transformers 5.
+
+    Raises:
+        NotImplementedError: the family is unknown, or a field is unknown or has a value that we lack. Names it.
+        ValueError: a field is missing, mistyped or out of range, or sizes do not fit together.
+
+    >>> fields = {"model_type": "gpt2", "vocab_size": 11, "n_embd": 8, "n_head": 2, "n_layer": 1, "n_positions": 5}
+    >>> huggingface_config(fields).positions
+    Learned(max_length=5)
+    >>> huggingface_config(fields | {"reorder_and_upcast_attn": True})
+    Traceback (most recent call last):
+    NotImplementedError: gpt2: reorder_and_upcast_attn must be False, got True
+    """
+    return _read(_family(fields), fields)
+
+
+def from_huggingface(
+    fields: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    *,
+    param_dtype: DTypeLike = jnp.float32,
+    place: Place | None = None,
+) -> Any:
+    """Builds the model of a `config.json` with the parameters of its checkpoint.
+
+    Reads one array at a time, so a mapping that reads from a file keeps no second copy of the model in memory.
+
+    Args:
+        fields: the fields of `config.json`.
+        arrays: arrays by the names of transformers. Each is read once; those of tied parameters are compared.
+        param_dtype: dtype of the parameters.
+        place: puts each parameter on devices, for example split over a mesh. If None, all are on the default device.
+
+    Raises:
+        NotImplementedError: the family is unknown, or a field is unknown or has a value that we lack.
+        ValueError: a field is out of range, arrays are missing, unknown or of the wrong shape, or tied ones differ.
+    """
+    family = _family(fields)
+    config = _untied(family, _read(family, fields), arrays)
+    graph, state = nnx.split(empty_model(config, param_dtype))
+    empty = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    parameters = list(family.parameters(config))
+    stored = _stored(family, config, parameters, arrays)
+    filled: dict[Path, jax.Array] = {}
+    for parameter in parameters:
+        shapes = [tuple(empty[path].shape) for path in parameter.paths]
+        array, wanted = arrays[stored[parameter.name]], parameter.layout.shape(shapes)
+        if tuple(array.shape) != wanted:
+            raise ValueError(f"{parameter.name} must have the shape {list(wanted)}, got {list(array.shape)}")
+        if not np.issubdtype(array.dtype, np.floating) and array.dtype != jnp.bfloat16:
+            raise ValueError(f"{parameter.name} must hold floating-point numbers, got {array.dtype}")
+        for path, part in zip(parameter.paths, parameter.layout.read(array, shapes), strict=True):
+            # A copy: on a CPU, an array of JAX may share memory with a file that is mapped into memory.
+            cast = np.array(part, np.dtype(empty[path].dtype))
+            filled[path] = jnp.asarray(cast) if place is None else place(path, cast)
+    return nnx.merge(graph, nnx.map_state(lambda path, leaf: leaf.replace(filled[".".join(map(str, path))]), state))
+
+
+def to_huggingface(model: Any, family: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns the fields of a `config.json` and the arrays of a model, the inverse of `from_huggingface`.
+
+    Args:
+        model: a model of this library.
+        family: the name of the family, the `model_type` of its configs.
+
+    Raises:
+        NotImplementedError: the family is unknown.
+        ValueError: the family has no model like this one; names what differs.
+    """
+    kind = _family({"model_type": family})
+    config: ModelConfig = model.config
+    fields = _written(kind, config)
+    state = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    arrays = {
+        parameter.name: np.ascontiguousarray(
+            parameter.layout.write([np.asarray(state[path]) for path in parameter.paths])
+        )
+        for parameter in kind.parameters(config)
+    }
+    return fields, arrays
+
+
+def _family(fields: Mapping[str, Any]) -> Family:
+    name = fields.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise NotImplementedError(f"model_type must be one of {', '.join(sorted(FAMILIES))}, got {shown(name)}")
+    return FAMILIES[name]
+
+
+def _read(family: Family, values: Mapping[str, Any]) -> ModelConfig:
+    fields = Fields(values, family.defaults)
+    try:
+        config = family.read(fields)
+        fields.finish()
+        empty_model(config, jnp.float32)  # raises if sizes do not fit together
+    except (NotImplementedError, ValueError) as error:
+        raise type(error)(f"{family.model_type}: {error}") from error
+    return config
+
+
+def _untied(family: Family, config: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    """Returns the config with logits that are not tied, if the checkpoint has others than the config says."""
+    if not (family.untied and config.tie_logits and family.untied in arrays):
+        return config
+    table = family.same(config)[family.untied]
+    if table not in arrays or np.array_equal(arrays[table], arrays[family.untied]):
+        return config
+    return dataclasses.replace(config, tie_logits=False)
+
+
+def _written(family: Family, config: ModelConfig) -> dict[str, Any]:
+    """Returns the fields of a config, after a check that they mean the same config."""
+    lacks = f"{family.model_type} has no such {model_type(config).__name__}"
+    if not isinstance(config, family.kind):
+        raise ValueError(f"{lacks}: its config must be a {family.kind.__name__}, got {type(config).__name__}")
+    try:
+        fields = {"model_type": family.model_type} | family.write(config)
+        back = _read(family, fields)
+    except (NotImplementedError, ValueError) as error:
+        raise ValueError(f"{lacks}: {error}") from error
+    if back != config:
+        raise ValueError(f"{lacks}: {_difference(back, config)}")
+    return {"architectures": [family.architecture(config)]} | fields
+
+
+def _difference(theirs: Any, ours: Any, path: str = "") -> str:
+    """Names the first field in which two configs differ."""
+    names = getattr(ours, "__dataclass_fields__", None)
+    if names is None or type(theirs) is not type(ours):
+        return f"{path or 'its config'} must be {theirs!r}, got {ours!r}"
+    name = next(name for name in names if getattr(theirs, name) != getattr(ours, name))
+    return _difference(getattr(theirs, name), getattr(ours, name), f"{path}.{name}".strip("."))
+
+
+def _stored(
+    family: Family, config: ModelConfig, parameters: list[Parameter], arrays: Mapping[str, np.ndarray]
+) -> dict[str, str]:
+    """Returns for each parameter the name under which the checkpoint has it.
+
+    Raises:
+        ValueError: arrays are missing or unknown, or tied ones differ.
+    """
+    names = {name: name for name in arrays}
+    if family.prefix and not any(name.startswith(family.prefix) for name in arrays):
+        # A bare model, saved without its head, has names without the prefix.
+        wanted = {parameter.name for parameter in parameters}
+        names = {x if (x := family.prefix + name) in wanted or name not in wanted else name: name for name in arrays}
+    same = family.same(config)
+    found: dict[str, str] = {}
+    unknown = []
+    for name in sorted(names, key=lambda name: name in same):
+        known = same.get(name, name)
+        if known in found:
+            # Both are tied in the library that wrote them, so they cannot differ in a model that it would load.
+            if not np.array_equal(arrays[names[name]], arrays[found[known]]):
+                raise ValueError(f"{names[name]} must equal {found[known]}: the model has one array for both")
+        elif any(parameter.name == known for parameter in parameters):
+            found[known] = names[name]
+        elif not any(fnmatchcase(name, pattern) for pattern in family.ignored):
+            unknown.append(names[name])
+    missing = [parameter.name for parameter in parameters if parameter.name not in found]
+    if missing or unknown:
+        raise ValueError(
+            f"{family.model_type}: arrays must match the config: missing {_few(missing)}; unknown {_few(unknown)}"
+        )
+    return found
+
+
+def _few(names: list[str]) -> str:
+    rest = f" and {len(names) - _MOST_SHOWN} more" * (len(names) > _MOST_SHOWN)
+    return (", ".join(map(shown, names[:_MOST_SHOWN])) or "none") + rest

@@ -1,0 +1,41 @@
+"""MarianMT (OPUS-MT: Tiedemann 2020): the Transformer of Vaswani 2017 with all sines of positions first."""
+
+from seqattn.checks import check_even
+from seqattn.interop.huggingface.bart import DEFAULTS, TIED, parameters, read_config, write_config
+from seqattn.interop.huggingface.family import Family
+from seqattn.interop.huggingface.fields import Fields
+from seqattn.models.position_encodings import Sinusoidal
+from seqattn.models.transformer import TransformerConfig
+
+_ONCE = {
+    "share_encoder_decoder_embeddings": True,
+    "normalize_before": False,
+    "normalize_embedding": False,
+    "add_final_layer_norm": False,
+    "add_bias_logits": False,
+    "static_position_embeddings": True,
+}
+"""Fields with one value that we serve. Most are of older configs, and transformers no longer reads them."""
+
+
+def _read(fields: Fields) -> TransformerConfig:
+    fields.require(**_ONCE)
+    check_even("d_model", fields.size("d_model"), ": half of each vector of positions are sines")
+    if fields["decoder_vocab_size"] not in (None, fields["vocab_size"]):
+        raise NotImplementedError(
+            f"decoder_vocab_size ({fields['decoder_vocab_size']}) must be vocab_size ({fields['vocab_size']})"
+        )
+    return read_config(fields, Sinusoidal(interleaved=False), norm_first=False, logits_bias=True)
+
+
+MARIAN = Family(
+    "marian",
+    TransformerConfig,
+    {**DEFAULTS, **_ONCE, "vocab_size": 58_101, "decoder_vocab_size": None},
+    _read,
+    write_config,
+    parameters,
+    same=lambda config: TIED,
+    ignored=("model.*coder.embed_positions.weight",),
+    architecture=lambda config: "MarianMTModel",
+)
