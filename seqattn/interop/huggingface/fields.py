@@ -20,7 +20,7 @@ ACTIVATIONS = {
 }
 """The activations of transformers that we have. Its `gelu` is the exact one."""
 
-_WITHOUT_EFFECT = frozenset(
+WITHOUT_EFFECT = frozenset(
     """
     architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path tokenizer_class
     id2label label2id num_labels problem_type finetuning_task task_specific_params prefix return_dict use_cache
@@ -118,7 +118,7 @@ class Fields:
         """Marks fields that change nothing in what we compute."""
         self._read.update(names)
 
-    def finish(self, without_effect: Collection[str] = _WITHOUT_EFFECT) -> None:
+    def finish(self, without_effect: Collection[str] = WITHOUT_EFFECT) -> None:
         """Checks that every field was read, is known to have no effect, or is empty.
 
         Raises:

@@ -49,10 +49,13 @@ def _read(fields: Fields) -> LanguageModelConfig:
 def _write(config: LanguageModelConfig) -> dict[str, Any]:
     block, fields = config.block, write_config(config) | write_pattern(config)
     scale = block.attention_scale
+    scalar = block.head_dim if scale is None else round(scale**-2, 6)
     return {
         **fields,
+        # transformers wants a size even where no layer has a window.
+        "sliding_window": 4096 if fields["sliding_window"] is None else fields["sliding_window"],
         "hidden_activation": "gelu_pytorch_tanh" if fields["hidden_act"] == "gelu_new" else fields["hidden_act"],
-        "query_pre_attn_scalar": block.head_dim if scale is None else round(scale**-2, 6),
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
         "attn_logit_softcapping": block.attention_soft_cap,
         "final_logit_softcapping": config.logits_soft_cap,
         "attention_bias": block.attention_bias,

@@ -1,5 +1,7 @@
 """MarianMT (OPUS-MT: Tiedemann 2020): the Transformer of Vaswani 2017 with all sines of positions first."""
 
+from typing import Any
+
 from seqattn.checks import check_even
 from seqattn.interop.huggingface.bart import DEFAULTS, TIED, parameters, read_config, write_config
 from seqattn.interop.huggingface.family import Family
@@ -28,12 +30,18 @@ def _read(fields: Fields) -> TransformerConfig:
     return read_config(fields, Sinusoidal(interleaved=False), norm_first=False, logits_bias=True)
 
 
+def _write(config: TransformerConfig) -> dict[str, Any]:
+    # As in OPUS-MT, the last token is padding, and starts each target. Larger numbers than `vocab_size` are refused.
+    last = config.vocab_size - 1
+    return write_config(config) | {"pad_token_id": last, "decoder_start_token_id": last}
+
+
 MARIAN = Family(
     "marian",
     TransformerConfig,
     {**DEFAULTS, **_ONCE, "vocab_size": 58_101, "decoder_vocab_size": None},
     _read,
-    write_config,
+    _write,
     parameters,
     same=lambda config: TIED,
     ignored=("model.*coder.embed_positions.weight",),
