@@ -2,7 +2,7 @@
 PYTHON ?= python3
 python := .venv/bin/python
 
-.PHONY: train bench bench-decoding bench-training bench-compile test test-all test-aot test-aot-short lint types docs clean
+.PHONY: train bench bench-decoding bench-training bench-compile test test-all test-hf test-aot test-aot-short lint types docs clean
 .DELETE_ON_ERROR:
 
 train: .venv/train  ## the default experiment; for another one: .venv/bin/python -m train EXPERIMENT
@@ -30,6 +30,10 @@ test: .venv/test  ## what .ci/run tests
 test-all: .venv/test  ## the slow tests too
 	@exec $(python) -m pytest -n auto --dist loadfile --max-worker-restart 0 -m "not gpu and not aot" $(ARGS)
 
+test-hf: .venv-hf/installed  ## models of transformers beside transformers and PyTorch, in an environment of their own
+	@exec .venv-hf/bin/python -m pytest -n auto --dist loadfile --max-worker-restart 0 -m "slow or not slow" \
+		tests/seqattn/interop/huggingface tests/train/hub/test_pretrained.py $(ARGS)
+
 test-aot: .venv/test  ## programs compiled for TPU and GPU, where `make .venv-aot-tpu .venv-aot-gpu` has installed compilers
 	@exec $(python) -m pytest -m aot tests/benchmarks/compile $(ARGS)
 
@@ -47,7 +51,7 @@ docs: .venv/docs  ## the site, with every example executed, in docs/_build/html
 	@exec $(python) -m sphinx --builder html --fail-on-warning --keep-going --fresh-env --quiet docs docs/_build/html $(ARGS)
 
 clean:
-	rm -rf .venv .venv-aot-tpu .venv-aot-gpu dist build docs/_build docs/_generated .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-hf .venv-aot-tpu .venv-aot-gpu dist build docs/_build docs/_generated .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find seqattn train benchmarks tests -name __pycache__ -exec rm -rf {} +
 
 # A stamp is newer than pyproject.toml where its extra is installed. Plain jax computes on the CPU; on an NVIDIA GPU,
@@ -61,6 +65,14 @@ clean:
 # does without it. Newer ones have tokamax from the extra.
 .venv/tokamax: .venv/bench
 	@$(python) -m pip install --quiet --disable-pip-version-check --no-deps tokamax
+	@touch $@
+
+# With the versions that the stored values were made with.
+.venv-hf/installed: pyproject.toml
+	@echo "Installing seqattn[test], PyTorch and transformers into .venv-hf; the first time takes minutes."
+	@$(PYTHON) -m venv .venv-hf
+	@.venv-hf/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@.venv-hf/bin/python -m pip install --quiet --disable-pip-version-check transformers==5.24.0 --editable ".[test]"
 	@touch $@
 
 # Compilers for devices that are not at hand. An environment holds the compiler alone and takes everything else from
