@@ -5,6 +5,7 @@ PyTorch and transformers are installed: `python -m tests.huggingface_models`.
 """
 
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from flax import nnx
 from seqattn.coordinates import Coordinates
 from seqattn.interop.huggingface import FAMILIES, huggingface_config
 from seqattn.interop.saved import empty_model
-from seqattn.models import TransformerConfig
+from seqattn.models import EncoderConfig, TransformerConfig
 
 VALUES = Path(__file__).parent / "seqattn" / "interop" / "huggingface" / "values.json"
 VOCABULARY, SOURCE_LENGTH, LENGTH = 11, 7, 5
@@ -70,10 +71,34 @@ _LLAMA3 |= {"original_max_position_embeddings": 16}
 _YARN = {"rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "original_max_position_embeddings": 16}
 _GEMMA2 = _DECODER | {"head_dim": 4, "sliding_window": 3, "query_pre_attn_scalar": 13}
 
+_BERT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 7,
+    "max_position_embeddings": 13,
+    "type_vocab_size": 2,
+    "pad_token_id": 0,
+}
+_DISTILBERT: dict[str, Any] = {"vocab_size": VOCABULARY, "dim": 12, "n_layers": 2, "n_heads": 3, "hidden_dim": 7}
+_DISTILBERT |= {"max_position_embeddings": 13, "pad_token_id": 0}
+_ROBERTA = _BERT | {"model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 1}
+_THREE = {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "bart": {"model_type": "bart"} | _SEQ2SEQ,
     "bart, scaled": {"model_type": "bart", "scale_embedding": True, "activation_function": "gelu_new"} | _SEQ2SEQ,
     "bart, equal sides": {"model_type": "bart"} | _SEQ2SEQ | {"decoder_attention_heads": 3, "decoder_ffn_dim": 7},
+    "bert": {"model_type": "bert", "architectures": ["BertModel"]} | _BERT,
+    "bert, masked": {"model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_act": "relu"} | _BERT,
+    "bert, texts": {"model_type": "bert", "architectures": ["BertForSequenceClassification"]} | _BERT | _THREE,
+    "bert, tokens": {"model_type": "bert", "architectures": ["BertForTokenClassification"]} | _BERT | _THREE,
+    "distilbert": {"model_type": "distilbert", "architectures": ["DistilBertModel"]} | _DISTILBERT,
+    "distilbert, masked": {"model_type": "distilbert", "architectures": ["DistilBertForMaskedLM"]} | _DISTILBERT,
+    "distilbert, tokens": {"model_type": "distilbert", "architectures": ["DistilBertForTokenClassification"]}
+    | _DISTILBERT
+    | _THREE,
     "gemma2": {"model_type": "gemma2"} | _GEMMA2,
     "gemma2, caps": {"model_type": "gemma2", "attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0} | _GEMMA2,
     "gemma2, no caps": {"model_type": "gemma2", "attn_logit_softcapping": None, "final_logit_softcapping": None}
@@ -112,6 +137,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 4} | _DECODER,
     "qwen3, biases": {"model_type": "qwen3", "head_dim": 2, "attention_bias": True} | _DECODER,
     "qwen3, tied": {"model_type": "qwen3", "head_dim": 2, "tie_word_embeddings": True} | _DECODER,
+    "roberta": _ROBERTA | {"architectures": ["RobertaModel"]},
+    "roberta, masked": _ROBERTA | {"architectures": ["RobertaForMaskedLM"]},
+    "roberta, texts": _ROBERTA | {"architectures": ["RobertaForSequenceClassification"]} | _THREE,
+    "roberta, tokens": _ROBERTA | {"architectures": ["RobertaForTokenClassification"]} | _THREE,
     "t5": {"model_type": "t5"} | _T5,
     "t5 1.1": {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} | _T5,
     "t5, silu": {"model_type": "t5", "feed_forward_proj": "silu"} | _T5,
@@ -169,12 +198,37 @@ def decoder_logits(model: Any, tokens: jax.Array) -> jax.Array:
     return model.decode(tokens, Coordinates.from_lengths([SOURCE_LENGTH] * 2, SOURCE_LENGTH), memory)
 
 
+@nnx.jit
+def encoder_logits(model: Any, tokens: jax.Array) -> jax.Array:
+    """Logits or vectors of the tokens that both rows have, `[2, 4, C]`; those of labels of texts `[2, 1, C]`."""
+    found = model(tokens, Coordinates.from_lengths(LENGTHS, SOURCE_LENGTH))
+    return found[:, None] if found.ndim == 2 else found[:, : min(LENGTHS)]
+
+
 def logits_of(name: str, model: Any) -> np.ndarray:
     """Our logits for the tokens of a config."""
     source, target = map(jnp.asarray, tokens_of(name))
+    if isinstance(model.config, EncoderConfig):
+        return np.asarray(encoder_logits(model, source))
     if isinstance(model.config, TransformerConfig):
         return np.asarray(seq2seq_logits(model, source, target))
     return np.asarray(decoder_logits(model, source))
+
+
+def head_of(fields: Mapping[str, Any]) -> Any:
+    """The class of transformers that makes and loads models of these fields."""
+    import transformers
+
+    if (named := fields.get("architectures")) is not None:
+        return {
+            "Model": transformers.AutoModel,
+            "LM": transformers.AutoModelForMaskedLM,
+            "SequenceClassification": transformers.AutoModelForSequenceClassification,
+            "TokenClassification": transformers.AutoModelForTokenClassification,
+        }[re.split("For|(?=Model)|(?=LM)", named[0].replace("Masked", ""))[-1]]
+    if fields["model_type"] in ("gemma2", "gpt2", "llama", "mistral", "qwen2", "qwen3"):
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModelForSeq2SeqLM
 
 
 def peer_of(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
@@ -185,13 +239,16 @@ def peer_of(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
     transformers.utils.logging.set_verbosity_error()
     kind = fields["model_type"]
     config = transformers.AutoConfig.for_model(kind).from_dict(dict(fields))
-    head = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    model = head.from_config(config, attn_implementation="eager").eval()
+    model = head_of(fields).from_config(config, attn_implementation="eager").eval()
     if "lm_head.weight" in arrays:  # transformers ties it in every T5
         model.lm_head.weight = torch.nn.Parameter(torch.empty(arrays["lm_head.weight"].shape))
-    found = model.load_state_dict({name: torch.from_numpy(x.copy()) for name, x in arrays.items()}, strict=False)
-    # The rest are sinusoids, and aliases of the table of tokens.
-    missing = [name for name in found.missing_keys if "embed_" not in name and name != "lm_head.weight"]
+    # The names of a bare model have no prefix.
+    own = model.state_dict()
+    given = {name if name in own else name.partition(".")[2]: torch.from_numpy(x.copy()) for name, x in arrays.items()}
+    found = model.load_state_dict(given, strict=False)
+    # The rest are sinusoids, aliases of the table of tokens, and a layer that a bare BERT does not use for vectors.
+    known = ("embed_", "lm_head.weight", "pooler.", "decoder.", "vocab_projector.weight")
+    missing = [name for name in found.missing_keys if not any(part in name for part in known)]
     if missing or found.unexpected_keys:
         raise RuntimeError(f"{kind} lacks {missing} and does not know {found.unexpected_keys}")
     return model
@@ -202,11 +259,15 @@ def peer_logits(name: str, peer: Any) -> np.ndarray:
     import torch
 
     source, target = map(torch.from_numpy, tokens_of(name))
+    mask = (torch.arange(SOURCE_LENGTH) < torch.tensor(LENGTHS)[:, None]).long()
     with torch.no_grad():
+        if any(part in type(peer).__name__ for part in ("Bert", "Roberta")):
+            output = peer(input_ids=source, attention_mask=mask)
+            found = (output.logits if "logits" in output else output.last_hidden_state).numpy()
+            return np.asarray(found[:, None] if found.ndim == 2 else found[:, : min(LENGTHS)])
         if not peer.config.is_encoder_decoder:
             return np.asarray(peer(input_ids=source).logits.numpy())
-        mask = torch.arange(SOURCE_LENGTH) < torch.tensor(LENGTHS)[:, None]
-        given = {"input_ids": source, "attention_mask": mask.long(), "decoder_input_ids": target}
+        given = {"input_ids": source, "attention_mask": mask, "decoder_input_ids": target}
         return np.asarray(peer(**given).logits.numpy())
 
 

@@ -44,7 +44,7 @@ _LARGEST = 2**31 - 1
 _MOST_LAYERS = 256
 """Also the maximum number of items in a list. Even shapes alone take seconds for this many layers."""
 _LAYERS = ("num_layers", "num_encoder_layers", "num_decoder_layers")
-_MAY_BE_ZERO = (*_LAYERS, "vocab_size", "radius", "first")
+_MAY_BE_ZERO = (*_LAYERS, "vocab_size", "radius", "first", "num_types")
 _MOST_SHOWN = 12
 
 

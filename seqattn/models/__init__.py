@@ -2,7 +2,7 @@
 
 from seqattn.models.attention_encoder import AttentionEncoder
 from seqattn.models.captioner import Captioner, CaptionerConfig, Convolutional, Patches
-from seqattn.models.encoder import Encoder, EncoderConfig, MaskedTokens, TextLabels, TokenLabels
+from seqattn.models.encoder import Encoder, EncoderConfig, MaskedTokens, Pooling, TextLabels, TokenLabels, TokenVectors
 from seqattn.models.encoder_decoder import EncoderDecoder
 from seqattn.models.language_model import (
     LanguageModel,
@@ -49,6 +49,7 @@ __all__ = [
     "Local",
     "MaskedTokens",
     "Patches",
+    "Pooling",
     "Positions",
     "RecurrentLanguageModel",
     "RecurrentLanguageModelConfig",
@@ -63,6 +64,7 @@ __all__ = [
     "Stack",
     "TextLabels",
     "TokenLabels",
+    "TokenVectors",
     "Transformer",
     "TransformerConfig",
     "TransformerMemory",

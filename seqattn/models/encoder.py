@@ -1,15 +1,15 @@
 """Transformer encoder with a head for token labels, text labels or masked tokens (Devlin 2019)."""
 
 import dataclasses
+import enum
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from seqattn.checks import check_sizes
+from seqattn.checks import check_integer, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import drop, split
 from seqattn.models import position_encodings
@@ -18,6 +18,7 @@ from seqattn.models.position_encodings import Positions, Sinusoidal
 from seqattn.models.stack import Attention, Full, Stack
 from seqattn.nn.blocks import BlockConfig
 from seqattn.nn.embedding import TokenEmbedding
+from seqattn.nn.feed_forward import Activation
 from seqattn.nn.linear import Linear
 from seqattn.nn.parameter_rule import INTO, Kind, ParameterRule
 
@@ -32,20 +33,41 @@ class TokenLabels:
     """Number of labels."""
 
 
+class Pooling(enum.Enum):
+    """Which vector stands for a text."""
+
+    MEAN = "mean"
+    """The mean of the vectors of its tokens."""
+    FIRST = "first"
+    """The vector of its first token, which BERT adds to each text (Devlin 2019)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TextLabels:
-    """Head that labels each text from the mean of its token vectors: logits `[B, num_labels]`."""
+    """Head that labels each text from one vector: logits `[B, num_labels]`."""
 
     num_labels: int = 2
     """Number of labels."""
+    pooling: Pooling = Pooling.MEAN
+    """Which vector stands for a text."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskedTokens:
     """Head that predicts the original token at each place, with the input table (Devlin 2019, task 1): `[B, T, V]`."""
 
+    activation: Activation = Activation.GELU
+    """Nonlinearity of the head."""
+    norm_epsilon: float = 1e-6
+    """Added to the variance in the head's layer norm."""
 
-Head = TokenLabels | TextLabels | MaskedTokens
+
+@dataclasses.dataclass(frozen=True)
+class TokenVectors:
+    """No head: the model returns a vector for each token, `[B, T, D]`."""
+
+
+Head = TokenLabels | TextLabels | MaskedTokens | TokenVectors
 """The task of an encoder."""
 
 
@@ -65,6 +87,12 @@ class EncoderConfig:
     """What each layer attends to, repeated over the layers. `Compressed` is not allowed."""
     head: Head = TokenLabels()
     """The task of the encoder."""
+    embedding_scale: float | None = None
+    """Factor of token vectors. If None, `sqrt(model_dim)` (Vaswani 2017, section 3.4); BERT has 1."""
+    norm_embedding: bool = False
+    """If True, a norm after token and position vectors are added (Devlin 2019)."""
+    num_types: int = 0
+    """Number of token types, such as first and second text (Devlin 2019), each with a vector. If 0, there are none."""
 
 
 class Encoder(nnx.Module):
@@ -91,24 +119,39 @@ class Encoder(nnx.Module):
         self.config, dim = config, config.block.model_dim
         position_encodings.check_positions(config.positions, dim)
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
-        self.embedding = TokenEmbedding(config.vocab_size, dim, **sizes)
+        self.embedding = TokenEmbedding(config.vocab_size, dim, scale=config.embedding_scale, **sizes)
         self.learned = position_encodings.table(config.positions, dim, **sizes)
         choices: dict[str, Any] = {"positions": config.positions, "pattern": config.pattern}
         self.stack = Stack(config.block, config.num_layers, causal=False, **choices, **sizes)
-        self.head = _HEADS[type(config.head)](config, **sizes)
+        kind = _HEADS[type(config.head)]
+        self.head = None if kind is None else kind(config, **sizes)
+        check_integer("num_types", config.num_types, 0)
+        self.types = TokenEmbedding(config.num_types, dim, scale=1.0, **sizes) if config.num_types else None
+        self.embedding_norm = config.block.norm(**sizes) if config.norm_embedding else None
 
     def __call__(
-        self, tokens: Int[Array, "B T"], at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        at: Coordinates,
+        *,
+        types: Int[Array, "B T"] | None = None,
+        dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B ..."]:
-        """Returns the logits of the head: `[B, T, labels]`, `[B, labels]` or `[B, T, V]`.
+        """Returns the logits of the head: `[B, T, labels]`, `[B, labels]` or `[B, T, V]`; without a head, the vectors.
 
         Args:
             tokens: `[B, T]`. For text labels each row must hold one text: packed documents are not supported.
             at: their coordinates.
+            types: the type of each token, `[B, T]`. If None, 0 for all.
             dropout_key: if None, nothing is dropped.
+
+        Raises:
+            ValueError: types are given to a model that has none.
         """
         keys = split(dropout_key, 3)
-        x = self.encode(tokens, at, dropout_key=keys[0])
+        x = self.encode(tokens, at, types=types, dropout_key=keys[0])
+        if self.head is None:
+            return x
         x = drop(x, self.config.block.dropout_rate, keys[1])
         return self.head(x, at, self.embedding)
 
@@ -118,18 +161,34 @@ class Encoder(nnx.Module):
         return None if limit is None or source_length <= limit else 0
 
     def encode(
-        self, tokens: Int[Array, "B T"], at: Coordinates, *, dropout_key: PRNGKeyArray | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        at: Coordinates,
+        *,
+        types: Int[Array, "B T"] | None = None,
+        dropout_key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns a vector for each token `[B, T]`, before the head: `[B, T, D]`."""
+        """Returns a vector for each token `[B, T]`, before the head: `[B, T, D]`. For `types` see a call."""
         keys = split(dropout_key, 2)
-        x = position_encodings.embed(self.embedding, self.learned, self.config.positions, tokens, at)
+        x = self._embed(tokens, at, types)
         return self.stack(drop(x, self.config.block.dropout_rate, keys[0]), at, dropout_key=keys[1])
 
     def attention(self, tokens: Int[Array, "B T"], at: Coordinates) -> Float[Array, "B L T T"]:
         """Returns the self-attention weights of every head of every layer, `[B, layers * N, T, T]`."""
-        return self.stack.weights(
-            position_encodings.embed(self.embedding, self.learned, self.config.positions, tokens, at), at
-        )
+        return self.stack.weights(self._embed(tokens, at, None), at)
+
+    def _embed(self, tokens: Array, at: Coordinates, types: Array | None) -> Float[Array, "B T D"]:
+        """Returns the vectors of tokens, positions and types, from which the stack starts."""
+        x = position_encodings.embed(self.embedding, self.learned, self.config.positions, tokens, at)
+        if self.types is None:
+            if types is not None:
+                raise ValueError("types were given, but num_types is 0: the model has no vectors of types")
+        else:
+            # Padding may hold any number, and an index outside the table would be an error.
+            real = jnp.broadcast_to(at.segment, tokens.shape) != 0
+            zeros = jnp.zeros_like(tokens)
+            x = x + self.types(zeros if types is None else jnp.where(real, types, zeros))
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
 
 class TokenHead(nnx.Module):
@@ -145,35 +204,53 @@ class TokenHead(nnx.Module):
 
 
 class TextHead(nnx.Module):
-    """Mean over the real tokens of a row, then two layers (the pooler of Devlin 2019, on the mean)."""
+    """One vector for each row, then two layers (the pooler of Devlin 2019, on the mean or on the first token)."""
 
     def __init__(self, config: EncoderConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        assert isinstance(config.head, TextLabels)
+        self.pooling = config.head.pooling
         self.hidden = Linear(config.block.model_dim, config.block.model_dim, **sizes)
         self.output = Linear(config.block.model_dim, _num_labels(config.head), **sizes)
 
     def __call__(self, x: Float[Array, "B T D"], at: Coordinates, embedding: TokenEmbedding) -> Float[Array, "B C"]:
         """Returns the logits of each row's label."""
-        return self.output(jnp.tanh(self.hidden(mean_over_tokens(x, jnp.broadcast_to(at.segment, x.shape[:-1]) != 0))))
+        real = jnp.broadcast_to(at.segment, x.shape[:-1]) != 0
+        pooled = mean_over_tokens(x, real) if self.pooling is Pooling.MEAN else _first(x, real)
+        return self.output(jnp.tanh(self.hidden(pooled)))
+
+
+def _first(x: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> Float[Array, "B D"]:
+    """Returns the vector of the first real token of each row; zeros if there is none."""
+    index = jnp.argmax(real, axis=-1)[:, None, None]
+    first = jnp.take_along_axis(x, index, axis=1)[:, 0]
+    return jnp.where(real.any(axis=-1, keepdims=True), first, jnp.zeros_like(first))
 
 
 class MaskedHead(nnx.Module):
-    """A layer with GELU and layer norm, then the input table, and a bias for each token."""
+    """A layer with an activation and a layer norm, then the input table, and a bias for each token."""
 
     def __init__(self, config: EncoderConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         dim = config.block.model_dim
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         self.hidden = Linear(dim, dim, **sizes)
-        self.norm = nnx.LayerNorm(dim, **sizes)
+        assert isinstance(config.head, MaskedTokens)
+        self.activation = config.head.activation
+        self.norm = nnx.LayerNorm(dim, epsilon=config.head.norm_epsilon, **sizes)
         self.bias = nnx.Param(jnp.zeros(config.vocab_size, param_dtype))
 
     def __call__(self, x: Float[Array, "B T D"], at: Coordinates, embedding: TokenEmbedding) -> Float[Array, "B T V"]:
         """Returns the logits of the token at each place."""
-        logits = embedding.logits(self.norm(jax.nn.gelu(self.hidden(x))))
+        logits = embedding.logits(self.norm(self.activation(self.hidden(x))))
         return logits + self.bias[...].astype(logits.dtype)[None, None]
 
 
-_HEADS: dict[type, type] = {TokenLabels: TokenHead, TextLabels: TextHead, MaskedTokens: MaskedHead}
+_HEADS: dict[type, type | None] = {
+    TokenLabels: TokenHead,
+    TextLabels: TextHead,
+    MaskedTokens: MaskedHead,
+    TokenVectors: None,
+}
 
 
 def _num_labels(head: Head) -> int:

@@ -42,9 +42,13 @@ def kind(experiment: Experiment) -> type[Objective]:
     """Returns the objective of an experiment.
 
     Raises:
-        ValueError: the head of an encoder and the examples of the task are for different objectives.
+        ValueError: the head of an encoder and the examples of the task are for different objectives, or the encoder has
+            no head.
     """
-    first, *others = serving(experiment.model)
+    served = serving(experiment.model)
+    if not served:
+        raise ValueError("an encoder with the head TokenVectors has no objective: give the model another head")
+    first, *others = served
     if others:  # only models that generate text serve several objectives
         return named(experiment.task.objective)
     if first.head is not None:

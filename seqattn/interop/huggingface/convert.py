@@ -140,13 +140,14 @@ def _written(family: Family, config: ModelConfig) -> dict[str, Any]:
     if not isinstance(config, family.kind):
         raise ValueError(f"{lacks}: its config must be a {family.kind.__name__}, got {type(config).__name__}")
     try:
-        fields = {"model_type": family.model_type} | family.write(config)
+        fields = {"model_type": family.model_type, "architectures": [family.architecture(config)]}
+        fields |= family.write(config)
         back = _read(family, fields)
     except (NotImplementedError, ValueError) as error:
         raise ValueError(f"{lacks}: {error}") from error
     if back != config:
         raise ValueError(f"{lacks}: {_difference(back, config)}")
-    return {"architectures": [family.architecture(config)]} | fields
+    return fields
 
 
 def _difference(theirs: Any, ours: Any, path: str = "") -> str:

@@ -9,7 +9,17 @@ import pytest
 from flax import nnx
 
 from seqattn.coordinates import Coordinates
-from seqattn.models import Encoder, EncoderConfig, Local, MaskedTokens, TextLabels, TokenLabels, Window
+from seqattn.models import (
+    Encoder,
+    EncoderConfig,
+    Local,
+    MaskedTokens,
+    Pooling,
+    TextLabels,
+    TokenLabels,
+    TokenVectors,
+    Window,
+)
 from seqattn.nn import BlockConfig
 from tests.parameters import drawn
 
@@ -148,3 +158,37 @@ def test_a15_no_rows_or_no_tokens(name, rows, length):
 def test_a_head_has_labels(head):
     with pytest.raises(ValueError, match=r"num_labels \(0\) must be an integer of at least 1"):
         nnx.eval_shape(lambda: _fresh(head))
+
+
+def test_the_vector_of_the_first_real_token_may_stand_for_a_text():
+    head = TextLabels(C, Pooling.FIRST)
+    model = drawn(lambda: Encoder(EncoderConfig(V, 1, BLOCK, head=head), rngs=nnx.Rngs(0)))
+    # The first text starts after padding, and the last has no token.
+    at = Coordinates.from_segments(jnp.asarray([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [0] * 7]))
+    logits, vectors = _call(model, jnp.asarray(TOKENS), at)
+    first = np.stack([vectors[0, 2], vectors[1, 0], np.zeros(D)]).astype(np.float64)
+    expected = _linear(model.head.output, np.tanh(_linear(model.head.hidden, first)))
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+
+def test_without_a_head_the_vectors_are_the_result():
+    model = drawn(lambda: Encoder(EncoderConfig(V, 1, BLOCK, head=TokenVectors()), rngs=nnx.Rngs(0)))
+    result, vectors = _call(model, jnp.asarray(TOKENS), AT)
+    np.testing.assert_array_equal(result, vectors)
+
+
+def test_types_of_tokens_have_vectors_and_those_of_padding_are_not_looked_up():
+    config = EncoderConfig(V, 1, BLOCK, head=TokenVectors(), num_types=2, embedding_scale=1.0, norm_embedding=True)
+    model = drawn(lambda: Encoder(config, rngs=nnx.Rngs(0)))
+    tokens, types = jnp.asarray(TOKENS), jnp.asarray(np.where(REAL, TOKENS % 2, 99))
+    found = np.asarray(model(tokens, AT, types=types))
+    # A table of tokens and types as one.
+    both = nnx.clone(model)
+    joined = model.embedding.table[...][:, None] + model.types.table[...][None]
+    both.embedding.table = nnx.Param(joined.reshape(-1, D))
+    both.types.table = nnx.Param(jnp.zeros((2, D)))
+    expected = np.asarray(both(tokens * 2 + jnp.where(jnp.asarray(REAL), types, 0), AT))
+    np.testing.assert_allclose(found[REAL], expected[REAL], atol=2e-5)
+    np.testing.assert_array_equal(model(tokens, AT), model(tokens, AT, types=jnp.zeros_like(tokens)))
+    with pytest.raises(ValueError, match="num_types is 0"):
+        _encoder("token")(tokens, AT, types=types)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from seqattn.interop import to_arrays
 from seqattn.interop.huggingface import from_huggingface
-from tests.huggingface_models import CONFIGS, arrays_of, logits_of, peer_logits, peer_of
+from tests.huggingface_models import CONFIGS, arrays_of, head_of, logits_of, peer_logits, peer_of
 from train.hub.pretrained import load_pretrained, save_pretrained
 
 LLAMA = CONFIGS["llama"]
@@ -158,7 +158,7 @@ def test_a_wrong_shape_names_the_array(tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_transformers_writes_we_read_and_what_we_write_it_reads(tmp_path, name):
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
     fields = CONFIGS[name]
     peer = peer_of(fields, arrays_of(fields))
     peer.save_pretrained(tmp_path / "theirs")
@@ -166,6 +166,5 @@ def test_what_transformers_writes_we_read_and_what_we_write_it_reads(tmp_path, n
     model = load_pretrained(tmp_path / "theirs")
     np.testing.assert_allclose(logits_of(name, model), expected, atol=1e-4 * np.abs(expected).max())
     save_pretrained(model, fields["model_type"], tmp_path / "ours")
-    head = transformers.AutoModelForSeq2SeqLM if peer.config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    again = head.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    again = head_of(fields).from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
     np.testing.assert_array_equal(peer_logits(name, again), expected)

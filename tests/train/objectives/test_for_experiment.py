@@ -15,6 +15,7 @@ from seqattn.models import (
     Seq2SeqConfig,
     TextLabels,
     TokenLabels,
+    TokenVectors,
 )
 from train import by_length, complete, objectives, translate
 from train.checkpoints import run
@@ -170,3 +171,9 @@ def test_a_model_that_cannot_tell_the_texts_of_a_row_apart_refuses_packed_batche
     experiment = dataclasses.replace(tiny, model=model, batches=packed, bleu=False)
     with pytest.raises(ValueError, match=rf"packed \(True\) .* a {type(model).__name__}: set --batches.packed False"):
         objectives.make(experiment, Tokenizer.train(Characters(), ["ab"]), ())
+
+
+def test_an_encoder_without_a_head_has_no_objective():
+    experiment = dataclasses.replace(catalogue.named("tags"), model=EncoderConfig(11, head=TokenVectors()))
+    with pytest.raises(ValueError, match="the head TokenVectors has no objective"):
+        objectives.kind(experiment)
