@@ -257,6 +257,13 @@ null, "count": null, "index": null, "cluster": null, "timeout": 300}, "label_smo
 """What the program wrote while a table of names said which classes there are (November 2026)."""
 
 
+ADDED_TO_BLOCKS = (
+    *("attention_head_dim", "attention_scale", "attention_soft_cap", "key_bias", "output_bias", "feed_forward_bias"),
+    *("norm_outputs", "rms_norm"),
+)
+ADDED_TO_TRANSFORMERS = ("decoder_block", "embedding_scale", "norm_embedding", "tie_logits", "logits_scale")
+
+
 def test_the_one_codec_reads_and_writes_what_was_written_before_it():
     expected = dataclasses.replace(
         DATES,
@@ -268,7 +275,13 @@ def test_the_one_codec_reads_and_writes_what_was_written_before_it():
     )
     assert decode(json.loads(WRITTEN_BEFORE)) == expected
     now = encode(expected)
-    assert now.pop("data_cache") == encode(DataCache())  # a field added since, whose default is what was done before
+    # Fields added since, whose defaults are what was done before.
+    assert now.pop("data_cache") == encode(DataCache())
+    for values, config, added in (
+        (now["model"]["block"], BlockConfig(), ADDED_TO_BLOCKS),
+        (now["model"], TransformerConfig(0), ADDED_TO_TRANSFORMERS),
+    ):
+        assert {name: values.pop(name) for name in added} == {name: getattr(config, name) for name in added}
     assert json.dumps(now) == " ".join(WRITTEN_BEFORE.split())
 
 
