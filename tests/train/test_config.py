@@ -25,6 +25,7 @@ from seqattn.models import (
     Seq2SeqConfig,
     TextLabels,
     TokenLabels,
+    TransformerConfig,
     Window,
 )
 from seqattn.nn import BlockConfig, Cell, MixtureConfig, Monotonic, Predictive
@@ -277,11 +278,11 @@ def test_the_one_codec_reads_and_writes_what_was_written_before_it():
     now = encode(expected)
     # Fields added since, whose defaults are what was done before.
     assert now.pop("data_cache") == encode(DataCache())
-    for values, config, added in (
+    for values, plain, added in (
         (now["model"]["block"], BlockConfig(), ADDED_TO_BLOCKS),
         (now["model"], TransformerConfig(0), ADDED_TO_TRANSFORMERS),
     ):
-        assert {name: values.pop(name) for name in added} == {name: getattr(config, name) for name in added}
+        assert {name: values.pop(name) for name in added} == {name: getattr(plain, name) for name in added}
     assert json.dumps(now) == " ".join(WRITTEN_BEFORE.split())
 
 
