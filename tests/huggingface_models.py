@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 
 from seqattn.coordinates import Coordinates
-from seqattn.interop.huggingface import FAMILIES, huggingface_config
+from seqattn.interop.huggingface import huggingface_config
+from seqattn.interop.huggingface.families import FAMILIES
 from seqattn.interop.saved import empty_model
 from seqattn.models import EncoderConfig, TransformerConfig
 

@@ -1,15 +1,13 @@
 """Models of Hugging Face transformers: configs as fields and parameters as named arrays, in both directions.
 
-`families` lists what can be converted. Each family is one file: its fields, the names of its arrays, and their layouts.
+`families.py` lists what can be converted. Each family is one file: its fields, the names of its arrays, and their layouts.
 """
 
 from seqattn.interop.huggingface.convert import from_huggingface, huggingface_config, to_huggingface
-from seqattn.interop.huggingface.families import FAMILIES
 from seqattn.interop.huggingface.family import Family, Parameter
 from seqattn.interop.huggingface.fields import Fields
 
 __all__ = [
-    "FAMILIES",
     "Family",
     "Fields",
     "Parameter",

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seqattn.interop.huggingface import FAMILIES, from_huggingface, huggingface_config, to_huggingface
+from seqattn.interop.huggingface import from_huggingface, huggingface_config, to_huggingface
+from seqattn.interop.huggingface.families import FAMILIES
 from seqattn.models import LanguageModelConfig, Transformer, TransformerConfig
 from seqattn.nn import BlockConfig
 from tests.huggingface_models import CONFIGS, VALUES, arrays_of, logits_of
