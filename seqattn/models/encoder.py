@@ -127,7 +127,7 @@ class Encoder(nnx.Module):
         self.head = None if kind is None else kind(config, **sizes)
         check_integer("num_types", config.num_types, 0)
         self.types = TokenEmbedding(config.num_types, dim, scale=1.0, **sizes) if config.num_types else None
-        self.embedding_norm = config.block.norm(**sizes) if config.norm_embedding else None
+        self.embedding_norm = config.block.embedding_norm(**sizes) if config.norm_embedding else None
 
     def __call__(
         self,

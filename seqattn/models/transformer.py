@@ -157,8 +157,8 @@ class Transformer(nnx.Module):
                 for _ in range(config.num_encoder_layers)
             ]
         )
-        self.source_norm = config.block.norm(**sizes) if config.norm_embedding else None
-        self.target_norm = decoder_block.norm(**sizes) if config.norm_embedding else None
+        self.source_norm = config.block.embedding_norm(**sizes) if config.norm_embedding else None
+        self.target_norm = decoder_block.embedding_norm(**sizes) if config.norm_embedding else None
         window = config.decoder_window
         within = Causal() & SameSegment() if window is None else SlidingWindow(window) & SameSegment()
         masks: dict[str, Any] = {"mask": within, "memory_mask": SameSegment()}
@@ -188,7 +188,7 @@ class Transformer(nnx.Module):
         """Encodes a source of vectors in place of tokens, such as image patches or frames of speech.
 
         Args:
-            x: vectors `[B, S, D]`, with position vectors already added. Padding must be finite.
+            x: vectors `[B, S, D]`, with position vectors already added and normalised. Padding must be finite.
             source_at: their coordinates.
             dropout_key: if None, nothing is dropped.
 

@@ -30,8 +30,8 @@ class BlockConfig:
     """Sizes and choices that all blocks of a model share. The defaults are the base model of Vaswani 2017.
 
     Raises:
-        ValueError: `norm_epsilon` is negative or not finite, `rms_norm` is combined with `norm_bias`, or `mixture` with
-            `remat` or `scan_layers`.
+        ValueError: `norm_epsilon` is negative or not finite, `rms_norm` is combined with `norm_bias`, `norm_outputs`
+            with `use_norm=False`, or `mixture` with `remat` or `scan_layers`.
     """
 
     model_dim: int = 512
@@ -97,6 +97,8 @@ class BlockConfig:
                 f"remat ({self.remat}) and scan_layers ({self.scan_layers}) must be False where blocks have experts: "
                 "a block that is recomputed or scanned cannot return the routing of its experts"
             )
+        if self.norm_outputs and not self.use_norm:
+            raise ValueError("use_norm must be True with norm_outputs: the blocks have no norms")
         if self.rms_norm and self.norm_bias:
             raise ValueError("norm_bias must be False with rms_norm: an RMS norm has no offset")
         check_number("norm_epsilon", self.norm_epsilon, minimum=0)
@@ -153,6 +155,17 @@ class BlockConfig:
         if self.rms_norm:
             return nnx.RMSNorm(self.model_dim, **options)
         return nnx.LayerNorm(self.model_dim, use_bias=self.norm_bias, **options)
+
+    def embedding_norm(self, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm | nnx.RMSNorm:
+        """Builds the norm of `norm_embedding`, after token and position vectors are added.
+
+        Raises:
+            ValueError: the model has no norms.
+        """
+        norm = self.norm(param_dtype, rngs)
+        if norm is None:
+            raise ValueError("use_norm must be True with norm_embedding: the blocks have no norms")
+        return norm
 
     def feed_forward(self, param_dtype: DTypeLike, rngs: nnx.Rngs) -> FeedForward | MixtureOfExperts:
         """Builds the feed-forward network of a block, or its mixture of experts."""

@@ -18,7 +18,9 @@ import safetensors
 import safetensors.numpy
 from jax.typing import DTypeLike
 
-from seqattn.interop.huggingface import from_huggingface, to_huggingface
+from seqattn.interop import ModelConfig
+from seqattn.interop.codec import shown
+from seqattn.interop.huggingface import from_huggingface, huggingface_config, to_huggingface
 from seqattn.interop.huggingface.convert import Place
 from seqattn.interop.huggingface.fields import WITHOUT_EFFECT
 from train.hub.exported import check_free
@@ -73,14 +75,13 @@ def save_pretrained(model: Any, family: str, folder: Path | str, *, like: Path |
 
     Raises:
         FileExistsError: the folder is a file or is not empty.
-        ValueError: the family has no model like this one.
+        ValueError: the family has no model like this one, or `like` has numbers of tokens or labels of another model.
     """
     folder = Path(folder).resolve()
     check_free(folder)
     fields, arrays = to_huggingface(model, family)
     if like is not None:
-        given = _object(Path(like) / CONFIG)
-        fields |= {name: given[name] for name in given.keys() & WITHOUT_EFFECT - {"architectures", "model_type"}}
+        fields = _as_in(Path(like) / CONFIG, fields, model.config)
     fields["dtype"] = next(iter(arrays.values())).dtype.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}-{os.getpid()}")
@@ -100,6 +101,20 @@ def save_pretrained(model: Any, family: str, folder: Path | str, *, like: Path |
         raise
 
 
+def _as_in(path: Path, fields: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """Returns fields with those of another config that do not change a model, such as numbers of special tokens."""
+    given = _object(path)
+    taken = fields | {name: given[name] for name in given.keys() & WITHOUT_EFFECT - {"architectures", "model_type"}}
+    # In some families a number of labels or of the padding token does change the model.
+    try:
+        fits, reason = huggingface_config(taken) == config, "they give another config"
+    except (NotImplementedError, ValueError) as error:
+        fits, reason = False, str(error)
+    if not fits:
+        raise ValueError(f"{path} has numbers of tokens or labels that do not fit the model: {reason}")
+    return taken
+
+
 class _Stored(Mapping[str, np.ndarray]):
     """The arrays of a folder by name. Each is read when it is asked for."""
 
@@ -110,10 +125,10 @@ class _Stored(Mapping[str, np.ndarray]):
 
     def __enter__(self) -> Self:
         try:
-            for name in dict.fromkeys(self._file_of.values()):
+            for name in dict.fromkeys(self._file_of.values()) or (PARAMETERS,):
                 self._opened[name] = self._files.enter_context(_open(self._folder / name))
-            if not self._file_of:
-                self._file_of = dict.fromkeys(self._opened_whole().keys(), PARAMETERS)
+            # Without an index, all arrays are in one file.
+            self._file_of = self._file_of or dict.fromkeys(self._opened[PARAMETERS].keys(), PARAMETERS)
             self._check()
         except BaseException:
             self._files.close()
@@ -134,10 +149,6 @@ class _Stored(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._file_of)
-
-    def _opened_whole(self) -> Any:
-        whole = self._opened[PARAMETERS] = self._files.enter_context(_open(self._folder / PARAMETERS))
-        return whole
 
     def _check(self) -> None:
         """Checks that every array is where the index says, before any is read."""
@@ -171,9 +182,7 @@ def _files(folder: Path) -> dict[str, str]:
         raise ValueError(f"{index}: weight_map must name the file of each array")
     for name, file in named.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(
-                f"{index}: the file of {name} must be the name of a safetensors file, got {str(file)[:80]!r}"
-            )
+            raise ValueError(f"{index}: the file of {name} must be the name of a safetensors file, got {shown(file)}")
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file} is missing: it holds {name}, as {INDEX} says")
     return named

@@ -5,7 +5,7 @@ from typing import Any
 
 from seqattn.checks import check_multiple
 from seqattn.interop.huggingface.family import Family, Parameter, linear, norm
-from seqattn.interop.huggingface.fields import ACTIVATIONS, Fields
+from seqattn.interop.huggingface.fields import ACTIVATIONS, Fields, activation_name
 from seqattn.interop.huggingface.layouts import After, Row
 from seqattn.models.position_encodings import Learned, Positions
 from seqattn.models.transformer import TransformerConfig
@@ -83,7 +83,6 @@ def write_config(config: TransformerConfig) -> dict[str, Any]:
     """Returns the fields that all these families have."""
     block = config.block
     decoder = block if config.decoder_block is None else config.decoder_block
-    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     return {
         "vocab_size": config.vocab_size,
         "d_model": block.model_dim,
@@ -94,7 +93,7 @@ def write_config(config: TransformerConfig) -> dict[str, Any]:
         "encoder_ffn_dim": block.hidden_dim,
         "decoder_ffn_dim": decoder.hidden_dim,
         "max_position_embeddings": config.positions.max_length if isinstance(config.positions, Learned) else 1024,
-        "activation_function": names[block.activation],
+        "activation_function": activation_name(block.activation),
         "dropout": block.dropout_rate,
         "attention_dropout": block.attention_dropout_rate,
         "activation_dropout": block.hidden_dropout_rate,

@@ -9,7 +9,7 @@ from typing import Any
 from seqattn.checks import check_multiple
 from seqattn.interop.codec import shown
 from seqattn.interop.huggingface.family import Family, Parameter, linear, norm
-from seqattn.interop.huggingface.fields import ACTIVATIONS, Fields
+from seqattn.interop.huggingface.fields import ACTIVATIONS, Fields, activation_name
 from seqattn.models.encoder import EncoderConfig, Head, MaskedTokens, Pooling, TextLabels, TokenLabels, TokenVectors
 from seqattn.models.position_encodings import Learned
 from seqattn.nn.blocks import BlockConfig
@@ -135,11 +135,6 @@ def write_config(config: EncoderConfig, unused: int = 0) -> dict[str, Any]:
         "type_vocab_size": config.num_types,
         "layer_norm_eps": block.norm_epsilon,
     }
-
-
-def activation_name(activation: Any) -> str:
-    """Returns the name of an activation in transformers."""
-    return next(name for name, ours in ACTIVATIONS.items() if ours is activation)
 
 
 def body(config: EncoderConfig, prefix: str) -> Iterator[Parameter]:

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from seqattn.checks import check_multiple
-from seqattn.interop.huggingface.bert import activation_name, architecture, read_head, write_head
+from seqattn.interop.huggingface.bert import architecture, read_head, write_head
 from seqattn.interop.huggingface.family import Family, Parameter, linear, norm
-from seqattn.interop.huggingface.fields import ACTIVATIONS, Fields
+from seqattn.interop.huggingface.fields import ACTIVATIONS, Fields, activation_name
 from seqattn.models.encoder import EncoderConfig, MaskedTokens, TextLabels, TokenLabels
 from seqattn.models.position_encodings import Learned
 from seqattn.nn.blocks import BlockConfig

@@ -1,7 +1,7 @@
 """Reads the fields of a `config.json`, and refuses by name what a family does not know."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from seqattn.checks import check_integer, check_number, check_rate
@@ -19,6 +19,16 @@ ACTIVATIONS = {
     "swish": Activation.SILU,
 }
 """The activations of transformers that we have. Its `gelu` is the exact one."""
+
+
+def activation_name(activation: Activation) -> str:
+    """Returns the first name of an activation in transformers.
+
+    >>> activation_name(Activation.GELU)
+    'gelu_new'
+    """
+    return next(name for name, ours in ACTIVATIONS.items() if ours is activation)
+
 
 WITHOUT_EFFECT = frozenset(
     """
@@ -118,13 +128,13 @@ class Fields:
         """Marks fields that change nothing in what we compute."""
         self._read.update(names)
 
-    def finish(self, without_effect: Collection[str] = WITHOUT_EFFECT) -> None:
+    def finish(self) -> None:
         """Checks that every field was read, is known to have no effect, or is empty.
 
         Raises:
             NotImplementedError: a field is unknown; names the first one and its value.
         """
-        for name in sorted(self._values.keys() - self._read - set(without_effect)):
+        for name in sorted(self._values.keys() - self._read - WITHOUT_EFFECT):
             value = self._values[name]
             if value not in (None, False, "", [], {}, ()):
                 raise NotImplementedError(f"{name} ({shown(value)}) is unknown")

@@ -5,7 +5,7 @@ from typing import Any
 
 from seqattn.checks import check_multiple
 from seqattn.interop.huggingface.family import Family, Parameter, norm
-from seqattn.interop.huggingface.fields import ACTIVATIONS, Fields
+from seqattn.interop.huggingface.fields import ACTIVATIONS, Fields, activation_name
 from seqattn.interop.huggingface.layouts import Joined, Transposed
 from seqattn.models.language_model import LanguageModelConfig
 from seqattn.models.position_encodings import Learned
@@ -68,7 +68,6 @@ def _write(config: LanguageModelConfig) -> dict[str, Any]:
     block, positions = config.block, config.positions
     if not isinstance(positions, Learned):
         raise ValueError(f"positions must be Learned, got {positions}")
-    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())} | {block.activation.GELU: "gelu_new"}
     return {
         "vocab_size": config.vocab_size,
         "n_positions": positions.max_length,
@@ -76,7 +75,7 @@ def _write(config: LanguageModelConfig) -> dict[str, Any]:
         "n_layer": config.num_layers,
         "n_head": block.num_heads,
         "n_inner": block.hidden_dim,
-        "activation_function": names[block.activation],
+        "activation_function": activation_name(block.activation),
         "resid_pdrop": block.dropout_rate,
         "embd_pdrop": block.dropout_rate,
         "attn_pdrop": block.attention_dropout_rate,

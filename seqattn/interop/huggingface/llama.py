@@ -6,7 +6,7 @@ from typing import Any
 from seqattn.interop.codec import shown
 from seqattn.interop.huggingface import rope
 from seqattn.interop.huggingface.family import Family, Parameter, linear, norm
-from seqattn.interop.huggingface.fields import ACTIVATIONS, Fields
+from seqattn.interop.huggingface.fields import ACTIVATIONS, Fields, activation_name
 from seqattn.interop.huggingface.layouts import SAME, Layout, Transposed
 from seqattn.models.language_model import LanguageModelConfig
 from seqattn.models.position_encodings import Rotary
@@ -86,7 +86,7 @@ def write_config(config: LanguageModelConfig) -> dict[str, Any]:
         "num_attention_heads": block.num_heads,
         "num_key_value_heads": block.num_heads if block.num_kv_heads is None else block.num_kv_heads,
         "head_dim": block.head_dim,
-        "hidden_act": next(name for name, activation in ACTIVATIONS.items() if activation is block.activation),
+        "hidden_act": activation_name(block.activation),
         "rms_norm_eps": block.norm_epsilon,
         "attention_dropout": block.attention_dropout_rate,
         "tie_word_embeddings": config.tie_logits,

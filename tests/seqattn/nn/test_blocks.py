@@ -249,3 +249,21 @@ def test_a28_heads_that_do_not_divide_are_refused():
     config = dataclasses.replace(CONFIG, num_kv_heads=4)
     with pytest.raises(ValueError, match=r"num_heads \(6\) must be a multiple of num_kv_heads \(4\)"):
         nnx.eval_shape(lambda: EncoderBlock(config, mask=None, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rms_norm": True}, "norm_bias must be False with rms_norm"),
+        ({"norm_outputs": True, "use_norm": False}, "use_norm must be True with norm_outputs"),
+    ],
+)
+def test_norms_that_contradict_each_other_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
+
+
+def test_a_norm_of_the_embedding_needs_norms():
+    config = dataclasses.replace(CONFIG, use_norm=False)
+    with pytest.raises(ValueError, match="use_norm must be True with norm_embedding"):
+        config.embedding_norm(jnp.float32, nnx.Rngs(0))

@@ -78,6 +78,17 @@ def test_saved_and_loaded_is_the_same_model_with_its_tokenizer(tmp_path, name):
     assert (saved["eos_token_id"], saved["task_specific_params"]) == (9, {"a": 1})
 
 
+def test_labels_of_another_model_are_not_taken(tmp_path):
+    fields = CONFIGS["bert, texts"]
+    like = written(tmp_path / "like", fields | {"id2label": {"0": "no", "1": "yes"}}, {})
+    model = from_huggingface(fields, arrays_of(fields))
+    with pytest.raises(
+        ValueError, match=r"like/config\.json has numbers of tokens or labels that do not fit the model"
+    ):
+        save_pretrained(model, "bert", tmp_path / "saved", like=like)
+    assert not (tmp_path / "saved").exists()
+
+
 def test_a_model_that_cannot_be_saved_leaves_nothing(tmp_path):
     model = load_pretrained(written(tmp_path / "model"))
     with pytest.raises(ValueError, match="t5 has no such LanguageModel"):
