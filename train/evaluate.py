@@ -10,7 +10,8 @@ from seqattn.checks import check_integer
 from train import objectives
 from train.checkpoints import run
 from train.devices import environment
-from train.experiments.catalogue import OwnCode
+from train.experiments.catalogue import OwnCode, from_file
+from train.hub import hf_folder, origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Arguments(OwnCode):
     """Evaluates the latest model of a run on one of its splits, as training does at its end."""
 
     run: tyro.conf.Positional[Path]
-    """Run folder."""
+    """Run folder, or hf:FOLDER for a folder of Hugging Face transformers (hf:NAME for a model of the hub), which needs
+    --experiment for the task."""
     split: Literal["train", "validation", "test"] = "test"
     """Split to evaluate on."""
     examples: int | None = None
@@ -34,14 +36,14 @@ def main(arguments: Arguments) -> None:
     """Prints the scores, one per line."""
     if arguments.beam_size is not None:
         check_integer("--beam-size", arguments.beam_size, 1)
-    trained = run.load(arguments.run, average=arguments.average)
+    trained = _loaded(arguments)
     split = trained.splits()[arguments.split]
     if arguments.examples is not None:
         check_integer("--examples", arguments.examples, 1)
         split = split.select(range(min(len(split), arguments.examples)))
     beam_size = arguments.beam_size
     if beam_size is None:
-        beam_size = run.judged_by(arguments.run, trained.step)[1]
+        beam_size = run.judged_by(trained.folder, trained.step)[1]
     objective = objectives.make(trained.experiment, trained.tokenizer, trained.labels, beam_size=beam_size)
     scores = objective.evaluate(trained.model, split)
     how = "" if trained.average == 1 else f", the mean of {trained.average} checkpoints"
@@ -51,6 +53,18 @@ def main(arguments: Arguments) -> None:
         print(f"{name}: {value:.4f}")
     for name, signature in scores.signatures.items():
         print(f"sacrebleu of {name}: {signature}")
+
+
+def _loaded(arguments: Arguments) -> run.Run:
+    """The run; for a folder of transformers, its model as that of a run of the experiment."""
+    if not hf_folder.is_hf(arguments.run):
+        return run.load(arguments.run, average=arguments.average)
+    if arguments.experiment is None:
+        raise ValueError(f"{arguments.run} has no task: give the file of an experiment with one, --experiment FILE")
+    theirs = origin.load_trained(arguments.run, average=arguments.average)
+    experiment = dataclasses.replace(from_file(arguments.experiment), model=theirs.model.config)
+    digest = run.fingerprint(experiment.task.load())
+    return run.Run(theirs.folder, experiment, theirs.tokenizer, theirs.labels, 0, theirs.model, digest)
 
 
 if __name__ == "__main__":

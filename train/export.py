@@ -17,7 +17,7 @@ from train import objectives
 from train.checkpoints import run
 from train.devices import environment
 from train.experiments.catalogue import OwnCode
-from train.hub import exported
+from train.hub import exported, origin
 from train.hub.card import card
 from train.hub.exported import CARD, FORWARD, SUMS, Exported
 from train.hub.stablehlo import check_flatbuffers, forward
@@ -51,7 +51,7 @@ def main(arguments: Arguments) -> None:
     """Writes the folder, prints its files, and uploads it if `push_to` is given."""
     _check(arguments)
     trained = run.load(arguments.run, average=arguments.average)
-    exported.check_task(trained, arguments.experiment)
+    origin.check_task(trained, arguments.experiment)
     objective = objectives.kind(trained.experiment).name
     made = Exported(arguments.folder, trained.model, trained.tokenizer, trained.labels, objective, trained.step)
     task, program = trained.experiment.task, None

@@ -24,6 +24,7 @@ from seqattn.checks import check_seed, check_sizes
 from seqattn.decoding import (
     GNMT,
     AverageLength,
+    Banned,
     Greedy,
     LengthPenalty,
     LogitsProcessor,
@@ -41,12 +42,14 @@ from seqattn.decoding import (
 from seqattn.models import Seq2SeqConfig
 from train import objectives
 from train.checkpoints.run import Run
+from train.data.pretrained_tokenizer import PretrainedTokenizer
 from train.data.standard_input import lines_as_they_come, lines_left, standard_input
 from train.data.tokenizer import Tokenizer
 from train.devices import environment
 from train.experiments.catalogue import OwnCode
-from train.hub import exported
+from train.hub import hf_folder, origin
 from train.hub.exported import Exported
+from train.inference.decoding import Decoding
 from train.inference.translator import Beam, Output, Search, Translator
 from train.objectives import pictures
 from train.reports.progress import Progress
@@ -59,6 +62,7 @@ _FILTERS: dict[str, Callable[[Any], LogitsProcessor]] = {
     "min_p": MinP,
 }
 _BATCHES_READ = 16
+_DEFAULTS = Decoding()
 
 
 def penalty_of(text: str) -> LengthPenalty:
@@ -99,28 +103,30 @@ class Arguments(OwnCode):
     """Translates texts, or standard input line by line, with the latest model of a run.
 
     Decodes greedily by default, with beam search if --beam-size is above 1, and by sampling if any of --temperature,
-    --top-k, --top-p, --min-p or --seed is given.
+    --top-k, --top-p, --min-p or --seed is given. A model of Hugging Face transformers has its own defaults, in its
+    generation_config.json.
     """
 
     run: tyro.conf.Positional[Path]
-    """Run folder, or folder of an exported model."""
+    """Run folder, folder of an exported model, or hf:FOLDER for a folder of Hugging Face transformers (hf:NAME for a
+    model of the hub)."""
     text: tyro.conf.Positional[tuple[str, ...]] = ()
     """Texts to translate. Without any, translates the lines of standard input."""
-    beam_size: int = 1
-    """Number of beam-search hypotheses per text; 1 is greedy decoding."""
-    length_penalty: Annotated[LengthPenalty, _PENALTY] = AverageLength(1.0)
+    beam_size: int | None = None
+    """Number of beam-search hypotheses per text; 1 is greedy decoding. By default 1."""
+    length_penalty: Annotated[LengthPenalty, _PENALTY] | None = None
     """Score of the hypotheses of a beam: average:POWER is log probability / length ** POWER, gnmt:ALPHA is log
-    probability / ((5 + length) / 6) ** ALPHA (Wu 2016), none is the log probability."""
-    stopping: Stopping = Stopping.EXACT
+    probability / ((5 + length) / 6) ** ALPHA (Wu 2016), none is the log probability. By default average:1."""
+    stopping: Stopping | None = None
     """When beam search ends: as soon as enough hypotheses have finished, when a better one is unlikely, or when none
-    can be better."""
+    can be better. By default when none can be better."""
     n_best: int = 1
     """Translations per text, at most beam_size. Above 1, each text has this many lines: score, tab, translation."""
     max_length: int | None = None
     """Maximum number of tokens in a translation, including the end token. By default a little over twice the
     tokens of the text; never more than the learned positions of the model."""
-    min_length: int = 0
-    """Minimum number of tokens in a translation, including the end token."""
+    min_length: int | None = None
+    """Minimum number of tokens in a translation, including the end token. By default 0."""
     temperature: float | None = None
     """Sample with the logits divided by this. Below 1, probable tokens become more probable."""
     top_k: int | None = None
@@ -135,6 +141,10 @@ class Arguments(OwnCode):
     """Above 1, makes tokens that were already generated less probable."""
     no_repeat_ngram: int | None = None
     """Never generate the same sequence of this many tokens twice."""
+    source_language: str | None = None
+    """Language of the texts, as the token that a model of many languages has for it, such as deu_Latn."""
+    target_language: str | None = None
+    """Language of the translations, as such a token."""
     batch_size: int = 64
     """Maximum number of texts translated together."""
     average: int | None = None
@@ -145,18 +155,27 @@ class Arguments(OwnCode):
     them. Several texts are numbered: FILE-1, FILE-2, ..."""
 
 
-def search_of(arguments: Arguments) -> Search:
+def search_of(arguments: Arguments, defaults: Decoding = _DEFAULTS) -> Search:
     """Returns the search method that the arguments select: greedy, beam search or sampling.
+
+    Args:
+        arguments: the arguments.
+        defaults: the defaults of the model.
 
     Raises:
         ValueError: a value is out of its range, or flags exclude each other.
     """
-    beam = Beam(arguments.beam_size, arguments.n_best, arguments.length_penalty, arguments.stopping)
-    for name in ("length_penalty", "stopping") if beam.size == 1 else ():
-        if getattr(arguments, name) != getattr(Arguments, name):
-            raise ValueError(f"--{name} is for beam search, and beam_size is 1: it would have no effect")
     values = {name: getattr(arguments, name) for name in (*_FILTERS, "seed")}
     given = [name for name, value in values.items() if value is not None]
+    # A request to sample comes before a beam that only the model asks for.
+    usual = defaults.beam_size if not given else 1
+    size = usual if arguments.beam_size is None else arguments.beam_size
+    choices = {name: getattr(arguments, name) for name in ("length_penalty", "stopping")}
+    for name, value in choices.items() if size == 1 else ():
+        if value is not None:
+            raise ValueError(f"--{name} is for beam search, and beam_size is 1: it would have no effect")
+    filled = {name: getattr(defaults, name) if value is None else value for name, value in choices.items()}
+    beam = Beam(size, arguments.n_best, **filled)
     if not given:
         return Greedy() if beam.size == 1 else beam
     if beam.size > 1:
@@ -166,20 +185,33 @@ def search_of(arguments: Arguments) -> Search:
     return Sample(tuple(_made(name, _FILTERS[name], values[name]) for name in given if name in _FILTERS))
 
 
-def processors_of(arguments: Arguments) -> tuple[LogitsProcessor, ...]:
+def processors_of(
+    arguments: Arguments, end_id: int = Tokenizer.end_id, defaults: Decoding = _DEFAULTS
+) -> tuple[LogitsProcessor, ...]:
     """Returns the logits processors that the arguments select: repetition penalty, n-gram ban, minimum length.
+
+    Args:
+        arguments: the arguments.
+        end_id: the end token.
+        defaults: the defaults of the model; the tokens that it bans are banned.
 
     Raises:
         ValueError: a value is out of its range.
     """
-    made: list[LogitsProcessor] = []
-    if arguments.repetition_penalty is not None:
-        made.append(_made("repetition_penalty", RepetitionPenalty, arguments.repetition_penalty))
-    if arguments.no_repeat_ngram is not None:
-        made.append(_made("no_repeat_ngram", NoRepeatNgram, arguments.no_repeat_ngram))
-    if arguments.min_length:
-        made.append(_made("min_length", lambda length: MinLength(length, Tokenizer.end_id), arguments.min_length))
-    return tuple(made)
+    kinds: dict[str, Callable[[Any], LogitsProcessor]] = {
+        "repetition_penalty": RepetitionPenalty,
+        "no_repeat_ngram": NoRepeatNgram,
+        "min_length": lambda length: MinLength(length, end_id),
+    }
+    given = {name: getattr(arguments, name) for name in kinds}
+    values = {name: getattr(defaults, name) if value is None else value for name, value in given.items()}
+    # A minimum of 0 is no processor, so that a search need not ask it.
+    made = [
+        _made(name, kinds[name], value)
+        for name, value in values.items()
+        if value is not None and (name, value) != ("min_length", 0)
+    ]
+    return (*made, Banned(defaults.banned)) if defaults.banned else tuple(made)
 
 
 def _made(name: str, kind: Callable[[Any], LogitsProcessor], value: Any) -> LogitsProcessor:
@@ -194,7 +226,7 @@ def _check(arguments: Arguments) -> None:
     longest, plot = arguments.max_length, arguments.plot
     given = {"batch_size": arguments.batch_size, "average": arguments.average, "max_length": longest}
     check_sizes(**{name: value for name, value in given.items() if value is not None})
-    if longest is not None and arguments.min_length > longest:
+    if longest is not None and arguments.min_length is not None and arguments.min_length > longest:
         raise ValueError(f"min_length ({arguments.min_length}) must be at most max_length ({longest})")
     if plot is not None and not arguments.text:
         raise ValueError("--plot needs texts on the command line; it does not draw standard input")
@@ -205,19 +237,24 @@ def _check(arguments: Arguments) -> None:
 def main(arguments: Arguments) -> int:
     """Prints the translations; returns the exit code."""
     _check(arguments)
-    search, processors = search_of(arguments), processors_of(arguments)
-    trained = exported.load_trained(arguments.run, average=arguments.average)
-    exported.check_serves(trained, "translate", objectives.SequenceToSequence)
-    exported.check_task(trained, arguments.experiment)
+    if not hf_folder.is_hf(arguments.run):
+        # Mistakes in the arguments are found before the model is loaded. Folders of transformers have other defaults.
+        search_of(arguments)
+        processors_of(arguments)
+    trained = origin.load_trained(arguments.run, average=arguments.average)
+    origin.check_serves(trained, "translate", objectives.SequenceToSequence)
+    origin.check_task(trained, arguments.experiment)
     config = trained.model.config
     if arguments.plot is not None and isinstance(config, Seq2SeqConfig) and config.attention is None:
         raise ValueError(f"--plot: the model of {arguments.run} has no attention to draw (its attention is None)")
+    defaults = trained.decoding if isinstance(trained, Exported) else _DEFAULTS
+    tokenizer = _for_languages(trained.tokenizer, arguments)
     translator = Translator(
-        *(trained.model, trained.tokenizer),
+        *(trained.model, tokenizer),
         batch_size=arguments.batch_size,
-        search=search,
-        processors=processors,
-        max_length=arguments.max_length,
+        search=search_of(arguments, defaults),
+        processors=processors_of(arguments, tokenizer.end_id, defaults),
+        max_length=defaults.max_length if arguments.max_length is None else arguments.max_length,
         seed=arguments.seed or 0,
     )
     best: list[str] = []
@@ -236,6 +273,14 @@ def main(arguments: Arguments) -> int:
     if arguments.plot is not None:
         _draw(trained, arguments.text, best, arguments.plot)
     return 0
+
+
+def _for_languages(tokenizer: Tokenizer, arguments: Arguments) -> Tokenizer:
+    if arguments.source_language is None and arguments.target_language is None:
+        return tokenizer
+    if not isinstance(tokenizer, PretrainedTokenizer):
+        raise ValueError("--source-language and --target-language are for models of transformers with many languages")
+    return tokenizer.for_languages(arguments.source_language, arguments.target_language)
 
 
 def _print(outputs: list[Output]) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from seqattn.checks import check_integer, check_sizes
 from seqattn.coordinates import Coordinates
 from seqattn.dropout import drop, split
 from seqattn.models import position_encodings
-from seqattn.models.pooling import mean_over_tokens
+from seqattn.models.pooling import first_token, mean_over_tokens
 from seqattn.models.position_encodings import Positions, Sinusoidal
 from seqattn.models.stack import Attention, Full, Stack
 from seqattn.nn.blocks import BlockConfig
@@ -216,15 +216,8 @@ class TextHead(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], at: Coordinates, embedding: TokenEmbedding) -> Float[Array, "B C"]:
         """Returns the logits of each row's label."""
         real = jnp.broadcast_to(at.segment, x.shape[:-1]) != 0
-        pooled = mean_over_tokens(x, real) if self.pooling is Pooling.MEAN else _first(x, real)
+        pooled = mean_over_tokens(x, real) if self.pooling is Pooling.MEAN else first_token(x, real)
         return self.output(jnp.tanh(self.hidden(pooled)))
-
-
-def _first(x: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> Float[Array, "B D"]:
-    """Returns the vector of the first real token of each row; zeros if there is none."""
-    index = jnp.argmax(real, axis=-1)[:, None, None]
-    first = jnp.take_along_axis(x, index, axis=1)[:, 0]
-    return jnp.where(real.any(axis=-1, keepdims=True), first, jnp.zeros_like(first))
 
 
 class MaskedHead(nnx.Module):

@@ -24,3 +24,21 @@ def mean_over_tokens(x: Float[Array, "*batch T D"], real: Bool[Array, "*batch T"
     total = jnp.sum(jnp.where(real[..., None], x, jnp.zeros_like(x)), axis=-2, dtype=high)
     count = jnp.maximum(jnp.sum(real, axis=-1, keepdims=True), 1).astype(high)
     return (total / count).astype(x.dtype)
+
+
+def first_token(x: Float[Array, "*batch T D"], real: Bool[Array, "*batch T"]) -> Float[Array, "*batch D"]:
+    """The vector of the first real token; zeros if there is none.
+
+    Args:
+        x: vectors `[*batch, T, D]`.
+        real: `[*batch, T]`, True for tokens that count.
+
+    Returns:
+        `[*batch, D]`.
+
+    >>> first_token(jnp.array([[jnp.nan], [3.0], [5.0]]), jnp.array([False, True, True]))
+    Array([3.], dtype=float32)
+    """
+    index = jnp.argmax(real, axis=-1)[..., None, None]
+    first = jnp.take_along_axis(x, index, axis=-2)[..., 0, :]
+    return jnp.where(real.any(axis=-1, keepdims=True), first, jnp.zeros_like(first))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 from seqattn import Coordinates
-from seqattn.decoding import Sample, Temperature
+from seqattn.decoding import Sample, Temperature, TopK, TopP
 from seqattn.models import (
     LanguageModel,
     LanguageModelConfig,
@@ -20,13 +21,15 @@ from seqattn.models import (
     Rotary,
 )
 from seqattn.nn import BlockConfig
+from tests.huggingface_folders import write
 from train import complete, evaluate, export, plot, translate
 from train.checkpoints import run
 from train.complete import Arguments
 from train.data.tokenizer import Characters, Tokenizer
 from train.experiments import catalogue
-from train.hub import exported
+from train.hub import hf_folder, origin
 from train.inference.completer import Completer
+from train.inference.decoding import Decoding
 
 MINE = """from train.experiments.reverse import REVERSE
 import dataclasses
@@ -177,14 +180,14 @@ def test_an_experiment_with_the_source_of_the_training_needs_no_data(language, t
     (file := tmp_path / "mine.py").write_text(OWN)
     experiment = catalogue.from_file(file)
     trained = dataclasses.replace(language, experiment=experiment, source=run.task_source(experiment.task))
-    exported.check_task(trained, file)
-    exported.check_task(trained, None)
+    origin.check_task(trained, file)
+    origin.check_task(trained, None)
     for source in ("", "0" * 64):
         with pytest.raises(FileNotFoundError, match="missing"):
-            exported.check_task(dataclasses.replace(trained, source=source), file)
+            origin.check_task(dataclasses.replace(trained, source=source), file)
     file.write_text(OWN + "# of another task\n")
     with pytest.raises(FileNotFoundError, match="missing"):
-        exported.check_task(trained, file)
+        origin.check_task(trained, file)
 
 
 def test_a_run_knows_the_source_of_its_task(language):
@@ -192,3 +195,18 @@ def test_a_run_knows_the_source_of_its_task(language):
     own = dataclasses.make_dataclass("Own", [], bases=(type(language.experiment.task),), frozen=True)
     own.__module__ = "a notebook"
     assert run.task_source(own()) == ""
+
+
+def test_a_folder_of_transformers_samples_as_it_says(tmp_path, capsys):
+    sampled = {"do_sample": True, "temperature": 0.5, "top_k": 3, "eos_token_id": [2, 4]}
+    folder = write(tmp_path / "llama", "llama", generation=sampled)
+    complete.main(Arguments(Path(f"hf:{folder}"), ("one two",), length=4))
+    trained = hf_folder.load(f"hf:{folder}")
+    sampling = Sample((Temperature(0.5), TopK(3)))
+    completer = Completer(trained.model, trained.tokenizer, length=4, sampling=sampling)
+    assert capsys.readouterr().out == "one two" + completer(["one two"])[0] + "\n"
+    ours = Arguments(Path("run"))
+    assert complete._sampling(ours, Decoding()) == Sample((Temperature(0.8), TopP(0.95)))
+    flags = dataclasses.replace(ours, temperature=0.25)
+    assert complete._sampling(flags, trained.decoding) == Sample((Temperature(0.25), TopK(3)))
+    assert complete._sampling(flags, Decoding()) == Sample((Temperature(0.25), TopP(0.95)))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import unicodedata
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,13 @@ import pytest
 import sacrebleu
 from datasets import Dataset
 
+from seqattn import Coordinates
+from tests.huggingface_folders import write
 from train import evaluate, objectives
 from train.checkpoints import run
 from train.data.batches import collate
 from train.evaluate import Arguments
+from train.hub import hf_folder
 from train.inference.translator import Translator
 from train.objectives import SequenceToSequence
 from train.tasks.task import splits
@@ -110,3 +114,30 @@ def test_an_exported_model_is_not_judged(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match=r"is an exported model and holds no checkpoints: give"):
         evaluate.main(Arguments(tmp_path))
+
+
+MINE = """import dataclasses
+from pathlib import Path
+from train.experiments.reverse import REVERSE
+from train.tasks import LabelledFiles
+TASK = LabelledFiles(train=Path("{folder}/train.tsv"), test=Path("{folder}/test.tsv"))
+MINE = dataclasses.replace(REVERSE, task=TASK, bleu=False)
+"""
+
+
+def test_a_folder_of_transformers_is_judged_on_the_task_of_an_experiment(tmp_path, capsys):
+    folder = write(tmp_path / "bert", "bert, texts")
+    (tmp_path / "test.tsv").write_text("one two\ta\nfive\tb\nthree four one\tc\ntwo\ta\n", "utf-8")
+    others = "".join(f"one one {'two ' * n}\t{'abc'[n % 3]}\n" for n in range(60))
+    (tmp_path / "train.tsv").write_text(others, "utf-8")
+    (file := tmp_path / "mine.py").write_text(MINE.format(folder=tmp_path))
+    evaluate.main(Arguments(Path(f"hf:{folder}"), experiment=file))
+    first, *numbers = capsys.readouterr().out.splitlines()
+    assert first.endswith("4 examples, after 0 updates")
+    trained = hf_folder.load(f"hf:{folder}")
+    ids = trained.tokenizer.inputs(["one two", "five", "three four one", "two"])
+    logits = [trained.model(jnp.array([row]), Coordinates.from_lengths([len(row)], len(row)))[0] for row in ids]
+    right = np.mean([int(np.argmax(x)) == label for x, label in zip(logits, (0, 1, 2, 0), strict=True)])
+    assert f"accuracy: {right:.4f}" in numbers
+    with pytest.raises(ValueError, match=r"has no task: give the file of an experiment with one, --experiment FILE"):
+        evaluate.main(Arguments(Path(f"hf:{folder}")))

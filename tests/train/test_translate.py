@@ -10,10 +10,23 @@ import matplotlib.image
 import pytest
 import tyro
 
-from seqattn.decoding import GNMT, AverageLength, Greedy, NoPenalty, Sample, Stopping, Temperature, TopK
+from seqattn.decoding import (
+    GNMT,
+    AverageLength,
+    Banned,
+    Greedy,
+    NoPenalty,
+    NoRepeatNgram,
+    Sample,
+    Stopping,
+    Temperature,
+    TopK,
+)
 from seqattn.models import Seq2SeqConfig
+from tests.huggingface_folders import write
 from train import translate
 from train.checkpoints import run
+from train.hub import hf_folder
 from train.inference.translator import Beam, Output, Translator
 from train.objectives import pictures
 from train.translate import Arguments
@@ -100,6 +113,49 @@ def test_bad_values_are_refused_before_a_model_is_loaded(flags, words, tmp_path,
         flags = flags | {"plot": translate.Path(flags["plot"])}
     with pytest.raises(ValueError, match=words):
         translate.main(Arguments(**{"run": tmp_path, "text": TEXTS} | flags))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of transformers with many languages."""
+    fields = {"num_beams": 2, "max_length": 8, "no_repeat_ngram_size": 2, "suppress_tokens": [3]}
+    special = {"decoder_start_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
+    return write(tmp_path_factory.mktemp("folders") / "mbart", "mbart", generation=fields | special)
+
+
+def test_a_folder_of_transformers_has_its_own_defaults(folder, capsys, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        translate, "Translator", lambda *given, **named: made.append(named) or Translator(*given, **named)
+    )
+    path = translate.Path(f"hf:{folder}")
+    translate.main(Arguments(path, ("one two", "five")))
+    translate.main(Arguments(path, ("one two",), beam_size=3, n_best=2, max_length=5, no_repeat_ngram=1))
+    translate.main(Arguments(path, ("one two",), top_k=3))
+    assert [named["search"] for named in made] == [
+        Beam(2, stopping=Stopping.LIKELY),
+        Beam(3, 2, stopping=Stopping.LIKELY),
+        Sample((TopK(3),)),
+    ]
+    assert [named["processors"][0] for named in made] == [NoRepeatNgram(2), NoRepeatNgram(1), NoRepeatNgram(2)]
+    assert all(named["processors"][-1] == Banned((3,)) for named in made)
+    assert [named["max_length"] for named in made] == [7, 5, 7]
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2 + 1
+
+
+def test_languages_are_chosen_by_their_tokens(folder, capsys):
+    path = translate.Path(f"hf:{folder}")
+    translate.main(Arguments(path, ("one two",), source_language="de_DE", target_language="en_XX"))
+    trained = hf_folder.load(f"hf:{folder}")
+    tokenizer = trained.tokenizer.for_languages("de_DE", "en_XX")
+    search, processors = Beam(2, stopping=Stopping.LIKELY), (NoRepeatNgram(2), Banned((3,)))
+    expected = Translator(trained.model, tokenizer, search=search, processors=processors, max_length=7)(["one two"])
+    assert capsys.readouterr().out.splitlines() == expected
+
+
+def test_languages_of_our_own_models_are_refused(finished):
+    with pytest.raises(ValueError, match="--source-language and --target-language are for models of transformers"):
+        translate.main(Arguments(finished, TEXTS, target_language="de_DE"))
 
 
 def test_flags_become_choices(tmp_path):

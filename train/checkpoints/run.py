@@ -20,6 +20,7 @@ from seqattn.models import EncoderConfig, TextLabels, TokenLabels
 from train.checkpoints import averaging
 from train.checkpoints.checkpoints import Checkpoints, MissingStep
 from train.config import FROM_DATA, FROM_TOKENIZER, Experiment, Model, decode, differences, encode
+from train.data import saved_tokenizer
 from train.data.texts import Texts
 from train.data.tokenizer import Tokenizer
 from train.devices.processes import Processes
@@ -271,7 +272,7 @@ def tokenizer_of(folder: Path) -> tuple[Experiment, Tokenizer]:
     checkpoints, latest = _opened(folder)
     with checkpoints:
         texts = checkpoints.texts(latest)
-    return decode(json.loads(texts["config"])), Tokenizer.from_json(texts["tokenizer"])
+    return decode(json.loads(texts["config"])), saved_tokenizer.from_json(texts["tokenizer"])
 
 
 def _opened(folder: Path) -> tuple[Checkpoints, int]:
@@ -310,7 +311,7 @@ def _load(folder: Path, average: int | None, shardings: Callable[[TrainState], A
     params = averaging.average(state.params if state.average is None else state.average for state in states)
     checkpoints.close()
     labels = tuple(json.loads(texts.get("labels", "[]")))
-    tokenizer = Tokenizer.from_json(texts["tokenizer"])
+    tokenizer = saved_tokenizer.from_json(texts["tokenizer"])
     return Run(
         folder=folder,
         experiment=experiment,

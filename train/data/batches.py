@@ -71,11 +71,10 @@ class Batches:
 
 def examples(pairs: Any, tokenizer: Tokenizer) -> list[Example]:
     """Encodes the examples of a split with the columns "source" and "target"."""
-    start, end = [tokenizer.start_id], [tokenizer.end_id]
     # Arrays need less memory than lists of numbers. [:] gives a whole column: one by one, texts take as long to read as
     # to encode.
-    sources = [np.array(ids + end, np.int32) for ids in tokenizer.encode_batch(pairs["source"][:])]
-    targets = [np.array(start + ids + end, np.int32) for ids in tokenizer.encode_batch(pairs["target"][:])]
+    sources = [np.array(ids, np.int32) for ids in tokenizer.sources(pairs["source"][:])]
+    targets = [np.array(ids, np.int32) for ids in tokenizer.targets(pairs["target"][:])]
     return list(zip(sources, targets, strict=True))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -76,25 +76,34 @@ class ByteLevelBPE:
 
 @dataclass(frozen=True)
 class SavedTokenizer:
-    """The tokenizer of another run; the losses per token of both runs can then be compared."""
+    """The tokenizer of another run, or of transformers; the losses per token of both runs can then be compared."""
 
     path: Path
-    """path of the tokenizer.json of the other run"""
-
-    def train(self, texts: Iterable[str]) -> models.WordLevel | models.BPE:
-        """Loads the vocabulary of the file and ignores the texts.
-
-        Raises:
-            FileNotFoundError: the file does not exist.
-            ValueError: the file is not a tokenizer of this library.
-        """
-        del texts
-        if not self.path.is_file():
-            raise FileNotFoundError(f"--tokenizer.path: there is no file {self.path}")
-        return Tokenizer.load(self.path).model
+    """path of the tokenizer.json of the other run, or a folder of Hugging Face transformers"""
 
 
 TokenizerConfig = Characters | ByteLevelBPE | SavedTokenizer
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The ids that decoding needs.
+
+    Attributes:
+        end: the ids that end a text; the first one is written behind targets.
+        start: the id that a decoder reads first; for a language model, what it reads if a text has no tokens.
+        pad: the id behind the end.
+        first: ids that every target starts with, such as that of its language.
+    """
+
+    end: tuple[int, ...]
+    start: int
+    pad: int
+    first: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.end:
+            raise ValueError("a tokenizer needs at least one id that ends a text")
 
 
 class Tokenizer:
@@ -112,18 +121,19 @@ class Tokenizer:
     ([7, 5, 6, 3], 'cab', ['[START]', 'a', '␣', '[END]'])
     """
 
-    pad_id: ClassVar[int] = 0
-    start_id: ClassVar[int] = 1
-    end_id: ClassVar[int] = 2
-    unknown_id: ClassVar[int] = 3
+    special = SpecialTokens(end=(2,), start=1, pad=0)
+    pad_id: int = 0
+    start_id: int = 1
+    end_id: int = 2
+    unknown_id: int = 3
 
     def __init__(self, model: models.WordLevel | models.BPE):
         self._tokenizer = _pipeline(model)
 
     @classmethod
-    def train(cls, config: TokenizerConfig, texts: Iterable[str]) -> Self:
+    def train(cls, config: Characters | ByteLevelBPE, texts: Iterable[str]) -> Self:
         """Trains a tokenizer on texts; equal texts always give equal tokenizers."""
-        return cls(config.train(_checked(text) for text in texts))
+        return cls(config.train(checked(text) for text in texts))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -173,16 +183,40 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Encodes a text, without start and end tokens; the empty text has no ids."""
-        return self._tokenizer.encode(_checked(text)).ids
+        return self._tokenizer.encode(checked(text)).ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """Encodes several texts on all cores; returns the ids of each, unpadded."""
+        """Encodes several texts on all cores, as `encode` does; returns the ids of each, unpadded."""
+        return self._ids(texts, special=False)
+
+    def _ids(self, texts: Iterable[str], *, special: bool) -> list[list[int]]:
+        """Encodes texts, with the special tokens that the pipeline puts around a text if `special`."""
         found: list[list[int]] = []
         rest = iter(texts)
         # In pieces, as an encoding of the tokenizers package needs a hundred times the memory of its ids.
-        while some := [_checked(text) for text in islice(rest, _TOGETHER)]:
-            found += [encoding.ids for encoding in self._tokenizer.encode_batch(some)]
+        while some := [checked(text) for text in islice(rest, _TOGETHER)]:
+            found += [encoding.ids for encoding in self._tokenizer.encode_batch(some, add_special_tokens=special)]
         return found
+
+    def sources(self, texts: Iterable[str]) -> list[list[int]]:
+        """Encodes texts as an encoder-decoder reads them: with the end token."""
+        return [[*ids, self.end_id] for ids in self.encode_batch(texts)]
+
+    def targets(self, texts: Iterable[str]) -> list[list[int]]:
+        """Encodes texts as an encoder-decoder learns to write them: between start and end token."""
+        return [[self.start_id, *ids, self.end_id] for ids in self.encode_batch(texts)]
+
+    def prompts(self, texts: Iterable[str]) -> list[list[int]]:
+        """Encodes texts as a language model reads them before it goes on: with the start token; never without ids."""
+        return [[self.start_id, *ids] for ids in self.encode_batch(texts)]
+
+    def inputs(self, texts: Iterable[str]) -> list[list[int]]:
+        """Encodes texts as an encoder reads them: without special tokens."""
+        return self.encode_batch(texts)
+
+    def cut(self, texts: Iterable[str], length: int) -> list[list[int]]:
+        """Encodes texts as `inputs` does, and cuts what is longer than `length` ids."""
+        return [ids[:length] for ids in self.inputs(texts)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes ids up to the first end token, without start and padding tokens; an unknown token gives "[UNK]"."""
@@ -195,7 +229,7 @@ class Tokenizer:
         A label is the text of the token, with "␣" for a space and escapes for invisible characters. A token that is
         only a part of the bytes of a character gives "�".
         """
-        return [_label(self._text([number])) for number in ids]
+        return [label(self._text([number])) for number in ids]
 
     def _text(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decoder.decode([self._piece(int(number)) for number in ids])
@@ -274,7 +308,12 @@ def _sound_merges(merges: Any, vocab: Mapping[str, int]) -> list[tuple[str, str]
     return [(first, second) for first, second in merges]
 
 
-def _checked(text: str) -> str:
+def checked(text: str) -> str:
+    """Returns the text.
+
+    Raises:
+        ValueError: it has a lone surrogate.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -283,6 +322,7 @@ def _checked(text: str) -> str:
     return text
 
 
-def _label(text: str) -> str:
+def label(text: str) -> str:
+    """Returns a text with "␣" for spaces and escapes for invisible characters."""
     shown = (character if character.isprintable() else ascii(character)[1:-1] for character in text)
     return "".join(shown).replace(" ", "␣")

@@ -22,9 +22,9 @@ from train.checkpoints.checkpoints import Checkpoints
 from train.checkpoints.disk_space import check_space
 from train.checkpoints.durable import replace
 from train.config import Experiment
+from train.data import saved_tokenizer
 from train.data.batches import Example, stream
 from train.data.sequence_order import zigzagged
-from train.data.tokenizer import Tokenizer
 from train.devices.parallel import Placed
 from train.devices.processes import any_process, check_same, is_first
 from train.engine import examples, versions, without_effect
@@ -325,14 +325,14 @@ def _objective(experiment: Experiment, found: Examples, saved: dict[str, str] | 
     # Not trained again: another version of the tokenizers library could give other ids to the same texts.
     if saved is not None:
         labels = tuple(json.loads(saved.get("labels", "[]")))
-        return objectives.make(experiment, Tokenizer.from_json(saved["tokenizer"]), labels)
+        return objectives.make(experiment, saved_tokenizer.from_json(saved["tokenizer"]), labels)
     kind = objectives.kind(experiment)
     if experiment.start_from is not None:
         # Embeddings only make sense with the tokenizer that they were trained with.
         origin, tokenizer = run.tokenizer_of(experiment.start_from)
         without_effect.warn_of_tokenizer(experiment, origin.tokenizer)
     else:
-        tokenizer = Tokenizer.train(experiment.tokenizer, found.texts(kind))
+        tokenizer = saved_tokenizer.make(experiment.tokenizer, found.texts(kind))
     return objectives.make(experiment, tokenizer, found.labels(kind))
 
 

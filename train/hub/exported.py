@@ -28,10 +28,10 @@ import safetensors.numpy
 from seqattn.interop import ModelConfig, from_arrays, from_dict, to_arrays, to_dict
 from seqattn.models import EncoderConfig, TextLabels, TokenLabels
 from train import objectives
-from train.checkpoints import run
-from train.checkpoints.run import PARAMETERS, Run
+from train.checkpoints.run import PARAMETERS
+from train.data import saved_tokenizer
 from train.data.tokenizer import Tokenizer
-from train.objectives import Objective
+from train.inference.decoding import Decoding
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 FORWARD, CARD, SUMS = "forward.stablehlo", "README.md", "SHA256SUMS"
@@ -52,8 +52,9 @@ class Exported:
         model: the model, with its config as `model.config`.
         tokenizer: the tokenizer of the model.
         labels: for models that give labels, the labels in the order of their ids.
-        objective: the objective of the training, by the name of a class of `train.objectives`.
+        objective: the objective of the training, by the name of a class of `train.objectives`; "" if there is none.
         step: number of updates of the parameters.
+        decoding: how the model generates text by default.
     """
 
     folder: Path
@@ -62,70 +63,12 @@ class Exported:
     labels: tuple[str, ...]
     objective: str
     step: int
+    decoding: Decoding = Decoding()
 
 
 def is_exported(folder: Path) -> bool:
     """Whether a folder contains an exported model (and not a run)."""
     return (folder / PARAMETERS).exists()
-
-
-def load_trained(folder: Path, *, average: int | None = None) -> Run | Exported:
-    """Loads the model of a run folder or of an exported folder.
-
-    Args:
-        folder: the folder.
-        average: number of checkpoints to average; None is the setting of the run.
-
-    Raises:
-        ValueError: `average` is above 1 and the folder is an exported model, which has no checkpoints; or see
-            `train.checkpoints.run.load` and `load`.
-        FileNotFoundError: see there.
-    """
-    if not is_exported(folder):
-        return run.load(folder, average=average)
-    if average not in (None, 1):
-        raise ValueError(f"{folder} is an exported model and has no checkpoints to average: set average to 1")
-    return load(folder)
-
-
-def check_serves(trained: Run | Exported, command: str, objective: type[Objective]) -> None:
-    """Checks that a command can serve a run or exported model.
-
-    Args:
-        trained: the run or exported model.
-        command: name of the command's module, such as "translate".
-        objective: the objective that the command serves.
-
-    Raises:
-        ValueError: the run has another objective; the message names it and the command for it.
-    """
-    found = (
-        objectives.named(trained.objective) if isinstance(trained, Exported) else objectives.kind(trained.experiment)
-    )
-    if found is not objective:
-        raise ValueError(
-            f"train.{command} serves runs of the objective {objective.name}, but that of {trained.folder} is "
-            f"{found.name}: use python -m train.{found.command}"
-        )
-
-
-def check_task(trained: Run | Exported, experiment: Path | None) -> None:
-    """Checks that the task in an experiment file is the one that a run was trained with.
-
-    Another file may define another task of the same name. A task with the source of the training passes without its
-    data, which may be large or on another machine. If the source changed, the task must give the same examples.
-
-    Args:
-        trained: the run, or the exported model, which has no task and needs no check.
-        experiment: the file, if the user gave one.
-
-    Raises:
-        ValueError: the task of the file has another source and gives other examples.
-    """
-    if experiment is None or not isinstance(trained, Run):
-        return
-    if not trained.source or trained.source != run.task_source(trained.experiment.task):
-        trained.splits()
 
 
 def check_free(folder: Path) -> None:
@@ -195,7 +138,7 @@ def load(folder: Path, *, max_parameters: int = 1_000_000_000) -> Exported:
         labels = _labels(header["labels"], config)
         _check_objective(header["objective"], config)
     with _naming(folder / TOKENIZER):
-        tokenizer = Tokenizer.from_json(_text(folder, TOKENIZER))
+        tokenizer = saved_tokenizer.from_json(_text(folder, TOKENIZER))
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(f"it has {tokenizer.vocab_size} tokens, but the model has only {config.vocab_size}")
     with _naming(folder / PARAMETERS):

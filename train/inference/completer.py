@@ -13,7 +13,7 @@ from seqattn import Coordinates
 from seqattn.checks import check_integer
 from seqattn.decoding import Greedy, Sampling, generate
 from seqattn.models import EncoderDecoder
-from train.data.tokenizer import Tokenizer
+from train.data.tokenizer import SpecialTokens, Tokenizer
 from train.devices.layout import TABLES, Layout, fetch
 from train.inference.translator import padded_length
 
@@ -48,7 +48,7 @@ class Completer:
         self._limit = model.room(0)
         graph, self._params = nnx.split(model)
         self._layout = Layout.of(self._params)
-        self._find = _compiled(graph, tokenizer.end_id, tokenizer.pad_id, self._layout)
+        self._find = _compiled(graph, tokenizer.special, self._layout)
 
     def __call__(self, texts: Sequence[str]) -> list[str]:
         """Returns the continuation of each text, without the text itself.
@@ -58,7 +58,7 @@ class Completer:
         """
         if not texts:
             return []
-        ids = [[self.tokenizer.start_id, *text] for text in self.tokenizer.encode_batch(list(texts))]
+        ids = self.tokenizer.prompts(list(texts))
         # Devices share the rows. Those that only fill the batch repeat a text.
         ids += [ids[-1]] * (-len(ids) % self._layout.parts)
         width = padded_length(max(map(len, ids)))
@@ -84,7 +84,7 @@ class Completer:
 
 
 @cache
-def _compiled(graph: nnx.GraphDef, end_id: int, pad_id: int, layout: Layout) -> Any:
+def _compiled(graph: nnx.GraphDef, special: SpecialTokens, layout: Layout) -> Any:
     def complete(
         params: nnx.State,
         read: jax.Array,
@@ -102,8 +102,8 @@ def _compiled(graph: nnx.GraphDef, end_id: int, pad_id: int, layout: Layout) -> 
         found = generate(
             *(model.step, state, last),
             max_length=room,
-            end_token=end_id,
-            pad_token=pad_id,
+            end_token=special.end[0],
+            pad_token=special.pad,
             sampling=sampling,
             key=jax.random.key(seed),
         )

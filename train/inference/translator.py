@@ -16,10 +16,12 @@ from seqattn import Coordinates
 from seqattn.checks import check_integer
 from seqattn.decoding import (
     AverageLength,
+    ForcedPrefix,
     Greedy,
     LengthPenalty,
     LogitsProcessor,
     MinLength,
+    PrefixCost,
     Sampling,
     Stopping,
     beam_search,
@@ -29,7 +31,7 @@ from seqattn.decoding.generate import Step
 from seqattn.models import EncoderDecoder
 from seqattn.pytrees import pytree
 from train.data.batches import Example, collate, rows_of
-from train.data.tokenizer import Tokenizer
+from train.data.tokenizer import SpecialTokens, Tokenizer
 from train.devices.layout import TABLES, Layout, fetch
 
 FAILED = "[FAILED]"
@@ -99,7 +101,8 @@ class Translator:
         seed: seed of sampling. The sample of a text depends on the seed and the index of the text, not on its batch.
 
     Raises:
-        ValueError: a minimum length among the processors exceeds the learned positions of the model.
+        ValueError: a minimum length among the processors exceeds the learned positions of the model, or the tokenizer
+            has several end tokens, which a search cannot serve.
     """
 
     def __init__(
@@ -123,9 +126,15 @@ class Translator:
         most = model.room(0)
         if most is not None and self._shortest > most:
             raise ValueError(f"min_length ({self._shortest}) exceeds the learned positions of the model ({most})")
+        if len(tokenizer.special.end) > 1:
+            raise ValueError(
+                f"a search for outputs serves one end token, but the tokenizer has {tokenizer.special.end}"
+            )
+        # The special tokens of a source.
+        self._empty = len(tokenizer.sources([""])[0])
         graph, self.params = nnx.split(model)
         self._layout = Layout.of(self.params)
-        self._find = _compiled(graph, tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id, self._layout)
+        self._find = _compiled(graph, tokenizer.special, self._layout)
 
     @property
     def n_best(self) -> int:
@@ -156,21 +165,21 @@ class Translator:
         for texts in chunks:
             sources = self._sources(texts)
             self._check_lengths(sources, first)
-            # A text without tokens has only its end token. It needs no decoding.
-            count = sum(len(ids) > 1 for ids, _ in sources)
+            # A text without tokens has only special ones. It needs no decoding.
+            count = sum(len(ids) > self._empty for ids, _ in sources)
             if count > rows:
                 rows = self.batch_size if rows else min(self.batch_size, count)
             yield from in_order(self._outputs(sources, rows, first), len(texts))
             first += len(texts)
 
     def _sources(self, texts: Sequence[str]) -> list[Example]:
-        return [([*ids, self.tokenizer.end_id], [0]) for ids in self.tokenizer.encode_batch(texts)]
+        return [(ids, [0]) for ids in self.tokenizer.sources(texts)]
 
     def _outputs(self, sources: list[Example], rows: int, first: int) -> Iterator[tuple[int, list[Output]]]:
         """Yields the index of each text in its chunk and its outputs, batch by batch; `first` texts came before."""
         rest = [_NOT_FOUND] * (self.n_best - 1)
-        yield from ((index, [_EMPTY, *rest]) for index, (ids, _) in enumerate(sources) if len(ids) == 1)
-        for chosen, padded in _batches(sources, rows, self._padded, self._layout.parts):
+        yield from ((index, [_EMPTY, *rest]) for index, (ids, _) in enumerate(sources) if len(ids) <= self._empty)
+        for chosen, padded in _batches(sources, rows, self._padded, self._layout.parts, self._empty):
             # Rows that only fill the batch repeat a text, so that they end when it does.
             count = rows_of(padded, rows, self._layout.parts)
             filled = [*chosen, *[chosen[-1]] * (count - len(chosen))]
@@ -237,12 +246,12 @@ def padded_length(length: int) -> int:
 
 
 def _batches(
-    sources: list[Example], rows: int, pad: Callable[[int], int], multiple: int
+    sources: list[Example], rows: int, pad: Callable[[int], int], multiple: int, empty: int = 1
 ) -> Iterator[tuple[list[int], int]]:
     """Yields the indices of texts of similar length, and their padded length; batches with the earliest texts first."""
     groups: dict[int, list[int]] = {}
     for index, (ids, _) in enumerate(sources):
-        if len(ids) > 1:
+        if len(ids) > empty:
             groups.setdefault(pad(len(ids)), []).append(index)
     batches = [
         (group[start : start + rows_of(padded, rows, multiple)], padded)
@@ -254,9 +263,7 @@ def _batches(
 
 
 @cache
-def _compiled(
-    graph: nnx.GraphDef, start_id: int, end_id: int, pad_id: int, layout: Layout
-) -> Callable[..., tuple[Array, ...]]:
+def _compiled(graph: nnx.GraphDef, special: SpecialTokens, layout: Layout) -> Callable[..., tuple[Array, ...]]:
     """Returns one compiled function for all models of a structure, so that the evaluations of a run share it.
 
     It returns tokens `[B, n_best, L]`, length and score `[B, n_best]`, and whether a row failed `[B]`.
@@ -275,8 +282,9 @@ def _compiled(
     ) -> tuple[Array, ...]:
         model = layout.merged(graph, params, TABLES)
         memory = model.encode(source, Coordinates.from_lengths(length, source.shape[1]))
-        state, first = model.start(memory, max_length), jnp.full(len(source), start_id, jnp.int32)
-        tokens: dict[str, Any] = {"max_length": max_length, "end_token": end_id, "pad_token": pad_id}
+        state, first = model.start(memory, max_length), jnp.full(len(source), special.start, jnp.int32)
+        processors = (*_forced(special.first, len(source)), *processors)
+        tokens: dict[str, Any] = {"max_length": max_length, "end_token": special.end[0], "pad_token": special.pad}
         if isinstance(search, Beam):
             return _beams(model.step, state, first, search, processors=processors, **tokens)
         # A key for each text, from its index: its sample does not depend on its place in a batch.
@@ -286,6 +294,17 @@ def _compiled(
         return *(leaf[:, None] for leaf in one), found.failed
 
     return jax.jit(translate, static_argnames="max_length")
+
+
+def _forced(first: tuple[int, ...], count: int) -> tuple[LogitsProcessor, ...]:
+    """Forces the tokens that every target starts with."""
+    if not first:
+        return ()
+    return (
+        ForcedPrefix(
+            jnp.tile(jnp.array(first, jnp.int32), (count, 1)), jnp.full(count, len(first)), PrefixCost.NOTHING
+        ),
+    )
 
 
 def _beams(step: Step, state: Any, first: Array, beam: Beam, **settings: Any) -> tuple[Array, ...]:

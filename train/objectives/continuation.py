@@ -36,8 +36,7 @@ class Continuation(Objective):
 
     def examples(self, split: Dataset) -> list[Example]:
         """Returns pairs of an empty source and the start token followed by the ids of the text."""
-        start = self.tokenizer.start_id
-        return [([], [start, *ids]) for ids in self.tokenizer.encode_batch(split["target"][:])]
+        return [([], ids) for ids in self.tokenizer.prompts(split["target"][:])]
 
     @staticmethod
     def loss(

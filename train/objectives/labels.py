@@ -111,7 +111,7 @@ class Classification(Tagging):
         number = {label: index for index, label in enumerate(self.labels)}
         if unknown := sorted(set(split["target"][:]) - number.keys()):
             raise ValueError(f"the labels {unknown} are not in the training split")
-        sources = self.tokenizer.encode_batch(split["source"][:])
+        sources = self.tokenizer.inputs(split["source"][:])
         return [(ids, [number[label]]) for ids, label in zip(sources, split["target"][:], strict=True)]
 
     @staticmethod

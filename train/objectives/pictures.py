@@ -50,18 +50,18 @@ def draw_attention(
     Returns:
         The paths of the pictures. There are none if the model has no attention, the source is empty or decoding failed.
     """
-    ids = [*tokenizer.encode(source), tokenizer.end_id]
+    ids = tokenizer.sources([source])[0]
     room = model.room(len(ids))
     # An output that fills all learned positions has no place left for its end token.
-    target = [tokenizer.start_id, *tokenizer.encode(output), tokenizer.end_id][: None if room is None else room + 1]
-    if output == FAILED or len(ids) == 1:
+    target = tokenizer.targets([output])[0][: None if room is None else room + 1]
+    if output == FAILED or ids == tokenizer.sources([""])[0]:
         return []
     return _draw(model, tokenizer, ids, target, path_stem, f"{source} → {output}")
 
 
 def draw_reading(model: EncoderDecoder, tokenizer: Tokenizer, before: str, after: str, path_stem: Path) -> list[Path]:
     """Draws the attention of a language model to the text `before` while it reads `after`; returns the paths."""
-    ids, target = [tokenizer.start_id, *tokenizer.encode(before)], [*tokenizer.encode(after), tokenizer.end_id]
+    ids, target = tokenizer.prompts([before])[0], [*tokenizer.encode(after), tokenizer.end_id]
     # With its end token the text may need one position more than in training.
     room = model.room(len(ids))
     target = target[: None if room is None else max(0, room + 1)]

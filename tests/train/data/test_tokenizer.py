@@ -8,7 +8,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.data.tokenizer import ByteLevelBPE, Characters, SavedTokenizer, Tokenizer
+from train.data.tokenizer import ByteLevelBPE, Characters, Tokenizer
 
 TEXTS = ["low lower lowest", "naïve 你好 [END]", "two  spaces\tand\r\nlines\n\n\0", "5 янв. 1994 г. 你 你 你"]
 CONFIGS = (Characters(), ByteLevelBPE(vocab_size=300))
@@ -143,14 +143,6 @@ def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
         assert copy.vocab_size == tokenizer.vocab_size
         assert copy.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
         assert [copy.decode(ids) for ids in copy.encode_batch(TEXTS)] == TEXTS
-
-
-def test_a_run_may_take_the_tokenizer_of_another(tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "tokenizer.json")
-    taken = Tokenizer.train(SavedTokenizer(tmp_path / "tokenizer.json"), ["texts of which nothing is learned: \u20ac"])
-    assert taken.to_json() == tokenizer.to_json()
-    with pytest.raises(FileNotFoundError, match=r"--tokenizer\.path: there is no file .*other\.json"):
-        Tokenizer.train(SavedTokenizer(tmp_path / "other.json"), [])
 
 
 def test_the_file_is_one_of_the_tokenizers_package(tokenizer, tmp_path):

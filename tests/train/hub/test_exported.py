@@ -391,13 +391,6 @@ def test_d21_a_huge_file_is_not_parsed(folder):
         exported.load(folder)
 
 
-def test_a_run_and_an_export_are_read_alike(written, language):
-    assert isinstance(exported.load_trained(written), Exported)
-    assert type(exported.load_trained(language.folder)) is type(language)
-    with pytest.raises(ValueError, match="is an exported model and has no checkpoints to average"):
-        exported.load_trained(written, average=2)
-
-
 def test_what_is_no_folder_is_said_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         exported.load(tmp_path / "nowhere")

@@ -12,8 +12,10 @@ from flax import nnx
 from seqattn import Coordinates
 from seqattn.models import Encoder, EncoderConfig, MaskedTokens
 from seqattn.nn import BlockConfig
+from tests.huggingface_folders import tokenizer_of
 from train.data.batches import collate
-from train.data.tokenizer import SPECIAL_TOKENS, Characters, Tokenizer
+from train.data.pretrained_tokenizer import PretrainedTokenizer
+from train.data.tokenizer import SPECIAL_TOKENS, Characters, SpecialTokens, Tokenizer
 from train.objectives import Masking
 from train.objectives.masking import hide
 
@@ -117,3 +119,9 @@ def test_a_split_of_which_nothing_is_hidden_has_no_loss(model):
     short = Dataset.from_dict({"source": ["", ""], "target": ["a", ""]})
     with pytest.raises(ValueError, match="the split of 2 examples has no label to measure"):
         Masking(LETTERS).mean_loss(model, short)
+
+
+def test_a_tokenizer_of_transformers_is_refused():
+    theirs = PretrainedTokenizer(tokenizer_of("bert").to_str(), SpecialTokens((0,), 0, 0))
+    with pytest.raises(ValueError, match="does not serve a model with a tokenizer of transformers"):
+        Masking(theirs)
