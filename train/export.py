@@ -17,9 +17,10 @@ from train import objectives
 from train.checkpoints import run
 from train.devices import environment
 from train.experiments.catalogue import OwnCode
-from train.hub import exported, origin
+from train.hub import exported, hf_export, origin
 from train.hub.card import card
 from train.hub.exported import CARD, FORWARD, SUMS, Exported
+from train.hub.pretrained import save_pretrained
 from train.hub.stablehlo import check_flatbuffers, forward
 from train.tasks import RenderedText
 
@@ -41,6 +42,12 @@ class Arguments(OwnCode):
     stablehlo_shape: tuple[int, int] = (8, 64)
     """Batch size and tokens per text of forward.stablehlo. Only used if the model cannot be compiled for variable
     sizes."""
+    family: str | None = None
+    """Write a folder that Hugging Face transformers loads, as a model of this family: marian, t5, bert, gpt2, llama,
+    ..."""
+    like: Path | None = None
+    """Folder of transformers whose tokenizer, defaults of decoding and numbers of special tokens the folder gets; needs
+    --family. By default the tokenizer of the run."""
     push_to: str | None = None
     """Also upload the folder to the Hugging Face hub, as USER/MODEL."""
     private: bool = False
@@ -52,6 +59,10 @@ def main(arguments: Arguments) -> None:
     _check(arguments)
     trained = run.load(arguments.run, average=arguments.average)
     origin.check_task(trained, arguments.experiment)
+    if arguments.family is not None:
+        files = hf_export.files_of(trained.tokenizer, trained.model) if arguments.like is None else {}
+        _save_theirs(trained, arguments, files)
+        return
     objective = objectives.kind(trained.experiment).name
     made = Exported(arguments.folder, trained.model, trained.tokenizer, trained.labels, objective, trained.step)
     task, program = trained.experiment.task, None
@@ -74,11 +85,28 @@ def main(arguments: Arguments) -> None:
         print(push(arguments.folder, arguments.push_to, private=arguments.private))
 
 
+def _save_theirs(trained: run.Run, arguments: Arguments, files: dict[str, str]) -> None:
+    """Writes a folder of transformers and prints its files."""
+    assert arguments.family is not None
+    try:
+        save_pretrained(trained.model, arguments.family, arguments.folder, like=arguments.like, others=files)
+    except NotImplementedError as error:
+        raise ValueError(f"--family: {error}") from error
+    print(f"{arguments.folder}: " + ", ".join(sorted(path.name for path in arguments.folder.iterdir())))
+
+
 def _check(arguments: Arguments) -> None:
     """Checks the arguments before the model is loaded."""
     rows, tokens = arguments.stablehlo_shape
     check_integer("--stablehlo-shape, rows", rows, 1)
     check_integer("--stablehlo-shape, tokens", tokens, 1)
+    for name in ("push_to", "license") if arguments.family is not None else ():
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for our own format: it has no effect with --family")
+    if arguments.stablehlo and arguments.family is not None:
+        raise ValueError("--stablehlo is for our own format: it has no effect with --family")
+    if arguments.like is not None and arguments.family is None:
+        raise ValueError("--like is for a folder of transformers: it needs --family")
     if arguments.private and arguments.push_to is None:
         raise ValueError("--private is for a model on the hub: it needs --push-to")
     if arguments.push_to is not None:

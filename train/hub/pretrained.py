@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 import jax.numpy as jnp
@@ -64,7 +64,14 @@ def load_pretrained(folder: Path | str, *, param_dtype: DTypeLike = jnp.float32,
             raise type(error)(f"{folder}: {error}") from error
 
 
-def save_pretrained(model: Any, family: str, folder: Path | str, *, like: Path | str | None = None) -> None:
+def save_pretrained(
+    model: Any,
+    family: str,
+    folder: Path | str,
+    *,
+    like: Path | str | None = None,
+    others: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Saves a model as a folder that transformers loads, completely or not at all.
 
     Args:
@@ -72,6 +79,7 @@ def save_pretrained(model: Any, family: str, folder: Path | str, *, like: Path |
         family: the name of the family, such as "t5".
         folder: the folder, which must be new or empty.
         like: a folder of transformers whose tokenizer, defaults of decoding and numbers of special tokens are copied.
+        others: content of further files by name, such as those of `train.hub.hf_export.files_of`.
 
     Raises:
         FileExistsError: the folder is a file or is not empty.
@@ -95,6 +103,8 @@ def save_pretrained(model: Any, family: str, folder: Path | str, *, like: Path |
         for name in _BESIDE if like is not None else ():
             if (source := Path(like or "") / name).is_file():
                 shutil.copyfile(source, beside / name)
+        for name, text in others.items():
+            (beside / name).write_text(text, "utf-8")
         beside.rename(folder)  # atomic; fails if the folder has files by now
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
