@@ -33,7 +33,7 @@ test-all: .venv/test  ## the slow tests too
 test-hf: .venv-hf/installed  ## models of transformers beside transformers and PyTorch, in an environment of their own
 	@exec .venv-hf/bin/python -m pytest -n auto --dist loadfile --max-worker-restart 0 -m "slow or not slow" \
 		tests/seqattn/interop/huggingface tests/train/hub/test_pretrained.py tests/train/hub/test_hf_export.py \
-		tests/train/test_embed.py \
+		tests/train/test_embed.py tests/train/data/test_sentence_pieces.py \
 		tests/train/inference/test_translator_of_transformers.py $(ARGS)
 
 test-aot: .venv/test  ## programs compiled for TPU and GPU, where `make .venv-aot-tpu .venv-aot-gpu` has installed compilers

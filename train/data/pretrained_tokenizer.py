@@ -36,14 +36,7 @@ class PretrainedTokenizer(Tokenizer):
             raise ValueError(f"it is no tokenizer of the tokenizers package: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        for name, number in (("start", special.start), ("pad", special.pad), *(("end", each) for each in special.end)):
-            if self._tokenizer.id_to_token(number) is None:
-                raise ValueError(f"it has no token {number}, the {name} token of the model")
-        if special.pad == special.end[0]:
-            # Padding behind the end is never read, but a search must tell it from the end.
-            special = dataclasses.replace(special, pad=int(special.pad == 0))
-        self.special = special
-        self.start_id, self.end_id, self.pad_id = special.start, special.end[0], special.pad
+        self._set_special(special, self._tokenizer.id_to_token)
         decoder = json.loads(self._tokenizer.to_str()).get("decoder") or {}
         self._of_bytes = "ByteLevel" in json.dumps(decoder)
 
@@ -70,7 +63,7 @@ class PretrainedTokenizer(Tokenizer):
             )
             raise FileNotFoundError(f"{path} is missing{hint}")
         try:
-            return cls(path.read_text("utf-8"), _special(folder) if decodes else _of_encoder(folder))
+            return cls(path.read_text("utf-8"), special_of(folder) if decodes else _of_encoder(folder))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -84,7 +77,7 @@ class PretrainedTokenizer(Tokenizer):
         parsed = json.loads(text)
         if not is_pretrained(parsed):
             raise ValueError("it must have the fields special and tokenizer, and no others")
-        return cls(json.dumps(parsed["tokenizer"], ensure_ascii=False), _parsed(parsed["special"]))
+        return cls(json.dumps(parsed["tokenizer"], ensure_ascii=False), special_tokens(parsed["special"]))
 
     def to_json(self) -> str:
         """Returns special tokens and pipeline as JSON; equal tokenizers give equal texts."""
@@ -197,19 +190,27 @@ def is_pretrained(parsed: Any) -> bool:
     )
 
 
-def _parsed(fields: Mapping[str, Any]) -> SpecialTokens:
+def special_tokens(fields: Any) -> SpecialTokens:
+    """Makes special tokens from their fields in JSON.
+
+    Raises:
+        ValueError: the fields are others, or are no ids.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError("its special tokens must be a JSON object")
     end, first = fields.get("end"), fields.get("first")
     lists = isinstance(end, list) and isinstance(first, list)
     if fields.keys() != {"start", "pad", "end", "first"} or not lists:
         raise ValueError("its special tokens must be start, pad and the lists end and first")
     assert isinstance(end, list)
     assert isinstance(first, list)
-    if not _are_ids([fields["start"], fields["pad"], *end, *first]):
+    if not are_ids([fields["start"], fields["pad"], *end, *first]):
         raise ValueError(f"its special tokens must be ids, got {dict(fields)}")
     return SpecialTokens(tuple(end), fields["start"], fields["pad"], tuple(first))
 
 
-def _are_ids(numbers: list[Any]) -> bool:
+def are_ids(numbers: list[Any]) -> bool:
+    """Whether all are integers of at least 0."""
     return all(type(number) is int and number >= 0 for number in numbers)
 
 
@@ -222,8 +223,12 @@ def _templates(part: Any) -> list[dict[str, Any]]:
     return [found for each in part.get("processors", ()) for found in _templates(each)]
 
 
-def _special(folder: Path) -> SpecialTokens:
-    """The special tokens of a model that generates text. `generation_config.json` comes before `config.json`."""
+def special_of(folder: Path) -> SpecialTokens:
+    """Reads the special tokens of a model that generates text. `generation_config.json` comes before `config.json`.
+
+    Raises:
+        ValueError: there is no end token, or a token is no id.
+    """
     fields: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
@@ -231,13 +236,13 @@ def _special(folder: Path) -> SpecialTokens:
             fields |= {key: value for key, value in parsed.items() if key.endswith("_token_id") and value is not None}
     end = fields.get("eos_token_id")
     ends = tuple(end if isinstance(end, list) else () if end is None else (end,))
-    if not ends or not _are_ids([*ends]):
+    if not ends or not are_ids([*ends]):
         raise ValueError(f"eos_token_id ({end}) of config.json must be the id of the end token")
     starts = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
     start = next((fields[name] for name in starts if name in fields), ends[0])
     pad, first = fields.get("pad_token_id", ends[0]), fields.get("forced_bos_token_id")
     firsts = () if first is None else (first,)
-    if not _are_ids([start, pad, *firsts]):
+    if not are_ids([start, pad, *firsts]):
         raise ValueError(f"{starts[0]}, pad_token_id and forced_bos_token_id must be ids, got {start}, {pad}, {first}")
     return SpecialTokens(ends, start, pad, firsts)
 
@@ -246,5 +251,5 @@ def _of_encoder(folder: Path) -> SpecialTokens:
     """Special tokens for a model that generates no text; only padding is ever used."""
     parsed = json.loads((folder / "config.json").read_text("utf-8"))
     found = parsed.get("pad_token_id") if isinstance(parsed, Mapping) else None
-    pad: int = found if isinstance(found, int) and _are_ids([found]) else 0
+    pad: int = found if isinstance(found, int) and are_ids([found]) else 0
     return SpecialTokens((pad,), pad, pad)

@@ -5,8 +5,8 @@ tokenizer file cannot change them.
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Self
@@ -197,6 +197,21 @@ class Tokenizer:
         while some := [checked(text) for text in islice(rest, _TOGETHER)]:
             found += [encoding.ids for encoding in self._tokenizer.encode_batch(some, add_special_tokens=special)]
         return found
+
+    def _set_special(self, special: SpecialTokens, token_of: Callable[[int], str | None]) -> None:
+        """Takes other special tokens than our own.
+
+        Raises:
+            ValueError: there is no token with one of their ids.
+        """
+        for name, number in (("start", special.start), ("pad", special.pad), *(("end", each) for each in special.end)):
+            if token_of(number) is None:
+                raise ValueError(f"it has no token {number}, the {name} token of the model")
+        if special.pad == special.end[0]:
+            # Padding behind the end is never read, but a search must tell it from the end.
+            special = replace(special, pad=int(special.pad == 0))
+        self.special = special
+        self.start_id, self.end_id, self.pad_id = special.start, special.end[0], special.pad
 
     def sources(self, texts: Iterable[str]) -> list[list[int]]:
         """Encodes texts as an encoder-decoder reads them: with the end token."""

@@ -10,14 +10,14 @@ from jax.typing import DTypeLike
 from seqattn.interop import ModelConfig
 from seqattn.models import EncoderConfig, LanguageModelConfig, TextLabels, TokenLabels
 from train import objectives
-from train.data.pretrained_tokenizer import PretrainedTokenizer
+from train.data import saved_tokenizer
 from train.hub.exported import Exported
 from train.hub.generation_config import decoding_of
 from train.hub.pretrained import load_pretrained
 from train.inference.decoding import Decoding
 
 PREFIX = "hf:"
-_FILES = ("*.json", "*.safetensors")
+_FILES = ("*.json", "*.safetensors", "*.spm")
 
 
 def is_hf(folder: Path | str) -> bool:
@@ -65,7 +65,7 @@ def load(path: Path | str, *, param_dtype: DTypeLike = jnp.float32) -> Exported:
         raise ValueError(str(error)) from error
     config = model.config
     decodes = not isinstance(config, EncoderConfig)
-    tokenizer = PretrainedTokenizer.from_folder(folder, decodes=decodes)
+    tokenizer = saved_tokenizer.from_folder(folder, decodes=decodes)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"{folder / 'tokenizer.json'}: it has {tokenizer.vocab_size} tokens, but the model has only "
