@@ -11,7 +11,7 @@ from train import objectives
 from train.checkpoints import run
 from train.devices import environment
 from train.experiments.catalogue import OwnCode
-from train.hub import origin
+from train.hub import loading
 from train.inference.translator import Translator
 from train.reports.plots import line_chart
 
@@ -40,7 +40,7 @@ def by_length(folder: Path) -> dict[int, float]:
         FileNotFoundError: the folder holds no checkpoint.
     """
     trained = run.load(folder)
-    origin.check_serves(trained, "by_length", objectives.SequenceToSequence)
+    loading.check_serves(trained, "by_length", objectives.SequenceToSequence)
     split = trained.splits()["test"]
     outputs = Translator(trained.model, trained.tokenizer)(list(split["source"]))
     right: dict[int, list[bool]] = defaultdict(list)

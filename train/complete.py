@@ -13,7 +13,7 @@ from train import objectives
 from train.data.standard_input import lines_as_they_come, standard_input
 from train.devices import environment
 from train.experiments.catalogue import OwnCode
-from train.hub import origin
+from train.hub import loading
 from train.hub.exported import Exported
 from train.inference.completer import Completer
 from train.inference.decoding import Decoding
@@ -46,9 +46,9 @@ class Arguments(OwnCode):
 
 def main(arguments: Arguments) -> None:
     """Prints each text with its continuation."""
-    trained = origin.load_trained(arguments.run)
-    origin.check_serves(trained, "complete", objectives.Continuation)
-    origin.check_task(trained, arguments.experiment)
+    trained = loading.load_trained(arguments.run)
+    loading.check_serves(trained, "complete", objectives.Continuation)
+    loading.check_task(trained, arguments.experiment)
     sampling = _sampling(arguments, trained.decoding if isinstance(trained, Exported) else Decoding())
     completer = Completer(
         trained.model, trained.tokenizer, length=arguments.length, sampling=sampling, seed=arguments.seed

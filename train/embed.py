@@ -16,7 +16,7 @@ from seqattn.models import EncoderConfig, Pooling
 from train.data.standard_input import lines_as_they_come, standard_input
 from train.devices import environment
 from train.experiments.catalogue import OwnCode
-from train.hub import origin, sentence_vectors
+from train.hub import loading, sentence_vectors
 from train.inference.embedder import Embedder
 
 
@@ -49,8 +49,8 @@ def main(arguments: Arguments) -> None:
     """Prints or writes the vectors."""
     if arguments.to is not None and arguments.to.suffix != ".npy":
         raise ValueError(f"--to ({arguments.to}) must end in .npy")
-    trained = origin.load_trained(arguments.run)
-    origin.check_task(trained, arguments.experiment)
+    trained = loading.load_trained(arguments.run)
+    loading.check_task(trained, arguments.experiment)
     config = trained.model.config
     if not isinstance(config, EncoderConfig):
         raise ValueError(f"train.embed serves encoders, but {arguments.run} holds a {type(trained.model).__name__}")

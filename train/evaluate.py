@@ -11,7 +11,7 @@ from train import objectives
 from train.checkpoints import run
 from train.devices import environment
 from train.experiments.catalogue import OwnCode, from_file
-from train.hub import hf_folder, origin
+from train.hub import hf_folder, loading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _loaded(arguments: Arguments) -> run.Run:
         return run.load(arguments.run, average=arguments.average)
     if arguments.experiment is None:
         raise ValueError(f"{arguments.run} has no task: give the file of an experiment with one, --experiment FILE")
-    theirs = origin.load_trained(arguments.run, average=arguments.average)
+    theirs = loading.load_trained(arguments.run, average=arguments.average)
     experiment = dataclasses.replace(from_file(arguments.experiment), model=theirs.model.config)
     digest = run.fingerprint(experiment.task.load())
     return run.Run(theirs.folder, experiment, theirs.tokenizer, theirs.labels, 0, theirs.model, digest)

@@ -17,7 +17,7 @@ from train import objectives
 from train.checkpoints import run
 from train.devices import environment
 from train.experiments.catalogue import OwnCode
-from train.hub import exported, hf_export, origin
+from train.hub import exported, hf_export, loading
 from train.hub.card import card
 from train.hub.exported import CARD, FORWARD, SUMS, Exported
 from train.hub.pretrained import save_pretrained
@@ -58,7 +58,7 @@ def main(arguments: Arguments) -> None:
     """Writes the folder, prints its files, and uploads it if `push_to` is given."""
     _check(arguments)
     trained = run.load(arguments.run, average=arguments.average)
-    origin.check_task(trained, arguments.experiment)
+    loading.check_task(trained, arguments.experiment)
     if arguments.family is not None:
         files = hf_export.files_of(trained.tokenizer, trained.model) if arguments.like is None else {}
         _save_theirs(trained, arguments, files)

@@ -12,7 +12,7 @@ from train.checkpoints import run
 from train.checkpoints.run import Run
 from train.devices import environment
 from train.experiments.catalogue import OwnCode
-from train.hub import origin
+from train.hub import loading
 from train.objectives.pictures import draw_heads, draw_texts
 from train.reports.metrics import read_metrics
 from train.reports.plots import compared_curves, learning_curves
@@ -87,7 +87,7 @@ def main(arguments: Arguments) -> None:
         paths = compare(arguments.run, stem)
     else:
         trained = run.load(arguments.run[0])
-        origin.check_task(trained, arguments.experiment)
+        loading.check_task(trained, arguments.experiment)
         paths = draw(trained, arguments.text)
     for path in paths:
         print(path)

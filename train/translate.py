@@ -47,7 +47,7 @@ from train.data.standard_input import lines_as_they_come, lines_left, standard_i
 from train.data.tokenizer import Tokenizer
 from train.devices import environment
 from train.experiments.catalogue import OwnCode
-from train.hub import hf_folder, origin
+from train.hub import hf_folder, loading
 from train.hub.exported import Exported
 from train.inference.decoding import Decoding
 from train.inference.translator import Beam, Output, Search, Translator
@@ -241,9 +241,9 @@ def main(arguments: Arguments) -> int:
         # Mistakes in the arguments are found before the model is loaded. Folders of transformers have other defaults.
         search_of(arguments)
         processors_of(arguments)
-    trained = origin.load_trained(arguments.run, average=arguments.average)
-    origin.check_serves(trained, "translate", objectives.SequenceToSequence)
-    origin.check_task(trained, arguments.experiment)
+    trained = loading.load_trained(arguments.run, average=arguments.average)
+    loading.check_serves(trained, "translate", objectives.SequenceToSequence)
+    loading.check_task(trained, arguments.experiment)
     config = trained.model.config
     if arguments.plot is not None and isinstance(config, Seq2SeqConfig) and config.attention is None:
         raise ValueError(f"--plot: the model of {arguments.run} has no attention to draw (its attention is None)")

@@ -27,7 +27,7 @@ from train.checkpoints import run
 from train.complete import Arguments
 from train.data.tokenizer import Characters, Tokenizer
 from train.experiments import catalogue
-from train.hub import hf_folder, origin
+from train.hub import hf_folder, loading
 from train.inference.completer import Completer
 from train.inference.decoding import Decoding
 
@@ -180,14 +180,14 @@ def test_an_experiment_with_the_source_of_the_training_needs_no_data(language, t
     (file := tmp_path / "mine.py").write_text(OWN)
     experiment = catalogue.from_file(file)
     trained = dataclasses.replace(language, experiment=experiment, source=run.task_source(experiment.task))
-    origin.check_task(trained, file)
-    origin.check_task(trained, None)
+    loading.check_task(trained, file)
+    loading.check_task(trained, None)
     for source in ("", "0" * 64):
         with pytest.raises(FileNotFoundError, match="missing"):
-            origin.check_task(dataclasses.replace(trained, source=source), file)
+            loading.check_task(dataclasses.replace(trained, source=source), file)
     file.write_text(OWN + "# of another task\n")
     with pytest.raises(FileNotFoundError, match="missing"):
-        origin.check_task(trained, file)
+        loading.check_task(trained, file)
 
 
 def test_a_run_knows_the_source_of_its_task(language):

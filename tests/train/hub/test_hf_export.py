@@ -13,7 +13,7 @@ from train import export
 from train.checkpoints import run
 from train.data.tokenizer import Characters, Tokenizer
 from train.export import Arguments
-from train.hub import hf_folder, origin
+from train.hub import hf_folder, loading
 from train.inference.completer import Completer
 from train.inference.translator import Translator
 
@@ -73,7 +73,7 @@ def test_another_folder_gives_its_tokenizer_and_defaults(exported, tmp_path):
 
 
 def test_a_model_of_transformers_keeps_its_tokenizer(exported, tmp_path, monkeypatch):
-    theirs = origin.load_trained(Path(f"hf:{write(tmp_path / 'mbart', 'mbart', forced_bos_token_id=5)}"))
+    theirs = loading.load_trained(Path(f"hf:{write(tmp_path / 'mbart', 'mbart', forced_bos_token_id=5)}"))
     monkeypatch.setattr("tests.train.hub.test_hf_export.TOKENS", theirs.tokenizer)
     _, folder = exported("mbart")
     again = hf_folder.load(f"hf:{folder}")

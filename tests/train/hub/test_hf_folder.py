@@ -12,7 +12,7 @@ from flax import nnx
 from seqattn.decoding import MinLength, Stopping
 from tests.huggingface_folders import WORDS, write
 from train import objectives
-from train.hub import hf_folder, origin
+from train.hub import hf_folder, loading
 from train.inference.completer import Completer
 from train.inference.translator import Beam, Translator
 
@@ -21,10 +21,10 @@ TEXTS = ["one two three", "five", "", "four four"]
 
 def test_an_encoder_decoder_translates(tmp_path):
     fields = {"num_beams": 3, "min_length": 4, "max_length": 9, "forced_bos_token_id": 0, "eos_token_id": 2}
-    trained = origin.load_trained(Path(f"hf:{write(tmp_path / 'bart', 'bart', generation=fields)}"))
+    trained = loading.load_trained(Path(f"hf:{write(tmp_path / 'bart', 'bart', generation=fields)}"))
     assert (trained.objective, trained.step, trained.labels) == ("SequenceToSequence", 0, ())
     assert (trained.decoding.beam_size, trained.decoding.stopping) == (3, Stopping.LIKELY)
-    origin.check_serves(trained, "translate", objectives.SequenceToSequence)
+    loading.check_serves(trained, "translate", objectives.SequenceToSequence)
     processors = (MinLength(4, 2),)
     translator = Translator(
         trained.model, trained.tokenizer, search=Beam(3), processors=processors, max_length=9, batch_size=3
@@ -56,7 +56,7 @@ def test_an_encoder_has_the_objective_of_its_head(tmp_path, name, objective, lab
     assert (trained.objective, trained.labels) == (objective, labels)
     assert trained.tokenizer.inputs(["one"]) == [[2, 5, 3]]
     with pytest.raises(ValueError, match=r"python -m train\.(embed|evaluate)"):
-        origin.check_serves(trained, "translate", objectives.SequenceToSequence)
+        loading.check_serves(trained, "translate", objectives.SequenceToSequence)
 
 
 def test_labels_must_be_those_of_the_model(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from tests.huggingface_folders import write
 from train.checkpoints import run
-from train.hub import exported, origin
+from train.hub import exported, loading
 from train.hub.exported import Exported
 
 
@@ -19,10 +19,10 @@ def trained(language) -> Exported:
 def test_the_folder_decides_what_is_read(trained, language, tmp_path):
     folder = tmp_path / "exported"
     exported.save(dataclasses.replace(trained, folder=folder), {exported.CARD: b"# A model\n"})
-    assert isinstance(origin.load_trained(folder), Exported)
-    assert isinstance(origin.load_trained(language.folder), run.Run)
-    theirs = origin.load_trained(Path(f"hf:{write(tmp_path / 'gpt2', 'gpt2')}"))
+    assert isinstance(loading.load_trained(folder), Exported)
+    assert isinstance(loading.load_trained(language.folder), run.Run)
+    theirs = loading.load_trained(Path(f"hf:{write(tmp_path / 'gpt2', 'gpt2')}"))
     assert isinstance(theirs, Exported)
     assert theirs.objective == "Continuation"
     with pytest.raises(ValueError, match="is no run and has no checkpoints to average"):
-        origin.load_trained(folder, average=2)
+        loading.load_trained(folder, average=2)
