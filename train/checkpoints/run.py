@@ -30,6 +30,9 @@ from train.update.step import TrainState, start_shapes
 PARAMETERS = "model.safetensors"
 """A file that only the folder of an exported model has, and no run folder."""
 
+CONFIG = "config.json"
+"""The file with the resolved config of a run."""
+
 RESULTS = "results.json"
 """The file for the results of a finished run on the test split."""
 
@@ -261,8 +264,8 @@ def load(folder: Path, *, average: int | None = None, shardings: Callable[[Train
     return _load(folder, average, shardings)
 
 
-def tokenizer_of(folder: Path) -> tuple[Experiment, Tokenizer]:
-    """Loads config and tokenizer of a run folder, without its arrays.
+def describe(folder: Path) -> tuple[Experiment, Tokenizer, tuple[str, ...]]:
+    """Loads config, tokenizer and labels of a run folder, without its arrays.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
@@ -271,7 +274,8 @@ def tokenizer_of(folder: Path) -> tuple[Experiment, Tokenizer]:
     checkpoints, latest = _opened(folder)
     with checkpoints:
         texts = checkpoints.texts(latest)
-    return decode(json.loads(texts["config"])), Tokenizer.from_json(texts["tokenizer"])
+    labels = tuple(json.loads(texts.get("labels", "[]")))
+    return decode(json.loads(texts["config"])), Tokenizer.from_json(texts["tokenizer"]), labels
 
 
 def _opened(folder: Path) -> tuple[Checkpoints, int]:

@@ -107,7 +107,7 @@ def _noting_where(folder: Path) -> Iterator[None]:
             (folder / _TRACEBACK).unlink(missing_ok=True)
         yield
     except Exception:
-        if (folder / "config.json").exists():  # without it the run never started, and leaves no files
+        if (folder / run.CONFIG).exists():  # without it the run never started, and leaves no files
             with contextlib.suppress(OSError):
                 (_logs(folder) / _TRACEBACK).write_text(traceback.format_exc(), "utf-8")
         raise

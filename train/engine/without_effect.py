@@ -13,7 +13,8 @@ from flax import nnx
 
 from seqattn.nn import Statistic
 from train.config import Experiment
-from train.data.tokenizer import Characters
+from train.data.tokenizer import Characters, SavedTokenizer, Tokenizer
+from train.hub.origin import Origin
 from train.reports.profile import parse_steps
 from train.tasks.own_files import OwnFiles
 from train.tasks.translation import ParallelFiles
@@ -83,12 +84,26 @@ def _check_statistics(experiment: Experiment, params: Any) -> None:
         )
 
 
-def warn_of_tokenizer(experiment: Experiment, taken_over: Any) -> None:
-    """Warns that `start_from` replaces the tokenizer of the experiment, unless it is the default or the same one."""
-    # A warning, not an error: the tokenizer may come from the experiment, not from the command line.
-    if experiment.tokenizer not in (Characters(), taken_over):
-        origin, given = experiment.start_from, experiment.tokenizer
-        log.warning("the tokenizer is that of %s (%s), not %s", origin, taken_over, given)
+def check_tokenizer(experiment: Experiment, begun: Origin) -> None:
+    """Checks the tokenizer of an experiment beside that of the model to start from, which replaces it.
+
+    Warns unless it is the default or the same one, and if that of the model is not known.
+
+    Raises:
+        ValueError: it is a saved tokenizer with another vocabulary.
+    """
+    given = experiment.tokenizer
+    if begun.tokenizer is None:
+        log.warning("%s: its tokenizer is not read; its model reads the ids of %s", begun.name, given)
+    elif isinstance(given, SavedTokenizer) and given != begun.tokenizer_config:
+        if Tokenizer.train(given, ()).to_json() != begun.tokenizer.to_json():
+            raise ValueError(
+                f"--tokenizer.path: {given.path} has another vocabulary than {begun.name}: leave it out, since "
+                "--start-from takes its tokenizer"
+            )
+    elif given not in (Characters(), begun.tokenizer_config):
+        # A warning, not an error: the tokenizer may come from the experiment, not from the command line.
+        log.warning("the tokenizer is that of %s, not %s", begun.name, given)
 
 
 def _check_evaluations(experiment: Experiment) -> None:

@@ -11,9 +11,10 @@ from seqattn.models import Captioner, CaptionerConfig, Convolutional, EncoderCon
 from seqattn.nn import OverBatch
 from train.checkpoints import run
 from train.config import decode
-from train.data.tokenizer import ByteLevelBPE, Characters, SavedTokenizer
+from train.data.tokenizer import ByteLevelBPE, Characters, SavedTokenizer, Tokenizer
 from train.engine import loop, without_effect
 from train.experiments import catalogue
+from train.hub.origin import Origin
 from train.tasks import LabelledFiles
 from train.update.optimizer import AdamW, Momentum, Muon, Optimizer
 from train.update.schedules import Constant, InverseSquareRoot, InverseTime, Noam
@@ -113,13 +114,24 @@ def test_word_vectors_of_no_token_are_refused(refused, tiny, tmp_path):
     refused(r"--word-vectors: .*vectors.txt has a vector for none of the \d+ tokens", word_vectors=file)
 
 
-def test_a_tokenizer_beside_that_of_the_run_to_start_from_is_told(tiny, tmp_path, caplog):
-    saved = SavedTokenizer(tmp_path)
-    for given in (Characters(), saved):
-        without_effect.warn_of_tokenizer(dataclasses.replace(tiny, tokenizer=given), saved)
+def test_a_tokenizer_beside_that_of_the_model_to_start_from_is_told_or_refused(tiny, tmp_path, caplog):
+    own, other = (Tokenizer.train(Characters(), [text]) for text in ("abc", "abd"))
+    for name, tokenizer in (("own", own), ("other", other)):
+        tokenizer.save(tmp_path / name)
+    begun = Origin("runs/there", tiny.model, own, ByteLevelBPE(), (), lambda _: None)
+
+    def check(given, begun=begun):
+        without_effect.check_tokenizer(dataclasses.replace(tiny, tokenizer=given), begun)
+
+    for given in (Characters(), ByteLevelBPE(), SavedTokenizer(tmp_path / "own")):
+        check(given)
     assert not caplog.records
-    without_effect.warn_of_tokenizer(dataclasses.replace(tiny, tokenizer=ByteLevelBPE(300)), saved)
-    assert ", not ByteLevelBPE" in caplog.text
+    with pytest.raises(ValueError, match=r"other has another vocabulary than runs/there: leave it out, since --start"):
+        check(SavedTokenizer(tmp_path / "other"))
+    check(ByteLevelBPE(300))
+    assert "the tokenizer is that of runs/there, not ByteLevelBPE(vocab_size=300)" in caplog.text
+    check(ByteLevelBPE(), dataclasses.replace(begun, tokenizer=None))
+    assert "runs/there: its tokenizer is not read; its model reads the ids of ByteLevelBPE" in caplog.text
 
 
 def test_settings_that_just_do_something_are_taken(tiny):
