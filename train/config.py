@@ -27,6 +27,7 @@ from train.devices.parallel import Parallel, Replicated
 from train.devices.processes import Processes
 from train.reports.profile import parse_steps
 from train.tasks.task import Task, every_task
+from train.update.adapters import LowRank
 from train.update.initializers import Kaiming, Normal, Uniform, Xavier
 from train.update.optimizer import Optimizer
 
@@ -115,6 +116,9 @@ class Experiment:
     tokenizer is taken too. A head for other labels or another task is drawn."""
     frozen: tuple[str, ...] = ()
     """Parameters that training does not change, as glob patterns of their paths, such as `embedding/*`."""
+    adapters: LowRank | None = None
+    """Low-rank adapters: small matrices beside some kernels, trained in place of all parameters. Needs start_from. None
+    trains the parameters."""
     parallel: Parallel = Replicated()
     """How updates are distributed over devices."""
     processes: Processes = Processes()

@@ -34,7 +34,7 @@ from train.hub import exported, origin
 from train.hub.origin import Origin
 from train.objectives import Objective
 from train.update.freezing import freeze
-from train.update.step import TrainState, make_update, start_shapes
+from train.update.step import TrainState, make_update, start_shapes, weights
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +76,8 @@ class Session:
 
         On a mesh it is sharded, and with several processes all of them must use it together.
         """
-        # The average is what the run reports and exports, so evaluations must use it too.
-        params = self.state.params if self.state.average is None else self.state.average
-        return nnx.merge(self.graph, self.placed.for_evaluation(params))
+        # The weights are what the run reports and exports, so evaluations must use them too.
+        return nnx.merge(self.graph, self.placed.for_evaluation(weights(self.state)))
 
     def averaged(self, count: int) -> Any:
         """The model with the mean of the parameters of the latest checkpoints, where `model` is.
@@ -227,8 +226,8 @@ def _restore_or_start(resolved: _Resolved) -> _Begun:
     optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
     # Only shapes: nothing is computed before all checks, and a model may fit on no single device.
     model = nnx.eval_shape(lambda: run.build(experiment.model, seed=experiment.seed))
-    graph, shapes = start_shapes(model, optimizer, average=experiment.ema is not None)
-    without_effect.check_parameters(experiment, shapes.params)
+    graph, shapes = start_shapes(model, optimizer, **run.starting(experiment))
+    without_effect.check_parameters(experiment, shapes)
     # Before the examples, which take longer to check.
     placed = _placed(experiment, objective, graph, optimizer, model)
     rows_of = examples.training_rows(experiment, objective, resolved.examples, model)

@@ -7,6 +7,7 @@ mesh, on which no device holds the whole model.
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def drawn(
     found = given(experiment, objective.tokenizer, labels=objective.labels, origin=origin, shardings=where)
 
     def make(given: Given) -> TrainState:
-        return start(fresh(experiment, given), optimizer, average=experiment.ema is not None)[1]
+        return start(fresh(experiment, given), optimizer, **run.starting(experiment))[1]
 
     # Replicas that start from different parameters would never agree, and no error would show it.
     check_same({"the parameters that they start from": _digest(found)})
@@ -168,7 +169,8 @@ def check_origin(experiment: Experiment, origin: Origin, labels: tuple[str, ...]
         labels: the labels of the run, in the order of their ids.
 
     Raises:
-        ValueError: other parameters differ in path or shape. The message has the first of them.
+        ValueError: other parameters differ in path or shape, of which the message has the first; or a head is drawn
+            that would not be trained, since the run trains adapters.
     """
     here, there = (
         {path: leaf.shape for path, leaf in _shapes(config).items()} for config in (experiment.model, origin.config)
@@ -182,9 +184,14 @@ def check_origin(experiment: Experiment, origin: Origin, labels: tuple[str, ...]
             f"--start-from: the model of {origin.name} is another one than that of the run: "
             f"{', '.join(list(described)[:_NAMED])}{more}"
         )
-    if here == there and labels == origin.labels:
-        return set(here)
-    return set(sides[0])
+    taken = set(here if here == there and labels == origin.labels else sides[0])
+    patterns = ("*",) if experiment.adapters is None else experiment.adapters.train
+    if not all(any(fnmatchcase(path, pattern) for pattern in patterns) for path in here.keys() - taken):
+        raise ValueError(
+            f"--start-from: the head of {origin.name} is for another task or other labels, so it is drawn, and beside "
+            'adapters it would stay so: give --adapters.train "head/*"'
+        )
+    return taken
 
 
 def _described(shapes: Mapping[str, tuple[int, ...]], path: str) -> str:

@@ -20,6 +20,7 @@ from train.tasks.own_files import OwnFiles
 from train.tasks.translation import ParallelFiles
 from train.update.optimizer import Momentum, Muon
 from train.update.parameters import check_patterns, matching, matrices, paths
+from train.update.step import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def check_settings(experiment: Experiment) -> None:
         ValueError: a setting would have no effect; the message names it and what it needs.
     """
     # Before examples are loaded, so that a mistake shows at once.
+    _check_adapters(experiment)
     _check_evaluations(experiment)
     _check_rates(experiment)
     if isinstance(experiment.task, OwnFiles | ParallelFiles):
@@ -46,25 +48,27 @@ def check_settings(experiment: Experiment) -> None:
         )
 
 
-def check_parameters(experiment: Experiment, params: Any) -> None:
+def check_parameters(experiment: Experiment, state: TrainState) -> None:
     """Checks the settings that depend on the parameters of the model.
 
     `train.update.freezing` refuses patterns that freeze every parameter.
 
     Args:
         experiment: the resolved experiment.
-        params: the parameters, or their shapes, as an `nnx.State`.
+        state: the state before the first update, or its shapes.
 
     Raises:
         ValueError: `frozen` matches running statistics, which follow the batches anyway; a pattern of Muon matches no
             parameter; or no matrix is left to Muon.
     """
-    _check_statistics(experiment, params)
+    _check_statistics(experiment, state.params)
     algorithm = experiment.optimizer.algorithm
     if not isinstance(algorithm, Muon):
         return
     # The default patterns cover the layers of all models, so no single model has all of them.
-    check_patterns(params, [pattern for pattern in algorithm.adam if pattern not in Muon().adam])
+    # Muon updates the adapters alone, and no pattern has to be of them.
+    params = state.trained
+    check_patterns(state.params, [pattern for pattern in algorithm.adam if pattern not in Muon().adam])
     others = matching(params, (*algorithm.adam, *experiment.frozen))
     if not any(jax.tree.leaves(jax.tree.map(lambda matrix, other: matrix and not other, matrices(params), others))):
         raise ValueError(
@@ -104,6 +108,18 @@ def check_tokenizer(experiment: Experiment, begun: Origin) -> None:
     elif given not in (Characters(), begun.tokenizer_config):
         # A warning, not an error: the tokenizer may come from the experiment, not from the command line.
         log.warning("the tokenizer is that of %s, not %s", begun.name, given)
+
+
+def _check_adapters(experiment: Experiment) -> None:
+    if experiment.adapters is None:
+        return
+    if experiment.start_from is None:
+        raise ValueError("adapters need the parameters of a trained model: give --start-from")
+    if experiment.frozen:
+        raise ValueError(
+            f"frozen ({', '.join(experiment.frozen)}) would change nothing beside adapters: all parameters are frozen "
+            f"but those of adapters.train ({', '.join(experiment.adapters.train)})"
+        )
 
 
 def _check_evaluations(experiment: Experiment) -> None:
