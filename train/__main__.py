@@ -3,6 +3,7 @@
 EXPERIMENT is a name or a file. `--list` shows the names.
 """
 
+import argparse
 import os
 import sys
 import warnings
@@ -41,6 +42,8 @@ def parse(arguments: Sequence[str] | None = None) -> "Experiment":
     if arguments and _is_path(arguments[0]):
         return _from_file(Path(arguments[0]), arguments[1:])
     defaults = {name: catalogue.named(name) for name in catalogue.names()}
+    if arguments and arguments[0] in defaults:
+        defaults[arguments[0]] = _adopting(defaults[arguments[0]], arguments[1:])
     kinds = tyro.extras.subcommand_type_from_defaults(defaults, catalogue.sentences())
     about = "Trains or resumes an experiment, given by name or as FILE.py. --list shows the names, one per line."
     return tyro.cli(kinds, prog="python -m train", description=about, config=_FLAGS, args=arguments)
@@ -55,13 +58,30 @@ def _is_path(argument: str) -> bool:
 def _from_file(file: Path, overrides: Sequence[str]) -> "Experiment":
     from train.config import Experiment
 
-    experiment = catalogue.from_file(file)
+    experiment = _adopting(catalogue.from_file(file), overrides)
     about = catalogue.first_sentence(sys.modules[str(file.resolve())].__doc__ or "")
     with warnings.catch_warnings():
         # A task defined in the file is not in the annotation of the field; tyro adds it as another choice.
         warnings.filterwarnings("ignore", ".*does not match any type in Union")
         prog = f"python -m train {file}"
         return tyro.cli(Experiment, prog=prog, description=about, default=experiment, config=_FLAGS, args=overrides)
+
+
+def _adopting(experiment: "Experiment", overrides: Sequence[str]) -> "Experiment":
+    """An experiment with the model of the folder that `--start-from` names, so that flags change that model."""
+    # Before tyro parses: the model decides which flags there are, and their defaults.
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    given.add_argument("--start-from", "--start_from", type=Path)
+    given.add_argument("--run", type=Path, default=experiment.run)
+    try:
+        found, _ = given.parse_known_args(overrides)
+    except argparse.ArgumentError:
+        return experiment  # tyro says what is wrong
+    if found.start_from in (None, Path("None")):
+        return experiment
+    from train.hub.origin import adopt
+
+    return adopt(experiment, found.start_from, found.run)
 
 
 def main() -> int:

@@ -27,6 +27,7 @@ from train.devices.parallel import Parallel, Replicated
 from train.devices.processes import Processes
 from train.reports.profile import parse_steps
 from train.tasks.task import Task, every_task
+from train.update.adapters import LowRank
 from train.update.initializers import Kaiming, Normal, Uniform, Xavier
 from train.update.optimizer import Optimizer
 
@@ -110,10 +111,14 @@ class Experiment:
     word_vectors: Path | None = None
     """Text file in word2vec or GloVe format. Embeddings of tokens in it start from its vectors."""
     start_from: Path | None = None
-    """Run folder to start from: takes its tokenizer, and all parameters of its latest checkpoint whose path and shape
-    match."""
+    """Trained model to start from: a run folder, an exported model, or hf:FOLDER, a model of Hugging Face transformers.
+    On the command line its model replaces that of the experiment, and flags of the model change single settings. Its
+    tokenizer is taken too. A head for other labels or another task is drawn."""
     frozen: tuple[str, ...] = ()
     """Parameters that training does not change, as glob patterns of their paths, such as `embedding/*`."""
+    adapters: LowRank | None = None
+    """Low-rank adapters: small matrices beside some kernels, trained in place of all parameters. Needs start_from. None
+    trains the parameters."""
     parallel: Parallel = Replicated()
     """How updates are distributed over devices."""
     processes: Processes = Processes()
@@ -174,7 +179,7 @@ class Experiment:
             if self.start_from is not None and getattr(self, name) is not None:
                 raise ValueError(
                     f"{name} ({getattr(self, name)}) and start_from ({self.start_from}) exclude each other: the "
-                    "parameters of that run would replace the others wherever they fit"
+                    "parameters of that model would replace the others"
                 )
 
 

@@ -6,7 +6,7 @@ dotted path, such as `encoder.0.attention.query.kernel`. A table shared by two l
 
 import math
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -116,7 +116,11 @@ def to_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def from_arrays(
-    config: ModelConfig, arrays: Mapping[str, np.ndarray | jax.Array], *, param_dtype: DTypeLike = jnp.float32
+    config: ModelConfig,
+    arrays: Mapping[str, np.ndarray | jax.Array],
+    *,
+    param_dtype: DTypeLike = jnp.float32,
+    place: Callable[[str, Any], Any] | None = None,
 ) -> Any:
     """Builds the model of a config with the given parameters. Copies the arrays and draws no random numbers.
 
@@ -124,6 +128,8 @@ def from_arrays(
         config: sizes and options.
         arrays: parameters by dotted path, as `to_arrays` returns them.
         param_dtype: dtype of the parameters; must be the dtype of the arrays.
+        place: puts each array on devices, given its path, for example split over a mesh, and returns it. If None, all
+            are on the default device.
 
     Raises:
         ValueError: arrays are missing, unknown, or of the wrong shape or dtype; names them.
@@ -132,8 +138,9 @@ def from_arrays(
     _check(arrays, {_name(path): leaf for path, leaf in nnx.to_flat_state(state)})
 
     def fill(path: tuple[str | int, ...], empty: nnx.Variable) -> nnx.Variable:
+        array = arrays[_name(path)]
         # A copy: `jax.device_put` may share memory with the caller's array.
-        return empty.replace(jnp.array(arrays[_name(path)]))
+        return empty.replace(jnp.array(array) if place is None else place(_name(path), array))
 
     return nnx.merge(graph, nnx.map_state(fill, state))
 

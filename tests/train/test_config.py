@@ -37,6 +37,7 @@ from train.experiments.addition import ADDITION
 from train.experiments.dates import DATES
 from train.tasks import CodeTopics, Docstrings, PythonCode, PythonTags
 from train.tasks.task import Task
+from train.update.adapters import LowRank
 from train.update.initializers import Kaiming, Normal, Uniform, Xavier
 from train.update.optimizer import SGD, AdaGrad, Momentum, Muon, Optimizer
 from train.update.schedules import InverseTime
@@ -72,6 +73,7 @@ VALUES = [
         frozen=("embedding/*", "stack/*"),
     ),
     dataclasses.replace(DATES, start_from=Path("runs/masked")),
+    dataclasses.replace(DATES, start_from=Path("hf:gpt2"), adapters=LowRank(2, 3.5, ("*query/kernel",), ("*norm*",))),
 ]
 
 
@@ -278,6 +280,7 @@ def test_the_one_codec_reads_and_writes_what_was_written_before_it():
     now = encode(expected)
     # Fields added since, whose defaults are what was done before.
     assert now.pop("data_cache") == encode(DataCache())
+    assert now.pop("adapters") is None
     for values, plain, added in (
         (now["model"]["block"], BlockConfig(), ADDED_TO_BLOCKS),
         (now["model"], TransformerConfig(0), ADDED_TO_TRANSFORMERS),

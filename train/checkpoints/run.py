@@ -26,10 +26,13 @@ from train.data.tokenizer import Tokenizer
 from train.devices.processes import Processes
 from train.tasks.task import Task
 from train.update.freezing import freeze
-from train.update.step import TrainState, start_shapes
+from train.update.step import TrainState, start_shapes, weights
 
 PARAMETERS = "model.safetensors"
 """A file that only the folder of an exported model has, and no run folder."""
+
+CONFIG = "config.json"
+"""The file with the resolved config of a run."""
 
 RESULTS = "results.json"
 """The file for the results of a finished run on the test split."""
@@ -96,6 +99,11 @@ class Run:
 def build(config: Model, *, seed: int) -> nnx.Module:
     """Builds the model of a config, with parameters drawn from the seed."""
     return model_type(config)(config, rngs=nnx.Rngs(params=seed))
+
+
+def starting(experiment: Experiment) -> dict[str, Any]:
+    """The settings of an experiment for `train.update.step.start`, as keyword arguments."""
+    return {"average": experiment.ema is not None, "adapters": experiment.adapters, "seed": experiment.seed}
 
 
 def resolve(experiment: Experiment, tokenizer: Tokenizer, labels: tuple[str, ...]) -> Experiment:
@@ -262,8 +270,8 @@ def load(folder: Path, *, average: int | None = None, shardings: Callable[[Train
     return _load(folder, average, shardings)
 
 
-def tokenizer_of(folder: Path) -> tuple[Experiment, Tokenizer]:
-    """Loads config and tokenizer of a run folder, without its arrays.
+def describe(folder: Path) -> tuple[Experiment, Tokenizer, tuple[str, ...]]:
+    """Loads config, tokenizer and labels of a run folder, without its arrays.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
@@ -272,7 +280,8 @@ def tokenizer_of(folder: Path) -> tuple[Experiment, Tokenizer]:
     checkpoints, latest = _opened(folder)
     with checkpoints:
         texts = checkpoints.texts(latest)
-    return decode(json.loads(texts["config"])), saved_tokenizer.from_json(texts["tokenizer"])
+    labels = tuple(json.loads(texts.get("labels", "[]")))
+    return decode(json.loads(texts["config"])), saved_tokenizer.from_json(texts["tokenizer"]), labels
 
 
 def _opened(folder: Path) -> tuple[Checkpoints, int]:
@@ -304,11 +313,11 @@ def _load(folder: Path, average: int | None, shardings: Callable[[TrainState], A
     texts = checkpoints.texts(steps[-1])
     optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
     model = nnx.eval_shape(lambda: build(experiment.model, seed=0))
-    graph, shapes = start_shapes(model, optimizer, average=experiment.ema is not None)
+    graph, shapes = start_shapes(model, optimizer, **starting(experiment))
     like = shapes if shardings is None else spread(shapes, shardings(shapes))
     # A generator, so that only one state is in memory at a time.
     states = (checkpoints.restore(like, step) for step in steps)
-    params = averaging.average(state.params if state.average is None else state.average for state in states)
+    params = averaging.average(weights(state) for state in states)
     checkpoints.close()
     labels = tuple(json.loads(texts.get("labels", "[]")))
     tokenizer = saved_tokenizer.from_json(texts["tokenizer"])

@@ -107,7 +107,7 @@ def _noting_where(folder: Path) -> Iterator[None]:
             (folder / _TRACEBACK).unlink(missing_ok=True)
         yield
     except Exception:
-        if (folder / "config.json").exists():  # without it the run never started, and leaves no files
+        if (folder / run.CONFIG).exists():  # without it the run never started, and leaves no files
             with contextlib.suppress(OSError):
                 (_logs(folder) / _TRACEBACK).write_text(traceback.format_exc(), "utf-8")
         raise
@@ -285,10 +285,13 @@ def _go_back_to_best(session: Session, history: list[Row], say: Callable[[str], 
 
 def _greet(session: Session, progress: Progress) -> None:
     """Prints the sizes of model, data, vocabulary and devices."""
-    leaves = jax.tree.leaves(session.state.params)
+    count, trained = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (session.state.params, session.state.trained)
+    )
+    share = "" if session.state.tuned is None else f" ({trained:,} trained beside them, {trained / count:.2%})"
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     progress.print(
-        f"{session.experiment.run}: {sum(leaf.size for leaf in leaves):,} parameters, "
+        f"{session.experiment.run}: {count:,} parameters{share}, "
         f"{session.training_examples:,} training examples, "
         f"{session.objective.tokenizer.vocab_size:,} tokens, "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}{processes}"

@@ -29,11 +29,12 @@ from train.devices.parallel import Placed
 from train.devices.processes import any_process, check_same, is_first
 from train.engine import examples, versions, without_effect
 from train.engine.examples import Examples
-from train.engine.start import drawn, sharded
-from train.hub import exported
+from train.engine.start import check_origin, drawn, sharded
+from train.hub import exported, origin
+from train.hub.origin import Origin
 from train.objectives import Objective
 from train.update.freezing import freeze
-from train.update.step import TrainState, make_update, start_shapes
+from train.update.step import TrainState, make_update, start_shapes, weights
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +76,8 @@ class Session:
 
         On a mesh it is sharded, and with several processes all of them must use it together.
         """
-        # The average is what the run reports and exports, so evaluations must use it too.
-        params = self.state.params if self.state.average is None else self.state.average
-        return nnx.merge(self.graph, self.placed.for_evaluation(params))
+        # The weights are what the run reports and exports, so evaluations must use them too.
+        return nnx.merge(self.graph, self.placed.for_evaluation(weights(self.state)))
 
     def averaged(self, count: int) -> Any:
         """The model with the mean of the parameters of the latest checkpoints, where `model` is.
@@ -126,6 +126,7 @@ class _Resolved:
         experiment: the resolved experiment.
         objective: the objective of the run.
         examples: the examples.
+        origin: the model that a new run starts from; None if its parameters are drawn or restored.
         texts: the texts in each checkpoint beside the arrays.
         checkpoints: the checkpoints of the run folder; None for a new run.
         saved: the texts of the latest checkpoint; None for a new run.
@@ -135,6 +136,7 @@ class _Resolved:
     experiment: Experiment
     objective: Objective
     examples: Examples
+    origin: Origin | None
     texts: dict[str, str]
     checkpoints: Checkpoints | None
     saved: dict[str, str] | None
@@ -186,9 +188,11 @@ def _resolve(experiment: Experiment) -> _Resolved:
     is_begun = any_process(is_first() and (experiment.run / "checkpoints").is_dir())
     checkpoints = _checkpoints(experiment) if is_begun else None
     saved = None if checkpoints is None else _saved(checkpoints)
+    # A resumed run has all parameters in its checkpoint: the folder that it started from may be gone by now.
+    begun = None if saved is not None or experiment.start_from is None else origin.read(experiment.start_from)
     found = examples.find(experiment)
     # The tokenizer comes before the model: its vocabulary sets the size of the embedding.
-    objective = _objective(experiment, found, saved)
+    objective = _objective(experiment, found, saved, begun)
     experiment = run.resolve(experiment, objective.tokenizer, objective.labels)
     changes: list[str] = []
     noted = ""
@@ -198,6 +202,8 @@ def _resolve(experiment: Experiment) -> _Resolved:
         done = checkpoints.latest or 0
         _check_steps(done, experiment)
         noted = _noted(saved.get("changes", ""), done, changes)
+    if begun is not None:
+        check_origin(experiment, begun, objective.labels)
     found.use(objective)
     texts = _texts(experiment, objective, found) | {"versions": installed}
     # Each process has read its own files, which may differ.
@@ -208,7 +214,7 @@ def _resolve(experiment: Experiment) -> _Resolved:
         # Other data may have other splits, so the model may have trained on the new test examples.
         if saved["data"] != texts["data"]:
             raise ValueError(f"the data changed since {experiment.run} was trained; give another folder with --run")
-    return _Resolved(experiment, objective, found, texts, checkpoints, saved, changes)
+    return _Resolved(experiment, objective, found, begun, texts, checkpoints, saved, changes)
 
 
 def _restore_or_start(resolved: _Resolved) -> _Begun:
@@ -220,19 +226,18 @@ def _restore_or_start(resolved: _Resolved) -> _Begun:
     optimizer = freeze(experiment.optimizer.make(experiment.steps), experiment.frozen)
     # Only shapes: nothing is computed before all checks, and a model may fit on no single device.
     model = nnx.eval_shape(lambda: run.build(experiment.model, seed=experiment.seed))
-    graph, shapes = start_shapes(model, optimizer, average=experiment.ema is not None)
-    without_effect.check_parameters(experiment, shapes.params)
+    graph, shapes = start_shapes(model, optimizer, **run.starting(experiment))
+    without_effect.check_parameters(experiment, shapes)
     # Before the examples, which take longer to check.
     placed = _placed(experiment, objective, graph, optimizer, model)
     rows_of = examples.training_rows(experiment, objective, resolved.examples, model)
     batches, rows = _batches(experiment, objective, rows_of, placed), _rows(experiment, placed)
     if resolved.checkpoints is not None and resolved.saved is not None:
         _warn_of_differences(experiment.run, resolved.saved, rows)
-        # With shardings, each device reads its own part, and no device holds more than its share. The checkpoint has
-        # every array: word vectors or `start_from` may be gone by now.
+        # With shardings, each device reads its own part, and no device holds more than its share.
         state = resolved.checkpoints.restore(run.spread(shapes, placed.shardings(shapes)))
     else:
-        state = drawn(experiment, objective.tokenizer, optimizer, placed)
+        state = drawn(experiment, objective, optimizer, placed, resolved.origin)
     return _Begun(graph, state, placed, batches, rows)
 
 
@@ -244,7 +249,7 @@ def _place(resolved: _Resolved, begun: _Begun) -> Session:
     if is_first():
         folder.mkdir(parents=True, exist_ok=True)
         replace(folder / "tokenizer.json", texts["tokenizer"].encode())
-        replace(folder / "config.json", texts["config"].encode())
+        replace(folder / run.CONFIG, texts["config"].encode())
         best = max(experiment.keep_best, experiment.patience is not None)
         check_space(folder / "checkpoints", state, experiment.keep_checkpoints + best)
     return Session(
@@ -320,19 +325,20 @@ def _placed(
     return experiment.parallel.spread(update, model=model)
 
 
-def _objective(experiment: Experiment, found: Examples, saved: dict[str, str] | None) -> Objective:
+def _objective(
+    experiment: Experiment, found: Examples, saved: dict[str, str] | None, begun: Origin | None
+) -> Objective:
     """The objective, with tokenizer and labels from the checkpoint, or for a new run from the training split."""
     # Not trained again: another version of the tokenizers library could give other ids to the same texts.
     if saved is not None:
         labels = tuple(json.loads(saved.get("labels", "[]")))
         return objectives.make(experiment, saved_tokenizer.from_json(saved["tokenizer"]), labels)
     kind = objectives.kind(experiment)
-    if experiment.start_from is not None:
+    if begun is not None:
+        without_effect.check_tokenizer(experiment, begun)
         # Embeddings only make sense with the tokenizer that they were trained with.
-        origin, tokenizer = run.tokenizer_of(experiment.start_from)
-        without_effect.warn_of_tokenizer(experiment, origin.tokenizer)
-    else:
-        tokenizer = saved_tokenizer.make(experiment.tokenizer, found.texts(kind))
+        return objectives.make(experiment, begun.tokenizer, found.labels(kind))
+    tokenizer = saved_tokenizer.make(experiment.tokenizer, found.texts(kind))
     return objectives.make(experiment, tokenizer, found.labels(kind))
 
 

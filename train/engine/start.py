@@ -6,7 +6,8 @@ mesh, on which no device holds the whole model.
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +19,56 @@ from flax import nnx
 
 from seqattn.models import CaptionerConfig, TransformerConfig
 from train.checkpoints import run
-from train.config import Experiment
+from train.config import Experiment, Model
 from train.data.tokenizer import Tokenizer
 from train.data.word_vectors import as_rows, load_table
 from train.devices.parallel import Given, Placed, Sharded
 from train.devices.processes import check_same
+from train.hub.origin import Origin, Shardings
+from train.objectives import Objective
 from train.update.initializers import redraw
 from train.update.parameters import paths
 from train.update.step import TrainState, start
 
 log = logging.getLogger(__name__)
 
+_HEAD = "head/"
+"""The paths of what follows an encoder: its parameters are those of one task."""
+_NAMED = 3
+
 
 def given(
-    experiment: Experiment, tokenizer: Tokenizer, *, shardings: Callable[[TrainState], Any] | None = None
+    experiment: Experiment,
+    tokenizer: Tokenizer,
+    *,
+    labels: tuple[str, ...] = (),
+    origin: Origin | None = None,
+    shardings: Shardings | None = None,
 ) -> Given:
-    """Reads the parameters that a run takes from files: word vectors, or those of another run.
+    """Reads the parameters that a run takes from files: word vectors, or those of another model.
 
     Args:
         experiment: the resolved experiment.
         tokenizer: its tokenizer, which names the rows of the embedding.
+        labels: its labels, in the order of their ids.
+        origin: the model to start from.
         shardings: returns the sharding of each array of a state; see `train.checkpoints.run.load`.
 
     Returns:
         Parameters by path; empty if the model is only drawn. Word vectors are on the host.
 
     Raises:
-        ValueError: no parameter of `start_from` fits, or the word vectors have another size or cover no token.
+        ValueError: the model to start from is another one, or the word vectors have another size or cover no token.
     """
-    params = nnx.state(nnx.eval_shape(lambda: run.build(experiment.model, seed=experiment.seed)), nnx.Param)
-    shapes = dict(zip(jax.tree.leaves(paths(params)), jax.tree.leaves(params), strict=True))
     found: dict[str, Any] = {}
     if experiment.word_vectors is not None:
-        found |= _vectors(experiment, tokenizer, experiment.word_vectors, shapes)
-    if experiment.start_from is not None:
-        found |= _of_run(experiment.start_from, shapes, shardings)
+        found |= _vectors(experiment, tokenizer, experiment.word_vectors, _shapes(experiment.model))
+    if origin is not None:
+        taken = check_origin(experiment, origin, labels)
+        others = "" if taken.issuperset(_shapes(experiment.model)) else " but those of the head, which is drawn"
+        log.warning("%s: all parameters start from its values%s", origin.name, others)
+        arrays = _by_path(origin.load(shardings)).items()
+        found |= {path: (array, None) for path, array in arrays if path in taken}
     return found
 
 
@@ -77,25 +93,32 @@ def fresh(experiment: Experiment, given: Given) -> nnx.Module:
         if path not in given:
             return drawn
         values, rows = given[path]
-        return jnp.asarray(values) if rows is None else jnp.where(rows[:, None], values, drawn)
+        # A copy: on a CPU, an array of JAX may share memory with one of NumPy.
+        values = values if isinstance(values, jax.Array) else jnp.array(values)
+        return values if rows is None else jnp.where(rows[:, None], values, drawn)
 
     graph, params, *others = nnx.split(model, nnx.Param, ...)
     return nnx.merge(graph, jax.tree.map(filled, params, paths(params)), *others)
 
 
-def sharded(experiment: Experiment, placed: Placed) -> Callable[[TrainState], Any] | None:
+def sharded(experiment: Experiment, placed: Placed) -> Shardings | None:
     """Where another model's state goes: over the mesh, or to the default device (None) if devices are replicas."""
     return placed.shardings if isinstance(experiment.parallel, Sharded) else None
 
 
 def drawn(
-    experiment: Experiment, tokenizer: Tokenizer, optimizer: optax.GradientTransformation, placed: Placed
+    experiment: Experiment,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    placed: Placed,
+    origin: Origin | None,
 ) -> TrainState:
-    """Draws the state before the first update, on a mesh in parts."""
-    found = given(experiment, tokenizer, shardings=sharded(experiment, placed))
+    """Draws the state before the first update, or takes its parameters from a model; on a mesh in parts."""
+    where = sharded(experiment, placed)
+    found = given(experiment, objective.tokenizer, labels=objective.labels, origin=origin, shardings=where)
 
     def make(given: Given) -> TrainState:
-        return start(fresh(experiment, given), optimizer, average=experiment.ema is not None)[1]
+        return start(fresh(experiment, given), optimizer, **run.starting(experiment))[1]
 
     # Replicas that start from different parameters would never agree, and no error would show it.
     check_same({"the parameters that they start from": _digest(found)})
@@ -115,7 +138,7 @@ def _digest(params: Any) -> str:
 
 
 def _vectors(
-    experiment: Experiment, tokenizer: Tokenizer, file: Path, shapes: dict[str, Any]
+    experiment: Experiment, tokenizer: Tokenizer, file: Path, shapes: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any]]:
     """Yields the path of each table of tokens, its rows, and which of them have a vector."""
     # A token of byte-level BPE at the start of a word includes the space before it, which files of vectors lack.
@@ -135,16 +158,51 @@ def _vectors(
             yield path, as_rows(table, found, shapes[path])
 
 
-def _of_run(
-    folder: Path, shapes: dict[str, Any], shardings: Callable[[TrainState], Any] | None
-) -> Iterator[tuple[str, Any]]:
-    """Yields the parameters of a run that the model has with the same path and shape."""
-    params = nnx.state(run.load(folder, average=1, shardings=shardings).model, nnx.Param)
-    leaves = zip(jax.tree.leaves(paths(params)), jax.tree.leaves(params), strict=True)
-    # Other parameters keep their initial values: a new head or a larger vocabulary is the reason to start elsewhere.
-    taken = [(path, leaf) for path, leaf in leaves if path in shapes and shapes[path].shape == leaf.shape]
-    # Nothing in common is a mistake in the command, not a choice.
-    if not taken:
-        raise ValueError(f"--start-from: no parameter of {folder} has a path and shape of this model")
-    log.warning("%s: %d of %d parameters start from its values", folder, len(taken), len(shapes))
-    yield from ((path, (leaf, None)) for path, leaf in taken)
+def check_origin(experiment: Experiment, origin: Origin, labels: tuple[str, ...]) -> set[str]:
+    """Checks that a run can start from a model, and returns the paths of the parameters that it takes.
+
+    It takes all of them, or all but those of a head that differs, or whose labels do.
+
+    Args:
+        experiment: the resolved experiment.
+        origin: the model to start from.
+        labels: the labels of the run, in the order of their ids.
+
+    Raises:
+        ValueError: other parameters differ in path or shape, of which the message has the first; or a head is drawn
+            that would not be trained, since the run trains adapters.
+    """
+    here, there = (
+        {path: leaf.shape for path, leaf in _shapes(config).items()} for config in (experiment.model, origin.config)
+    )
+    sides = [{path: shape for path, shape in side.items() if not path.startswith(_HEAD)} for side in (here, there)]
+    different = sorted(path for path, _ in sides[0].items() ^ sides[1].items())
+    if names := list(dict.fromkeys(different)):
+        described = (f"{path} is {_described(there, path)} there and {_described(here, path)} here" for path in names)
+        more = f", and {len(names) - _NAMED} others differ" if len(names) > _NAMED else ""
+        raise ValueError(
+            f"--start-from: the model of {origin.name} is another one than that of the run: "
+            f"{', '.join(list(described)[:_NAMED])}{more}"
+        )
+    taken = set(here if here == there and labels == origin.labels else sides[0])
+    patterns = ("*",) if experiment.adapters is None else experiment.adapters.train
+    if not all(any(fnmatchcase(path, pattern) for pattern in patterns) for path in here.keys() - taken):
+        raise ValueError(
+            f"--start-from: the head of {origin.name} is for another task or other labels, so it is drawn, and beside "
+            'adapters it would stay so: give --adapters.train "head/*"'
+        )
+    return taken
+
+
+def _described(shapes: Mapping[str, tuple[int, ...]], path: str) -> str:
+    return str(list(shapes[path])) if path in shapes else "missing"
+
+
+def _shapes(config: Model) -> dict[str, Any]:
+    """The shape and dtype of each parameter of a model by its path."""
+    return _by_path(nnx.eval_shape(lambda: run.build(config, seed=0)))
+
+
+def _by_path(model: nnx.Module) -> dict[str, Any]:
+    params = nnx.state(model, nnx.Param)
+    return dict(zip(jax.tree.leaves(paths(params)), jax.tree.leaves(params), strict=True))

@@ -13,12 +13,15 @@ from flax import nnx
 
 from seqattn.nn import Statistic
 from train.config import Experiment
-from train.data.tokenizer import Characters
+from train.data import saved_tokenizer
+from train.data.tokenizer import Characters, SavedTokenizer
+from train.hub.origin import Origin
 from train.reports.profile import parse_steps
 from train.tasks.own_files import OwnFiles
 from train.tasks.translation import ParallelFiles
 from train.update.optimizer import Momentum, Muon
 from train.update.parameters import check_patterns, matching, matrices, paths
+from train.update.step import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,7 @@ def check_settings(experiment: Experiment) -> None:
         ValueError: a setting would have no effect; the message names it and what it needs.
     """
     # Before examples are loaded, so that a mistake shows at once.
+    _check_adapters(experiment)
     _check_evaluations(experiment)
     _check_rates(experiment)
     if isinstance(experiment.task, OwnFiles | ParallelFiles):
@@ -45,25 +49,27 @@ def check_settings(experiment: Experiment) -> None:
         )
 
 
-def check_parameters(experiment: Experiment, params: Any) -> None:
+def check_parameters(experiment: Experiment, state: TrainState) -> None:
     """Checks the settings that depend on the parameters of the model.
 
     `train.update.freezing` refuses patterns that freeze every parameter.
 
     Args:
         experiment: the resolved experiment.
-        params: the parameters, or their shapes, as an `nnx.State`.
+        state: the state before the first update, or its shapes.
 
     Raises:
         ValueError: `frozen` matches running statistics, which follow the batches anyway; a pattern of Muon matches no
             parameter; or no matrix is left to Muon.
     """
-    _check_statistics(experiment, params)
+    _check_statistics(experiment, state.params)
     algorithm = experiment.optimizer.algorithm
     if not isinstance(algorithm, Muon):
         return
     # The default patterns cover the layers of all models, so no single model has all of them.
-    check_patterns(params, [pattern for pattern in algorithm.adam if pattern not in Muon().adam])
+    # Muon updates the adapters alone, and no pattern has to be of them.
+    params = state.trained
+    check_patterns(state.params, [pattern for pattern in algorithm.adam if pattern not in Muon().adam])
     others = matching(params, (*algorithm.adam, *experiment.frozen))
     if not any(jax.tree.leaves(jax.tree.map(lambda matrix, other: matrix and not other, matrices(params), others))):
         raise ValueError(
@@ -83,12 +89,36 @@ def _check_statistics(experiment: Experiment, params: Any) -> None:
         )
 
 
-def warn_of_tokenizer(experiment: Experiment, taken_over: Any) -> None:
-    """Warns that `start_from` replaces the tokenizer of the experiment, unless it is the default or the same one."""
-    # A warning, not an error: the tokenizer may come from the experiment, not from the command line.
-    if experiment.tokenizer not in (Characters(), taken_over):
-        origin, given = experiment.start_from, experiment.tokenizer
-        log.warning("the tokenizer is that of %s (%s), not %s", origin, taken_over, given)
+def check_tokenizer(experiment: Experiment, begun: Origin) -> None:
+    """Checks the tokenizer of an experiment beside that of the model to start from, which replaces it.
+
+    Warns unless it is the default or the same one.
+
+    Raises:
+        ValueError: it is a saved tokenizer with another vocabulary.
+    """
+    given = experiment.tokenizer
+    if isinstance(given, SavedTokenizer) and given != begun.tokenizer_config:
+        if saved_tokenizer.make(given, ()).to_json() != begun.tokenizer.to_json():
+            raise ValueError(
+                f"--tokenizer.path: {given.path} has another vocabulary than {begun.name}: leave it out, since "
+                "--start-from takes its tokenizer"
+            )
+    elif given not in (Characters(), begun.tokenizer_config):
+        # A warning, not an error: the tokenizer may come from the experiment, not from the command line.
+        log.warning("the tokenizer is that of %s, not %s", begun.name, given)
+
+
+def _check_adapters(experiment: Experiment) -> None:
+    if experiment.adapters is None:
+        return
+    if experiment.start_from is None:
+        raise ValueError("adapters need the parameters of a trained model: give --start-from")
+    if experiment.frozen:
+        raise ValueError(
+            f"frozen ({', '.join(experiment.frozen)}) would change nothing beside adapters: all parameters are frozen "
+            f"but those of adapters.train ({', '.join(experiment.adapters.train)})"
+        )
 
 
 def _check_evaluations(experiment: Experiment) -> None:

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +112,15 @@ def save(exported: Exported, others: Mapping[str, bytes]) -> None:
         raise
 
 
-def load(folder: Path, *, max_parameters: int = 1_000_000_000) -> Exported:
+def load(
+    folder: Path, *, max_parameters: int = 1_000_000_000, place: Callable[[str, Any], Any] | None = None
+) -> Exported:
     """Loads an exported model. Loading runs no code from the folder, so the folder need not be trusted.
 
     Args:
         folder: the folder.
         max_parameters: maximum number of parameters of the model.
+        place: as in `seqattn.interop.from_arrays`.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
@@ -132,21 +135,37 @@ def load(folder: Path, *, max_parameters: int = 1_000_000_000) -> Exported:
             warnings.warn(f"{path} may hold a pickle, which can run code: it is not opened", stacklevel=2)
     # Digests first, so that no damaged file is parsed.
     check_digests(folder)
+    header, config, tokenizer = _described(folder, max_parameters)
+    with _naming(folder / PARAMETERS):
+        arrays = _read_arrays(_inside(folder, PARAMETERS))
+        model = from_arrays(config, arrays, place=place)
+        if (count := sum(array.size for array in arrays.values())) != header["parameters"]:
+            raise ValueError(f"it has {count:,} parameters, but {CONFIG} says {header['parameters']:,}")
+    return Exported(folder, model, tokenizer, _labels(header["labels"], config), header["objective"], header["step"])
+
+
+def describe(folder: Path, *, max_parameters: int = 1_000_000_000) -> tuple[ModelConfig, Tokenizer, tuple[str, ...]]:
+    """Loads config, tokenizer and labels of an exported model; neither reads its arrays nor checks digests.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the content of a file describes no model. The message names the file and the rule.
+    """
+    header, config, tokenizer = _described(folder, max_parameters)
+    return config, tokenizer, _labels(header["labels"], config)
+
+
+def _described(folder: Path, max_parameters: int) -> tuple[dict[str, Any], ModelConfig, Tokenizer]:
     with _naming(folder / CONFIG):
         header = _header(json.loads(_text(folder, CONFIG)))
         config = from_dict(header["model"], max_parameters=max_parameters)
-        labels = _labels(header["labels"], config)
+        _labels(header["labels"], config)
         _check_objective(header["objective"], config)
     with _naming(folder / TOKENIZER):
         tokenizer = saved_tokenizer.from_json(_text(folder, TOKENIZER))
         if tokenizer.vocab_size > config.vocab_size:
             raise ValueError(f"it has {tokenizer.vocab_size} tokens, but the model has only {config.vocab_size}")
-    with _naming(folder / PARAMETERS):
-        arrays = _read_arrays(_inside(folder, PARAMETERS))
-        model = from_arrays(config, arrays)
-        if (count := sum(array.size for array in arrays.values())) != header["parameters"]:
-            raise ValueError(f"it has {count:,} parameters, but {CONFIG} says {header['parameters']:,}")
-    return Exported(folder, model, tokenizer, labels, header["objective"], header["step"])
+    return header, config, tokenizer
 
 
 def check_digests(folder: Path) -> list[str]:

@@ -73,7 +73,7 @@ def load(path: Path | str, *, param_dtype: DTypeLike = jnp.float32) -> Exported:
         )
     decoder_only = isinstance(config, LanguageModelConfig)
     decoding = decoding_of(folder, decoder_only=decoder_only) if decodes else Decoding()
-    labels = _labels(folder, config)
+    labels = labels_of(folder, config)
     return Exported(folder, model, tokenizer, labels, _objective(config), step=0, decoding=decoding)
 
 
@@ -85,8 +85,16 @@ def _objective(config: ModelConfig) -> str:
     return served[0].name if served else ""
 
 
-def _labels(folder: Path, config: ModelConfig) -> tuple[str, ...]:
-    """The labels in the order of their ids, as `id2label` says; numbers if it says nothing."""
+def labels_of(folder: Path, config: ModelConfig) -> tuple[str, ...]:
+    """Reads the labels in the order of their ids, as `id2label` says; numbers if it says nothing.
+
+    Args:
+        folder: the folder.
+        config: the config of its model; only one that gives labels has any.
+
+    Raises:
+        ValueError: there are other labels than the model has, or one is named twice.
+    """
     head = config.head if isinstance(config, EncoderConfig) else None
     if not isinstance(head, TokenLabels | TextLabels):
         return ()

@@ -50,7 +50,25 @@ def load_pretrained(folder: Path | str, *, param_dtype: DTypeLike = jnp.float32,
         NotImplementedError: the family or one of its choices is one that we lack.
         ValueError: a file is damaged, there is only a pickle, or files do not fit together. The message names the file.
     """
-    folder = Path(folder)
+    with _opened(Path(folder)) as (fields, arrays):
+        return from_huggingface(fields, arrays, param_dtype=param_dtype, place=place)
+
+
+def load_config(folder: Path | str) -> ModelConfig:
+    """Loads the config of a model that transformers saved; reads at most two of its arrays.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        NotImplementedError: the family or one of its choices is one that we lack.
+        ValueError: a file is damaged, or there is only a pickle. The message names the file.
+    """
+    with _opened(Path(folder)) as (fields, arrays):
+        return huggingface_config(fields, arrays)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[tuple[dict[str, Any], "_Stored"]]:
+    """The fields and the arrays of a folder; errors in its block name the folder."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
     config = folder / CONFIG
@@ -59,7 +77,7 @@ def load_pretrained(folder: Path | str, *, param_dtype: DTypeLike = jnp.float32,
     fields = _object(config)
     with _Stored(folder) as arrays:
         try:
-            return from_huggingface(fields, arrays, param_dtype=param_dtype, place=place)
+            yield fields, arrays
         except (NotImplementedError, ValueError) as error:
             raise type(error)(f"{folder}: {error}") from error
 

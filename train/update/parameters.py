@@ -66,12 +66,13 @@ def matrices(params: Any) -> Any:
     return jax.tree.map(is_matrix, params, paths(params))
 
 
-def check_patterns(params: Any, patterns: Sequence[str]) -> None:
+def check_patterns(params: Any, patterns: Sequence[str], what: str = "parameter") -> None:
     """Checks that every pattern matches at least one path.
 
     Args:
         params: a pytree of arrays.
         patterns: glob patterns for whole paths, as in `matching`.
+        what: what the arrays are, for the message.
 
     Raises:
         ValueError: a pattern matches no path; the message names it and the three most similar paths.
@@ -82,4 +83,4 @@ def check_patterns(params: Any, patterns: Sequence[str]) -> None:
         if not any(fnmatchcase(name, pattern) for name in names):
             # Without a cutoff some path is always close enough to name.
             nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0)
-            raise ValueError(f"pattern {pattern!r} matches no parameter; the nearest are {', '.join(nearest)}")
+            raise ValueError(f"pattern {pattern!r} matches no {what}; the nearest are {', '.join(nearest)}")

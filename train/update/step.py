@@ -17,11 +17,13 @@ from seqattn.nn.mixture import Routed, routings_among
 from seqattn.nn.normalization import Measured, measurements_among
 from seqattn.precision import widened
 from seqattn.pytrees import pytree
+from train.update.adapters import LowRank, drawn, merged
 
 Metrics = dict[str, jax.Array]
 """Scalars: `loss` (mean per label, in nats), `tokens` (number of labels in it), `gradient_norm` (before clipping).
 
-The norm covers the gradients of all parameters, including frozen ones. The optimizer clips without the frozen ones.
+The norm covers the gradients of all parameters, including frozen ones, or of all that is trained beside adapters. The
+optimizer clips without the frozen ones.
 Models with mixtures of experts add `dropped`: the share of routing choices that exceeded an expert's capacity.
 """
 
@@ -33,11 +35,13 @@ class TrainState:
 
     Attributes:
         step: number of batches seen, including those of skipped updates; an int32 scalar.
-        params: the model's parameters, an `nnx.State`.
-        opt_state: the state of the optax transformation.
+        params: the model's parameters, an `nnx.State`. Without adapters, they are what is trained.
+        opt_state: the state of the optax transformation, for what is trained.
         skipped: number of updates skipped so far, an int32 scalar.
         skipped_in_a_row: number of consecutive skipped updates up to now, an int32 scalar.
-        average: the exponential moving average of the parameters, in float32 or wider; None if the run keeps none.
+        average: the exponential moving average of what is trained, in float32 or wider; None if the run keeps none.
+        tuned: low-rank adapters and other arrays that are trained in place of those in `params`, as from
+            `train.update.adapters.drawn`; None if the run has no adapters.
     """
 
     step: jax.Array
@@ -46,6 +50,12 @@ class TrainState:
     skipped: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros((), jnp.int32))
     skipped_in_a_row: jax.Array = dataclasses.field(default_factory=lambda: jnp.zeros((), jnp.int32))
     average: Any = None
+    tuned: Any = None
+
+    @property
+    def trained(self) -> Any:
+        """What the optimizer updates: the adapters, or else the parameters."""
+        return self.params if self.tuned is None else self.tuned
 
 
 Update = Callable[..., tuple[TrainState, Metrics]]
@@ -68,37 +78,60 @@ class _Settings:
     patience: int
     prepare: Callable[[nnx.Module], nnx.Module]
     gathered: Callable[[Any], Any]
+    weights: Callable[[Any], Any]
+    """Returns the parameters of the model for what is trained."""
 
 
 def _as_they_are(tree: Any) -> Any:
     return tree
 
 
+def weights(state: TrainState) -> Any:
+    """Returns the parameters that evaluation, decoding and export use.
+
+    They are the moving average if the state has one, and have the adapters merged in.
+    """
+    trained = state.trained if state.average is None else state.average
+    return trained if state.tuned is None else merged(state.params, trained)
+
+
 def start(
-    model: nnx.Module, optimizer: optax.GradientTransformation, *, average: bool = False
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    average: bool = False,
+    adapters: LowRank | None = None,
+    seed: int = 0,
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Returns the structure of a model and the state before the first update.
 
     Args:
         model: the model with its initial parameters.
         optimizer: the optimizer; its state is created here.
-        average: if True, the state also keeps an exponential moving average of the parameters.
+        average: if True, the state also keeps an exponential moving average of what is trained.
+        adapters: the adapters to train in place of the parameters; None to train the parameters.
+        seed: the seed of the adapters.
 
     Returns:
         The graph definition of the model, and a `TrainState` at step 0.
+
+    Raises:
+        ValueError: the adapters do not fit the model; see `train.update.adapters.drawn`.
     """
     graph, params = nnx.split(model, nnx.Param)
+    tuned = None if adapters is None else drawn(params, adapters, seed=seed)
+    state = TrainState(jnp.zeros((), jnp.int32), params, (), tuned=tuned)
     # The average is kept in float32: the increment of one update is below the precision of bfloat16.
-    copy = jax.tree.map(jnp.array, widened(params)) if average else None
-    return graph, TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average=copy)
+    copy = jax.tree.map(jnp.array, widened(state.trained)) if average else None
+    return graph, dataclasses.replace(state, opt_state=optimizer.init(state.trained), average=copy)
 
 
 def start_shapes(
-    model: nnx.Module, optimizer: optax.GradientTransformation, *, average: bool = False
+    model: nnx.Module, optimizer: optax.GradientTransformation, **settings: Any
 ) -> tuple[nnx.GraphDef, TrainState]:
     """`start` for a model of shapes, as from `nnx.eval_shape`: a state of `jax.ShapeDtypeStruct`, without arrays."""
     graph, params = nnx.split(model, nnx.Param)
-    return graph, jax.eval_shape(lambda params: start(nnx.merge(graph, params), optimizer, average=average)[1], params)
+    return graph, jax.eval_shape(lambda params: start(nnx.merge(graph, params), optimizer, **settings)[1], params)
 
 
 def make_update(
@@ -145,7 +178,8 @@ def make_update(
     Raises:
         ValueError: by `update` at trace time, if the rows of the batch are not a multiple of `pieces`.
     """
-    settings = _Settings(seed, label_smoothing, pieces, compute_dtype, decay, patience, prepare, _as_they_are)
+    given = (seed, label_smoothing, pieces, compute_dtype, decay, patience, prepare)
+    settings = _Settings(*given, gathered=_as_they_are, weights=_as_they_are)
 
     def update(
         state: TrainState,
@@ -157,8 +191,9 @@ def make_update(
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         # Devices see different rows, so they must not share a dropout mask.
         key = key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        told = dataclasses.replace(settings, gathered=gathered)
-        sums, gradients = _add_pieces(graph, loss, told, state.params, batch, key)
+        whole = _as_they_are if state.tuned is None else partial(merged, state.params)
+        told = dataclasses.replace(settings, gathered=gathered, weights=whole)
+        sums, gradients = _add_pieces(graph, loss, told, state.trained, batch, key)
         # pmap differentiates each device's own sum, so the gradients are added here; inside shard_map with its default
         # check_vma=True the same line would count them once for each device.
         sums, gradients = (sums, gradients) if axis_name is None else jax.lax.psum((sums, gradients), axis_name)
@@ -177,22 +212,22 @@ def make_update(
 
 
 def _add_pieces(
-    graph: nnx.GraphDef, loss: Loss, settings: _Settings, params: Any, batch: dict[str, jax.Array], key: jax.Array
+    graph: nnx.GraphDef, loss: Loss, settings: _Settings, trained: Any, batch: dict[str, jax.Array], key: jax.Array
 ) -> tuple[dict[str, Any], Any]:
     """Sums of losses and labels, and the gradient of the summed loss, added over the micro-batches."""
     pieces = settings.pieces
     # A scan of one step would keep an accumulator of the size of the gradients for nothing.
     if pieces == 1:
-        return _sums_and_gradients(graph, loss, settings, params, batch, key)
+        return _sums_and_gradients(graph, loss, settings, trained, batch, key)
 
     def add(total: Any, piece: tuple[dict[str, jax.Array], jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, _sums_and_gradients(graph, loss, settings, params, *piece)), None
+        return jax.tree.map(jnp.add, total, _sums_and_gradients(graph, loss, settings, trained, *piece)), None
 
     # Micro-batch i takes rows i, i + pieces, ...: every micro-batch has the same number of rows.
     split = {name: _pieces(name, array, pieces) for name, array in batch.items()}
     keys = jax.random.split(key, pieces)
     # The accumulator has the dtypes of the sums: float32 or wider, also for bfloat16 parameters.
-    first = jax.eval_shape(lambda: _sums_and_gradients(graph, loss, settings, params, _first(split), keys[0]))
+    first = jax.eval_shape(lambda: _sums_and_gradients(graph, loss, settings, trained, _first(split), keys[0]))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
     # A scan runs the micro-batches one after the other, so the activations of only one are in memory.
     total, _ = jax.lax.scan(add, zeros, (split, keys))
@@ -213,14 +248,16 @@ def _first(tree: Any) -> Any:
 
 
 def _sums_and_gradients(
-    graph: nnx.GraphDef, loss: Loss, settings: _Settings, params: Any, batch: dict[str, jax.Array], key: jax.Array
+    graph: nnx.GraphDef, loss: Loss, settings: _Settings, trained: Any, batch: dict[str, jax.Array], key: jax.Array
 ) -> tuple[dict[str, Any], Any]:
     """The sums of one micro-batch, and the gradient of its summed loss."""
 
-    def total_loss(params: Any) -> tuple[jax.Array, dict[str, Any]]:
+    def total_loss(trained: Any) -> tuple[jax.Array, dict[str, Any]]:
         # The cast is inside the differentiated function, so gradients have the dtype of the parameters.
-        # Cast first: devices then send each other the narrower numbers.
-        model = settings.prepare(nnx.merge(graph, settings.gathered(_cast(params, settings.compute_dtype))))
+        # Adapters are added before the cast, as in the model that is loaded later. Cast before the gathering: devices
+        # then send each other the narrower numbers.
+        cast = _cast(settings.weights(trained), settings.compute_dtype)
+        model = settings.prepare(nnx.merge(graph, settings.gathered(cast)))
         given = _cast(batch, settings.compute_dtype)
         options: dict[str, Any] = {"label_smoothing": settings.label_smoothing, "dropout_key": key}
         (total, count), found, measured = _told(loss, model, given, **options)
@@ -232,7 +269,7 @@ def _sums_and_gradients(
         # The balancing loss is a mean over tokens. The update divides by the number of labels later, so multiply by it.
         return total + count * sum(routing.loss for routing in found), sums
 
-    (_, sums), gradients = jax.value_and_grad(total_loss, has_aux=True)(params)
+    (_, sums), gradients = jax.value_and_grad(total_loss, has_aux=True)(trained)
     # Widened before they are added: sums in bfloat16 would lose the gradients of later micro-batches.
     return sums, widened(gradients)
 
@@ -283,25 +320,27 @@ def _applied(
 ) -> TrainState:
     """The state after a batch: updated, or unchanged except for the counters if the loss or gradient is not finite."""
     # Clipping is the first part of the optimizer (`Optimizer.make`), so the metrics have the norm before clipping.
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params, average = move(optax.apply_updates(state.params, updates)), state.average
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trained)
+    trained, average = optax.apply_updates(state.trained, updates), state.average
+    changed = {"params": move(trained)} if state.tuned is None else {"params": move(state.params), "tuned": trained}
+    after = dataclasses.replace(state, **changed)
     if settings.decay is not None:
         # A fixed decay near 1 would keep the initial parameters in the average for thousands of updates. Updates that
         # were skipped do not count, since they left the average as it was.
         made = (state.step - state.skipped).astype(jnp.float32)
         decay = jnp.minimum(settings.decay, (1 + made) / (10 + made))
-        average = optax.incremental_update(widened(params), average, 1 - decay)
+        average = optax.incremental_update(widened(after.trained), average, 1 - decay)
     # The norm is finite only if every gradient is, so two scalars cover all parameters.
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
     # The host reads the counter only now and then. The state stops changing here, so the result does not depend on when
     # the host reads it.
     sound = finite & (state.skipped_in_a_row < settings.patience)
-    old = (state.params, state.opt_state, state.average)
+    old = (state.params, state.opt_state, state.average, state.tuned)
     # Selected on the devices, so that no step waits for the host. NaN in the values not taken does not spread.
-    params, opt_state, average = jax.tree.map(
-        lambda new, old: jnp.where(sound, new, old), (params, opt_state, average), old
+    params, opt_state, average, others = jax.tree.map(
+        lambda new, old: jnp.where(sound, new, old), (after.params, opt_state, average, after.tuned), old
     )
     # The step counts skipped batches too: it selects the next batch and the dropout key.
     left_out = 1 - sound.astype(jnp.int32)
     in_a_row = jnp.where(sound, 0, state.skipped_in_a_row + left_out)
-    return TrainState(state.step + 1, params, opt_state, state.skipped + left_out, in_a_row, average)
+    return TrainState(state.step + 1, params, opt_state, state.skipped + left_out, in_a_row, average, others)

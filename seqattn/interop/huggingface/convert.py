@@ -23,8 +23,13 @@ Place = Callable[[Path, np.ndarray], jax.Array]
 """Puts a parameter, given its path and its value in the dtype of the model, on devices."""
 
 
-def huggingface_config(fields: Mapping[str, Any]) -> ModelConfig:
+def huggingface_config(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> ModelConfig:
     """Returns our config for the fields of a `config.json`. Missing fields take the defaults of transformers 5.
+
+    Args:
+        fields: the fields of `config.json`.
+        arrays: the arrays of the checkpoint, if they shall decide whether logits are tied, as in `from_huggingface`. At
+            most two of them are read.
 
     Raises:
         NotImplementedError: the family is unknown, or a field is unknown or has a value that we lack. Names it.
@@ -37,7 +42,9 @@ def huggingface_config(fields: Mapping[str, Any]) -> ModelConfig:
     Traceback (most recent call last):
     NotImplementedError: gpt2: reorder_and_upcast_attn must be False, got True
     """
-    return _read(_family(fields), fields)
+    family = _family(fields)
+    config = _read(family, fields)
+    return config if arrays is None else _untied(family, config, arrays)
 
 
 def from_huggingface(
@@ -62,7 +69,7 @@ def from_huggingface(
         ValueError: a field is out of range, arrays are missing, unknown or of the wrong shape, or tied ones differ.
     """
     family = _family(fields)
-    config = _untied(family, _read(family, fields), arrays)
+    config = huggingface_config(fields, arrays)
     graph, state = nnx.split(empty_model(config, param_dtype))
     empty = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     parameters = list(family.parameters(config))

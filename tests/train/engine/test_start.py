@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ from flax import nnx
 
 from seqattn.models import CaptionerConfig, Patches, Seq2SeqConfig, TransformerConfig
 from seqattn.nn import BlockConfig
+from tests.huggingface_folders import write
 from train.checkpoints import run
 from train.data.tokenizer import ByteLevelBPE, Characters, Tokenizer
 from train.devices.parallel import Sharded
 from train.engine import loop, start
+from train.hub import exported, origin
 from train.update import step
 from train.update.initializers import Uniform, Xavier, redraw
 from train.update.parameters import paths
@@ -27,8 +30,9 @@ def flat(model):
     return {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in state}
 
 
-def fresh(experiment, tokenizer):
-    return start.fresh(experiment, start.given(experiment, tokenizer))
+def fresh(experiment, tokenizer, labels=("a", "b")):
+    begun = None if experiment.start_from is None else origin.read(experiment.start_from)
+    return start.fresh(experiment, start.given(experiment, tokenizer, labels=labels, origin=begun))
 
 
 def resolved(experiment, tokenizer, labels=("a", "b")):
@@ -54,26 +58,67 @@ def test_start_from_takes_all_but_the_head(tagging, masked):
     assert not np.array_equal(alone["embedding/table"], before["embedding/table"])
 
 
-def test_start_from_leaves_what_has_another_shape(tagging, masked):
-    given = run.load(masked)
+def test_a_model_of_other_shapes_is_refused_before_anything_is_written(tagging, masked, tmp_path):
     block = dataclasses.replace(tagging.model.block, hidden_dim=19)
-    experiment = resolved(
-        dataclasses.replace(tagging, model=dataclasses.replace(tagging.model, block=block)), given.tokenizer
+    model = dataclasses.replace(tagging.model, block=block)
+    words = (
+        rf"--start-from: the model of {masked} is another one than that of the run: "
+        r"stack/blocks/0/feed_forward/hidden/bias is \[17\] there and \[19\] here, "
+        r"stack/blocks/0/feed_forward/hidden/kernel is \[12, 17\] there and \[12, 19\] here, "
+        r"stack/blocks/0/feed_forward/output/kernel is \[17, 12\] there and \[19, 12\] here"
     )
-    before, alone = flat(given.model), flat(run.build(experiment.model, seed=experiment.seed))
-    after = flat(fresh(experiment, given.tokenizer))
-    others = {name for name in after if name not in before or before[name].shape != after[name].shape}
-    assert any(name.startswith("stack/") for name in others)
-    for name, value in after.items():
-        np.testing.assert_array_equal(value, (alone if name in others else before)[name], err_msg=name)
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        loop.train(dataclasses.replace(tagging, model=model, run=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
-def test_start_from_a_run_of_which_nothing_fits_is_refused(tiny, masked):
+def test_a_model_of_other_parts_is_refused(tiny, masked):
+    tokenizer = run.load(masked).tokenizer
+    experiment = resolved(dataclasses.replace(tiny, start_from=masked), tokenizer)
+    with pytest.raises(ValueError, match=r"decoder/0/.* is missing there and \[12, 12\] here, and \d+ others"):
+        fresh(experiment, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def labelled(tagging, masked, tmp_path_factory):
+    """An exported tagger of the labels "a" and "b"."""
     given = run.load(masked)
-    block = dataclasses.replace(tiny.model.block, model_dim=20)
-    experiment = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, block=block), start_from=masked)
-    with pytest.raises(ValueError, match=f"no parameter of {masked} has a path and shape of this model"):
-        fresh(resolved(experiment, given.tokenizer), given.tokenizer)
+    model = run.build(resolved(tagging, given.tokenizer).model, seed=9)
+    folder = tmp_path_factory.mktemp("exported") / "tagger"
+    exported.save(exported.Exported(folder, model, given.tokenizer, ("a", "b"), "Tagging", 3), {})
+    return folder
+
+
+@pytest.mark.parametrize("labels", [("a", "b"), ("a", "c")])
+def test_a_head_for_the_same_labels_is_taken_and_another_is_drawn(labels, tagging, labelled, caplog):
+    begun = origin.read(labelled)
+    experiment = resolved(dataclasses.replace(tagging, start_from=labelled), begun.tokenizer)
+    before, alone = flat(begun.load(None)), flat(run.build(experiment.model, seed=experiment.seed))
+    after, same = flat(fresh(experiment, begun.tokenizer, labels)), labels == begun.labels
+    for name, value in after.items():
+        expected = before if same or not name.startswith("head/") else alone
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    assert not np.array_equal(alone["head/output/kernel"], before["head/output/kernel"])
+    assert ("those of the head, which is drawn" in caplog.text) == (not same)
+
+
+@pytest.mark.parametrize("kind", ["run", "exported", "transformers"])
+def test_a_mesh_takes_a_model_in_parts(kind, tagging, masked, labelled, language, tmp_path):
+    start_from = {"run": masked, "exported": labelled}.get(kind, Path(f"hf:{tmp_path / 'hf'}"))
+    if kind == "transformers":
+        write(tmp_path / "hf", "gpt2", n_embd=16, n_head=2)
+    begun = origin.read(start_from)
+    experiment = dataclasses.replace(tagging, start_from=start_from, model=begun.config)
+    placed = Sharded(fsdp=4, tensor=2).spread(None)
+    given = start.given(experiment, language.tokenizer, labels=begun.labels, origin=begun, shardings=placed.shardings)
+    whole = [path for path, (value, _) in given.items() if isinstance(value, jax.Array) and len(value.devices()) == 1]
+    assert not whole
+    state = placed.draw(lambda given: step.start(start.fresh(experiment, given), optax.sgd(0.1))[1], given)
+    assert {len(leaf.devices()) for leaf in jax.tree.leaves(state)} == {8}
+    before = flat(begun.load(None))
+    assert before.keys() == given.keys()
+    for path, value in zip(jax.tree.leaves(paths(state.params)), jax.tree.leaves(state.params), strict=True):
+        assert np.asarray(value).tobytes() == before[path].tobytes(), path
 
 
 def test_start_from_takes_the_tokenizer_over(tagging, masked, tmp_path, monkeypatch):

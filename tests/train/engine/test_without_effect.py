@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import optax
 import pytest
 from flax import nnx
 
@@ -11,12 +12,15 @@ from seqattn.models import Captioner, CaptionerConfig, Convolutional, EncoderCon
 from seqattn.nn import OverBatch
 from train.checkpoints import run
 from train.config import decode
-from train.data.tokenizer import ByteLevelBPE, Characters, SavedTokenizer
+from train.data.tokenizer import ByteLevelBPE, Characters, SavedTokenizer, Tokenizer
 from train.engine import loop, without_effect
 from train.experiments import catalogue
+from train.hub.origin import Origin
 from train.tasks import LabelledFiles
+from train.update.adapters import LowRank
 from train.update.optimizer import AdamW, Momentum, Muon, Optimizer
 from train.update.schedules import Constant, InverseSquareRoot, InverseTime, Noam
+from train.update.step import start_shapes
 
 STEPS = 12  # of the tiny experiment, which is evaluated after 5 and 10
 EVALUATIONS = r"evaluations of the run \({}\), from steps \(12\) and evaluate_every \({}\)"
@@ -88,11 +92,11 @@ def test_a_frozen_pattern_that_matches_nothing_is_refused(refused):
 def test_frozen_running_statistics_are_refused(tiny):
     image = Convolutional((3,), norm=OverBatch())
     config = CaptionerConfig(7, image, Seq2SeqConfig(0, embedding_dim=4, hidden_dim=6))
-    params = nnx.state(nnx.eval_shape(lambda: Captioner(config, rngs=nnx.Rngs(0))), nnx.Param)
+    _, state = start_shapes(nnx.eval_shape(lambda: Captioner(config, rngs=nnx.Rngs(0))), optax.sgd(0.1))
     words = r"frozen \(image/\*\) matches running statistics.*: image/norms/0/mean, image/norms/0/variance; freeze the"
     with pytest.raises(ValueError, match=words):
-        without_effect.check_parameters(dataclasses.replace(tiny, frozen=("image/*",)), params)
-    without_effect.check_parameters(dataclasses.replace(tiny, frozen=("image/*/kernel", "image/*/scale")), params)
+        without_effect.check_parameters(dataclasses.replace(tiny, frozen=("image/*",)), state)
+    without_effect.check_parameters(dataclasses.replace(tiny, frozen=("image/*/kernel", "image/*/scale")), state)
 
 
 def test_muon_beside_frozen_matrices_needs_one_that_learns(refused, tiny):
@@ -113,13 +117,28 @@ def test_word_vectors_of_no_token_are_refused(refused, tiny, tmp_path):
     refused(r"--word-vectors: .*vectors.txt has a vector for none of the \d+ tokens", word_vectors=file)
 
 
-def test_a_tokenizer_beside_that_of_the_run_to_start_from_is_told(tiny, tmp_path, caplog):
-    saved = SavedTokenizer(tmp_path)
-    for given in (Characters(), saved):
-        without_effect.warn_of_tokenizer(dataclasses.replace(tiny, tokenizer=given), saved)
+def test_a_tokenizer_beside_that_of_the_model_to_start_from_is_told_or_refused(tiny, tmp_path, caplog):
+    own, other = (Tokenizer.train(Characters(), [text]) for text in ("abc", "abd"))
+    for name, tokenizer in (("own", own), ("other", other)):
+        tokenizer.save(tmp_path / name)
+    begun = Origin("runs/there", tiny.model, own, ByteLevelBPE(), (), lambda _: None)
+
+    def check(given, begun=begun):
+        without_effect.check_tokenizer(dataclasses.replace(tiny, tokenizer=given), begun)
+
+    for given in (Characters(), ByteLevelBPE(), SavedTokenizer(tmp_path / "own")):
+        check(given)
     assert not caplog.records
-    without_effect.warn_of_tokenizer(dataclasses.replace(tiny, tokenizer=ByteLevelBPE(300)), saved)
-    assert ", not ByteLevelBPE" in caplog.text
+    with pytest.raises(ValueError, match=r"other has another vocabulary than runs/there: leave it out, since --start"):
+        check(SavedTokenizer(tmp_path / "other"))
+    check(ByteLevelBPE(300))
+    assert "the tokenizer is that of runs/there, not ByteLevelBPE(vocab_size=300)" in caplog.text
+
+
+def test_adapters_without_a_model_or_beside_frozen_parameters_are_refused(refused, tmp_path):
+    refused(r"adapters need the parameters of a trained model: give --start-from", adapters=LowRank())
+    given = {"adapters": LowRank(train=("head/*",)), "start_from": tmp_path, "frozen": ("embedding/*",)}
+    refused(r"frozen \(embedding/\*\) would change nothing beside adapters: .* but those", **given)
 
 
 def test_settings_that_just_do_something_are_taken(tiny):
@@ -141,10 +160,10 @@ def test_every_experiment_uses_its_settings(name):
 
 def test_muon_of_one_pattern_more_and_of_a_pattern_that_is_frozen_too_is_taken(tiny):
     model = EncoderConfig(11, num_layers=1, block=tiny.model.block, head=MaskedTokens())
-    params = nnx.state(nnx.eval_shape(lambda: run.build(model, seed=0)), nnx.Param)
+    _, state = start_shapes(nnx.eval_shape(lambda: run.build(model, seed=0)), optax.sgd(0.1))
     muon = Muon(adam=(*Muon().adam, "embedding/*"))
     experiment = dataclasses.replace(tiny, optimizer=Optimizer(muon), frozen=("embedding/*",))
-    without_effect.check_parameters(experiment, params)
+    without_effect.check_parameters(experiment, state)
 
 
 def test_a_run_that_was_trained_with_such_settings_can_still_be_used(tiny, finished, monkeypatch):
