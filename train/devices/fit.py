@@ -1,12 +1,46 @@
-"""What a model demands of a mesh: its heads and experts must divide among the devices."""
+"""What a model demands of a mesh: its heads and experts must divide among the devices. Where its parameters go."""
 
 from collections.abc import Iterator
+from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from seqattn.models.parameter_rules import PARAMETER_RULES
 from seqattn.nn import MixtureOfExperts, MultiHeadAttention
 from seqattn.nn.parameter_rule import Kind, ParameterRule
+from train.devices.sharding import AXES, shardings
+from train.update.step import TrainState
+
+
+def parameter_shardings(model: nnx.Module, mesh: Mesh) -> Any:
+    """Returns where the parameters of a model go on a mesh, as `Sharded` places them in training.
+
+    Args:
+        model: the model, of arrays or shapes.
+        mesh: the mesh, as from `train.devices.parallel.Sharded.mesh`.
+
+    Returns:
+        The tree of `nnx.state(model)` with a `NamedSharding` in place of each array.
+
+    Raises:
+        ValueError: the mesh has other axes; or see `check_model`.
+    """
+    if set(mesh.axis_names) != set(AXES):
+        raise ValueError(
+            f"mesh must have the axes {', '.join(AXES)}, as Sharded().mesh() of train.devices.parallel makes it, got "
+            f"{', '.join(map(str, mesh.axis_names))}"
+        )
+    rules = rules_for(model, tensor=mesh.shape["tensor"], expert=mesh.shape["expert"])
+    return shardings(TrainState(jnp.zeros(()), nnx.state(model), ()), mesh, rules).params
+
+
+def rules_for(model: nnx.Module, *, tensor: int, expert: int) -> tuple[ParameterRule, ...]:
+    """Returns the rules that split the parameters of a model, after `check_model`."""
+    check_model(model, tensor=tensor, expert=expert)
+    return (*whole_heads(model, tensor=tensor), *PARAMETER_RULES)
 
 
 def check_model(model: nnx.Module, *, tensor: int, expert: int) -> None:

@@ -23,7 +23,7 @@ from seqattn.models import CaptionerConfig, RecurrentLanguageModelConfig, Seq2Se
 from seqattn.models.parameter_rules import PARAMETER_RULES
 from seqattn.nn import with_split
 from seqattn.nn.parameter_rule import ParameterRule
-from train.devices.fit import check_model, whole_heads
+from train.devices.fit import rules_for
 from train.devices.layout import is_scanned, to_gather
 from train.devices.sharding import AXES, ROWS, one_at_a_time, put, shardings, whole_over
 from train.update.parameters import matching, paths
@@ -203,8 +203,7 @@ class Sharded:
         """
         mesh, rules = self.mesh(devices), PARAMETER_RULES
         if model is not None:
-            check_model(model, tensor=self.tensor, expert=self.expert)
-            rules = (*whole_heads(model, tensor=self.tensor), *rules)
+            rules = rules_for(model, tensor=self.tensor, expert=self.expert)
         return _Compiled(update, mesh, rules, scanned=is_scanned(model))
 
 

@@ -7,18 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optax
 from flax import nnx
 
 from seqattn.interop import ModelConfig
 from seqattn.interop.codec import from_json
+from seqattn.interop.huggingface import from_huggingface
 from seqattn.models import EncoderConfig, TextLabels, TokenLabels
 from train.checkpoints import run
 from train.config import Experiment
 from train.data import saved_tokenizer
 from train.data.tokenizer import SavedTokenizer, Tokenizer, TokenizerConfig
 from train.hub import exported, hf_folder
-from train.hub.pretrained import load_config, load_pretrained
-from train.update.step import TrainState
+from train.hub.pretrained import load_config, opened
+from train.update.step import TrainState, start_shapes
 
 Shardings = Callable[[TrainState], Any]
 """Returns the sharding of each array of a state; see `train.checkpoints.run.load`."""
@@ -126,7 +128,12 @@ def _transformers(start_from: Path) -> Origin:
     tokenizer = saved_tokenizer.from_folder(folder, decodes=not isinstance(config, EncoderConfig))
 
     def load(shardings: Shardings | None) -> Any:
-        return load_pretrained(folder, place=None if shardings is None else _on_host)
+        def places(model: nnx.Module) -> Any:
+            assert shardings is not None
+            return shardings(start_shapes(model, optax.identity())[1]).params
+
+        with opened(folder) as (fields, arrays):
+            return from_huggingface(fields, arrays, shardings=None if shardings is None else places)
 
     labels = hf_folder.labels_of(folder, config)
     return Origin(str(start_from), config, tokenizer, SavedTokenizer(folder), labels, load)

@@ -8,22 +8,24 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from types import MappingProxyType
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from seqattn.interop import ModelConfig
 from seqattn.interop.codec import shown
 from seqattn.interop.huggingface import from_huggingface, huggingface_config, to_huggingface
-from seqattn.interop.huggingface.convert import Place
 from seqattn.interop.huggingface.fields import WITHOUT_EFFECT
+from train.devices.fit import parameter_shardings
 from train.hub.exported import check_free
+from train.hub.mapped import Mapped
 
 CONFIG, PARAMETERS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _BESIDE = (
@@ -35,23 +37,27 @@ _LARGEST = 2**26
 """Maximum size of a JSON file in bytes."""
 
 
-def load_pretrained(folder: Path | str, *, param_dtype: DTypeLike = jnp.float32, place: Place | None = None) -> Any:
+def load_pretrained(folder: Path | str, *, param_dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> Any:
     """Loads a model that transformers saved, as a model of this library.
 
-    Arrays are read one at a time, so beside the model there is never more than one of them in memory.
+    Arrays are views of the file, and each is copied once, to where it stays. Over a mesh, each process reads the parts
+    of its own devices only.
 
     Args:
         folder: the folder, with `config.json` and `model.safetensors`, or `model.safetensors.index.json` and shards.
         param_dtype: dtype of the parameters.
-        place: as in `from_huggingface`.
+        mesh: a mesh as from `train.devices.parallel.Sharded.mesh`. The parameters are split over it as in training;
+            see `train.devices.layout` for decoding. If None, all are on the default device.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
         NotImplementedError: the family or one of its choices is one that we lack.
         ValueError: a file is damaged, there is only a pickle, or files do not fit together. The message names the file.
+            Or the mesh has other axes, or axes that do not divide the heads of the model.
     """
-    with _opened(Path(folder)) as (fields, arrays):
-        return from_huggingface(fields, arrays, param_dtype=param_dtype, place=place)
+    shardings = None if mesh is None else partial(parameter_shardings, mesh=mesh)
+    with opened(Path(folder)) as (fields, arrays):
+        return from_huggingface(fields, arrays, param_dtype=param_dtype, shardings=shardings)
 
 
 def load_config(folder: Path | str) -> ModelConfig:
@@ -62,24 +68,29 @@ def load_config(folder: Path | str) -> ModelConfig:
         NotImplementedError: the family or one of its choices is one that we lack.
         ValueError: a file is damaged, or there is only a pickle. The message names the file.
     """
-    with _opened(Path(folder)) as (fields, arrays):
+    with opened(Path(folder)) as (fields, arrays):
         return huggingface_config(fields, arrays)
 
 
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[tuple[dict[str, Any], "_Stored"]]:
-    """The fields and the arrays of a folder; errors in its block name the folder."""
+def opened(folder: Path) -> Iterator[tuple[dict[str, Any], Mapping[str, np.ndarray]]]:
+    """Gives the fields of a folder's config and its arrays, each of which is a view of a file.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        ValueError: a file is damaged, or there is only a pickle. Errors in the block name the folder, too.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
     config = folder / CONFIG
     if not config.is_file():
         raise FileNotFoundError(f"{config} is missing: the folder does not contain a model of transformers")
     fields = _object(config)
-    with _Stored(folder) as arrays:
-        try:
-            yield fields, arrays
-        except (NotImplementedError, ValueError) as error:
-            raise type(error)(f"{folder}: {error}") from error
+    arrays = _Stored(folder)
+    try:
+        yield fields, arrays
+    except (NotImplementedError, ValueError) as error:
+        raise type(error)(f"{folder}: {error}") from error
 
 
 def save_pretrained(
@@ -144,46 +155,27 @@ def _as_in(path: Path, fields: dict[str, Any], config: ModelConfig) -> dict[str,
 
 
 class _Stored(Mapping[str, np.ndarray]):
-    """The arrays of a folder by name. Each is read when it is asked for."""
+    """The arrays of a folder by name. Each is mapped into memory when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._files = folder, contextlib.ExitStack()
-        self._opened: dict[str, Any] = {}
-        self._file_of = _files(folder)
-
-    def __enter__(self) -> Self:
-        try:
-            for name in dict.fromkeys(self._file_of.values()) or (PARAMETERS,):
-                self._opened[name] = self._files.enter_context(_open(self._folder / name))
-            # Without an index, all arrays are in one file.
-            self._file_of = self._file_of or dict.fromkeys(self._opened[PARAMETERS].keys(), PARAMETERS)
-            self._check()
-        except BaseException:
-            self._files.close()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._files.close()
+        files = _files(folder)
+        opened = {name: Mapped(folder / name) for name in dict.fromkeys(files.values()) or (PARAMETERS,)}
+        # Without an index, all arrays are in one file.
+        files = files or dict.fromkeys(opened[PARAMETERS], PARAMETERS)
+        # Checked before any array is read.
+        for name, file in files.items():
+            if name not in opened[file]:
+                raise ValueError(f"{folder / file} must hold {name}, as {INDEX} says")
+        self._file_of = {name: opened[file] for name, file in files.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        array: np.ndarray = self._opened[self._file_of[name]].get_tensor(name)
-        return array
+        return self._file_of[name][name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 
     def __len__(self) -> int:
         return len(self._file_of)
-
-    def _check(self) -> None:
-        """Checks that every array is where the index says, before any is read."""
-        held = {file: set(opened.keys()) for file, opened in self._opened.items()}
-        for name, file in self._file_of.items():
-            if name not in held[file]:
-                raise ValueError(f"{self._folder / file} must hold {name}, as {INDEX} says")
 
 
 def _files(folder: Path) -> dict[str, str]:
@@ -214,16 +206,6 @@ def _files(folder: Path) -> dict[str, str]:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file} is missing: it holds {name}, as {INDEX} says")
     return named
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    try:
-        opened = safetensors.safe_open(path, framework="np")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {error}") from error
-    with opened as file:
-        yield file
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Converts models of transformers to ours and back, by the table of their family."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -9,18 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from seqattn.interop.codec import shown
 from seqattn.interop.huggingface.families import FAMILIES
 from seqattn.interop.huggingface.family import Family, Parameter, Path
 from seqattn.interop.huggingface.fields import Fields
+from seqattn.interop.huggingface.placed import placed
 from seqattn.interop.saved import ModelConfig, empty_model, model_type
 
 _MOST_SHOWN = 6
 
-Place = Callable[[Path, np.ndarray], jax.Array]
-"""Puts a parameter, given its path and its value in the dtype of the model, on devices."""
+Shardings = Callable[[nnx.Module], Any]
+"""Returns the tree of a model's parameters with a `jax.sharding.Sharding` in place of each, given its shapes."""
 
 
 def huggingface_config(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> ModelConfig:
@@ -44,7 +46,9 @@ def huggingface_config(fields: Mapping[str, Any], arrays: Mapping[str, np.ndarra
     """
     family = _family(fields)
     config = _read(family, fields)
-    return config if arrays is None else _untied(family, config, arrays)
+    config = config if arrays is None else _untied(family, config, arrays)
+    _empty(family, config, jnp.float32)
+    return config
 
 
 def from_huggingface(
@@ -52,41 +56,42 @@ def from_huggingface(
     arrays: Mapping[str, np.ndarray],
     *,
     param_dtype: DTypeLike = jnp.float32,
-    place: Place | None = None,
+    shardings: Shardings | None = None,
 ) -> Any:
     """Builds the model of a `config.json` with the parameters of its checkpoint.
 
-    Reads one array at a time, so a mapping that reads from a file keeps no second copy of the model in memory.
+    Reads one array at a time, and copies it once. So a mapping that reads from a file, or whose arrays are views of a
+    file, keeps no second copy of the model in memory.
 
     Args:
         fields: the fields of `config.json`.
         arrays: arrays by the names of transformers. Each is read once; those of tied parameters are compared.
         param_dtype: dtype of the parameters.
-        place: puts each parameter on devices, for example split over a mesh. If None, all are on the default device.
+        shardings: places the parameters. Given the model with shapes in place of its parameters, returns the tree of
+            `nnx.state(model)` with a `jax.sharding.Sharding` in place of each. Devices get their own parts only. If
+            None, all are on the default device.
 
     Raises:
         NotImplementedError: the family is unknown, or a field is unknown or has a value that we lack.
-        ValueError: a field is out of range, arrays are missing, unknown or of the wrong shape, or tied ones differ.
+        ValueError: a field is out of range, arrays are missing, unknown or of the wrong shape, tied ones differ, or
+            `shardings` returns another tree.
     """
     family = _family(fields)
     config = huggingface_config(fields, arrays)
-    graph, state = nnx.split(empty_model(config, param_dtype))
-    empty = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    model = _empty(family, config, param_dtype)
+    places = _places(model, shardings)
+    graph, state = nnx.split(model)
+    empty = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
     parameters = list(family.parameters(config))
     stored = _stored(family, config, parameters, arrays)
     filled: dict[Path, jax.Array] = {}
     for parameter in parameters:
         shapes = [tuple(empty[path].shape) for path in parameter.paths]
-        array, wanted = arrays[stored[parameter.name]], parameter.layout.shape(shapes)
-        if tuple(array.shape) != wanted:
-            raise ValueError(f"{parameter.name} must have the shape {list(wanted)}, got {list(array.shape)}")
-        if not np.issubdtype(array.dtype, np.floating) and array.dtype != jnp.bfloat16:
-            raise ValueError(f"{parameter.name} must hold floating-point numbers, got {array.dtype}")
-        for path, part in zip(parameter.paths, parameter.layout.read(array, shapes), strict=True):
-            # A copy: on a CPU, an array of JAX may share memory with a file that is mapped into memory.
-            cast = np.array(part, np.dtype(empty[path].dtype))
-            filled[path] = jnp.asarray(cast) if place is None else place(path, cast)
-    return nnx.merge(graph, nnx.map_state(lambda path, leaf: leaf.replace(filled[".".join(map(str, path))]), state))
+        parts = _parts(parameter, arrays[stored[parameter.name]], shapes)
+        for path, part in zip(parameter.paths, parts, strict=True):
+            filled[path] = placed(part, empty[path].dtype, places.get(path))
+        del parts, part  # views of the array, which must go before the next one is read
+    return nnx.merge(graph, nnx.map_state(lambda path, leaf: leaf.replace(filled[_dotted(path)]), state))
 
 
 def to_huggingface(model: Any, family: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -103,7 +108,7 @@ def to_huggingface(model: Any, family: str) -> tuple[dict[str, Any], dict[str, n
     kind = _family({"model_type": family})
     config: ModelConfig = model.config
     fields = _written(kind, config)
-    state = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    state = {_dotted(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model))}
     arrays = {
         parameter.name: np.ascontiguousarray(
             parameter.layout.write([np.asarray(state[path]) for path in parameter.paths])
@@ -111,6 +116,32 @@ def to_huggingface(model: Any, family: str) -> tuple[dict[str, Any], dict[str, n
         for parameter in kind.parameters(config)
     }
     return fields, arrays
+
+
+def _dotted(path: Iterable[object]) -> Path:
+    return ".".join(map(str, path))
+
+
+def _places(model: nnx.Module, shardings: Shardings | None) -> dict[Path, Sharding]:
+    """Returns the sharding of each parameter by path; empty if none is asked for."""
+    if shardings is None:
+        return {}
+    tree = shardings(model)
+    names = nnx.map_state(lambda path, leaf: leaf.replace(_dotted(path)), nnx.state(model))
+    places, wanted = jax.tree.leaves(tree), jax.tree.structure(names)
+    if not wanted == jax.tree.structure(tree) or not all(isinstance(x, Sharding) for x in places):  # type: ignore[operator]
+        raise ValueError("shardings must return the tree of nnx.state(model) with a Sharding in place of each array")
+    return dict(zip(jax.tree.leaves(names), places, strict=True))
+
+
+def _parts(parameter: Parameter, array: np.ndarray, shapes: Sequence[tuple[int, ...]]) -> Sequence[np.ndarray]:
+    """Returns our parameters of an array, after a check of its shape and dtype."""
+    wanted = parameter.layout.shape(shapes)
+    if tuple(array.shape) != wanted:
+        raise ValueError(f"{parameter.name} must have the shape {list(wanted)}, got {list(array.shape)}")
+    if not np.issubdtype(array.dtype, np.floating) and array.dtype != jnp.bfloat16:
+        raise ValueError(f"{parameter.name} must hold floating-point numbers, got {array.dtype}")
+    return parameter.layout.read(array, shapes)
 
 
 def _family(fields: Mapping[str, Any]) -> Family:
@@ -125,10 +156,17 @@ def _read(family: Family, values: Mapping[str, Any]) -> ModelConfig:
     try:
         config = family.read(fields)
         fields.finish()
-        empty_model(config, jnp.float32)  # raises if sizes do not fit together
     except (NotImplementedError, ValueError) as error:
         raise type(error)(f"{family.model_type}: {error}") from error
     return config
+
+
+def _empty(family: Family, config: ModelConfig, param_dtype: DTypeLike) -> nnx.Module:
+    """Returns the model of shapes. Raises ValueError if sizes do not fit together."""
+    try:
+        return empty_model(config, param_dtype)
+    except ValueError as error:
+        raise ValueError(f"{family.model_type}: {error}") from error
 
 
 def _untied(family: Family, config: Any, arrays: Mapping[str, np.ndarray]) -> Any:

@@ -3,16 +3,20 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from jax.sharding import Mesh
 
 from seqattn.interop import to_arrays
 from seqattn.interop.huggingface import from_huggingface
 from tests.huggingface_models import CONFIGS, arrays_of, head_of, logits_of, peer_logits, peer_of
+from train.devices.parallel import Sharded
 from train.hub.pretrained import load_pretrained, save_pretrained
+from train.update.step import TrainState
 
 LLAMA = CONFIGS["llama"]
 
@@ -57,6 +61,28 @@ def test_half_precision_is_read_in_the_dtype_that_the_caller_wants(tmp_path):
     for name, x in to_arrays(half).items():
         assert x.dtype == jnp.bfloat16
         np.testing.assert_array_equal(x.astype(np.float32), to_arrays(wide)[name])
+
+
+@pytest.mark.parametrize("write", [written, in_shards])
+def test_over_a_mesh_the_parameters_are_split_as_in_training(tmp_path, write):
+    folder, parallel = write(tmp_path / "model"), Sharded(fsdp=2, tensor=3)
+    mesh = parallel.mesh(jax.devices()[:6])
+    whole, model = load_pretrained(folder), load_pretrained(folder, mesh=mesh)
+    assert equal(model, whole)
+    state = TrainState(jnp.zeros((), int), nnx.state(whole), ())
+    wanted = parallel.spread(lambda *_: None, jax.devices()[:6], model=whole).shardings(state).params
+    found = jax.tree.map(lambda x: x.sharding, nnx.state(model))
+    assert jax.tree.leaves(found) == jax.tree.leaves(wanted)
+    kernel = model.stack.blocks[0].attention.query.kernel[...]
+    assert [shard.data.size for shard in kernel.addressable_shards] == [kernel.size // 6] * 6
+
+
+def test_a_mesh_that_does_not_fit_is_refused_by_its_rule(tmp_path):
+    folder = written(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"model: mesh must have the axes data, fsdp, .*, got x$"):
+        load_pretrained(folder, mesh=Mesh(np.array(jax.devices()), ("x",)))
+    with pytest.raises(ValueError, match=r"model: parallel.tensor \(8\) must divide num_heads"):
+        load_pretrained(folder, mesh=Sharded(tensor=8).mesh())
 
 
 @pytest.mark.parametrize("name", ["t5 1.1", "gpt2", "bart"])

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 
+from seqattn.interop import to_arrays
 from seqattn.interop.huggingface import from_huggingface, huggingface_config, to_huggingface
 from seqattn.interop.huggingface.families import FAMILIES
 from seqattn.models import LanguageModelConfig, Transformer, TransformerConfig
@@ -208,25 +211,40 @@ def test_arrays_are_read_once_and_one_at_a_time():
     counted = Counted(arrays_of(LLAMA))
     from_huggingface(LLAMA, counted)
     assert set(counted.reads.values()) == {1}
-    # The one that is read, and the one before it, which its name still holds.
-    assert counted.most <= 2
+    assert counted.most == 1
 
 
 def test_parameters_have_the_dtype_and_the_place_that_the_caller_wants():
     arrays = {name: x.astype(jnp.bfloat16) for name, x in arrays_of(LLAMA).items()}
-    placed: list[str] = []
+    mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
 
-    def place(path: str, x: np.ndarray) -> jax.Array:
-        placed.append(path)
-        return jax.device_put(x, jax.devices()[-1])
+    def in_halves(x: jax.ShapeDtypeStruct) -> NamedSharding:
+        even = next(axis for axis, size in enumerate(x.shape) if size % 2 == 0)
+        return NamedSharding(mesh, P(*(None,) * even, "tensor"))
 
-    model = from_huggingface(LLAMA, arrays, param_dtype=jnp.bfloat16, place=place)
+    def shardings(model: nnx.Module) -> nnx.State:
+        return jax.tree.map(in_halves, nnx.state(model))
+
+    model = from_huggingface(LLAMA, arrays, param_dtype=jnp.bfloat16, shardings=shardings)
     leaves = jax.tree.leaves(nnx.state(model))
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
-    assert {device for leaf in leaves for device in leaf.devices()} == {jax.devices()[-1]}
-    assert len(placed) == len(leaves)
-    table = arrays["model.embed_tokens.weight"]
+    for leaf in leaves:
+        assert leaf.sharding == in_halves(leaf)
+        assert [shard.data.size for shard in leaf.addressable_shards] == [leaf.size // 2] * 2
+    table, other = arrays["model.embed_tokens.weight"], from_huggingface(LLAMA, arrays, param_dtype=jnp.bfloat16)
     np.testing.assert_array_equal(np.asarray(model.embedding.table[...]), table)
+    for name, x in to_arrays(other).items():
+        np.testing.assert_array_equal(to_arrays(model)[name], x)
+
+
+@pytest.mark.parametrize(
+    "shardings",
+    [lambda model: nnx.state(model), lambda model: SingleDeviceSharding(jax.devices()[1])],
+    ids=["arrays", "one for all"],
+)
+def test_shardings_that_are_no_tree_of_the_parameters_are_refused(shardings):
+    with pytest.raises(ValueError, match=r"shardings must return the tree of nnx\.state\(model\)"):
+        from_huggingface(LLAMA, arrays_of(LLAMA), shardings=shardings)
 
 
 def test_later_changes_of_the_arrays_do_not_reach_the_model():
