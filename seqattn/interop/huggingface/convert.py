@@ -1,7 +1,7 @@
 """Converts models of transformers to ours and back, by the table of their family."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,6 +18,10 @@ from seqattn.interop.huggingface.fields import Fields
 from seqattn.interop.saved import ModelConfig, empty_model, model_type
 
 _MOST_SHOWN = 6
+_LONGEST = 120
+"""How many letters of a value a message shows."""
+_OLD_ENDS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+"""Names of TensorFlow, as in the checkpoints of BERT's authors, and their names today."""
 
 Place = Callable[[Path, np.ndarray], jax.Array]
 """Puts a parameter, given its path and its value in the dtype of the model, on devices."""
@@ -54,13 +58,15 @@ def from_huggingface(
     Args:
         fields: the fields of `config.json`.
         arrays: arrays by the names of transformers. Each is read once; those of tied parameters are compared.
-        param_dtype: dtype of the parameters.
+        param_dtype: dtype of the parameters, floating-point.
         place: puts each parameter on devices, for example split over a mesh. If None, all are on the default device.
 
     Raises:
         NotImplementedError: the family is unknown, or a field is unknown or has a value that we lack.
         ValueError: a field is out of range, arrays are missing, unknown or of the wrong shape, or tied ones differ.
     """
+    if not jnp.issubdtype(param_dtype, jnp.floating):
+        raise ValueError(f"param_dtype must be a floating-point type, got {np.dtype(param_dtype)}")
     family = _family(fields)
     config = _untied(family, _read(family, fields), arrays)
     graph, state = nnx.split(empty_model(config, param_dtype))
@@ -70,7 +76,8 @@ def from_huggingface(
     filled: dict[Path, jax.Array] = {}
     for parameter in parameters:
         shapes = [tuple(empty[path].shape) for path in parameter.paths]
-        array, wanted = arrays[stored[parameter.name]], parameter.layout.shape(shapes)
+        wanted = parameter.layout.shape(shapes)
+        array = arrays[stored[parameter.name]] if parameter.name in stored else np.zeros(wanted, np.float32)
         if tuple(array.shape) != wanted:
             raise ValueError(f"{parameter.name} must have the shape {list(wanted)}, got {list(array.shape)}")
         if not np.issubdtype(array.dtype, np.floating) and array.dtype != jnp.bfloat16:
@@ -128,8 +135,11 @@ def _untied(family: Family, config: Any, arrays: Mapping[str, np.ndarray]) -> An
     """Returns the config with logits that are not tied, if the checkpoint has others than the config says."""
     if not (family.untied and config.tie_logits and family.untied in arrays):
         return config
-    table = family.same(config)[family.untied]
-    if table not in arrays or np.array_equal(arrays[table], arrays[family.untied]):
+    same = family.same(config)
+    table = same[family.untied]
+    names = [name for name in (table, *same) if same.get(name, name) == table and name != family.untied]
+    held = next((name for name in names if name in arrays), None)
+    if held is None or np.array_equal(arrays[held], arrays[family.untied]):
         return config
     return dataclasses.replace(config, tie_logits=False)
 
@@ -154,7 +164,7 @@ def _difference(theirs: Any, ours: Any, path: str = "") -> str:
     """Names the first field in which two configs differ."""
     names = getattr(ours, "__dataclass_fields__", None)
     if names is None or type(theirs) is not type(ours):
-        return f"{path or 'its config'} must be {theirs!r}, got {ours!r}"
+        return f"{path or 'its config'} must be {repr(theirs)[:_LONGEST]}, got {repr(ours)[:_LONGEST]}"
     name = next(name for name in names if getattr(theirs, name) != getattr(ours, name))
     return _difference(getattr(theirs, name), getattr(ours, name), f"{path}.{name}".strip("."))
 
@@ -167,12 +177,8 @@ def _stored(
     Raises:
         ValueError: arrays are missing or unknown, or tied ones differ.
     """
-    names = {name: name for name in arrays}
-    if family.prefix and not any(name.startswith(family.prefix) for name in arrays):
-        # A bare model, saved without its head, has names without the prefix.
-        wanted = {parameter.name for parameter in parameters}
-        names = {x if (x := family.prefix + name) in wanted or name not in wanted else name: name for name in arrays}
-    same = family.same(config)
+    wanted, same = {parameter.name for parameter in parameters}, family.same(config)
+    names = _names(family, wanted | same.keys(), arrays)
     found: dict[str, str] = {}
     unknown = []
     for name in sorted(names, key=lambda name: name in same):
@@ -181,16 +187,31 @@ def _stored(
             # Both are tied in the library that wrote them, so they cannot differ in a model that it would load.
             if not np.array_equal(arrays[names[name]], arrays[found[known]]):
                 raise ValueError(f"{names[name]} must equal {found[known]}: the model has one array for both")
-        elif any(parameter.name == known for parameter in parameters):
+        elif known in wanted:
             found[known] = names[name]
         elif not any(fnmatchcase(name, pattern) for pattern in family.ignored):
             unknown.append(names[name])
-    missing = [parameter.name for parameter in parameters if parameter.name not in found]
+    missing = sorted(wanted - found.keys() - set(family.zeros))
     if missing or unknown:
         raise ValueError(
             f"{family.model_type}: arrays must match the config: missing {_few(missing)}; unknown {_few(unknown)}"
         )
     return found
+
+
+def _names(family: Family, known: Set[str], arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Returns the names of a checkpoint by those that transformers gives them today."""
+
+    def now(name: str) -> str:
+        for old, new in _OLD_ENDS.items():
+            if name.endswith(old) and (renamed := name.removesuffix(old) + new) not in arrays:
+                name = renamed
+        full = family.prefix + name
+        # A bare model, saved without its head, has names without the prefix.
+        return full if bare and (full in known or name not in known) else name
+
+    bare = bool(family.prefix) and not any(name.startswith(family.prefix) for name in arrays)
+    return {now(name): name for name in arrays}
 
 
 def _few(names: list[str]) -> str:
