@@ -61,6 +61,9 @@ WITHOUT_EFFECT = LIBRARY | TEXTS
 """Fields of any config that do not change what a model computes."""
 
 
+_LARGEST, _MOST_LAYERS = 2**31 - 1, 256
+
+
 class Fields:
     """The fields of a `config.json`. Remembers which were read.
 
@@ -83,19 +86,25 @@ class Fields:
         """Returns a field of any type.
 
         Raises:
-            ValueError: the field is missing and has no default.
+            ValueError: the field is missing and has no default, or is an integer of more than 64 bits.
         """
         self._read.add(name)
         if name in self._values:
-            return self._values[name]
+            value = self._values[name]
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ValueError(f"{name} must have at most 64 bits, got {shown(value)}")
+            return value
         if name not in self._defaults:
             raise ValueError(f"the config must have the field {name}")
         return self._defaults[name]
 
     def size(self, name: str, smallest: int = 1) -> int:
-        """Returns an integer of at least `smallest`."""
+        """Returns an integer of at least `smallest`, and at most 256 if it counts layers."""
         value = self[name]
         check_integer(name, value, smallest)
+        # Without a limit, a damaged config would fill the memory with the shapes of its layers.
+        if value > (most := _MOST_LAYERS if "layer" in name else _LARGEST):
+            check_integer(name, value, smallest, most)
         return int(value)
 
     def number(self, name: str, *, above: float = -math.inf) -> float:

@@ -43,8 +43,8 @@ def _scaling(values: dict[str, Any], longest: int) -> RotaryScaling | None:
     values.pop("type", None)
 
     def number(name: str, default: float | None = None) -> float:
-        value = values.pop(name, None)
-        value = default if value is None else value
+        given = values.pop(name, None)
+        value: Any = default if given is None else given
         check_number(name, value)
         return float(value)
 

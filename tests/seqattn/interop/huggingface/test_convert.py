@@ -152,6 +152,12 @@ def test_what_we_lack_is_refused_by_name(fields, message):
     ("fields", "message"),
     [
         (LLAMA | {"hidden_size": 0}, r"llama: hidden_size \(0\) must be an integer of at least 1"),
+        (
+            LLAMA | {"num_hidden_layers": 10**9},
+            r"llama: num_hidden_layers \(1000000000\) must be an integer from 1 to 256",
+        ),
+        (LLAMA | {"vocab_size": 2**31}, r"llama: vocab_size \(2147483648\) must be an integer from 1 to 2147483647"),
+        (LLAMA | {"rms_norm_eps": 10**400}, "llama: rms_norm_eps must have at most 64 bits, got a huge integer"),
         (LLAMA | {"hidden_size": "12"}, r"llama: hidden_size \('12'\) must be an integer"),
         (LLAMA | {"num_key_value_heads": 4}, r"num_heads \(6\) must be a multiple of num_kv_heads \(4\)"),
         (LLAMA | {"rms_norm_eps": float("nan")}, r"llama: rms_norm_eps \(nan\) must be"),
