@@ -97,6 +97,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bert, tokens": {"model_type": "bert", "architectures": ["BertForTokenClassification"]} | _BERT | _THREE,
     "distilbert": {"model_type": "distilbert", "architectures": ["DistilBertModel"]} | _DISTILBERT,
     "distilbert, masked": {"model_type": "distilbert", "architectures": ["DistilBertForMaskedLM"]} | _DISTILBERT,
+    "distilbert, texts": {"model_type": "distilbert", "architectures": ["DistilBertForSequenceClassification"]}
+    | _DISTILBERT
+    | _THREE,
     "distilbert, tokens": {"model_type": "distilbert", "architectures": ["DistilBertForTokenClassification"]}
     | _DISTILBERT
     | _THREE,

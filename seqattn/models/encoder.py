@@ -50,6 +50,8 @@ class TextLabels:
     """Number of labels."""
     pooling: Pooling = Pooling.MEAN
     """Which vector stands for a text."""
+    activation: Activation = Activation.TANH
+    """Nonlinearity between the two layers of the head. BERT has TANH (Devlin 2019), DistilBERT has RELU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +211,7 @@ class TextHead(nnx.Module):
     def __init__(self, config: EncoderConfig, *, param_dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> None:
         sizes: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
         assert isinstance(config.head, TextLabels)
-        self.pooling = config.head.pooling
+        self.pooling, self.activation = config.head.pooling, config.head.activation
         self.hidden = Linear(config.block.model_dim, config.block.model_dim, **sizes)
         self.output = Linear(config.block.model_dim, _num_labels(config.head), **sizes)
 
@@ -217,7 +219,7 @@ class TextHead(nnx.Module):
         """Returns the logits of each row's label."""
         real = jnp.broadcast_to(at.segment, x.shape[:-1]) != 0
         pooled = mean_over_tokens(x, real) if self.pooling is Pooling.MEAN else first_token(x, real)
-        return self.output(jnp.tanh(self.hidden(pooled)))
+        return self.output(self.activation(self.hidden(pooled)))
 
 
 class MaskedHead(nnx.Module):

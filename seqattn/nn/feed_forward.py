@@ -27,12 +27,13 @@ class Activation(enum.Enum):
     GELU = "gelu"
     EXACT_GELU = "exact_gelu"
     SILU = "silu"
+    TANH = "tanh"
 
     def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Applies the activation to each element."""
         if self is Activation.EXACT_GELU:
             return jax.nn.gelu(x, approximate=False)
-        return {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu}[self.value](x)
+        return {"relu": jax.nn.relu, "gelu": jax.nn.gelu, "silu": jax.nn.silu, "tanh": jnp.tanh}[self.value](x)
 
 
 class FeedForward(nnx.Module):

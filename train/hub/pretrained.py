@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from seqattn.interop import ModelConfig
 from seqattn.interop.codec import shown
 from seqattn.interop.huggingface import from_huggingface, huggingface_config, to_huggingface
-from seqattn.interop.huggingface.fields import WITHOUT_EFFECT
+from seqattn.interop.huggingface.fields import TEXTS
 from train.devices.fit import parameter_shardings
 from train.hub.exported import check_free
 from train.hub.mapped import Mapped
@@ -30,7 +30,8 @@ from train.hub.mapped import Mapped
 CONFIG, PARAMETERS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _BESIDE = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"),
-    *("merges.txt", "vocab.txt", "spiece.model", "source.spm", "target.spm", "sentencepiece.bpe.model"),
+    *("added_tokens.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("source.spm", "target.spm", "target_vocab.json", "chat_template.jinja", "chat_template.json"),
 )
 """Files that `save_pretrained` copies: tokenizers and defaults of decoding."""
 _LARGEST = 2**26
@@ -141,9 +142,9 @@ def save_pretrained(
 
 
 def _as_in(path: Path, fields: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Returns fields with those of another config that do not change a model, such as numbers of special tokens."""
+    """Returns fields with those of another config for labels, tokens and decoding."""
     given = _object(path)
-    taken = fields | {name: given[name] for name in given.keys() & WITHOUT_EFFECT - {"architectures", "model_type"}}
+    taken = fields | {name: given[name] for name in given.keys() & TEXTS}
     # In some families a number of labels or of the padding token does change the model.
     try:
         fits, reason = huggingface_config(taken) == config, "they give another config"

@@ -29,24 +29,37 @@ DEFAULTS: Mapping[str, Any] = {
     "scale_embedding": False,
     "tie_word_embeddings": True,
 }
-TIED = {
-    f"{name}.weight": "model.shared.weight"
-    for name in ("model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head")
+_TABLES = ("model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head")
+OPTIONS: Mapping[str, Any] = {
+    "same": lambda config: {f"{name}.weight": "model.shared.weight" for name in _TABLES},
+    # Bare models have no bias of logits; transformers then starts from zeros.
+    "zeros": ("final_logits_bias",),
+    "prefix": "model.",
 }
-"""Names of the token table: one array for the source, the target and the logits."""
-_ONCE: Mapping[str, Any] = {
-    "normalize_before": False,
-    "normalize_embedding": True,
-    "add_final_layer_norm": False,
-    "add_bias_logits": False,
-    "static_position_embeddings": False,
-}
-"""Fields of older configs that transformers no longer reads, with the values of the only model that it still has."""
+"""What all these families have in common: one table for the source, the target and the logits."""
+
+
+def older(*, norm_first: bool, norm_embedding: bool, sines: bool) -> Mapping[str, Any]:
+    """Returns fields of older configs that transformers no longer reads, with the only values that a family had.
+
+    Args:
+        norm_first: if True, norms are before each sublayer.
+        norm_embedding: if True, a norm follows the sum of token and position vectors.
+        sines: if True, position vectors are sinusoidal, and not learned.
+    """
+    return {
+        "normalize_before": norm_first,
+        "add_final_layer_norm": norm_first,
+        "normalize_embedding": norm_embedding,
+        "static_position_embeddings": sines,
+        "add_bias_logits": False,
+    }
 
 
 def read_config(fields: Fields, positions: Positions, *, norm_first: bool, **choices: Any) -> TransformerConfig:
     """Reads the fields that all these families have."""
     fields.require(tie_word_embeddings=True)
+    fields.alias(hidden_size="d_model", num_attention_heads="encoder_attention_heads")
     # Whole layers that are left out in training; evaluation has all of them.
     fields.ignore("encoder_layerdrop", "decoder_layerdrop", "num_hidden_layers", "max_position_embeddings")
     encoder, decoder = _block(fields, "encoder", norm_first), _block(fields, "decoder", norm_first)
@@ -139,8 +152,11 @@ def _attention(theirs: str, ours: str) -> Iterator[Parameter]:
     yield from linear(f"{theirs}.out_proj", f"{ours}.output")
 
 
+_OLDER = older(norm_first=False, norm_embedding=True, sines=False)
+
+
 def _read(fields: Fields) -> TransformerConfig:
-    fields.require(**_ONCE)
+    fields.require(**_OLDER)
     positions = Learned(fields.size("max_position_embeddings"))
     return read_config(fields, positions, norm_first=False, norm_embedding=True, logits_bias=True)
 
@@ -148,10 +164,10 @@ def _read(fields: Fields) -> TransformerConfig:
 BART = Family(
     "bart",
     TransformerConfig,
-    {**DEFAULTS, **_ONCE},
+    {**DEFAULTS, **_OLDER},
     _read,
     write_config,
     parameters,
-    same=lambda config: TIED,
+    **OPTIONS,
     architecture=lambda config: "BartForConditionalGeneration",
 )

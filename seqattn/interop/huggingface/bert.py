@@ -13,6 +13,7 @@ from seqattn.interop.huggingface.fields import ACTIVATIONS, Fields, activation_n
 from seqattn.models.encoder import EncoderConfig, Head, MaskedTokens, Pooling, TextLabels, TokenLabels, TokenVectors
 from seqattn.models.position_encodings import Learned
 from seqattn.nn.blocks import BlockConfig
+from seqattn.nn.feed_forward import Activation
 
 DEFAULTS: Mapping[str, Any] = {
     "architectures": None,
@@ -38,13 +39,17 @@ DEFAULTS: Mapping[str, Any] = {
 _HEADS = {
     "Model": TokenVectors,
     "ForMaskedLM": MaskedTokens,
+    "ForPreTraining": MaskedTokens,
     "ForSequenceClassification": TextLabels,
     "ForTokenClassification": TokenLabels,
 }
-"""Our head by the end of the name of a class."""
+"""Our head by the end of the name of a class. Of two ends, the first one is written."""
+_POOLER = ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
 
 
-def read_head(fields: Fields, name: str, activation: str, epsilon: float) -> Head:
+def read_head(
+    fields: Fields, name: str, activation: str, epsilon: float, *, hidden: Activation = Activation.TANH
+) -> Head:
     """Reads the head from the class that the config names, such as `BertForMaskedLM`; without a class, there is none.
 
     Args:
@@ -52,12 +57,14 @@ def read_head(fields: Fields, name: str, activation: str, epsilon: float) -> Hea
         name: how the classes of the family begin, such as "Bert".
         activation: the name of the field of the activation.
         epsilon: that of layer norms.
+        hidden: the nonlinearity between the two layers of the head for labels of texts.
     """
-    given = fields["architectures"] or [f"{name}Model"]
-    if not isinstance(given, list | tuple) or given[0] not in {name + end for end in _HEADS}:
-        known = ", ".join(name + end for end in _HEADS)
-        raise NotImplementedError(f"architectures must name one of {known}, got {shown(given and given[0])}")
-    kind = _HEADS[given[0].removeprefix(name)]
+    given, kinds = fields["architectures"] or [f"{name}Model"], {name + end: kind for end, kind in _HEADS.items()}
+    named = given[0] if isinstance(given, list | tuple) else None
+    if not isinstance(named, str) or named not in kinds:
+        got = shown(given if named is None else named)
+        raise NotImplementedError(f"architectures must be a list with one of {', '.join(kinds)}, got {got}")
+    kind = kinds[named]
     if kind is MaskedTokens:
         return MaskedTokens(fields.choice(activation, ACTIVATIONS), epsilon)
     if kind is TokenVectors:
@@ -66,7 +73,7 @@ def read_head(fields: Fields, name: str, activation: str, epsilon: float) -> Hea
     number = fields.size("num_labels") if not isinstance(labels, Mapping) else len(labels)
     if fields["problem_type"] == "regression":
         raise NotImplementedError("problem_type must be a classification, got 'regression'")
-    return TextLabels(number, Pooling.FIRST) if kind is TextLabels else TokenLabels(number)
+    return TextLabels(number, Pooling.FIRST, hidden) if kind is TextLabels else TokenLabels(number)
 
 
 def write_head(config: EncoderConfig) -> dict[str, Any]:
@@ -90,6 +97,8 @@ def read_config(fields: Fields, name: str, unused: int = 0) -> EncoderConfig:
         unused: number of rows of the table of positions before that of the first token.
     """
     fields.require(position_embedding_type="absolute", is_decoder=False, add_cross_attention=False)
+    # Notes of BERT's authors on their pooler, in multilingual and cased models.
+    fields.ignore("directionality", *(f"pooler_{name}" for name in _POOLER))
     fields.require(tie_word_embeddings=True)
     model_dim, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
     check_multiple("hidden_size", model_dim, heads, "num_attention_heads")

@@ -1,7 +1,7 @@
 """Converts models of transformers to ours and back, by the table of their family."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,6 +20,10 @@ from seqattn.interop.huggingface.placed import placed
 from seqattn.interop.saved import ModelConfig, empty_model, model_type
 
 _MOST_SHOWN = 6
+_LONGEST = 120
+"""How many letters of a value a message shows."""
+_OLD_ENDS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+"""Names of TensorFlow, as in the checkpoints of BERT's authors, and their names today."""
 
 Shardings = Callable[[nnx.Module], Any]
 """Returns the tree of a model's parameters with a `jax.sharding.Sharding` in place of each, given its shapes."""
@@ -66,7 +70,7 @@ def from_huggingface(
     Args:
         fields: the fields of `config.json`.
         arrays: arrays by the names of transformers. Each is read once; those of tied parameters are compared.
-        param_dtype: dtype of the parameters.
+        param_dtype: dtype of the parameters, floating-point.
         shardings: places the parameters. Given the model with shapes in place of its parameters, returns the tree of
             `nnx.state(model)` with a `jax.sharding.Sharding` in place of each. Devices get their own parts only. If
             None, all are on the default device.
@@ -76,6 +80,8 @@ def from_huggingface(
         ValueError: a field is out of range, arrays are missing, unknown or of the wrong shape, tied ones differ, or
             `shardings` returns another tree.
     """
+    if not jnp.issubdtype(param_dtype, jnp.floating):
+        raise ValueError(f"param_dtype must be a floating-point type, got {np.dtype(param_dtype)}")
     family = _family(fields)
     config = huggingface_config(fields, arrays)
     model = _empty(family, config, param_dtype)
@@ -87,10 +93,12 @@ def from_huggingface(
     filled: dict[Path, jax.Array] = {}
     for parameter in parameters:
         shapes = [tuple(empty[path].shape) for path in parameter.paths]
-        parts = _parts(parameter, arrays[stored[parameter.name]], shapes)
+        wanted = parameter.layout.shape(shapes)
+        array = arrays[stored[parameter.name]] if parameter.name in stored else np.zeros(wanted, np.float32)
+        parts = _parts(parameter, array, shapes)
         for path, part in zip(parameter.paths, parts, strict=True):
             filled[path] = placed(part, empty[path].dtype, places.get(path))
-        del parts, part  # views of the array, which must go before the next one is read
+        del array, parts, part  # views of the array, which must go before the next one is read
     return nnx.merge(graph, nnx.map_state(lambda path, leaf: leaf.replace(filled[_dotted(path)]), state))
 
 
@@ -173,8 +181,11 @@ def _untied(family: Family, config: Any, arrays: Mapping[str, np.ndarray]) -> An
     """Returns the config with logits that are not tied, if the checkpoint has others than the config says."""
     if not (family.untied and config.tie_logits and family.untied in arrays):
         return config
-    table = family.same(config)[family.untied]
-    if table not in arrays or np.array_equal(arrays[table], arrays[family.untied]):
+    same = family.same(config)
+    table = same[family.untied]
+    names = [name for name in (table, *same) if same.get(name, name) == table and name != family.untied]
+    held = next((name for name in names if name in arrays), None)
+    if held is None or np.array_equal(arrays[held], arrays[family.untied]):
         return config
     return dataclasses.replace(config, tie_logits=False)
 
@@ -199,7 +210,7 @@ def _difference(theirs: Any, ours: Any, path: str = "") -> str:
     """Names the first field in which two configs differ."""
     names = getattr(ours, "__dataclass_fields__", None)
     if names is None or type(theirs) is not type(ours):
-        return f"{path or 'its config'} must be {theirs!r}, got {ours!r}"
+        return f"{path or 'its config'} must be {repr(theirs)[:_LONGEST]}, got {repr(ours)[:_LONGEST]}"
     name = next(name for name in names if getattr(theirs, name) != getattr(ours, name))
     return _difference(getattr(theirs, name), getattr(ours, name), f"{path}.{name}".strip("."))
 
@@ -212,12 +223,8 @@ def _stored(
     Raises:
         ValueError: arrays are missing or unknown, or tied ones differ.
     """
-    names = {name: name for name in arrays}
-    if family.prefix and not any(name.startswith(family.prefix) for name in arrays):
-        # A bare model, saved without its head, has names without the prefix.
-        wanted = {parameter.name for parameter in parameters}
-        names = {x if (x := family.prefix + name) in wanted or name not in wanted else name: name for name in arrays}
-    same = family.same(config)
+    wanted, same = {parameter.name for parameter in parameters}, family.same(config)
+    names = _names(family, wanted | same.keys(), arrays)
     found: dict[str, str] = {}
     unknown = []
     for name in sorted(names, key=lambda name: name in same):
@@ -226,16 +233,31 @@ def _stored(
             # Both are tied in the library that wrote them, so they cannot differ in a model that it would load.
             if not np.array_equal(arrays[names[name]], arrays[found[known]]):
                 raise ValueError(f"{names[name]} must equal {found[known]}: the model has one array for both")
-        elif any(parameter.name == known for parameter in parameters):
+        elif known in wanted:
             found[known] = names[name]
         elif not any(fnmatchcase(name, pattern) for pattern in family.ignored):
             unknown.append(names[name])
-    missing = [parameter.name for parameter in parameters if parameter.name not in found]
+    missing = sorted(wanted - found.keys() - set(family.zeros))
     if missing or unknown:
         raise ValueError(
             f"{family.model_type}: arrays must match the config: missing {_few(missing)}; unknown {_few(unknown)}"
         )
     return found
+
+
+def _names(family: Family, known: Set[str], arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Returns the names of a checkpoint by those that transformers gives them today."""
+
+    def now(name: str) -> str:
+        for old, new in _OLD_ENDS.items():
+            if name.endswith(old) and (renamed := name.removesuffix(old) + new) not in arrays:
+                name = renamed
+        full = family.prefix + name
+        # A bare model, saved without its head, has names without the prefix.
+        return full if bare and (full in known or name not in known) else name
+
+    bare = bool(family.prefix) and not any(name.startswith(family.prefix) for name in arrays)
+    return {now(name): name for name in arrays}
 
 
 def _few(names: list[str]) -> str:

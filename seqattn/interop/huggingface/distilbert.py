@@ -10,6 +10,7 @@ from seqattn.interop.huggingface.fields import ACTIVATIONS, Fields, activation_n
 from seqattn.models.encoder import EncoderConfig, MaskedTokens, TextLabels, TokenLabels
 from seqattn.models.position_encodings import Learned
 from seqattn.nn.blocks import BlockConfig
+from seqattn.nn.feed_forward import Activation
 
 _EPSILON = 1e-12
 _DEFAULTS: Mapping[str, Any] = {
@@ -32,15 +33,12 @@ _DEFAULTS: Mapping[str, Any] = {
 
 def _read(fields: Fields) -> EncoderConfig:
     fields.require(tie_word_embeddings=True)
+    fields.alias(hidden_size="dim", num_attention_heads="n_heads", num_hidden_layers="n_layers")
     # Sinusoids are stored like learned positions. The rest are rates of heads.
     fields.ignore("sinusoidal_pos_embds", "tie_weights_", "qa_dropout", "seq_classif_dropout")
     model_dim, heads = fields.size("dim"), fields.size("n_heads")
     check_multiple("dim", model_dim, heads, "n_heads")
-    head = read_head(fields, "DistilBert", "activation", _EPSILON)
-    if isinstance(head, TextLabels):
-        raise NotImplementedError(
-            "architectures must not be DistilBertForSequenceClassification, whose hidden layer has ReLU and not tanh"
-        )
+    head = read_head(fields, "DistilBert", "activation", _EPSILON, hidden=Activation.RELU)
     block = BlockConfig(
         model_dim=model_dim,
         hidden_dim=fields.size("hidden_dim"),
@@ -91,7 +89,9 @@ def _parameters(config: EncoderConfig) -> Iterator[Parameter]:
         yield from linear("vocab_transform", "head.hidden")
         yield from norm("vocab_layer_norm", "head.norm")
         yield Parameter("vocab_projector.bias", ("head.bias",))
-    elif isinstance(config.head, TokenLabels):
+    elif isinstance(config.head, TextLabels):
+        yield from linear("pre_classifier", "head.hidden")
+    if isinstance(config.head, TextLabels | TokenLabels):
         yield from linear("classifier", "head.output")
 
 

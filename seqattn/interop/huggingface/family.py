@@ -42,6 +42,7 @@ class Family:
         same: for names that a checkpoint may also give to an array, its name in `parameters`. Both must be equal.
         untied: name of an array of logits that a checkpoint may have although its config says that logits are tied.
             If it differs from the table of tokens, they are not.
+        zeros: names in `parameters` that a checkpoint may lack. Their values are then 0.
         ignored: patterns of names that hold no parameters, such as sinusoids. `*` matches any characters.
         prefix: what all names but those of a head begin with, and what checkpoints of a bare model leave out.
         architecture: returns the class of transformers for one of our configs.
@@ -55,6 +56,7 @@ class Family:
     parameters: Callable[[Any], Iterable[Parameter]]
     same: Callable[[Any], Mapping[str, str]] = lambda config: {}
     untied: str = ""
+    zeros: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     prefix: str = ""
     architecture: Callable[[Any], str] = lambda config: ""

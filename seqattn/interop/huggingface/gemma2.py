@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from seqattn.checks import check_number
 from seqattn.interop.huggingface.family import Family, Parameter
 from seqattn.interop.huggingface.fields import ACTIVATIONS, Fields
 from seqattn.interop.huggingface.layouts import AboveOne
@@ -27,7 +28,9 @@ _NORMS = {
 
 def _read(fields: Fields) -> LanguageModelConfig:
     fields.ignore("hidden_act")  # older configs; `hidden_activation` is read
-    fields.require(use_bidirectional_attention=None)
+    fields.alias(sliding_window_size="sliding_window")
+    if fields["use_bidirectional_attention"] is not None:
+        fields.require(use_bidirectional_attention=False)
     scores, logits = fields["attn_logit_softcapping"], fields["final_logit_softcapping"]
     scalar, head_dim = fields.number("query_pre_attn_scalar", above=0.0), fields.size("head_dim")
     block = {
@@ -49,6 +52,8 @@ def _read(fields: Fields) -> LanguageModelConfig:
 def _write(config: LanguageModelConfig) -> dict[str, Any]:
     block, fields = config.block, write_config(config) | write_pattern(config)
     scale = block.attention_scale
+    if scale is not None:
+        check_number("attention_scale", scale, above=0)
     scalar = block.head_dim if scale is None else round(scale**-2, 6)
     return {
         **fields,

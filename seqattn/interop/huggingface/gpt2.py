@@ -33,8 +33,11 @@ _DEFAULTS: Mapping[str, Any] = {
 
 def _read(fields: Fields) -> LanguageModelConfig:
     fields.require(scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False, add_cross_attention=False)
-    # Another name of `n_positions`, and a head that summarizes a text.
-    fields.ignore("n_ctx", *(f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels")))
+    names = {"max_position_embeddings": "n_positions", "num_hidden_layers": "n_layer"}
+    fields.alias(hidden_size="n_embd", num_attention_heads="n_head", **names)
+    # Older fields that transformers no longer reads, and a head that summarizes a text.
+    fields.ignore("n_ctx", "n_special", "predict_special_tokens")
+    fields.ignore(*(f"summary_{name}" for name in ("type", "use_proj", "activation", "proj_to_labels")))
     fields.ignore("summary_first_dropout")
     if fields.rate("embd_pdrop") != fields.rate("resid_pdrop"):
         raise NotImplementedError(
@@ -112,7 +115,7 @@ GPT2 = Family(
     _write,
     _parameters,
     same=lambda config: {"lm_head.weight": "transformer.wte.weight"} if config.tie_logits else {},
-    ignored=("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias", "h.*.attn.bias", "h.*.attn.masked_bias"),
+    ignored=("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias"),
     prefix="transformer.",
     architecture=lambda config: "GPT2LMHeadModel",
 )

@@ -170,6 +170,7 @@ OPTIONS: Mapping[str, Any] = {"same": same, "ignored": ("*rotary_emb.inv_freq",)
 
 
 def _read(fields: Fields) -> LanguageModelConfig:
+    fields.ignore("is_llama_config")  # of SmolLM
     # The number of parts in which products were computed in training: with 1 they are the usual ones.
     if fields["pretraining_tp"] != 1:
         raise NotImplementedError(f"pretraining_tp must be 1, got {shown(fields['pretraining_tp'])}")

@@ -1,6 +1,6 @@
 """M2M-100 (Fan 2020) and NLLB (NLLB Team 2022): many languages, sinusoidal positions in the form of tensor2tensor."""
 
-from seqattn.interop.huggingface.bart import DEFAULTS, TIED, parameters, read_config, write_config
+from seqattn.interop.huggingface.bart import DEFAULTS, OPTIONS, parameters, read_config, write_config
 from seqattn.interop.huggingface.family import Family
 from seqattn.interop.huggingface.fields import Fields
 from seqattn.models.position_encodings import Sinusoidal
@@ -33,7 +33,7 @@ M2M_100 = Family(
     _read,
     _write,
     parameters,
-    same=lambda config: TIED,
+    **OPTIONS,
     ignored=("model.*coder.embed_positions.weight*",),
     architecture=lambda config: "M2M100ForConditionalGeneration",
 )

@@ -3,25 +3,17 @@
 from typing import Any
 
 from seqattn.checks import check_even
-from seqattn.interop.huggingface.bart import DEFAULTS, TIED, parameters, read_config, write_config
+from seqattn.interop.huggingface.bart import DEFAULTS, OPTIONS, older, parameters, read_config, write_config
 from seqattn.interop.huggingface.family import Family
 from seqattn.interop.huggingface.fields import Fields
 from seqattn.models.position_encodings import Sinusoidal
 from seqattn.models.transformer import TransformerConfig
 
-_ONCE = {
-    "share_encoder_decoder_embeddings": True,
-    "normalize_before": False,
-    "normalize_embedding": False,
-    "add_final_layer_norm": False,
-    "add_bias_logits": False,
-    "static_position_embeddings": True,
-}
-"""Fields with one value that we serve. Most are of older configs, and transformers no longer reads them."""
+_OLDER = older(norm_first=False, norm_embedding=False, sines=True)
 
 
 def _read(fields: Fields) -> TransformerConfig:
-    fields.require(**_ONCE)
+    fields.require(share_encoder_decoder_embeddings=True, **_OLDER)
     check_even("d_model", fields.size("d_model"), ": half of each vector of positions are sines")
     if fields["decoder_vocab_size"] not in (None, fields["vocab_size"]):
         raise NotImplementedError(
@@ -39,11 +31,11 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
 MARIAN = Family(
     "marian",
     TransformerConfig,
-    {**DEFAULTS, **_ONCE, "vocab_size": 58_101, "decoder_vocab_size": None},
+    {**DEFAULTS, **_OLDER, "vocab_size": 58_101, "decoder_vocab_size": None, "share_encoder_decoder_embeddings": True},
     _read,
     _write,
     parameters,
-    same=lambda config: TIED,
+    **OPTIONS,
     ignored=("model.*coder.embed_positions.weight",),
     architecture=lambda config: "MarianMTModel",
 )

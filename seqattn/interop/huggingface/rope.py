@@ -24,14 +24,18 @@ def read_rotary(fields: Fields) -> Rotary:
         NotImplementedError: the kind of scaling is one that we lack, such as `dynamic`, whose frequencies change with
             the length of the text.
     """
-    names = {"rope_theta", "partial_rotary_factor"}
-    newer, older = fields["rope_parameters"], fields["rope_scaling"]
-    values = {name: fields[name] for name in names} | dict(older or {}) | dict(newer or {})
-    longest = fields.size("max_position_embeddings")
-    for name in names:
-        check_number(name, values[name], above=0)
-    scaling = _scaling({name: x for name, x in values.items() if name not in names}, longest)
-    return Rotary(float(values["rope_theta"]), scaling, float(values["partial_rotary_factor"]))
+    # The older field replaces the newer one, as in transformers 5. Both may hold what is a field of its own in others.
+    older, newer = fields["rope_scaling"], fields["rope_parameters"]
+    given = older or newer or {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f"rope_scaling and rope_parameters must be objects, got {shown(given)}")
+    values = {name: fields[name] for name in ("rope_theta", "partial_rotary_factor")} | dict(given)
+    base, fraction = values.pop("rope_theta"), values.pop("partial_rotary_factor")
+    check_number("rope_theta", base, above=0)
+    if fraction not in (None, 1):
+        # These families rotate whole heads in transformers, some of them whatever this field says.
+        raise NotImplementedError(f"partial_rotary_factor must be 1, got {shown(fraction)}")
+    return Rotary(float(base), _scaling(values, fields.size("max_position_embeddings")))
 
 
 def _scaling(values: dict[str, Any], longest: int) -> RotaryScaling | None:
@@ -39,12 +43,14 @@ def _scaling(values: dict[str, Any], longest: int) -> RotaryScaling | None:
     values.pop("type", None)
 
     def number(name: str, default: float | None = None) -> float:
-        value = values.pop(name, default)
+        given = values.pop(name, None)
+        value: Any = default if given is None else given
         check_number(name, value)
         return float(value)
 
     def length() -> int:
-        value = values.pop("original_max_position_embeddings", longest)
+        value = values.pop("original_max_position_embeddings", None)
+        value = longest if value is None else value
         check_integer("original_max_position_embeddings", value, 1)
         return int(value)
 
@@ -78,6 +84,4 @@ def write_rotary(rotary: Rotary) -> dict[str, Any]:
         values |= {"rope_type": "yarn", "factor": scaling.factor, "beta_slow": scaling.slow, "beta_fast": scaling.fast}
         values |= {"original_max_position_embeddings": scaling.original_length}
         values |= {} if scaling.attention_factor is None else {"attention_factor": scaling.attention_factor}
-    if rotary.fraction != 1:
-        values["partial_rotary_factor"] = rotary.fraction
     return {"rope_parameters": values}

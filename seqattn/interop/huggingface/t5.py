@@ -52,8 +52,10 @@ def _read_mt5(fields: Fields) -> TransformerConfig:
 
 
 def _read_config(fields: Fields, *, tied: bool, scaled: bool) -> TransformerConfig:
-    # Derived from `feed_forward_proj`, and one of two names for the same number.
-    fields.ignore("is_gated_act", "dense_act_fn", "n_positions", "num_hidden_layers", "head_dim")
+    names = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
+    fields.alias(hidden_size="d_model", head_dim="d_kv", **names)
+    # Derived from `feed_forward_proj`, and the longest text of the training.
+    fields.ignore("is_gated_act", "dense_act_fn", "n_positions")
     activation, gated = fields.choice("feed_forward_proj", _PROJECTIONS)
     num_layers = fields.size("num_layers")
     decoder = num_layers if fields["num_decoder_layers"] is None else fields.size("num_decoder_layers")
@@ -93,6 +95,9 @@ def _write(config: TransformerConfig) -> dict[str, Any]:
     if not isinstance(positions, BucketBiases):
         raise ValueError(f"positions must be BucketBiases, got {positions}")
     names = {choice: name for name, choice in _PROJECTIONS.items()}
+    if (block.activation, block.gated) not in names:
+        known = ", ".join(f"{activation.name}, {gated}" for activation, gated in names)
+        raise ValueError(f"activation and gated must be one of ({known}), got {block.activation.name}, {block.gated}")
     return {
         "vocab_size": config.vocab_size,
         "d_model": block.model_dim,

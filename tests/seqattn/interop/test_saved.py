@@ -215,7 +215,7 @@ D21 = {
     "object for int": (changed(VALUES, "vocab_size", {"type": "int"}), "vocab_size must be no object"),
     "no member": (
         changed(VALUES, "block.activation.value", "tanh"),
-        "config.block.activation must .* relu, gelu, exact_gelu, silu",
+        "config.block.activation must .* relu, gelu, exact_gelu, silu, tanh",
     ),
     "more than a member": (changed(VALUES, "block.activation.x", 1), "config.block.activation must have the fields"),
     "a rule of a type": (

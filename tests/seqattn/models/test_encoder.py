@@ -20,7 +20,7 @@ from seqattn.models import (
     TokenVectors,
     Window,
 )
-from seqattn.nn import BlockConfig
+from seqattn.nn import Activation, BlockConfig
 from tests.parameters import drawn
 
 V, B, T, D, C = 13, 3, 7, 6, 5
@@ -160,14 +160,20 @@ def test_a_head_has_labels(head):
         nnx.eval_shape(lambda: _fresh(head))
 
 
-def test_the_vector_of_the_first_real_token_may_stand_for_a_text():
-    head = TextLabels(C, Pooling.FIRST)
+@pytest.mark.parametrize(
+    ("head", "activation"),
+    [
+        (TextLabels(C, Pooling.FIRST), np.tanh),
+        (TextLabels(C, Pooling.FIRST, Activation.RELU), lambda x: np.maximum(x, 0)),
+    ],
+)
+def test_the_vector_of_the_first_real_token_may_stand_for_a_text(head, activation):
     model = drawn(lambda: Encoder(EncoderConfig(V, 1, BLOCK, head=head), rngs=nnx.Rngs(0)))
     # The first text starts after padding, and the last has no token.
     at = Coordinates.from_segments(jnp.asarray([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0], [0] * 7]))
     logits, vectors = _call(model, jnp.asarray(TOKENS), at)
     first = np.stack([vectors[0, 2], vectors[1, 0], np.zeros(D)]).astype(np.float64)
-    expected = _linear(model.head.output, np.tanh(_linear(model.head.hidden, first)))
+    expected = _linear(model.head.output, activation(_linear(model.head.hidden, first)))
     np.testing.assert_allclose(logits, expected, atol=2e-5)
 
 

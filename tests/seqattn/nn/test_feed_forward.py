@@ -32,6 +32,7 @@ IN_NUMPY = {
     Activation.GELU: _gelu,
     Activation.EXACT_GELU: lambda x: x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
     Activation.SILU: lambda x: x / (1 + np.exp(-x)),
+    Activation.TANH: np.tanh,
 }
 
 

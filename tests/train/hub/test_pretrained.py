@@ -89,9 +89,10 @@ def test_a_mesh_that_does_not_fit_is_refused_by_its_rule(tmp_path):
 def test_saved_and_loaded_is_the_same_model_with_its_tokenizer(tmp_path, name):
     fields = CONFIGS[name]
     first = written(tmp_path / "first", fields)
-    without_effect = {"eos_token_id": 9, "task_specific_params": {"a": 1}}
+    without_effect = {"eos_token_id": 9, "task_specific_params": {"a": 1}, "torch_dtype": "float16"}
     (first / "config.json").write_text(json.dumps(fields | without_effect), "utf-8")
-    (first / "tokenizer.json").write_text("{}", "utf-8")
+    for tokenizer in ("tokenizer.json", "tokenizer.model", "chat_template.jinja"):
+        (first / tokenizer).write_text("{}", "utf-8")
     (first / "pytorch_model.bin").write_bytes(b"")
     model = load_pretrained(first)
     save_pretrained(model, fields["model_type"], tmp_path / "second", like=first)
@@ -99,9 +100,10 @@ def test_saved_and_loaded_is_the_same_model_with_its_tokenizer(tmp_path, name):
     assert equal(model, again)
     assert model.config == again.config
     held = {path.name for path in (tmp_path / "second").iterdir()}
-    assert held == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert held == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "chat_template.jinja"}
     saved = json.loads((tmp_path / "second" / "config.json").read_text("utf-8"))
     assert (saved["eos_token_id"], saved["task_specific_params"]) == (9, {"a": 1})
+    assert ("torch_dtype" in saved, saved["dtype"]) == (False, "float32")
 
 
 def test_labels_of_another_model_are_not_taken(tmp_path):
