@@ -214,7 +214,7 @@ D21 = {
     "null for int": (changed(VALUES, "vocab_size", None), "config.vocab_size must be an integer, got None"),
     "object for int": (changed(VALUES, "vocab_size", {"type": "int"}), "vocab_size must be no object"),
     "no member": (
-        changed(VALUES, "block.activation.value", "tanh"),
+        changed(VALUES, "block.activation.value", "sine"),
         "config.block.activation must .* relu, gelu, exact_gelu, silu, tanh",
     ),
     "more than a member": (changed(VALUES, "block.activation.x", 1), "config.block.activation must have the fields"),
