@@ -15,7 +15,7 @@ from seqattn.interop.huggingface.llama import (
     write_pattern,
 )
 from seqattn.models.language_model import LanguageModelConfig
-from seqattn.models.stack import Attention
+from seqattn.models.stack import Attention, Window
 
 
 def _pattern(fields: Fields) -> Sequence[Attention]:
@@ -23,7 +23,10 @@ def _pattern(fields: Fields) -> Sequence[Attention]:
     windowed, first = fields.flag("use_sliding_window"), fields.size("max_window_layers", 0)
     number = fields.size("num_hidden_layers")
     kinds = ["sliding_attention" if windowed and layer >= first else "full_attention" for layer in range(number)]
-    return read_pattern(fields, default=kinds)
+    pattern = read_pattern(fields, default=kinds)
+    if not windowed and any(isinstance(attention, Window) for attention in pattern):
+        raise ValueError("use_sliding_window must be true where layer_types have sliding_attention")
+    return pattern
 
 
 def _read_2(fields: Fields) -> LanguageModelConfig:

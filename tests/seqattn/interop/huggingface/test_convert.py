@@ -172,6 +172,10 @@ def test_what_we_lack_is_refused_by_name(fields, message):
         (GPT2 | {"hidden_size": 13}, r"gpt2: hidden_size \(13\) must be n_embd \(12\)"),
         (GEMMA2 | {"sliding_window_size": 5}, r"gemma2: sliding_window_size \(5\) must be sliding_window \(3\)"),
         (LLAMA | {"head_dim": 3}, r"head_dim \(3\) must be even to be rotated"),
+        (
+            QWEN2 | {"layer_types": ["sliding_attention"] * 3},
+            "qwen2: use_sliding_window must be true where layer_types",
+        ),
         (QWEN2 | {"layer_types": ["full_attention"]}, "layer_types must name what each of 3 layers"),
         (GPT2 | {"n_head": 5}, r"gpt2: n_embd \(12\) must be a multiple of n_head \(5\)"),
         (GPT2 | {"resid_pdrop": 1.0}, r"gpt2: resid_pdrop \(1.0\) must be in \[0, 1\)"),
