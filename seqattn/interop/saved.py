@@ -23,6 +23,7 @@ from seqattn.models.language_model import LanguageModel, LanguageModelConfig
 from seqattn.models.recurrent_language_model import RecurrentLanguageModel, RecurrentLanguageModelConfig
 from seqattn.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from seqattn.models.transformer import Transformer, TransformerConfig
+from seqattn.nn.int8 import check_not_quantized
 
 ModelConfig = (
     CaptionerConfig
@@ -106,12 +107,16 @@ def from_dict(values: Any, *, max_parameters: int = 1_000_000_000) -> ModelConfi
 def to_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
     """Returns the parameters of a model by dotted path, as NumPy arrays.
 
+    Raises:
+        ValueError: the model is quantized, and `from_arrays` could not build it.
+
     >>> from seqattn.models import RecurrentLanguageModel, RecurrentLanguageModelConfig
     >>> config = RecurrentLanguageModelConfig(11, embedding_dim=4, hidden_dim=4, tie_embeddings=True)
     >>> arrays = to_arrays(RecurrentLanguageModel(config, rngs=nnx.Rngs(0)))
     >>> sorted(arrays)[:2], arrays["embedding.table"].shape
     (['embedding.table', 'layers.0.cell.dense_h.kernel'], (11, 4))
     """
+    check_not_quantized(model, "saved as arrays; save the model that it was made from")
     return {_name(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 

@@ -6,6 +6,7 @@ from seqattn.nn.compressed import CompressedCache, MemoryCompressedAttention
 from seqattn.nn.convolution import ConvolutionalEncoder, OverBatch, OverImage, PatchEncoder
 from seqattn.nn.embedding import PositionEmbedding, TokenEmbedding
 from seqattn.nn.feed_forward import Activation, FeedForward
+from seqattn.nn.int8 import Quantized, QuantizedEmbedding, QuantizedLinear, quantization_errors, quantized
 from seqattn.nn.key_value import KeyColumns, KeyValue
 from seqattn.nn.local_window import Monotonic, Predictive
 from seqattn.nn.mixture import MixtureOfExperts, routings
@@ -45,6 +46,9 @@ __all__ = [
     "PatchEncoder",
     "PositionEmbedding",
     "Predictive",
+    "Quantized",
+    "QuantizedEmbedding",
+    "QuantizedLinear",
     "Recurrent",
     "RecurrentEncoder",
     "Residual",
@@ -60,6 +64,8 @@ __all__ = [
     "YarnScaling",
     "measurements",
     "move_statistics",
+    "quantization_errors",
+    "quantized",
     "routings",
     "with_implementation",
     "with_split",

@@ -18,6 +18,7 @@ from seqattn.interop.huggingface.family import Family, Parameter, Path
 from seqattn.interop.huggingface.fields import Fields
 from seqattn.interop.huggingface.placed import placed
 from seqattn.interop.saved import ModelConfig, empty_model, model_type
+from seqattn.nn.int8 import check_not_quantized
 
 _MOST_SHOWN = 6
 _LONGEST = 120
@@ -111,8 +112,9 @@ def to_huggingface(model: Any, family: str) -> tuple[dict[str, Any], dict[str, n
 
     Raises:
         NotImplementedError: the family is unknown.
-        ValueError: the family has no model like this one; names what differs.
+        ValueError: the family has no model like this one, or the model is quantized; names what differs.
     """
+    check_not_quantized(model, "saved as arrays; save the model that it was made from")
     kind = _family({"model_type": family})
     config: ModelConfig = model.config
     fields = _written(kind, config)
