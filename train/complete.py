@@ -17,6 +17,7 @@ from train.hub import loading
 from train.hub.exported import Exported
 from train.inference.completer import Completer
 from train.inference.decoding import Decoding
+from train.inference.weights import Weights, with_weights
 
 _OURS = {"temperature": 0.8, "top_p": 0.95}
 
@@ -40,6 +41,8 @@ class Arguments(OwnCode):
     top_p: float | None = None
     """Nucleus sampling: sample from the fewest tokens whose probabilities sum to this. 1 for all tokens. By default
     0.95, or that of generation_config.json."""
+    weights: Weights = Weights.TRAINED
+    """Numbers of the model: as trained, in bfloat16, or in int8 with less memory and small errors."""
     seed: int = 0
     """Random seed of the samples."""
 
@@ -51,7 +54,10 @@ def main(arguments: Arguments) -> None:
     loading.check_task(trained, arguments.experiment)
     sampling = _sampling(arguments, trained.decoding if isinstance(trained, Exported) else Decoding())
     completer = Completer(
-        trained.model, trained.tokenizer, length=arguments.length, sampling=sampling, seed=arguments.seed
+        *(with_weights(trained.model, arguments.weights), trained.tokenizer),
+        length=arguments.length,
+        sampling=sampling,
+        seed=arguments.seed,
     )
     texts = arguments.text or _lines()
     for text, rest in zip(texts, completer(texts), strict=True):
@@ -74,4 +80,6 @@ def _lines() -> list[str]:
 
 
 if __name__ == "__main__":
-    environment.command(lambda: main(tyro.cli(Arguments, prog="python -m train.complete")))
+    environment.command(
+        lambda: main(tyro.cli(Arguments, prog="python -m train.complete", config=(tyro.conf.EnumChoicesFromValues,)))
+    )

@@ -51,6 +51,7 @@ from train.hub import hf_folder, loading
 from train.hub.exported import Exported
 from train.inference.decoding import Decoding
 from train.inference.translator import Beam, Output, Search, Translator
+from train.inference.weights import Weights, with_weights
 from train.objectives import pictures
 from train.reports.progress import Progress
 
@@ -145,6 +146,8 @@ class Arguments(OwnCode):
     """Language of the texts, as the token that a model of many languages has for it, such as deu_Latn."""
     target_language: str | None = None
     """Language of the translations, as such a token."""
+    weights: Weights = Weights.TRAINED
+    """Numbers of the model: as trained, in bfloat16, or in int8 with less memory and small errors."""
     batch_size: int = 64
     """Maximum number of texts translated together."""
     average: int | None = None
@@ -250,7 +253,7 @@ def main(arguments: Arguments) -> int:
     defaults = trained.decoding if isinstance(trained, Exported) else _DEFAULTS
     tokenizer = _for_languages(trained.tokenizer, arguments)
     translator = Translator(
-        *(trained.model, tokenizer),
+        *(with_weights(trained.model, arguments.weights), tokenizer),
         batch_size=arguments.batch_size,
         search=search_of(arguments, defaults),
         processors=processors_of(arguments, tokenizer.end_id, defaults),
