@@ -106,7 +106,7 @@ def labels_of(folder: Path, config: ModelConfig) -> tuple[str, ...]:
         return ()
     path = folder / "config.json"
     named = read_object(path).get("id2label") or {str(n): str(n) for n in range(head.num_labels)}
-    if not isinstance(named, dict) or not all(isinstance(label, str) for label in named.values()):
+    if not isinstance(named, dict) or not all(isinstance(label, str | int) for label in named.values()):
         raise ValueError(f"{path}: id2label must map ids to labels, got {shown(named)}")
     labels = tuple(str(named.get(str(number))) for number in range(head.num_labels))
     if len(named) != head.num_labels or len(set(labels)) != head.num_labels:
