@@ -22,11 +22,13 @@ from flax import nnx
 from seqattn.interop import to_arrays
 from seqattn.models import Transformer
 from tests.forward_programs import PROGRAMS, deserialize, logits, shapes
+from tests.huggingface_folders import tokenizer_of
 from tests.parameters import drawn
 from train import export, objectives
 from train.checkpoints import run
 from train.checkpoints.run import Run
-from train.data.tokenizer import Characters, Tokenizer
+from train.data.pretrained_tokenizer import PretrainedTokenizer
+from train.data.tokenizer import Characters, SpecialTokens, Tokenizer
 from train.export import Arguments
 from train.hub import card, exported, stablehlo
 from train.hub.exported import FORWARD, SUMS, Exported
@@ -366,3 +368,16 @@ def test_an_error_of_the_hub_is_one_sentence_that_says_what_to_do(copy, monkeypa
     ) as found:
         export.push(copy, "me/model", private=False)
     assert "\n" not in str(found.value)
+
+
+def test_the_card_says_how_a_tokenizer_of_transformers_is_used(tmp_path, monkeypatch):
+    tokenizer = PretrainedTokenizer(tokenizer_of("bart").to_str(), SpecialTokens((2,), 2, 1))
+    tokenizer.save(tmp_path / "tokenizer.json")
+    said = card.tokens_and_texts(Exported(tmp_path, None, tokenizer, (), "SequenceToSequence", 3))
+    monkeypatch.chdir(tmp_path)
+    names = {"text": "one two", "Path": Path}
+    for line in re.findall("`((?:from|tokenizer = ).*?)`", said):
+        exec(line, names)
+    call = re.findall(r"`(tokenizer\.\w+\(\[text\]\)\[0\])`", said)[0]
+    assert eval(call, names) == [0, 4, 5, 2]
+    assert names["tokenizer"].decode([0, 4, 5, 2]) == "one two"

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Self
 
 import tokenizers
 
+from train.data.json_files import read_object
 from train.data.tokenizer import SpecialTokens, Tokenizer, checked, label
 
 FILE = "tokenizer.json"
@@ -62,8 +63,9 @@ class PretrainedTokenizer(Tokenizer):
                 else ""
             )
             raise FileNotFoundError(f"{path} is missing{hint}")
+        special = special_of(folder) if decodes else _of_encoder(folder)
         try:
-            return cls(path.read_text("utf-8"), special_of(folder) if decodes else _of_encoder(folder))
+            return cls(path.read_text("utf-8"), special)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -168,10 +170,23 @@ class PretrainedTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes ids up to the first end token, without special tokens."""
-        text = [int(number) for number in takewhile(lambda number: number not in self.special.end, ids)]
-        for number in text:
-            self._piece(number)
-        return self._tokenizer.decode(text, skip_special_tokens=True)
+        return self._tokenizer.decode(self._before_end(ids), skip_special_tokens=True)
+
+    def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """Decodes ids that go on with others: Llama's first token of a text has no space, but one in a text has.
+
+        Args:
+            before: the ids of the text before, such as `prompts` returns.
+            ids: the ids behind it, up to the first end token.
+        """
+        text = self._tokenizer.decode([*before], skip_special_tokens=True)
+        whole = self._tokenizer.decode([*before, *self._before_end(ids)], skip_special_tokens=True)
+        # A decoder may change the end of a text that goes on.
+        return whole.removeprefix(text) if whole.startswith(text) else self.decode(ids)
+
+    def _before_end(self, ids: Iterable[int]) -> list[int]:
+        """The ids before the first end token. One that only the model has decodes to nothing, as in transformers."""
+        return [int(number) for number in takewhile(lambda number: number not in self.special.end, ids)]
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Returns a printable label for each id, including special tokens."""
@@ -230,26 +245,32 @@ def special_of(folder: Path) -> SpecialTokens:
         ValueError: there is no end token, or a token is no id.
     """
     fields: dict[str, Any] = {}
+    path = folder / "config.json"
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
-            parsed = json.loads((folder / name).read_text("utf-8"))
+            path = folder / name
+            # transformers forces only what the latter says, if there is one.
+            fields.pop("forced_bos_token_id", None)
+            parsed = read_object(path)
             fields |= {key: value for key, value in parsed.items() if key.endswith("_token_id") and value is not None}
     end = fields.get("eos_token_id")
-    ends = tuple(end if isinstance(end, list) else () if end is None else (end,))
-    if not ends or not are_ids([*ends]):
-        raise ValueError(f"eos_token_id ({end}) of config.json must be the id of the end token")
+    named = end if isinstance(end, list) else [] if end is None else [end]
+    if not named or not are_ids(named):
+        raise ValueError(f"{path}: eos_token_id ({end}) must be the id of the end token, or a list of such ids")
+    ends = tuple(dict.fromkeys(named))
     starts = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
     start = next((fields[name] for name in starts if name in fields), ends[0])
     pad, first = fields.get("pad_token_id", ends[0]), fields.get("forced_bos_token_id")
     firsts = () if first is None else (first,)
     if not are_ids([start, pad, *firsts]):
-        raise ValueError(f"{starts[0]}, pad_token_id and forced_bos_token_id must be ids, got {start}, {pad}, {first}")
+        raise ValueError(
+            f"{path}: {starts[0]}, pad_token_id and forced_bos_token_id must be ids, got {start}, {pad}, {first}"
+        )
     return SpecialTokens(ends, start, pad, firsts)
 
 
 def _of_encoder(folder: Path) -> SpecialTokens:
     """Special tokens for a model that generates no text; only padding is ever used."""
-    parsed = json.loads((folder / "config.json").read_text("utf-8"))
-    found = parsed.get("pad_token_id") if isinstance(parsed, Mapping) else None
+    found = read_object(folder / "config.json").get("pad_token_id")
     pad: int = found if isinstance(found, int) and are_ids([found]) else 0
     return SpecialTokens((pad,), pad, pad)

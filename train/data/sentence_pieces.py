@@ -59,10 +59,11 @@ class SentencePieces(Tokenizer):
         for name in (SOURCE, TARGET, VOCABULARY):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name} is missing, and {FILE} too")
+        special = special_of(folder)
         try:
             vocabulary = _vocabulary(json.loads((folder / VOCABULARY).read_text("utf-8")))
             source, target = ((folder / name).read_bytes() for name in (SOURCE, TARGET))
-            return cls(vocabulary, source, target, special_of(folder))
+            return cls(vocabulary, source, target, special)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 
@@ -106,7 +107,8 @@ class SentencePieces(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes ids up to the end token, without special tokens."""
         text = takewhile(lambda number: number not in self.special.end, map(int, ids))
-        pieces = [self._piece(number) for number in text]
+        # The table of the model may be longer than the vocabulary.
+        pieces = [self._pieces.get(number, _UNKNOWN) for number in text]
         kept = [piece for piece in pieces if piece not in (_END, _UNKNOWN, _PAD)]
         decoded: str = self._target.decode_pieces(kept)
         return decoded.replace("▁", " ").strip()

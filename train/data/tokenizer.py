@@ -5,7 +5,7 @@ tokenizer file cannot change them.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, takewhile
 from pathlib import Path
@@ -204,7 +204,8 @@ class Tokenizer:
         Raises:
             ValueError: there is no token with one of their ids.
         """
-        for name, number in (("start", special.start), ("pad", special.pad), *(("end", each) for each in special.end)):
+        several = {"end": special.end, "first": special.first, "start": (special.start,), "pad": (special.pad,)}
+        for name, number in ((name, number) for name, numbers in several.items() for number in numbers):
             if token_of(number) is None:
                 raise ValueError(f"it has no token {number}, the {name} token of the model")
         if special.pad == special.end[0]:
@@ -237,6 +238,11 @@ class Tokenizer:
         """Decodes ids up to the first end token, without start and padding tokens; an unknown token gives "[UNK]"."""
         text = takewhile(lambda number: number != self.end_id, ids)
         return self._text([number for number in text if number not in (self.pad_id, self.start_id)])
+
+    def continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """Decodes ids that go on with the ids `before`, which change nothing here; see `PretrainedTokenizer`."""
+        del before
+        return self.decode(ids)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Returns a printable label for each id, including special tokens.

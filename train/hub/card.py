@@ -15,6 +15,7 @@ from jax import export
 from seqattn.interop import to_arrays
 from train.checkpoints.run import RESULTS
 from train.config import Experiment
+from train.data.tokenizer import Tokenizer
 from train.hub.exported import Exported
 from train.objectives.for_experiment import named
 from train.reports.metrics import read_metrics
@@ -258,6 +259,12 @@ _GIVEN = {
 """For each objective: the name of the model's input, the code that starts decoding from it, and an example input."""
 
 
+_FLAG = (
+    "On a CPU with jaxlib 0.10.2 to 0.12, set `XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce`: without it, "
+    "some programs compute wrong numbers."
+)
+
+
 def _usage(made: Exported, name: str, image: tuple[int, int] | None, program: export.Exported | None) -> str:
     tokenizer, model = made.tokenizer, made.model
     ids = [*range(4, min(7, tokenizer.vocab_size)), tokenizer.end_id]
@@ -274,7 +281,7 @@ def _usage(made: Exported, name: str, image: tuple[int, int] | None, program: ex
         "Run `pip install .` in a checkout of seqattn and `pip install safetensors`, download the files of this model "
         f"(`hf download {name} --local-dir FOLDER`), and run in their folder:",
         f"```python\n{_LOAD}{use}\n```",
-        _conversion(made),
+        tokens_and_texts(made),
     ]
     if (command := named(made.objective).command) != "evaluate":  # `evaluate` needs the data of the run
         parts.append(
@@ -284,17 +291,29 @@ def _usage(made: Exported, name: str, image: tuple[int, int] | None, program: ex
     return "\n\n".join(parts + ([] if program is None else [_program_usage(program)]))
 
 
-def _conversion(made: Exported) -> str:
+def tokens_and_texts(made: Exported) -> str:
     """Returns the sentences on text to token ids and back."""
     tokenizer, end = made.tokenizer, ""
+    if type(tokenizer) is not Tokenizer:
+        return _conversion_of_transformers(made)
     if made.objective == "SequenceToSequence":
         end = f", and append the end token {tokenizer.end_id}. Pad with {tokenizer.pad_id} on the right"
     special = ", ".join(str(i) for i in (tokenizer.pad_id, tokenizer.start_id, tokenizer.end_id))
     return (
         'To convert text to ids, use `tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json")` and '
         f"`tokenizer.encode(text).ids`{end}. To convert ids to text, use "
-        f"`tokenizer.decode([i for i in ids if i not in ({special})])`. On a CPU with jaxlib 0.10.2 to 0.12, set "
-        "`XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=-reduce`: without it, some programs compute wrong numbers."
+        f"`tokenizer.decode([i for i in ids if i not in ({special})])`. {_FLAG}"
+    )
+
+
+def _conversion_of_transformers(made: Exported) -> str:
+    """The same for a tokenizer of transformers, which is not the whole of `tokenizer.json`."""
+    reads = {"SequenceToSequence": "sources", "Continuation": "prompts"}.get(made.objective, "inputs")
+    return (
+        "The tokenizer is that of a model of transformers, with its special tokens. To convert text to ids, run "
+        "`pip install -e '.[train]'` in the checkout, and use `from train.data import saved_tokenizer`, `tokenizer = "
+        f'saved_tokenizer.from_json(Path("tokenizer.json").read_text("utf-8"))` and `tokenizer.{reads}([text])[0]`. To '
+        f"convert ids to text, use `tokenizer.decode(ids)`. {_FLAG}"
     )
 
 

@@ -4,7 +4,7 @@ The files of the folder:
 
 - `config.json`: format, objective, labels, sizes and the config of the model (`seqattn.interop.from_dict`).
 - `model.safetensors`: the parameters (`seqattn.interop.from_arrays`).
-- `tokenizer.json`: the tokenizer, in the format of the tokenizers package.
+- `tokenizer.json`: the tokenizer, as its `to_json` writes it; our own are in the format of the tokenizers package.
 - `forward.stablehlo`: optional; the logits as a program.
 - `README.md`: the model card. It has no digest, because people edit it.
 - `SHA256SUMS`: the digests of all other files, checked by `load` and by `sha256sum -c SHA256SUMS`.

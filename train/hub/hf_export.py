@@ -9,6 +9,7 @@ from tokenizers.processors import TemplateProcessing
 
 from seqattn.models import EncoderConfig, LanguageModelConfig
 from train.data.pretrained_tokenizer import PretrainedTokenizer
+from train.data.sentence_pieces import SentencePieces
 from train.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from train.hub.generation_config import GENERATION
 
@@ -22,10 +23,14 @@ def files_of(tokenizer: Tokenizer, model: Any) -> dict[str, str]:
     Args:
         tokenizer: the tokenizer of the model, our own or one of transformers.
         model: the model, which decides what the tokenizer puts around a text.
+
+    Raises:
+        ValueError: the tokenizer has SentencePiece models, which only `--like` copies.
     """
     pipeline = _pipeline(tokenizer, model.config)
     special = tokenizer.special
-    names = {"pad_token": special.pad, "eos_token": special.end[0], "bos_token": special.start}
+    pad = _pad(tokenizer, pipeline)
+    names = {"pad_token": pad, "eos_token": special.end[0], "bos_token": special.start}
     if not isinstance(tokenizer, PretrainedTokenizer):
         names["unk_token"] = tokenizer.unknown_id
     config: dict[str, Any] = {name: pipeline.id_to_token(number) for name, number in names.items()}
@@ -37,7 +42,7 @@ def files_of(tokenizer: Tokenizer, model: Any) -> dict[str, str]:
     fields: dict[str, Any] = {
         "bos_token_id": special.start,
         "eos_token_id": special.end[0] if len(special.end) == 1 else list(special.end),
-        "pad_token_id": special.pad,
+        "pad_token_id": pad,
         "max_length": _LONGEST if room is None else min(_LONGEST, room),
     }
     if not isinstance(model.config, LanguageModelConfig):
@@ -47,8 +52,17 @@ def files_of(tokenizer: Tokenizer, model: Any) -> dict[str, str]:
     return files | {GENERATION: _text(fields)}
 
 
+def _pad(tokenizer: Tokenizer, pipeline: tokenizers.Tokenizer) -> int:
+    """The padding token, or the end token where padding is an ordinary token: transformers would leave it out."""
+    special = tokenizer.special
+    added = pipeline.get_added_tokens_decoder().get(special.pad)
+    return special.pad if added is not None and added.special else special.end[0]
+
+
 def _pipeline(tokenizer: Tokenizer, config: Any) -> tokenizers.Tokenizer:
     """The pipeline, which puts special tokens around a text as our commands do."""
+    if isinstance(tokenizer, SentencePieces):
+        raise ValueError("--family: the tokenizer has SentencePiece models: give their folder, --like FOLDER")
     if isinstance(tokenizer, PretrainedTokenizer):
         return tokenizers.Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_json())["tokenizer"]))
     pipeline = tokenizers.Tokenizer.from_str(tokenizer.to_json())

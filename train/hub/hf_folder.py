@@ -1,6 +1,5 @@
 """Folders of Hugging Face transformers as trained models: `hf:FOLDER`, or `hf:NAME` of the hub."""
 
-import json
 from pathlib import Path
 
 import huggingface_hub
@@ -8,9 +7,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from seqattn.interop import ModelConfig
+from seqattn.interop.codec import shown
 from seqattn.models import EncoderConfig, LanguageModelConfig, TextLabels, TokenLabels
 from train import objectives
 from train.data import saved_tokenizer
+from train.data.json_files import read_object
 from train.hub.exported import Exported
 from train.hub.generation_config import decoding_of
 from train.hub.pretrained import load_pretrained
@@ -73,6 +74,11 @@ def load(path: Path | str, *, param_dtype: DTypeLike = jnp.float32) -> Exported:
         )
     decoder_only = isinstance(config, LanguageModelConfig)
     decoding = decoding_of(folder, decoder_only=decoder_only) if decodes else Decoding()
+    if decoding.banned and max(decoding.banned) >= config.vocab_size:
+        raise ValueError(
+            f"{folder}: suppress_tokens and bad_words_ids must be below the vocabulary size ({config.vocab_size}), got "
+            f"{max(decoding.banned)}"
+        )
     labels = labels_of(folder, config)
     return Exported(folder, model, tokenizer, labels, _objective(config), step=0, decoding=decoding)
 
@@ -99,7 +105,9 @@ def labels_of(folder: Path, config: ModelConfig) -> tuple[str, ...]:
     if not isinstance(head, TokenLabels | TextLabels):
         return ()
     path = folder / "config.json"
-    named = json.loads(path.read_text("utf-8")).get("id2label") or {str(n): str(n) for n in range(head.num_labels)}
+    named = read_object(path).get("id2label") or {str(n): str(n) for n in range(head.num_labels)}
+    if not isinstance(named, dict) or not all(isinstance(label, str | int) for label in named.values()):
+        raise ValueError(f"{path}: id2label must map ids to labels, got {shown(named)}")
     labels = tuple(str(named.get(str(number))) for number in range(head.num_labels))
     if len(named) != head.num_labels or len(set(labels)) != head.num_labels:
         raise ValueError(f"{path}: id2label must name {head.num_labels} different labels, got {named}")

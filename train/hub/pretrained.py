@@ -23,6 +23,7 @@ from seqattn.interop import ModelConfig
 from seqattn.interop.codec import shown
 from seqattn.interop.huggingface import from_huggingface, huggingface_config, to_huggingface
 from seqattn.interop.huggingface.fields import TEXTS
+from train.data.json_files import read_object
 from train.devices.fit import parameter_shardings
 from train.hub.exported import check_free
 from train.hub.mapped import Mapped
@@ -34,8 +35,6 @@ _BESIDE = (
     *("source.spm", "target.spm", "target_vocab.json", "chat_template.jinja", "chat_template.json"),
 )
 """Files that `save_pretrained` copies: tokenizers and defaults of decoding."""
-_LARGEST = 2**26
-"""Maximum size of a JSON file in bytes."""
 
 
 def load_pretrained(folder: Path | str, *, param_dtype: DTypeLike = jnp.float32, mesh: Mesh | None = None) -> Any:
@@ -86,7 +85,7 @@ def opened(folder: Path) -> Iterator[tuple[dict[str, Any], Mapping[str, np.ndarr
     config = folder / CONFIG
     if not config.is_file():
         raise FileNotFoundError(f"{config} is missing: the folder does not contain a model of transformers")
-    fields = _object(config)
+    fields = read_object(config)
     arrays = _Stored(folder)
     try:
         yield fields, arrays
@@ -143,7 +142,7 @@ def save_pretrained(
 
 def _as_in(path: Path, fields: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Returns fields with those of another config for labels, tokens and decoding."""
-    given = _object(path)
+    given = read_object(path)
     taken = fields | {name: given[name] for name in given.keys() & TEXTS}
     # In some families a number of labels or of the padding token does change the model.
     try:
@@ -198,7 +197,7 @@ def _files(folder: Path) -> dict[str, str]:
                 "with the class that its config names in place of AutoModel"
             )
         raise FileNotFoundError(f"{folder / PARAMETERS} is missing, and {INDEX} too")
-    named = _object(index).get("weight_map")
+    named = read_object(index).get("weight_map")
     if not isinstance(named, dict) or not named:
         raise ValueError(f"{index}: weight_map must name the file of each array")
     for name, file in named.items():
@@ -207,15 +206,3 @@ def _files(folder: Path) -> dict[str, str]:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file} is missing: it holds {name}, as {INDEX} says")
     return named
-
-
-def _object(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _LARGEST:
-        raise ValueError(f"{path} must have at most {_LARGEST:,} bytes, got {path.stat().st_size:,}")
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(found).__name__}")
-    return found

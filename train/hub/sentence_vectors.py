@@ -11,6 +11,7 @@ from seqattn.interop.codec import shown
 from seqattn.models import Pooling
 
 MODULES = "modules.json"
+_TEXTS = "sentence_bert_config.json"
 _POOLING = {"pooling_mode_mean_tokens": Pooling.MEAN, "pooling_mode_cls_token": Pooling.FIRST}
 _NAMED = {"mean": Pooling.MEAN, "cls": Pooling.FIRST}
 
@@ -38,23 +39,35 @@ def settings_of(folder: Path) -> Settings:
     if not path.is_file():
         return Settings()
     modules = _read(path, list)
+    _check_neutral(folder)
     kinds = [str(module.get("type", "")).rpartition(".")[2] if isinstance(module, dict) else "" for module in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise ValueError(f"{path}: modules must be Transformer, Pooling and perhaps Normalize, got {', '.join(kinds)}")
     inside = folder / str(modules[1].get("path", ""))
     if not inside.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{path}: the folder of Pooling must be inside {folder}, got {inside}")
-    length = folder / "sentence_bert_config.json"
+    if modules[0].get("path") not in (None, "", "."):
+        raise ValueError(f"{path}: the path of Transformer must be empty, got {shown(modules[0]['path'])}")
+    length = folder / _TEXTS
     longest = _read(length, dict).get("max_seq_length") if length.is_file() else None
     if longest is not None:
         check_integer(f"{length}: max_seq_length", longest, 1)
     return Settings(_pooling(inside / "config.json"), "Normalize" in kinds, longest)
 
 
+def _check_neutral(folder: Path) -> None:
+    """Refuses what would change a text before it becomes ids."""
+    for name, field in ((_TEXTS, "do_lower_case"), ("config_sentence_transformers.json", "default_prompt_name")):
+        path = folder / name
+        value = _read(path, dict).get(field) if path.is_file() else None
+        if value not in (None, False):
+            raise ValueError(f"{path}: {field} ({shown(value)}) is one that we lack: change the texts, and remove it")
+
+
 def _pooling(path: Path) -> Pooling:
     fields: Mapping[str, Any] = _read(path, dict)
     if (name := fields.get("pooling_mode")) is not None:
-        if name not in _NAMED:
+        if not isinstance(name, str) or name not in _NAMED:
             raise ValueError(f"{path}: pooling_mode must be {' or '.join(_NAMED)}, got {shown(name)}")
         return _NAMED[name]
     chosen = [name for name, value in fields.items() if name.startswith("pooling_mode_") and value is True]
@@ -66,7 +79,7 @@ def _pooling(path: Path) -> Pooling:
 def _read(path: Path, kind: type) -> Any:
     try:
         parsed = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(parsed, kind):
         raise ValueError(f"{path} must hold a JSON {'list' if kind is list else 'object'}")

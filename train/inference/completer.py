@@ -80,7 +80,8 @@ class Completer:
         rows, chosen = (read, lengths, last), (self._sampling, self._seed)
         found = self._find(self._params, *self._layout.split(rows), *self._layout.copied(chosen), room=room)
         tokens, length = fetch(found)
-        return [self.tokenizer.decode(tokens[row, : length[row]].tolist()) for row in range(len(texts))]
+        added = [tokens[row, : length[row]].tolist() for row in range(len(texts))]
+        return [self.tokenizer.continuation(*each) for each in zip(ids, added, strict=False)]
 
 
 @cache

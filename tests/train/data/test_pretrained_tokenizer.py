@@ -9,7 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from tests.huggingface_folders import tokenizer_of
 from train.data.pretrained_tokenizer import PretrainedTokenizer, SpecialTokens
-from train.data.tokenizer import Tokenizer
+from train.data.tokenizer import Characters, Tokenizer
 
 BART = SpecialTokens(end=(2,), start=2, pad=1)
 TEXTS = ["two one", "", "five five five five"]
@@ -50,8 +50,21 @@ def test_decoding_ends_at_any_end_token_and_leaves_special_tokens_out(bart):
     assert bart.decode([0, 5, 4, 2, 8]) == "two one"
     several = PretrainedTokenizer(tokenizer_of("llama").to_str(), SpecialTokens((2, 5), 1, 0))
     assert several.decode([3, 4, 5, 6]) == "one two"
-    with pytest.raises(ValueError, match=r"id \(9\) must be 0 to 8"):
-        bart.decode([9])
+
+
+def test_ids_that_only_the_model_has_decode_to_nothing_as_in_transformers(bart):
+    # The tables of many models are longer than the vocabulary.
+    assert bart.decode([4, 9, 99, 5, 2]) == "one two"
+
+
+def test_what_goes_on_keeps_the_space_before_it():
+    llama = PretrainedTokenizer(tokenizer_of("llama").to_str(), SpecialTokens((2, 7), 1, 0))
+    for text in ("one two", "one", ""):
+        (before,) = llama.prompts([text])
+        assert text + llama.continuation(before, [5, 99, 4, 2, 3]) == f"{text} three two".strip()
+    # The start token of a prompt may be the end token.
+    assert llama.continuation([2], [5]) == "three"
+    assert Tokenizer.train(Characters(), ["ab"]).continuation([1, 4], [5, 2, 4]) == "b"
 
 
 def test_labels_of_tokens_can_be_printed(bart):
@@ -90,6 +103,7 @@ def test_json_gives_the_same_tokenizer(bart):
         ({"start": True, "pad": 1, "end": [2], "first": []}, "must be ids, got .*True"),
         ({"start": 2, "pad": 1, "end": [], "first": []}, "needs at least one id that ends a text"),
         ({"start": 2, "pad": 1, "end": [2, 99], "first": []}, "it has no token 99, the end token of the model"),
+        ({"start": 2, "pad": 1, "end": [2], "first": [98]}, "it has no token 98, the first token of the model"),
     ],
 )
 def test_json_of_another_kind_is_refused(bart, special, message):
@@ -109,16 +123,39 @@ def test_generation_config_comes_before_config(tmp_path):
     assert found == SpecialTokens((2, 3), 2, 1, (0,))
 
 
+def test_first_tokens_are_those_of_the_file_that_transformers_reads(tmp_path):
+    config = {"eos_token_id": 2, "forced_bos_token_id": 0}
+    folder = folder_with(tmp_path, config)
+    assert PretrainedTokenizer.from_folder(folder).special.first == (0,)
+    for generation in ({"eos_token_id": [2, 2]}, {"forced_bos_token_id": None}):
+        special = PretrainedTokenizer.from_folder(folder_with(tmp_path, config, generation)).special
+        assert (special.first, special.end) == ((), (2,))
+
+
+@pytest.mark.parametrize("content", [b"[]", b"3", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_generation_config_is_refused_by_its_name(tmp_path, content):
+    folder = folder_with(tmp_path, {"eos_token_id": 2})
+    (folder / "generation_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"generation_config\.json( must hold a JSON object|: )"):
+        PretrainedTokenizer.from_folder(folder)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"pad_token_id": 1}, r"eos_token_id \(None\) of config.json must be the id of the end token"),
-        ({"eos_token_id": 2, "forced_bos_token_id": "<s>"}, "forced_bos_token_id must be ids, got 2, 2, <s>"),
-        ({"eos_token_id": 2, "decoder_start_token_id": 77}, "it has no token 77, the start token of the model"),
+        ({"pad_token_id": 1}, r"config\.json: eos_token_id \(None\) must be the id of the end token"),
+        (
+            {"eos_token_id": 2, "forced_bos_token_id": "<s>"},
+            r"config\.json: .*must be ids, got 2, 2, <s>",
+        ),
+        (
+            {"eos_token_id": 2, "decoder_start_token_id": 77},
+            r"tokenizer\.json: it has no token 77, the start token",
+        ),
     ],
 )
 def test_a_folder_without_the_special_tokens_of_decoding_is_refused(tmp_path, config, message):
-    with pytest.raises(ValueError, match=rf"tokenizer\.json: .*{message}"):
+    with pytest.raises(ValueError, match=message):
         PretrainedTokenizer.from_folder(folder_with(tmp_path, config))
 
 
@@ -135,7 +172,7 @@ def test_a_missing_file_says_how_to_make_it(tmp_path):
     (tmp_path / "spiece.model").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json is missing: convert spiece\.model where .*save_pre"):
         PretrainedTokenizer.from_folder(tmp_path)
-    (tmp_path / "config.json").write_text("{}", "utf-8")
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}', "utf-8")
     (tmp_path / "tokenizer.json").write_text("{}", "utf-8")
     with pytest.raises(ValueError, match=r"tokenizer\.json: "):
         PretrainedTokenizer.from_folder(tmp_path)

@@ -48,6 +48,40 @@ def test_sampling_of_a_language_model(tmp_path):
     assert (found.temperature, found.top_p, found.top_k, found.max_length) == (0.6, 0.9, 50, None)
 
 
+def test_sampling_is_from_the_50_most_probable_tokens_unless_the_file_says_otherwise(tmp_path):
+    # Llama 3 says no more than this. The default of transformers is 50; 0 is all tokens.
+    fields = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    assert decoding_of(written(tmp_path, {}, fields), decoder_only=True).top_k == 50
+    assert decoding_of(written(tmp_path, {}, fields | {"top_k": 0}), decoder_only=True).top_k is None
+
+
+def test_a_language_model_is_told_what_only_sequences_to_sequences_have(tmp_path, caplog):
+    # Qwen 2.5 has a penalty.
+    fields = {"repetition_penalty": 1.05, "num_beams": 2, "bad_words_ids": [[3]], "max_length": 9, "top_k": 20}
+    found = decoding_of(written(tmp_path, {}, fields), decoder_only=True)
+    assert found == Decoding(stopping=Stopping.LIKELY)
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "bad_words_ids ([[3]]) has no effect here",
+        "num_beams (2) has no effect here",
+        "repetition_penalty (1.05) has no effect here",
+    ]
+
+
+def test_an_encoder_decoder_does_not_sample_by_itself(tmp_path, caplog):
+    decoding_of(written(tmp_path, {}, {"do_sample": True, "top_k": 3}))
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "do_sample (True) has no effect here"
+    ]
+
+
+@pytest.mark.parametrize("content", [b"[]", b"3", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_file_is_refused_by_its_name(tmp_path, content):
+    written(tmp_path)
+    (tmp_path / "generation_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"generation_config\.json( must hold a JSON object|: )"):
+        decoding_of(tmp_path)
+
+
 def test_fields_without_effect_are_told(tmp_path, caplog):
     fields = {"num_beam_groups": 2, "diversity_penalty": 0.0, "typical_p": 1.0, "bad_words_ids": [[1, 2], [3]]}
     assert decoding_of(written(tmp_path, {}, fields)).banned == (3,)
@@ -67,6 +101,14 @@ def test_fields_without_effect_are_told(tmp_path, caplog):
         ({"suppress_tokens": 3}, "suppress_tokens must be a list of ids, got 3"),
         ({"suppress_tokens": [-1]}, "must be ids, got"),
         ({"bad_words_ids": [3]}, "bad_words_ids must be a list of lists of ids"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids must be a list of lists of ids"),
+        ({"max_length": 1}, "max_length"),
+        ({"max_length": 10**30}, "max_length"),
+        ({"num_beams": 10**30}, "num_beams"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"do_sample": "false"}, "do_sample must be true or false"),
+        ({"do_sample": True, "temperature": -1}, "temperature"),
+        ({"do_sample": True, "top_p": 3}, "top_p"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_file(tmp_path, fields, message):

@@ -3,17 +3,23 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tokenizers
+from tokenizers import models
 
-from seqattn.interop.huggingface import from_huggingface
+from seqattn.interop.huggingface import from_huggingface, huggingface_config
 from tests.huggingface_folders import write
 from tests.huggingface_models import CONFIGS, arrays_of
 from train import export
 from train.checkpoints import run
-from train.data.tokenizer import Characters, Tokenizer
+from train.data.pretrained_tokenizer import PretrainedTokenizer
+from train.data.sentence_pieces import SentencePieces
+from train.data.tokenizer import Characters, SpecialTokens, Tokenizer
 from train.export import Arguments
 from train.hub import hf_folder, loading
+from train.hub.hf_export import files_of
 from train.inference.completer import Completer
 from train.inference.translator import Translator
 
@@ -122,3 +128,21 @@ def test_transformers_generates_the_same_texts(exported, name):
     found = peer.generate(**given, max_new_tokens=7)[:, 1:]
     texts = [TOKENS.decode(row) for row in found.tolist()]
     assert texts == Translator(made.model, TOKENS, max_length=7)(TEXTS)
+
+
+def test_an_ordinary_token_is_no_padding():
+    # GPT-2 has no padding token. As one, an ordinary token would be left out of each output of transformers.
+    model = SimpleNamespace(config=huggingface_config(CONFIGS["gpt2"]), room=lambda _: 9)
+    pipeline = tokenizers.Tokenizer(models.WordLevel({"!": 0, "one": 1, "<|endoftext|>": 2}, unk_token="!"))
+    pipeline.add_special_tokens(["<|endoftext|>"])
+    tokenizer = PretrainedTokenizer(pipeline.to_str(), SpecialTokens((2,), 2, 2))
+    assert tokenizer.pad_id == 0
+    files = files_of(tokenizer, model)
+    assert json.loads(files["tokenizer_config.json"])["pad_token"] == "<|endoftext|>"
+    assert json.loads(files["generation_config.json"])["pad_token_id"] == 2
+
+
+def test_sentence_pieces_need_the_folder_that_they_came_from():
+    tokenizer = object.__new__(SentencePieces)
+    with pytest.raises(ValueError, match=r"--family: the tokenizer has SentencePiece models: give .* --like FOLDER"):
+        files_of(tokenizer, SimpleNamespace(config=None))

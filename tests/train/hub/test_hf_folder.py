@@ -13,6 +13,7 @@ from seqattn.decoding import MinLength, Stopping
 from tests.huggingface_folders import WORDS, write
 from train import objectives
 from train.hub import hf_folder, loading
+from train.hub.pretrained import load_config
 from train.inference.completer import Completer
 from train.inference.translator import Beam, Translator
 
@@ -62,6 +63,22 @@ def test_an_encoder_has_the_objective_of_its_head(tmp_path, name, objective, lab
 def test_labels_must_be_those_of_the_model(tmp_path):
     folder = write(tmp_path / "bert", "bert, texts", id2label={"0": "a", "1": "a", "2": "c"})
     with pytest.raises(ValueError, match=r"config\.json: id2label must name 3 different labels"):
+        hf_folder.load(f"hf:{folder}")
+
+
+@pytest.mark.parametrize("labels", [["a", "b", "c"], "abc", {"0": "a", "1": "b", "2": None}])
+def test_labels_must_be_an_object_of_texts(tmp_path, labels):
+    folder = write(tmp_path / "bert", "bert, texts")
+    config = load_config(folder)
+    fields = json.loads((folder / "config.json").read_text("utf-8")) | {"id2label": labels}
+    (folder / "config.json").write_text(json.dumps(fields), "utf-8")
+    with pytest.raises(ValueError, match=r"config\.json: id2label must map ids to labels, got"):
+        hf_folder.labels_of(folder, config)
+
+
+def test_banned_tokens_that_the_model_lacks_are_refused(tmp_path):
+    folder = write(tmp_path / "bart", "bart", generation={"eos_token_id": 2, "bad_words_ids": [[3], [11]]})
+    with pytest.raises(ValueError, match=r"bad_words_ids must be below the vocabulary size \(11\), got 11"):
         hf_folder.load(f"hf:{folder}")
 
 

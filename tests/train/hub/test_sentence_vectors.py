@@ -62,3 +62,32 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "modules.json").write_text("{}", "utf-8")
     with pytest.raises(ValueError, match=r"modules\.json must hold a JSON list"):
         settings_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("sentence_bert_config.json", {"do_lower_case": True, "max_seq_length": 7}),
+        ("config_sentence_transformers.json", {"default_prompt_name": "query", "prompts": {"query": "query: "}}),
+    ],
+)
+def test_what_changes_texts_is_refused(tmp_path, name, fields):
+    (written(tmp_path) / name).write_text(json.dumps(fields), "utf-8")
+    with pytest.raises(ValueError, match=rf"{name}: .* is one that we lack"):
+        settings_of(tmp_path)
+    neutral = dict.fromkeys(fields, None) | {"do_lower_case": False}
+    (tmp_path / name).write_text(json.dumps(neutral), "utf-8")
+    assert settings_of(tmp_path) == Settings(Pooling.MEAN, True, None)
+
+
+def test_a_transformer_in_a_folder_of_its_own_is_refused(tmp_path):
+    modules = json.loads((written(tmp_path) / "modules.json").read_text("utf-8"))
+    modules[0]["path"] = "0_BERT"
+    (tmp_path / "modules.json").write_text(json.dumps(modules), "utf-8")
+    with pytest.raises(ValueError, match=r"modules\.json: the path of Transformer must be empty, got '?\"?0_BERT"):
+        settings_of(tmp_path)
+
+
+def test_a_pooling_that_is_no_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"pooling_mode must be mean or cls, got"):
+        settings_of(written(tmp_path, pooling={"pooling_mode": ["mean"]}))
