@@ -126,7 +126,7 @@ def _integer(left: dict[str, Any], name: str, default: int | None, smallest: int
     return value
 
 
-def _number(left: dict[str, Any], name: str, default: float | None, **between: float) -> Any:
+def _number(left: dict[str, Any], name: str, default: float | None, **between: Any) -> Any:
     value = left.pop(name, default)
     if value is None:
         return None

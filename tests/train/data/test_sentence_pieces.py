@@ -76,8 +76,11 @@ def test_decoding_inverts_targets_and_ends_at_the_end(tokenizer):
         assert start == 2
         assert tokenizer.decode([*ids, 5, 6]) == text
     assert tokenizer.decode([2, 1, 0]) == ""
+    # The table of a model may be longer than the vocabulary.
+    start, *ids = tokenizer.targets([GERMAN[0]])[0]
+    assert tokenizer.decode([999, *ids[:3], 999, *ids[3:]]) == GERMAN[0]
     with pytest.raises(ValueError, match=r"id \(999\) must be 0 to"):
-        tokenizer.decode([999])
+        tokenizer.tokens([999])
 
 
 def test_unknown_pieces_and_the_language_of_the_target(tokenizer):
