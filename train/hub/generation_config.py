@@ -98,7 +98,7 @@ def _read(given: dict[str, Any], path: Path, decoder_only: bool) -> Decoding:
 
 def _sampling(left: dict[str, Any]) -> dict[str, Any]:
     """How tokens are drawn; empty if none are, since the fields have no effect then."""
-    fields = {name: left.pop(name) for name in ("temperature", "top_k", "top_p") if name in left}
+    fields: dict[str, Any] = {name: left.pop(name) for name in ("temperature", "top_k", "top_p") if name in left}
     drawn = left.pop("do_sample", False)
     if not isinstance(drawn, bool):
         raise ValueError(f"do_sample must be true or false, got {shown(drawn)}")
