@@ -1,5 +1,6 @@
 """What `--start-from` names: a run folder, an exported model, or hf:FOLDER, a model of Hugging Face transformers."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -100,7 +101,10 @@ def adopt(experiment: Experiment, start_from: Path, folder: Path) -> Experiment:
     if origin == str(start_from):
         return dataclasses.replace(experiment, model=from_json(begun["model"], ModelConfig))
     if hf_folder.is_hf(start_from):
-        config: Any = _transformers(start_from).config
+        config: Any = None
+        # `read` says what is missing, once the run begins.
+        with contextlib.suppress(FileNotFoundError):
+            config = _transformers(start_from).config
     else:
         values = _object(start_from / run.CONFIG).get("model")
         config = None if values is None else from_json(values, ModelConfig)

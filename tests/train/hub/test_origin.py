@@ -105,8 +105,8 @@ def test_a_run_that_started_there_needs_nothing_of_that_folder(tagged, tagging):
     assert not saved.start_from.exists()
     assert origin.adopt(tagging, saved.start_from, tagged).model == saved.model
     # A folder that is gone leaves the experiment as it is: reading its parameters says what is missing.
-    other = saved.start_from / "other"
-    assert origin.adopt(tagging, other, tagged) == dataclasses.replace(tagging, start_from=other)
+    for other in (saved.start_from / "other", Path(f"hf:{saved.start_from}/other")):
+        assert origin.adopt(tagging, other, tagged) == dataclasses.replace(tagging, start_from=other)
 
 
 def test_flags_change_the_model_of_the_folder(masked, transformers, tmp_path):
