@@ -1,7 +1,6 @@
 """How a folder of sentence-transformers makes one vector of a text: `modules.json` and the folders that it names."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from seqattn.checks import check_integer
 from seqattn.interop.codec import shown
 from seqattn.models import Pooling
+from train.data.json_files import read_list, read_object
 
 MODULES = "modules.json"
 _TEXTS = "sentence_bert_config.json"
@@ -38,7 +38,7 @@ def settings_of(folder: Path) -> Settings:
     path = folder / MODULES
     if not path.is_file():
         return Settings()
-    modules = _read(path, list)
+    modules = read_list(path)
     _check_neutral(folder)
     kinds = [str(module.get("type", "")).rpartition(".")[2] if isinstance(module, dict) else "" for module in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
@@ -49,7 +49,7 @@ def settings_of(folder: Path) -> Settings:
     if modules[0].get("path") not in (None, "", "."):
         raise ValueError(f"{path}: the path of Transformer must be empty, got {shown(modules[0]['path'])}")
     length = folder / _TEXTS
-    longest = _read(length, dict).get("max_seq_length") if length.is_file() else None
+    longest = read_object(length).get("max_seq_length") if length.is_file() else None
     if longest is not None:
         check_integer(f"{length}: max_seq_length", longest, 1)
     return Settings(_pooling(inside / "config.json"), "Normalize" in kinds, longest)
@@ -59,13 +59,13 @@ def _check_neutral(folder: Path) -> None:
     """Refuses what would change a text before it becomes ids."""
     for name, field in ((_TEXTS, "do_lower_case"), ("config_sentence_transformers.json", "default_prompt_name")):
         path = folder / name
-        value = _read(path, dict).get(field) if path.is_file() else None
+        value = read_object(path).get(field) if path.is_file() else None
         if value not in (None, False):
             raise ValueError(f"{path}: {field} ({shown(value)}) is one that we lack: change the texts, and remove it")
 
 
 def _pooling(path: Path) -> Pooling:
-    fields: Mapping[str, Any] = _read(path, dict)
+    fields: Mapping[str, Any] = read_object(path)
     if (name := fields.get("pooling_mode")) is not None:
         if not isinstance(name, str) or name not in _NAMED:
             raise ValueError(f"{path}: pooling_mode must be {' or '.join(_NAMED)}, got {shown(name)}")
@@ -74,13 +74,3 @@ def _pooling(path: Path) -> Pooling:
     if len(chosen) != 1 or chosen[0] not in _POOLING:
         raise ValueError(f"{path}: {' or '.join(_POOLING)} alone must be true, got {', '.join(chosen) or 'none'}")
     return _POOLING[chosen[0]]
-
-
-def _read(path: Path, kind: type) -> Any:
-    try:
-        parsed = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(parsed, kind):
-        raise ValueError(f"{path} must hold a JSON {'list' if kind is list else 'object'}")
-    return parsed
